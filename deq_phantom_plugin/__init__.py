@@ -1,0 +1,53 @@
+"""Switch the gradient method of a deep equilibrium model by name.
+
+    import deq_phantom_plugin as dpp
+
+    dpp.enable()                                     # TorchDEQ now takes names
+    deq = torchdeq.get_deq(grad="upg(k=5, lam=0.5)")
+
+or without any framework:
+
+    h = dpp.attach(func, equilibrium, grad="npg")
+"""
+
+from .attach import attach
+from .errors import ConvergenceWarning, NonFiniteError
+from .hosts import disable, enable, enabled
+from .jacobian import jacobian_reg, spectral_radius
+from .memory import Memory
+from .registry import get_strategy, list_strategies, register_strategy
+from .schedule import Schedule
+from .state import State
+from .strategies import BPTT, IFT, JFB, NPG, UPG, Exact
+from .strategy import BackwardStats, Context, GradStrategy
+from .switch import set_grad, set_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BPTT",
+    "IFT",
+    "JFB",
+    "NPG",
+    "UPG",
+    "BackwardStats",
+    "Context",
+    "ConvergenceWarning",
+    "Exact",
+    "GradStrategy",
+    "Memory",
+    "NonFiniteError",
+    "Schedule",
+    "State",
+    "attach",
+    "disable",
+    "enable",
+    "enabled",
+    "get_strategy",
+    "jacobian_reg",
+    "list_strategies",
+    "register_strategy",
+    "set_grad",
+    "set_step",
+    "spectral_radius",
+]

@@ -1,0 +1,101 @@
+"""Solvers of the adjoint system (I - J^T) g = v, and the graph of F that they work on.
+
+A solver is a function of (apply, rhs, tol, max_vjp) on (B, D) matrices, one file each; `solve` calls
+one by name on the leaves of any state.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from .anderson import anderson
+from .bicgstab import bicgstab
+from .broyden import broyden
+from .fixed_point import fixed_point
+from .gmres import gmres
+from .linearization import Linearization, inside_checkpoint
+from .packing import Packing
+from .progress import Apply, Solution
+
+__all__ = [
+    "SOLVERS",
+    "Linearization",
+    "Packing",
+    "Solution",
+    "check_solver",
+    "inside_checkpoint",
+    "solve",
+]
+
+AdjointSolver = Callable[[Apply, Tensor, float, int], Solution]
+
+SOLVERS: Mapping[str, AdjointSolver] = MappingProxyType(
+    {
+        "anderson": anderson,
+        "bicgstab": bicgstab,
+        "broyden": broyden,
+        "fixed_point": fixed_point,
+        "gmres": gmres,
+    }
+)
+
+
+def check_solver(name: object) -> str:
+    """Return `name` if it names an adjoint solver.
+
+    Raises:
+        ValueError: if it does not; lists those there are.
+    """
+    if isinstance(name, str) and name in SOLVERS:
+        return name
+    near = difflib.get_close_matches(str(name), SOLVERS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"solver={name!r}; expected one of {', '.join(sorted(SOLVERS))}{hint}")
+
+
+def solve(
+    vjp: Callable[[Sequence[Tensor]], list[Tensor]],
+    cotangents: Sequence[Tensor],
+    *,
+    solver: str,
+    tol: float,
+    max_vjp: int,
+    batch_dim: int | None,
+) -> tuple[list[Tensor], Solution]:
+    """Solve (I - J^T) g = v for each sample.
+
+    A sample whose v is not finite gets g = v: that is how `GradScaler` learns of an overflow.
+
+    Args:
+        vjp: from the leaves of a state to the leaves of J^T times it.
+        cotangents: the leaves of v.
+        solver: a name in `SOLVERS`.
+        tol: ||v - (I - J^T) g|| / ||v|| to reach in every sample.
+        max_vjp: the most calls of `vjp`.
+        batch_dim: see `Context.batch_dim`.
+
+    Returns:
+        The leaves of g, and the solver's result for v scaled to norm one.
+
+    Raises:
+        NonFiniteError: if the solve makes a NaN or an infinity out of a finite v.
+    """
+    packing = Packing(cotangents, batch_dim)
+    rhs = packing.pack(cotangents)
+    # Scaled before the norm is taken, which would overflow for large and vanish for tiny v.
+    largest = rhs.abs().amax(dim=1, keepdim=True) if rhs.shape[1] else rhs.new_zeros(len(rhs), 1)
+    usable = (largest > 0) & torch.isfinite(largest)
+    unit = torch.where(usable, rhs / torch.where(usable, largest, 1), 0)
+    length = torch.where(usable, torch.linalg.vector_norm(unit, dim=1, keepdim=True), 1)
+
+    def apply(x: Tensor) -> Tensor:
+        return packing.pack(vjp(packing.unpack(x)))
+
+    solution = SOLVERS[solver](apply, unit / length, tol, max_vjp)
+    g = torch.where(usable, solution.x * length * largest, rhs)
+    return packing.unpack(g), solution

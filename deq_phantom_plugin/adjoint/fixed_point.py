@@ -1,0 +1,24 @@
+"""Fixed-point iteration x <- rhs + J^T x."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .progress import Apply, Progress, Solution
+
+
+def fixed_point(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
+    """Solve (I - J^T) x = rhs by x <- rhs + J^T x; converges only where rho(J) < 1.
+
+    Takes one product an iteration and keeps two vectors (Almeida 1987; Pineda 1987, "recurrent
+    backpropagation").
+    """
+    progress = Progress(apply, rhs, tol, max_vjp)
+    x = rhs
+    while not progress.exhausted:
+        image = rhs + progress.apply(x)
+        if progress.record(x, image - x):
+            break
+        x = torch.where(progress.active[:, None], image, x)
+    return progress.solution()

@@ -1,0 +1,128 @@
+"""One graph of F at the equilibrium, vector-Jacobian products on it, and its way into autograd."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..state import State, flatten, unflatten
+
+Adjoint = Callable[[list[Tensor]], list[Tensor]]
+"""From the incoming gradient v, a tensor a leaf, to the g that is passed on to F."""
+
+
+class Linearization:
+    """F(h*) on one autograd graph, from which J^T v is had as often as wanted.
+
+    Args:
+        func: the map F.
+        equilibrium: h*, detached.
+
+    Attributes:
+        inputs: the leaves of h* as they entered the graph.
+        outputs: the leaves of F(h*).
+        structure: the structure of the state.
+    """
+
+    def __init__(self, func: Callable[[State], State], equilibrium: State) -> None:
+        leaves, self.structure = flatten(equilibrium)
+        with torch.enable_grad(), _kept_from_checkpoint():
+            self.inputs = list(_Input.apply(torch.empty(0, requires_grad=True), *leaves))
+            self.outputs, _ = flatten(func(unflatten(self.inputs, self.structure)))
+        self._differentiable = [i for i, out in enumerate(self.outputs) if out.requires_grad]
+
+    def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
+        """Return J^T v, with J = dF/dh at h*; the graph stays.
+
+        Args:
+            cotangents: v, a tensor a leaf, each of its leaf's shape.
+        """
+        if not self._differentiable:
+            return [torch.zeros_like(leaf) for leaf in self.inputs]
+        with torch.no_grad():
+            return list(
+                torch.autograd.grad(
+                    [self.outputs[i] for i in self._differentiable],
+                    self.inputs,
+                    [cotangents[i] for i in self._differentiable],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+
+    def attach(self, values: Sequence[Tensor], adjoint: Adjoint) -> State:
+        """Return `values`, copied, as a state whose gradient v reaches F's graph as adjoint(v).
+
+        Nothing here refers to the result, so that the graph dies with it.
+
+        Args:
+            values: the leaves of the state to return.
+            adjoint: from the leaves of v to the leaves of g, called once a backward pass.
+        """
+        attached = _Attach.apply(adjoint, len(values), *values, *self.outputs)
+        return unflatten(list(attached), self.structure)
+
+
+class _Input(torch.autograd.Function):
+    """The equilibrium as it enters the graph: differentiable, but no end of the backward pass.
+
+    A leaf would collect a `.grad` there that nobody reads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(leaf.detach() for leaf in leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + len(grads))
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, adjoint: Adjoint, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.adjoint, ctx.n = adjoint, n
+        return tuple(value.clone() for value in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "a second derivative was asked for (create_graph=True) through an equilibrium "
+                "whose strategy gives first derivatives only: its graph holds the equilibrium "
+                "fixed, so the second would be silently wrong. Unrolled strategies (bptt) "
+                "differentiate to any order."
+            )
+        return (None, None, *(None,) * ctx.n, *ctx.adjoint(list(grads)))
+
+
+def _kept_from_checkpoint() -> contextlib.AbstractContextManager[Any]:
+    """Keep this graph's tensors out of a surrounding non-reentrant `torch.utils.checkpoint`.
+
+    That recomputes its whole region for every backward pass over the graph, and each
+    vector-Jacobian product is one. Tensors saved here are held as they are instead.
+    """
+    if not inside_checkpoint():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def inside_checkpoint() -> bool:
+    """Whether a non-reentrant `torch.utils.checkpoint` is recording or recomputing here."""
+    checkpoint = "torch.utils.checkpoint"
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top_hooks is not None:  # torch >= 2.8
+        hooks = top_hooks(True)
+        return hooks is not None and getattr(hooks[0], "__module__", None) == checkpoint
+    frame = sys._getframe()
+    while (back := frame.f_back) is not None:
+        frame = back
+        if frame.f_globals.get("__name__") == checkpoint:
+            return True
+    return False

@@ -1,0 +1,105 @@
+"""States as one matrix of a row a sample, for solvers that know nothing of structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Packing:
+    """Packs leaves into a (B, D) matrix and back: B independent samples, D numbers each.
+
+    Numbers go in the order in which the like leaf has them in memory, so that packing a leaf
+    is a view or a straight copy, and a channels_last leaf comes back as one. The matrix has
+    the widest of the leaves' dtypes and at least float32, for the sake of inner products.
+    Complex leaves are packed as pairs of reals, since J^T is linear over the reals.
+
+    Args:
+        like: the leaves to take shapes, dtypes and memory formats from.
+        batch_dim: the dimension that counts samples, None where they are coupled; see
+            `Context.batch_dim`.
+    """
+
+    def __init__(self, like: Sequence[Tensor], batch_dim: int | None) -> None:
+        self._like = list(like)
+        self.batch_size = _batch_size(like, batch_dim)
+        self.batch_dim = batch_dim if self.batch_size is not None else None
+        self._orders = [_memory_order(leaf, self.batch_dim) for leaf in like]
+        self._widths = [
+            leaf.numel() * (2 if leaf.is_complex() else 1) // max(self.rows, 1) for leaf in like
+        ]
+        self.dtype = torch.float32
+        for leaf in like:
+            real = leaf.real.dtype if leaf.is_complex() else leaf.dtype
+            self.dtype = torch.promote_types(self.dtype, real)
+
+    @property
+    def rows(self) -> int:
+        """B; one where samples are coupled."""
+        return 1 if self.batch_size is None else self.batch_size
+
+    @property
+    def columns(self) -> int:
+        """D."""
+        return sum(self._widths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the leaves are."""
+        return self._like[0].device
+
+    def pack(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Return the leaves as a (B, D) matrix."""
+        columns = []
+        for leaf, order, width in zip(leaves, self._orders, self._widths, strict=True):
+            ordered = leaf.permute(order)
+            if leaf.is_complex():
+                ordered = torch.view_as_real(ordered.resolve_conj())
+            columns.append(ordered.reshape(self.rows, width).to(self.dtype))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+    def unpack(self, matrix: Tensor) -> list[Tensor]:
+        """Return a (B, D) matrix as leaves of the like leaves' shapes, dtypes and formats."""
+        leaves = []
+        for part, like, order in zip(
+            matrix.split(self._widths, dim=1), self._like, self._orders, strict=True
+        ):
+            shape = [like.shape[dim] for dim in order]
+            if like.is_complex():
+                pairs = part.to(like.real.dtype).reshape(*shape, 2).contiguous()
+                leaf = torch.view_as_complex(pairs)
+            else:
+                leaf = part.to(like.dtype).reshape(shape).contiguous()
+            leaves.append(leaf.permute([order.index(dim) for dim in range(like.dim())]))
+        return leaves
+
+    def spread(self, per_sample: Tensor) -> list[Tensor]:
+        """Return a (B,) tensor as one tensor a leaf that broadcasts over it."""
+        if self.batch_dim is None:
+            return [per_sample.reshape([1] * leaf.dim()).to(leaf.dtype) for leaf in self._like]
+        return [
+            per_sample.reshape(
+                [-1 if dim == self.batch_dim % leaf.dim() else 1 for dim in range(leaf.dim())]
+            ).to(leaf.dtype)
+            for leaf in self._like
+        ]
+
+
+def _batch_size(leaves: Sequence[Tensor], batch_dim: int | None) -> int | None:
+    if batch_dim is None:
+        return None
+    if any(not -leaf.dim() <= batch_dim < leaf.dim() for leaf in leaves):
+        return None
+    sizes = {leaf.shape[batch_dim] for leaf in leaves}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _memory_order(leaf: Tensor, batch_dim: int | None) -> list[int]:
+    dims = sorted(range(leaf.dim()), key=lambda dim: -leaf.stride(dim))
+    if batch_dim is not None:
+        first = batch_dim % leaf.dim()
+        dims.remove(first)
+        dims.insert(0, first)
+    return dims

@@ -1,0 +1,102 @@
+"""The leading eigenvalue of J, for each sample, from products with its transpose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from .packing import Packing
+from .progress import Apply
+
+
+@dataclass(frozen=True)
+class LeadingEigenvalue:
+    """The eigenvalue of largest modulus, as found.
+
+    Attributes:
+        radius: its modulus, shape (B,).
+        vector: the real part of its Ritz vector, of norm one, shape (B, D); a start for next time.
+        residual: ||J^T y - theta y|| / |theta| of the Ritz pair, shape (B,).
+        n_vjp: products taken.
+    """
+
+    radius: Tensor
+    vector: Tensor
+    residual: Tensor
+    n_vjp: int
+
+
+def leading_eigenvalue(
+    apply: Apply, start: Tensor, *, tol: float, max_vjp: int, basis: int
+) -> LeadingEigenvalue:
+    """Find the eigenvalue of largest modulus by restarted Arnoldi iteration (Saad 1980).
+
+    This is power iteration that keeps its last `basis` vectors: no more products, but complex
+    pairs, pairs of opposite sign and clusters, between which plain power iteration and Rayleigh
+    quotients swing forever, are eigenvalues of the small matrix like any other.
+
+    Args:
+        apply: x -> J^T x, on (B, D) matrices.
+        start: where to start, shape (B, D), no row zero.
+        tol: the Ritz residual to reach in every sample.
+        max_vjp: the most products to take.
+        basis: vectors kept.
+
+    Raises:
+        NonFiniteError: if a product is NaN or infinite.
+    """
+    batch, size = start.shape
+    basis = min(basis, size)
+    vector = start / torch.linalg.vector_norm(start, dim=1, keepdim=True)
+    n_vjp = 0
+    while True:
+        length = min(basis, max_vjp - n_vjp)
+        vectors = start.new_zeros(batch, length + 1, size)
+        hessenberg = start.new_zeros(batch, length, length)
+        vectors[:, 0] = vector
+        below = start.new_zeros(batch)
+        for j in range(length):
+            image = apply(vectors[:, j])
+            scale = torch.linalg.vector_norm(image, dim=1)
+            for _ in range(2):
+                part = (vectors[:, : j + 1] @ image[:, :, None]).squeeze(2)
+                image = image - (part[:, None] @ vectors[:, : j + 1]).squeeze(1)
+                hessenberg[:, : j + 1, j] += part
+            below = torch.linalg.vector_norm(image, dim=1)
+            # What rounding leaves of an invariant space is no direction.
+            below = torch.where(below > 10 * torch.finfo(image.dtype).eps * scale, below, 0)
+            if j + 1 < length:
+                hessenberg[:, j + 1, j] = below
+            vectors[:, j + 1] = torch.where(
+                (below > 0)[:, None], image / torch.where(below > 0, below, 1)[:, None], 0
+            )
+        n_vjp += length
+        if not torch.isfinite(hessenberg).all():
+            raise NonFiniteError(
+                f"a vector-Jacobian product became NaN or infinite within {n_vjp} products of the "
+                "search for the leading eigenvalue"
+            )
+        values, coordinates = torch.linalg.eig(hessenberg)
+        leading = values.abs().argmax(dim=1)
+        radius = values.abs().gather(1, leading[:, None]).squeeze(1)
+        ritz = coordinates.gather(2, leading[:, None, None].expand(-1, length, 1)).squeeze(2)
+        residual = below * ritz[:, -1].abs()
+        residual = torch.where(residual > 0, residual / radius, 0)
+        real = (ritz.real[:, None] @ vectors[:, :length]).squeeze(1)
+        imaginary = (ritz.imag[:, None] @ vectors[:, :length]).squeeze(1)
+        # An eigenvector's phase is arbitrary; its larger part is the safer one to go on from.
+        norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in (real, imaginary)]
+        vector = torch.where(norms[0] >= norms[1], real, imaginary)
+        vector = vector / torch.maximum(*norms)
+        if n_vjp >= max_vjp or (residual <= tol).all():
+            return LeadingEigenvalue(radius, vector, residual, n_vjp)
+
+
+def random_start(packing: Packing) -> Tensor:
+    """Return Gaussian rows, shape (B, D): the same each time, and off the global generator."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(packing.rows, packing.columns, generator=generator, dtype=packing.dtype)
+    return start.to(packing.device)

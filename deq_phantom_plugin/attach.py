@@ -1,0 +1,71 @@
+"""Attach a gradient to an equilibrium: all that is needed where no host is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .registry import Spec, get_strategy
+from .state import CheckedFunc, State, check_equilibrium, flatten, unflatten
+from .strategy import Context, GradStrategy
+
+
+def attach(
+    func: Callable[[State], State],
+    equilibrium: State,
+    grad: Spec = "upg",
+    context: Context | None = None,
+) -> State:
+    """Return the equilibrium attached to autograd: backward yields the named gradient.
+
+    Args:
+        func: F, from a state to a state of the same structure, shapes and dtypes;
+            differentiable in its argument and in all tensors it captures. Called under autograd,
+            with the state as its only argument.
+        equilibrium: h* with h* = F(h*), detached: a tensor, or any nesting of tuples, lists and
+            dicts of tensors. For a strategy that owns the solve (bptt), where the solve begins.
+        grad: the strategy's spec, see `get_strategy`.
+        context: what else the strategy may know; samples are counted by dimension 0 if None.
+
+    Returns:
+        A state like the equilibrium. Its values are F(h*) (ift, jfb, exact), h* (npg), or the last
+        step (upg, bptt); under `torch.no_grad` the equilibrium as it was given.
+
+    Raises:
+        ValueError: if the spec is invalid, the equilibrium carries a graph or holds NaN or Inf, or
+            `func` returns another structure, shape or dtype than it was given.
+    """
+    strategy = get_strategy(grad)
+    context = Context() if context is None else context
+    check_equilibrium(equilibrium)
+    if not torch.is_grad_enabled():
+        return equilibrium
+    state = _ordinary(equilibrium)
+    attached = strategy.resolve(context).attach(CheckedFunc(func, state), state, context)
+    _check_attached(strategy, attached, state)
+    return attached
+
+
+def attach_states(
+    func: Callable[[State], State],
+    equilibrium: State,
+    strategy: GradStrategy,
+    context: Context,
+) -> Iterator[State]:
+    """Yield the states along the way of a strategy that hands them out; checked as in `attach`."""
+    check_equilibrium(equilibrium)
+    state = _ordinary(equilibrium)
+    yield from strategy.resolve(context).states(CheckedFunc(func, state), state, context)
+
+
+def _ordinary(equilibrium: State) -> State:
+    """Return the state with inference tensors copied: autograd cannot save those."""
+    leaves, structure = flatten(equilibrium)
+    return unflatten([x.clone() if x.is_inference() else x for x in leaves], structure)
+
+
+def _check_attached(strategy: GradStrategy, attached: State, state: State) -> None:
+    got, want = flatten(attached)[1], flatten(state)[1]
+    if got != want:
+        raise ValueError(f"{strategy!r} returned the structure {got}; expected {want}")

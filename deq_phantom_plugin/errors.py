@@ -1,0 +1,28 @@
+"""What can go wrong, and warnings that are given once a run."""
+
+from __future__ import annotations
+
+import warnings
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """An iteration stopped short of its tolerance; the result is the best it found."""
+
+
+class NonFiniteError(FloatingPointError, RuntimeError):
+    """A solve that started from finite numbers made a NaN or an infinity."""
+
+
+_given: dict[str, object] = {}
+
+
+def warn_once(key: str, message: str) -> None:
+    """Give a `ConvergenceWarning` once a run for each `key`.
+
+    Python's own registry tells warnings apart by their text, and a text that holds a residual
+    is new every time. Like that registry, this one starts anew inside
+    `warnings.catch_warnings`, which swaps the list of filters.
+    """
+    if _given.get(key) is not warnings.filters:
+        _given[key] = warnings.filters
+        warnings.warn(message, ConvergenceWarning, stacklevel=2)

@@ -1,0 +1,90 @@
+"""Hooks into installed frameworks, one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from .. import entry_points
+from .host import Host
+
+__all__ = ["Host", "disable", "enable", "enabled", "find_equilibria"]
+
+_hosts: dict[str, Host] = {}
+
+
+def enable(host: str | None = None) -> list[str]:
+    """Make installed frameworks take strategies by name; idempotent.
+
+    Args:
+        host: the framework's name; None for all that are installed.
+
+    Returns:
+        The names of the hosts that are now enabled.
+
+    Raises:
+        ValueError: if there is no host of that name.
+        ImportError: if the named framework is not installed; gives the pip command.
+    """
+    if host is None:
+        for candidate in _all().values():
+            if candidate.installed():
+                candidate.enable()
+    else:
+        chosen = _get(host)
+        if not chosen.installed():
+            raise ImportError(f"{host} is not installed: pip install {chosen.pip}")
+        chosen.enable()
+    return sorted(name for name, known in _hosts.items() if known.is_enabled)
+
+
+def disable(host: str | None = None) -> None:
+    """Restore frameworks exactly as they were; idempotent.
+
+    Args:
+        host: the framework's name; None for all.
+
+    Raises:
+        ValueError: if there is no host of that name.
+    """
+    for chosen in list(_hosts.values()) if host is None else [_get(host)]:
+        chosen.disable()
+
+
+@contextmanager
+def enabled(host: str | None = None) -> Iterator[None]:
+    """Enable hosts for the length of a `with` block; those that were enabled before stay so."""
+    before = {name for name, known in _hosts.items() if known.is_enabled}
+    enable(host)
+    try:
+        yield
+    finally:
+        for name, known in _hosts.items():
+            if name not in before:
+                known.disable()
+
+
+def find_equilibria(module: nn.Module) -> list[tuple[Host, nn.Module]]:
+    """Return every equilibrium inside a module, with the host that knows it."""
+    hosts = [host for host in _all().values() if host.installed()]
+    return [
+        (host, child) for child in module.modules() for host in hosts if host.is_equilibrium(child)
+    ]
+
+
+def _all() -> dict[str, Host]:
+    for name, loaded in entry_points.load_working(entry_points.HOSTS).items():
+        _hosts.setdefault(name, loaded())
+    return _hosts
+
+
+def _get(name: str) -> Host:
+    if name not in _hosts:
+        try:
+            _hosts[name] = entry_points.load(entry_points.HOSTS, name)()
+        except KeyError:
+            valid = ", ".join(repr(known) for known in entry_points.names(entry_points.HOSTS))
+            raise ValueError(f"unknown host {name!r}; there are {valid}") from None
+    return _hosts[name]

@@ -1,0 +1,451 @@
+"""TorchDEQ: `get_deq(grad="upg")`, `DEQSliced(grad=...)`, `DEQIndexing(grad=...)`, `--grad upg`.
+
+TorchDEQ's classes are changed in place, and so is the code of `add_deq_args`: scripts hold
+references to them from before we are enabled. An equilibrium whose `grad` holds only integers runs
+TorchDEQ's own code.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attach import attach, attach_states
+from ..memory import Memory
+from ..registry import get_strategy
+from ..state import State
+from ..strategy import BackwardStats, Context, GradStrategy
+from .host import Host
+
+# TorchDEQ's setting -> our argument, the value at which the setting says nothing (TorchDEQ's own
+# default, which argparse always sets), and how to translate any other.
+_SOLVERS = {"fixed_point_iter": "fixed_point", "simple_fixed_point_iter": "fixed_point"}
+_SETTINGS: Mapping[str, tuple[str, Any]] = {
+    "tau": ("lam", 1.0),
+    "b_solver": ("solver", "fixed_point_iter"),
+    "b_max_iter": ("max_iter", 40),
+    "b_tol": ("tol", 1e-6),
+}
+
+
+class TorchDEQ(Host):
+    """The hook into TorchDEQ 0.1."""
+
+    name = "torchdeq"
+    package = "torchdeq"
+    pip = '"deq-phantom-plugin[torchdeq]"'
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the hook is in force."""
+        return bool(self._undo)
+
+    def enable(self) -> None:
+        """Hook TorchDEQ's two cores and its argument parser."""
+        if self.is_enabled:
+            return
+        from torchdeq import core
+        from torchdeq.utils import arg_utils
+
+        for cls in (core.DEQSliced, core.DEQIndexing):
+            self._replace(cls, "__init__", _hook_init)
+            self._replace(cls, "forward", _hook_forward)
+            self._replace(cls, "_solve_fixed_point", _hook_solve)
+        # Code is swapped rather than the name rebound: `from torchdeq.utils import add_deq_args`
+        # in scripts comes before any call of ours.
+        original = arg_utils.add_deq_args.__code__
+        arg_utils.add_deq_args.__code__ = _add_deq_args.__code__
+        arg_utils.add_deq_args._deq_phantom_original = types.FunctionType(
+            original, arg_utils.add_deq_args.__globals__
+        )
+
+        def restore() -> None:
+            arg_utils.add_deq_args.__code__ = original
+            del arg_utils.add_deq_args._deq_phantom_original
+
+        self._undo.append(restore)
+
+    def disable(self) -> None:
+        """Restore TorchDEQ."""
+        while self._undo:
+            self._undo.pop()()
+
+    def is_equilibrium(self, module: nn.Module) -> bool:
+        """Whether a module is a `DEQSliced` or `DEQIndexing`."""
+        from torchdeq import core
+
+        return isinstance(module, core.DEQSliced | core.DEQIndexing)
+
+    def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
+        """See `Host.prepare_grad`."""
+        settings = module.__dict__.get("_grad_settings", {})
+        args = {**settings, **module.args.config}  # type: ignore[union-attr, dict-item]
+        strategies = _strategies(spec, args, _n_equilibria(module))
+
+        def switch() -> None:
+            _install(module, strategies, args)
+
+        return switch
+
+    def _replace(self, cls: type, name: str, hook: Callable[[Any], Any]) -> None:
+        original = cls.__dict__[name]
+        setattr(cls, name, functools.wraps(original)(hook(original)))
+        self._undo.append(lambda: setattr(cls, name, original))
+
+
+# --- construction -----------------------------------------------------------------------------
+
+
+def _hook_init(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(
+        self: Any,
+        args: Any = None,
+        ift: bool = False,
+        hook_ift: bool = False,
+        grad: Any = 1,
+        tau: float = 1.0,
+        sup_gap: int = -1,
+        sup_loc: Any = None,
+        n_states: int = 1,
+        indexing: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        settings = {
+            "ift": ift,
+            "hook_ift": hook_ift,
+            "grad": grad,
+            "tau": tau,
+            "sup_gap": sup_gap,
+            "sup_loc": sup_loc,
+            "n_states": n_states,
+            "indexing": indexing,
+        }
+        effective = {**settings, **_config(args), **kwargs}
+        if not _is_named(effective["grad"]):
+            original(self, args, **settings, **kwargs)
+            self.__dict__["_grad_settings"] = settings
+            return
+        specs = _as_list(effective["grad"])
+        if effective["ift"] or effective["hook_ift"]:
+            raise ValueError(
+                f"grad={effective['grad']!r} beside ift=True or hook_ift=True: a name says all; "
+                "pass grad='ift' for implicit differentiation"
+            )
+        _check_names(specs, effective)
+        from torchdeq.utils.config import DEQConfig
+
+        config = DEQConfig(args)
+        config.update(**kwargs)  # as TorchDEQ does, into the caller's own dict
+        placeholders = [spec if _is_steps(spec) else 1 for spec in specs]
+        original(self, DEQConfig({**config.config, "grad": placeholders}), **settings)
+        self.args = config
+        self.__dict__["_grad_settings"] = settings
+        _install(self, _strategies(specs, effective, _n_equilibria(self)), effective)
+
+    return __init__
+
+
+def _config(args: Any) -> Mapping[str, Any]:
+    """Return the settings in TorchDEQ's `args`: None, a dict, a namespace or a DEQConfig."""
+    from torchdeq.utils.config import DEQConfig
+
+    if isinstance(args, DEQConfig):
+        return args.config  # type: ignore[no-any-return]
+    if args is None:
+        return {}
+    return args if isinstance(args, Mapping) else vars(args)
+
+
+def _is_steps(grad: Any) -> bool:
+    return isinstance(grad, int)
+
+
+def _as_list(grad: Any) -> list[Any]:
+    return list(grad) if isinstance(grad, list | tuple) else [grad]
+
+
+def _is_named(grad: Any) -> bool:
+    """Whether any part of a `grad` is for us."""
+    return any(not _is_steps(spec) for spec in _as_list(grad))
+
+
+def _n_equilibria(deq: Any) -> int:
+    """Return how many states are sampled, each with a gradient of its own."""
+    return len(deq.indexing)
+
+
+def _defaults(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of TorchDEQ that differ from its defaults, under our names."""
+    found = {}
+    for setting, (argument, says_nothing) in _SETTINGS.items():
+        value = args.get(setting, says_nothing)
+        if value != says_nothing:
+            found[argument] = _SOLVERS.get(value, value) if setting == "b_solver" else value
+    return found
+
+
+def _check_names(specs: list[Any], args: Mapping[str, Any]) -> list[GradStrategy | int]:
+    """Turn specs into strategies, integers left alone.
+
+    Raises:
+        ValueError: if one is invalid, or cannot hand out the states that are asked for.
+    """
+    samples = {name: args.get(name) for name in ("sup_gap", "sup_loc")}
+    sampling = [
+        f"{name}={value!r}"
+        for name, value in samples.items()
+        if value and (name == "sup_loc" or value > 0)
+    ]
+    strategies: list[GradStrategy | int] = []
+    for spec in specs:
+        if _is_steps(spec):
+            if spec < 1:
+                raise ValueError(f"grad={spec!r}; expected steps of at least 1, or a spec")
+            strategies.append(spec)
+            continue
+        strategy = get_strategy(spec, _defaults(args))
+        if sampling and not strategy.hands_out_states:
+            raise ValueError(
+                f"{sampling[0]} samples the states that a strategy passes through, and "
+                f"{strategy!r} hands out none; upg and bptt do"
+            )
+        strategies.append(strategy)
+    return strategies
+
+
+def _strategies(grad: Any, args: Mapping[str, Any], n: int) -> list[GradStrategy | int]:
+    from torchdeq.grad import make_pair
+
+    specs = _as_list(grad)
+    if len(specs) not in (1, n):
+        raise ValueError(f"grad={grad!r} has {len(specs)} entries; expected 1 or {n}, one a state")
+    return list(make_pair(range(n), _check_names(specs, args)))
+
+
+def _install(deq: Any, strategies: list[GradStrategy | int], args: Mapping[str, Any]) -> None:
+    """Give each sampled state of an equilibrium its strategy; nothing can fail from here on."""
+    from torchdeq.grad import backward_factory
+
+    sup_gap, sup_loc = args.get("sup_gap") or -1, args.get("sup_loc") or []
+    if not hasattr(deq, "grad_memory"):
+        deq.grad_memory = nn.ModuleList(Memory() for _ in strategies)
+    deq.produce_grad = [
+        backward_factory(
+            grad_type=strategy, tau=args.get("tau", 1.0), sup_gap=sup_gap, sup_loc=sup_loc
+        )
+        if isinstance(strategy, int)
+        else ProduceGrad(strategy, index, sup_gap, tuple(sup_loc))
+        for index, strategy in enumerate(strategies)
+    ]
+
+
+# --- the forward pass -------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """What one forward pass knows that TorchDEQ does not hand to `produce_grad`."""
+
+    z_init: State
+    solves: int = 0
+    initial_states: list[State] = field(default_factory=list)
+    infos: list[Any] = field(default_factory=list)
+
+
+def _hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(
+        self: Any, func: Callable[..., Any], z_init: State, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not self.training or not any(isinstance(p, ProduceGrad) for p in self.produce_grad):
+            return original(self, func, z_init, *args, **kwargs)
+        self.__dict__["_grad_call"] = _Call(z_init)
+        try:
+            return original(self, func, z_init, *args, **kwargs)
+        finally:
+            del self.__dict__["_grad_call"]
+
+    return forward
+
+
+def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _solve_fixed_point(self: Any, deq_func: Any, z_init: Any, *args: Any, **kwargs: Any) -> Any:
+        call: _Call | None = self.__dict__.get("_grad_call")
+        if call is None:
+            return original(self, deq_func, z_init, *args, **kwargs)
+        from torchdeq.core import DEQIndexing
+        from torchdeq.solver.stat import SolverStat
+
+        # DEQSliced solves once a state, DEQIndexing once for all of them.
+        at_once = isinstance(self, DEQIndexing)
+        producers = self.produce_grad if at_once else [self.produce_grad[call.solves]]
+        call.solves += 1
+        if torch.is_grad_enabled() and all(
+            isinstance(p, ProduceGrad) and p.owns_solve(self) for p in producers
+        ):
+            info = SolverStat()  # TorchDEQ's own "not known": -1 throughout
+            solved = (z_init, [z_init] * len(producers), info) if at_once else (z_init, info)
+        else:
+            solved = original(self, deq_func, z_init, *args, **kwargs)
+        call.initial_states += [z_init] * len(producers)
+        call.infos += [solved[-1]] * len(producers)
+        return solved
+
+    return _solve_fixed_point
+
+
+@dataclass(frozen=True)
+class ProduceGrad:
+    """An entry of TorchDEQ's `produce_grad`: attaches a named strategy to one sampled state.
+
+    Attributes:
+        strategy: the strategy.
+        index: which of the sampled states it is for.
+        sup_gap: TorchDEQ's gap between the states that are handed out, below 1 for none.
+        sup_loc: TorchDEQ's numbers of the steps whose states are handed out.
+    """
+
+    strategy: GradStrategy
+    index: int
+    sup_gap: int
+    sup_loc: tuple[int, ...]
+
+    def owns_solve(self, deq: Any) -> bool:
+        """Whether the strategy of the current step finds the equilibrium itself."""
+        return self.strategy.resolve(Context(memory=deq.grad_memory[self.index])).owns_solve
+
+    def __call__(
+        self, deq: Any, deq_func: Any, z: State, writer: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """Return the sampled state, or states, attached; in the form that TorchDEQ solves in."""
+        call: _Call | None = deq.__dict__.get("_grad_call")
+        if call is None and self.owns_solve(deq):
+            raise RuntimeError(
+                f"{self.strategy!r} owns the solve, which TorchDEQ leaves to it only while the "
+                "host is enabled: call dpp.enable()"
+            )
+        form = _Form(deq_func, None if call is None else call.z_init)
+        context = Context(
+            initial_state=None if call is None else form.unpack(call.initial_states[self.index]),
+            solver_result=None if call is None else call.infos[self.index],
+            monitor=None if writer is None else functools.partial(_report, writer),
+            memory=deq.grad_memory[self.index],
+        )
+        state = form.unpack(z)
+        if torch.is_grad_enabled() and (self.sup_gap > 0 or self.sup_loc):
+            states = attach_states(form.func, state, self.strategy, context)
+            return [form.pack(state) for state in self._sampled(states)]
+        return [form.pack(attach(form.func, state, self.strategy, context))]
+
+    def _sampled(self, states: Iterator[State]) -> Iterator[State]:
+        """Yield the states that TorchDEQ's own phantom gradient would hand out."""
+        state = None
+        for step, state in enumerate(states, start=1):
+            if self.sup_gap > 0:
+                if step % self.sup_gap == 0:
+                    yield state
+            elif step in self.sup_loc:
+                yield state
+        if self.sup_gap <= 0:
+            yield state
+
+
+class _Form:
+    """Between the form in which TorchDEQ solves, perhaps one flat vector, and the user's state.
+
+    A flat vector loses the memory format of its parts, which costs a convolutional F more than the
+    copies do; the parts get that of the initial state back.
+    """
+
+    def __init__(self, deq_func: Any, z_init: State) -> None:
+        from torchdeq.utils.layer_utils import MDEQWrapper
+
+        self._deq_func = deq_func
+        self._z_init = z_init
+        self._flat = isinstance(deq_func, MDEQWrapper)
+
+    def unpack(self, z: Any) -> State:
+        """Return the user's state: a tensor or a list of tensors."""
+        if not self._flat:
+            return z if isinstance(z, Tensor) else list(z)
+        leaves = self._deq_func.vec2list(z)
+        if self._z_init is None:
+            return leaves
+        return [_like(leaf, model) for leaf, model in zip(leaves, self._z_init, strict=True)]
+
+    def pack(self, state: State) -> Any:
+        """Return a state in TorchDEQ's form."""
+        return self._deq_func.list2vec(state) if self._flat else state
+
+    def func(self, state: State) -> State:
+        """Evaluate the user's function on the user's state."""
+        if isinstance(state, Tensor):
+            return self._deq_func.func(state)
+        return list(self._deq_func.func(*state))
+
+
+def _like(leaf: Tensor, model: Tensor) -> Tensor:
+    """Return a leaf in channels_last where the model is in it."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(model.dim())
+    if wanted is None or model.is_contiguous() or not model.is_contiguous(memory_format=wanted):
+        return leaf
+    return leaf.contiguous(memory_format=wanted)
+
+
+def _report(writer: Callable[[Any], None], stats: BackwardStats) -> None:
+    """Tell TorchDEQ's `backward_writer` what it is told of its own backward solves."""
+    from torchdeq.solver.stat import SolverStat
+
+    if stats.residual is None or stats.trace is None:
+        return
+    steps = torch.full_like(stats.residual, stats.n_vjp)
+    writer(SolverStat(rel_lowest=stats.residual, rel_trace=stats.trace, nstep=steps))
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def _add_deq_args(parser):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Decorate the commonly used argument parser with arguments used in TorchDEQ.
+
+    Only this function's code is used, inside TorchDEQ's module: it has to import what it needs.
+    """
+    from deq_phantom_plugin.hosts.torchdeq import add_named_grad
+
+    add_named_grad(parser)
+
+
+def add_named_grad(parser: Any) -> None:
+    """Add TorchDEQ's arguments to a parser, with a `--grad` that takes names."""
+    from torchdeq.utils import arg_utils
+
+    arg_utils.add_deq_args._deq_phantom_original(parser)
+    action = parser._option_string_actions["--grad"]
+    action.type = _grad_argument
+    action.help = (
+        "steps of the phantom gradient, or the spec of a strategy such as upg or "
+        "'npg(k=9, lam=0.5)'; one, or one for each sampled state"
+    )
+
+
+def _grad_argument(text: str) -> int | str:
+    import argparse
+
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        get_strategy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text

@@ -1,0 +1,70 @@
+"""Checks of strategies' arguments: errors that name the value and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Return `value` as an int of at least 1.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r}; expected a whole number of at least 1") from None
+    if number < 1:
+        raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
+    return number
+
+
+def positive_float(name: str, value: Any) -> float:
+    """Return `value` as a finite float above 0.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    number = _as_float(value)
+    if number is None or not 0 < number < math.inf:
+        raise ValueError(f"{name}={value!r}; expected a finite number above 0")
+    return number
+
+
+def damping_factor(value: Any) -> float | str:
+    """Return `value` as a damping factor: a float in (0, 1], or "adaptive".
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if value == "adaptive":
+        return "adaptive"
+    number = _as_float(value)
+    if number is None or not 0 < number <= 1:
+        raise ValueError(f"lam={value!r}; expected a number in (0, 1] or 'adaptive'")
+    return number
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return `value` as a bool.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}; expected True or False")
+    return value
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, bool | str):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,53 @@
+"""BPTT: autograd through the solve itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..state import State
+from ..strategy import Context, GradStrategy
+from .arguments import positive_int
+
+
+@dataclass(frozen=True, repr=False)
+class BPTT(GradStrategy):
+    """Autograd through `steps` iterations h <- F(h) from the initial state.
+
+    Owns the solve: hosts skip theirs, and the equilibrium given to `dpp.attach` is where it starts,
+    unless the context has an initial state. With few steps this is the unrolled pretraining that
+    the source's experiments begin with (supplement 4.2); with many it is the exact gradient.
+    Differentiable to any order. The value is the last iterate.
+
+    Costs `steps` evaluations of F with their backward passes; memory holds `steps` graphs.
+
+    Args:
+        steps: the number of iterations.
+
+    Raises:
+        ValueError: if `steps` is not a whole number of at least 1.
+    """
+
+    owns_solve: ClassVar[bool] = True
+
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", positive_int("steps", self.steps))
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        state = equilibrium
+        for state in self.states(func, equilibrium, context):  # noqa: B007
+            pass
+        return state
+
+    def states(
+        self, func: Callable[[State], State], equilibrium: State, context: Context
+    ) -> Iterator[State]:
+        """Yield the iterates h_1 ... h_steps."""
+        state = equilibrium if context.initial_state is None else context.initial_state
+        for _ in range(self.steps):
+            state = func(state)
+            yield state

@@ -1,0 +1,65 @@
+"""Exact: the dense Jacobian, solved directly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adjoint import Linearization, Packing
+from ..state import State
+from ..strategy import BackwardStats, Context, GradStrategy
+
+_LIMIT = 2**30  # bytes that the dense Jacobians of a batch may take
+
+
+@dataclass(frozen=True, repr=False)
+class Exact(GradStrategy):
+    """The implicit gradient from dense Jacobians: g solves (I - J^T) g = v directly.
+
+    The reference for diagnostics and tests. The value is F(h*). Costs one evaluation of F, one
+    vector-Jacobian product for each of a sample's d elements, and d^2 memory a sample.
+
+    Raises:
+        ValueError: in backward, if the Jacobians would take more than 1 GiB.
+    """
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        graph = Linearization(func, equilibrium)
+        batch_dim, monitor = context.batch_dim, context.monitor
+
+        def adjoint(v: list[Tensor]) -> list[Tensor]:
+            packing = Packing(v, batch_dim)
+            transposed = _transposed_jacobians(graph, packing)
+            rhs = packing.pack(v)
+            identity = torch.eye(packing.columns, dtype=rhs.dtype, device=rhs.device)
+            g = torch.linalg.solve(identity - transposed, rhs[:, :, None]).squeeze(2)
+            if monitor is not None:
+                image = (transposed @ g[:, :, None]).squeeze(2)
+                error = torch.linalg.vector_norm(rhs - g + image, dim=1)
+                residual = error / torch.linalg.vector_norm(rhs, dim=1)
+                monitor(BackwardStats(repr(self), packing.columns, residual, residual[:, None]))
+            return packing.unpack(torch.where(torch.isfinite(rhs).all(1, keepdim=True), g, rhs))
+
+        return graph.attach(graph.outputs, adjoint)
+
+
+def _transposed_jacobians(graph: Linearization, packing: Packing) -> Tensor:
+    """Return J^T of each sample, shape (B, D, D): column i is J^T e_i."""
+    rows, size = packing.rows, packing.columns
+    needed = rows * size * size * packing.dtype.itemsize
+    if needed > _LIMIT:
+        raise ValueError(
+            f"exact needs {needed / 2**30:.1f} GiB for the dense Jacobians of {rows} samples of "
+            f"{size} elements; it is for states of at most 1 GiB. Use 'ift' with a tight tol"
+        )
+    result = torch.empty(rows, size, size, dtype=packing.dtype, device=packing.device)
+    unit = torch.zeros(rows, size, dtype=packing.dtype, device=packing.device)
+    for i in range(size):
+        unit[:, i] = 1
+        result[:, :, i] = packing.pack(graph.vjp(packing.unpack(unit)))
+        unit[:, i] = 0
+    return result

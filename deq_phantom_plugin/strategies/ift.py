@@ -1,0 +1,83 @@
+"""IFT: implicit differentiation, the adjoint system solved iteratively."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..adjoint import Linearization, Solution, check_solver, solve
+from ..errors import NonFiniteError, warn_once
+from ..state import State
+from ..strategy import BackwardStats, Context, GradStrategy
+from .arguments import positive_float, positive_int
+
+
+@dataclass(frozen=True, repr=False)
+class IFT(GradStrategy):
+    """The implicit gradient: g solves (I - J^T) g = v (implicit function theorem).
+
+    Bai, Kolter & Koltun 2019, "Deep Equilibrium Models", Theorem 1. F is linearised at h*; the value
+    is F(h*). Stopping short of `tol` warns once a run, with the residual; a NaN or an infinity that
+    the solve makes is an error, one that comes in passes through.
+
+    Costs one evaluation of F, and one vector-Jacobian product an iteration on the one graph that
+    memory holds, besides the solver's own vectors (gmres: at most 21).
+
+    Args:
+        solver: "gmres", "bicgstab", "anderson", "broyden" or "fixed_point".
+        tol: ||v - (I - J^T) g|| / ||v|| to reach in every sample.
+        max_iter: the most vector-Jacobian products.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    solver: str = "gmres"
+    tol: float = 1e-5
+    max_iter: int = 50
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+        object.__setattr__(self, "tol", positive_float("tol", self.tol))
+        object.__setattr__(self, "max_iter", positive_int("max_iter", self.max_iter))
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        graph = Linearization(func, equilibrium)
+        batch_dim, monitor = context.batch_dim, context.monitor
+
+        def adjoint(v: list[Tensor]) -> list[Tensor]:
+            try:
+                g, solution = solve(
+                    graph.vjp,
+                    v,
+                    solver=self.solver,
+                    tol=self.tol,
+                    max_vjp=self.max_iter,
+                    batch_dim=batch_dim,
+                )
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{self!r}, adjoint solve: {error}") from None
+            if not solution.converged:
+                self._warn(solution)
+            if monitor is not None:
+                monitor(
+                    BackwardStats(repr(self), solution.n_vjp, solution.residual, solution.trace)
+                )
+            return g
+
+        return graph.attach(graph.outputs, adjoint)
+
+    def _warn(self, solution: Solution) -> None:
+        short = int((solution.residual > self.tol).sum())
+        warn_once(
+            "ift",
+            f"{self!r}: the adjoint solve stopped after {solution.n_vjp} vector-Jacobian products "
+            f"with relative residual {solution.residual.max():.1e}; {short} of "
+            f"{solution.residual.numel()} samples are above tol. Raise max_iter or tol, try "
+            "solver='gmres', or regularise the Jacobian (dpp.jacobian_reg). If samples depend on "
+            "one another (graphs, batch norm inside F), pass batch_dim=None in the context. "
+            "This warning is given once.",
+        )

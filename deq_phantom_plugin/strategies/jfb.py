@@ -1,0 +1,28 @@
+"""JFB: Jacobian-free backpropagation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..state import State
+from ..strategy import Context, GradStrategy
+
+
+@dataclass(frozen=True, repr=False)
+class JFB(GradStrategy):
+    """One step of F from the detached h*: g = v, as if (I - J^T)^-1 were the identity.
+
+    Fung et al. 2022, "JFB: Jacobian-Free Backpropagation for Implicit Networks"; UPG and NPG with
+    k = 1 and lam = 1. The value is F(h*). Costs one evaluation of F and one backward pass.
+    """
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        return func(equilibrium)
+
+    def states(
+        self, func: Callable[[State], State], equilibrium: State, context: Context
+    ) -> Iterator[State]:
+        """Yield the one state."""
+        yield self.attach(func, equilibrium, context)

@@ -1,0 +1,111 @@
+"""The contract: what a backward-pass strategy is, and what it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .memory import Memory
+from .state import State
+
+
+@dataclass(frozen=True)
+class BackwardStats:
+    """What a strategy spent and reached in one backward pass.
+
+    Attributes:
+        strategy: the strategy, as its spec.
+        n_vjp: vector-Jacobian products taken, the one that reaches the parameters not counted.
+        residual: ||v - (I - J^T) g|| / ||v|| for each sample, shape (B,); None where the
+            strategy does not know it.
+        trace: the same after each check of the solve, shape (B, N).
+    """
+
+    strategy: str
+    n_vjp: int
+    residual: Tensor | None = None
+    trace: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a strategy may need to know besides the map and the equilibrium.
+
+    Attributes:
+        batch_dim: the dimension of every leaf that counts independent samples, 0 unless told
+            otherwise; None where samples are coupled, as the nodes of a graph are. Samples are
+            told apart only if every leaf has the same size there; otherwise the state is
+            treated as one system, which is right for any map.
+        initial_state: where the forward solve began; it may carry a graph.
+        solver_result: what the forward solver returned besides the equilibrium.
+        step: the training step; falls back to the memory's.
+        monitor: called with `BackwardStats` in each backward pass that has something to tell.
+        memory: what this equilibrium keeps between steps.
+    """
+
+    batch_dim: int | None = 0
+    initial_state: State | None = None
+    solver_result: Any = None
+    step: int | None = None
+    monitor: Callable[[BackwardStats], None] | None = None
+    memory: Memory | None = None
+
+    @property
+    def current_step(self) -> int | None:
+        """The training step, from whoever knows it."""
+        if self.step is None and self.memory is not None:
+            return self.memory.step
+        return self.step
+
+
+class GradStrategy(ABC):
+    """A way to differentiate through an equilibrium h* = F(h*, z).
+
+    A strategy is declarative: subclass as a frozen dataclass, with `repr=False` to inherit the
+    spec that parses back to the same strategy. First order only, unless it says otherwise.
+
+    Attributes:
+        name: the name in specs; set by `register_strategy`.
+        owns_solve: whether it finds the equilibrium itself; then hosts skip their solve and
+            hand over the initial state in place of the equilibrium.
+        hands_out_states: whether `states` is there.
+    """
+
+    name: ClassVar[str] = ""
+    owns_solve: ClassVar[bool] = False
+
+    @property
+    def hands_out_states(self) -> bool:
+        """Whether the states along the way can be had from `states`."""
+        return type(self).states is not GradStrategy.states
+
+    @abstractmethod
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """Return the equilibrium attached to autograd, so that backward yields this gradient.
+
+        Args:
+            func: F, from a state to a state of the same structure, differentiable in its
+                argument and in every tensor it captures.
+            equilibrium: h*, detached, under `torch.enable_grad`.
+            context: what else is known.
+        """
+
+    def states(
+        self, func: Callable[[State], State], equilibrium: State, context: Context
+    ) -> Iterator[State]:
+        """Yield the states along the way, attached; the last is what `attach` returns."""
+        raise NotImplementedError(f"{self!r} does not pass through states that it could hand out")
+
+    def resolve(self, context: Context) -> GradStrategy:
+        """Return the strategy that acts in this context: itself, unless it is a composite."""
+        return self
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        arguments = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields if f.init)
+        return f"{self.name or type(self).__name__}({arguments})"
