@@ -52,4 +52,5 @@ class Memory(nn.Module):
         }
 
     def extra_repr(self) -> str:
+        """Show what is held."""
         return f"step={self.step}, warm_starts={sorted(self._warm_starts)}"

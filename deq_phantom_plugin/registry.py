@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 from . import entry_points
@@ -24,8 +25,9 @@ Spec: TypeAlias = str | Mapping[str, Any] | GradStrategy | type[GradStrategy] | 
 _S = TypeVar("_S", bound=type[GradStrategy])
 
 _registered: dict[str, type[GradStrategy]] = {}
+# What a host fills in for arguments that a spec leaves out, also in specs inside that spec.
 _defaults: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
-    "defaults", default={}
+    "defaults", default=MappingProxyType({})
 )
 
 
@@ -58,15 +60,12 @@ def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]
     return register
 
 
-for _name, _class in {
-    "bptt": BPTT,
-    "exact": Exact,
-    "ift": IFT,
-    "jfb": JFB,
-    "npg": NPG,
-    "upg": UPG,
-}.items():
-    register_strategy(_name)(_class)
+register_strategy("bptt")(BPTT)
+register_strategy("exact")(Exact)
+register_strategy("ift")(IFT)
+register_strategy("jfb")(JFB)
+register_strategy("npg")(NPG)
+register_strategy("upg")(UPG)
 
 
 def list_strategies() -> list[str]:

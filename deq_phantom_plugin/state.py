@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -72,6 +72,7 @@ class CheckedFunc:
         self._like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
 
     def __call__(self, state: State) -> State:
+        """Evaluate the map, checked."""
         inputs, _ = flatten(state)
         versions = [leaf._version for leaf in inputs]
         result = self._func(state)
@@ -120,7 +121,7 @@ def damped_step(
         return image
     old, structure = flatten(state)
     new, _ = flatten(image)
-    factors = lam if isinstance(lam, list) else [lam] * len(old)
+    factors: Sequence[Tensor | float] = lam if isinstance(lam, list) else [lam] * len(old)
     # lerp is one kernel and one allocation where the written-out sum takes three.
     return unflatten(
         [torch.lerp(h, f, factor) for h, f, factor in zip(old, new, factors, strict=True)],

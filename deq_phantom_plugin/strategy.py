@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -106,6 +106,8 @@ class GradStrategy(ABC):
         return self
 
     def __repr__(self) -> str:
-        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        fields: Sequence[dataclasses.Field[Any]] = ()
+        if dataclasses.is_dataclass(self):
+            fields = dataclasses.fields(self)
         arguments = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields if f.init)
         return f"{self.name or type(self).__name__}({arguments})"

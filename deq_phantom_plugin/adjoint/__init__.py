@@ -1,7 +1,7 @@
 """Solvers of the adjoint system (I - J^T) g = v, and the graph of F that they work on.
 
-A solver is a function of (apply, rhs, tol, max_vjp) on (B, D) matrices, one file each; `solve` calls
-one by name on the leaves of any state.
+A solver is a function of (apply, rhs, tol, max_vjp) on (B, D) matrices, one file each; `solve`
+calls one by name on the leaves of any state.
 """
 
 from __future__ import annotations

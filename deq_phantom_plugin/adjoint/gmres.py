@@ -71,7 +71,7 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
         basis[:, j + 1] = _unit(vector, below) * running[:, None]
         if not progress.go_on(running, finite):
             break
-    weights = torch.linalg.solve_triangular(
+    weights: Tensor = torch.linalg.solve_triangular(
         triangle[:, :used, :used], target[:, :used, None], upper=True
     )
     return (weights.mT @ basis[:, :used]).squeeze(1)

@@ -32,7 +32,8 @@ class Linearization:
     def __init__(self, func: Callable[[State], State], equilibrium: State) -> None:
         leaves, self.structure = flatten(equilibrium)
         with torch.enable_grad(), _kept_from_checkpoint():
-            self.inputs = list(_Input.apply(torch.empty(0, requires_grad=True), *leaves))
+            anchor = torch.empty(0, requires_grad=True)
+            self.inputs: list[Tensor] = list(_Input.apply(anchor, *leaves))  # type: ignore[no-untyped-call]
             self.outputs, _ = flatten(func(unflatten(self.inputs, self.structure)))
         self._differentiable = [i for i, out in enumerate(self.outputs) if out.requires_grad]
 
@@ -65,8 +66,24 @@ class Linearization:
             values: the leaves of the state to return.
             adjoint: from the leaves of v to the leaves of g, called once a backward pass.
         """
-        attached = _Attach.apply(adjoint, len(values), *values, *self.outputs)
+        inputs = self.inputs
+
+        def formatted(v: list[Tensor]) -> list[Tensor]:
+            return adjoint([_in_format(vi, leaf) for vi, leaf in zip(v, inputs, strict=True)])
+
+        attached = _Attach.apply(formatted, len(values), *values, *self.outputs)  # type: ignore[no-untyped-call]
         return unflatten(list(attached), self.structure)
+
+
+def _in_format(gradient: Tensor, like: Tensor) -> Tensor:
+    """Return a gradient in the memory format of the state.
+
+    The loss decides its layout (a sum's is expanded from one number), and every product with J^T
+    would carry that on, which costs a convolutional F its channels_last kernels.
+    """
+    if gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 class _Input(torch.autograd.Function):

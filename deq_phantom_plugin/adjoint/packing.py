@@ -64,7 +64,7 @@ class Packing:
         """Return a (B, D) matrix as leaves of the like leaves' shapes, dtypes and formats."""
         leaves = []
         for part, like, order in zip(
-            matrix.split(self._widths, dim=1), self._like, self._orders, strict=True
+            torch.split(matrix, self._widths, dim=1), self._like, self._orders, strict=True
         ):
             shape = [like.shape[dim] for dim in order]
             if like.is_complex():
@@ -90,14 +90,15 @@ class Packing:
 def _batch_size(leaves: Sequence[Tensor], batch_dim: int | None) -> int | None:
     if batch_dim is None:
         return None
-    if any(not -leaf.dim() <= batch_dim < leaf.dim() for leaf in leaves):
+    if any(batch_dim not in range(-leaf.dim(), leaf.dim()) for leaf in leaves):
         return None
     sizes = {leaf.shape[batch_dim] for leaf in leaves}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def _memory_order(leaf: Tensor, batch_dim: int | None) -> list[int]:
-    dims = sorted(range(leaf.dim()), key=lambda dim: -leaf.stride(dim))
+    strides = leaf.stride()
+    dims = sorted(range(leaf.dim()), key=lambda dim: strides[dim], reverse=True)
     if batch_dim is not None:
         first = batch_dim % leaf.dim()
         dims.remove(first)

@@ -414,7 +414,7 @@ def _report(writer: Callable[[Any], None], stats: BackwardStats) -> None:
 # --- the command line -------------------------------------------------------------------------
 
 
-def _add_deq_args(parser):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _add_deq_args(parser):  # type: ignore[no-untyped-def]
     """Decorate the commonly used argument parser with arguments used in TorchDEQ.
 
     Only this function's code is used, inside TorchDEQ's module: it has to import what it needs.

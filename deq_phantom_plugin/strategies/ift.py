@@ -18,9 +18,9 @@ from .arguments import positive_float, positive_int
 class IFT(GradStrategy):
     """The implicit gradient: g solves (I - J^T) g = v (implicit function theorem).
 
-    Bai, Kolter & Koltun 2019, "Deep Equilibrium Models", Theorem 1. F is linearised at h*; the value
-    is F(h*). Stopping short of `tol` warns once a run, with the residual; a NaN or an infinity that
-    the solve makes is an error, one that comes in passes through.
+    Bai, Kolter & Koltun 2019, "Deep Equilibrium Models", Theorem 1. F is linearised at h*; the
+    value is F(h*). Stopping short of `tol` warns once a run, with the residual; a NaN or an
+    infinity that the solve makes is an error, one that comes in passes through.
 
     Costs one evaluation of F, and one vector-Jacobian product an iteration on the one graph that
     memory holds, besides the solver's own vectors (gmres: at most 21).

@@ -19,9 +19,9 @@ from .damping import damping
 class UPG(GradStrategy):
     """Autograd through k damped steps h <- (1 - lam) h + lam F(h) from the detached h*.
 
-    Algorithm 1 of the supplement of "On Training Implicit Models" (Geng et al., NeurIPS 2021). At
-    an equilibrium the gradient is lam * sum_{t<k} (v^T (lam J + (1 - lam) I)^t) dF/dz, eq. A-14. The
-    value is the k-th step.
+    Algorithm 1 of the supplement of "On Training Implicit Models" (Geng et al., NeurIPS 2021).
+    At an equilibrium the gradient is lam * sum_{t<k} v^T (lam J + (1 - lam) I)^t dF/dz, eq. A-14.
+    The value is the k-th step.
 
     Costs k evaluations of F with their k backward passes. Memory holds k graphs; with
     `checkpoint` k states and, in backward, one graph at a time, for k more evaluations.
