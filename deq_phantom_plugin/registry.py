@@ -8,7 +8,8 @@ import contextvars
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
@@ -74,10 +75,11 @@ def list_strategies() -> list[str]:
     Entry points of the group `deq_phantom_plugin.strategies` are loaded here; a broken one
     is left out, with a warning that says why.
     """
-    for name, loaded in entry_points.load_working(entry_points.STRATEGIES).items():
-        if name not in _registered:
-            with _warn_instead(ValueError, TypeError):
-                register_strategy(name)(loaded)
+    for name in entry_points.names(entry_points.STRATEGIES):
+        try:
+            strategy_class(name)
+        except ImportError as error:
+            warnings.warn(str(error), stacklevel=2)
     return sorted(_registered)
 
 
@@ -88,11 +90,14 @@ def strategy_class(name: str) -> type[GradStrategy]:
         ValueError: if there is none; lists the names there are.
         ImportError: if its entry point is broken.
     """
-    if name not in _registered:
-        with contextlib.suppress(KeyError):
-            loaded = entry_points.load(entry_points.STRATEGIES, name)
-            if name not in _registered:  # loading may have run the decorator
+    if name not in _registered and name in entry_points.names(entry_points.STRATEGIES):
+        loaded = entry_points.load(entry_points.STRATEGIES, name)
+        if name not in _registered:  # loading may have run the decorator
+            try:
                 register_strategy(name)(loaded)
+            except (TypeError, ValueError) as error:
+                group = entry_points.STRATEGIES
+                raise ImportError(f"the entry point {name} in {group!r}: {error}") from None
     if name not in _registered:
         valid = sorted({*_registered, *entry_points.names(entry_points.STRATEGIES)})
         raise ValueError(f"unknown strategy {name!r}{_hint(name, valid)}; there are {_list(valid)}")
@@ -246,13 +251,3 @@ def _list(names: list[str]) -> str:
 def _hint(name: str, valid: list[str]) -> str:
     near = difflib.get_close_matches(name, valid, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-@contextlib.contextmanager
-def _warn_instead(*errors: type[Exception]) -> Iterator[None]:
-    import warnings
-
-    try:
-        yield
-    except errors as error:
-        warnings.warn(f"an entry point in {entry_points.STRATEGIES!r}: {error}", stacklevel=4)

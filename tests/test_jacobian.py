@@ -1,0 +1,219 @@
+"""Jacobian regularisation and spectral radius, against dense Jacobians."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import equilibria, make_equilibrium
+from hypothesis import given
+from hypothesis import strategies as st
+
+import deq_phantom_plugin as dpp
+
+
+def linear(matrix: torch.Tensor):
+    return lambda h: h @ matrix.mT
+
+
+def radius_of(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.eigvals(matrix).abs().max()
+
+
+# --- spectral radius --------------------------------------------------------------------------
+
+
+@given(equilibria(), st.none() | st.floats(0.05, 1.0))
+def test_spectral_radius_is_that_of_the_dense_jacobian(drawn, lam):
+    equilibrium, context = drawn
+    got = dpp.spectral_radius(
+        equilibrium.func, equilibrium.state, lam, batch_dim=context.batch_dim, tol=1e-8
+    )
+    jacobian = equilibrium.jacobian()
+    if lam is not None:
+        jacobian = lam * jacobian + (1 - lam) * torch.eye(len(jacobian), dtype=torch.float64)
+    torch.testing.assert_close(got.max(), radius_of(jacobian), rtol=1e-5, atol=1e-12)
+    if context.batch_dim is None:
+        assert got.shape == ()
+    else:
+        assert got.shape == (equilibrium.leaves[0].shape[0],)
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        [0.9 + 0.3j, 0.9 - 0.3j, 0.5, -0.2],
+        [1.4j, -1.4j, 1.2, 0.1],
+        [-1.3, 1.3, 0.9, 0.2],
+        [-1.5, 1.4, 1.3, 0.2],
+        [0.7, 0.7, 0.7, 0.7],
+        [0.0, 0.0, 0.0, 0.0],
+    ],
+)
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+def test_complex_opposite_and_repeated_leading_eigenvalues(eigenvalues, skew):
+    """Rayleigh quotients, as TorchDEQ's power_method returns, fail on these."""
+    blocks = []
+    values = [complex(value) for value in eigenvalues]
+    while values:
+        z = values.pop(0)
+        if z.imag:
+            values.remove(z.conjugate())
+            blocks.append(torch.tensor([[z.real, -z.imag], [z.imag, z.real]]))
+        else:
+            blocks.append(torch.tensor([[z.real]]))
+    matrix = torch.block_diag(*blocks).double()
+    basis = torch.eye(4, dtype=torch.float64) + skew * torch.rand(4, 4, dtype=torch.float64).triu(1)
+    matrix = basis @ matrix @ torch.linalg.inv(basis)
+    got = dpp.spectral_radius(linear(matrix), torch.zeros(3, 4, dtype=torch.float64))
+    want = max(abs(complex(value)) for value in eigenvalues)
+    torch.testing.assert_close(
+        got, torch.full((3,), want, dtype=torch.float64), rtol=1e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_non_symmetric_maps(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(200, 200, generator=generator, dtype=dtype) / 200**0.5
+    got = dpp.spectral_radius(linear(matrix), torch.zeros(2, 200, dtype=dtype), max_iter=2000)
+    want = radius_of(matrix.double()).to(dtype).expand(2)
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=0)
+
+
+def test_symmetric_maps_keep_the_stated_tolerance():
+    matrix = torch.randn(100, 100, dtype=torch.float64)
+    matrix = matrix + matrix.mT
+    for tol in (1e-2, 1e-4, 1e-8):
+        got = dpp.spectral_radius(
+            linear(matrix), torch.zeros(1, 100, dtype=torch.float64), tol=tol, max_iter=5000
+        )
+        assert abs(float(got / radius_of(matrix)) - 1) <= tol
+
+
+def test_each_sample_has_its_own_radius():
+    scales = torch.tensor([0.1, 2.0, -0.7], dtype=torch.float64)
+    got = dpp.spectral_radius(lambda h: scales[:, None] * h, torch.zeros(3, 4, dtype=torch.float64))
+    torch.testing.assert_close(got, scales.abs())
+
+
+def test_power_method_of_torchdeq_is_wrong_here():
+    """Why there is one of our own."""
+    from torchdeq.loss import power_method
+
+    matrix = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+    start = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    _, theirs = power_method(linear(matrix)(start), start)
+    assert theirs.abs().max() < 0.1
+    torch.testing.assert_close(
+        dpp.spectral_radius(linear(matrix), start.detach()), torch.ones(1, dtype=torch.float64)
+    )
+
+
+def test_spectral_radius_leaves_no_trace():
+    problem = make_equilibrium([(2, 3)])
+    state = torch.random.get_rng_state()
+    radius = dpp.spectral_radius(problem.func, problem.state)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not radius.requires_grad
+    assert all(param.grad is None for param in problem.params)
+    with torch.no_grad():
+        assert torch.equal(dpp.spectral_radius(problem.func, problem.state), radius)
+
+
+def test_stopping_short_warns():
+    matrix = torch.randn(300, 300, dtype=torch.float64)
+    with pytest.warns(dpp.ConvergenceWarning, match="after 5 vector-Jacobian products"):
+        dpp.spectral_radius(linear(matrix), torch.zeros(1, 300, dtype=torch.float64), max_iter=5)
+
+
+def test_non_finite_products_raise():
+    weight = torch.tensor(float("inf"))
+    with pytest.raises(dpp.NonFiniteError, match="leading eigenvalue"):
+        dpp.spectral_radius(lambda h: h * weight, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"lam": 0}, "lam=0"),
+        ({"lam": 1.1}, "lam=1.1"),
+        ({"tol": 0}, "tol=0"),
+        ({"max_iter": 0}, "max_iter=0"),
+    ],
+)
+def test_spectral_radius_arguments(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        dpp.spectral_radius(lambda h: h, torch.ones(1, 2), **kwargs)
+
+
+# --- regularisation ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_jacobian_reg_is_torchdeqs(n_samples):
+    from torchdeq.loss import jac_reg
+
+    problem = make_equilibrium([(4, 3)], dtype=torch.float32)
+    torch.manual_seed(1)
+    ours = dpp.jacobian_reg(problem.func, problem.state, n_samples=n_samples)
+    torch.manual_seed(1)
+    start = problem.state.clone().requires_grad_()
+    theirs = jac_reg(problem.func(start), start, vecs=n_samples)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(
+        torch.autograd.grad(ours, problem.params),
+        torch.autograd.grad(theirs, problem.params),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@given(equilibria())
+def test_jacobian_reg_estimates_the_frobenius_norm(drawn):
+    equilibrium, _ = drawn
+    torch.manual_seed(0)
+    jacobian = equilibrium.jacobian()
+    got = dpp.jacobian_reg(equilibrium.func, equilibrium.state, n_samples=400)
+    want = jacobian.square().sum() / len(jacobian)
+    # The variance of ||J^T e||^2 is 2 ||J J^T||_F^2.
+    deviation = (2 * (jacobian @ jacobian.mT).square().sum() / 400).sqrt() / len(jacobian)
+    assert abs(got - want) < 5 * deviation
+
+
+def test_jacobian_reg_is_differentiable():
+    problem = make_equilibrium([(2, 3)], norm=0.7)
+    weight, inject = problem.params
+
+    def reg(weight, inject):
+        torch.manual_seed(3)
+        return dpp.jacobian_reg(lambda h: torch.tanh(h @ weight.mT + inject), problem.state, 2)
+
+    assert torch.autograd.gradcheck(reg, (weight, inject))
+
+
+def test_jacobian_reg_costs_one_evaluation_and_one_product_a_probe():
+    problem = make_equilibrium([(2, 3)])
+    evaluations, products = [], []
+
+    def func(h):
+        evaluations.append(1)
+        out = problem.func(h)
+        out.register_hook(lambda grad: products.append(1))
+        return out
+
+    dpp.jacobian_reg(func, problem.state, n_samples=3)
+    assert (len(evaluations), len(products)) == (1, 3)
+
+
+def test_jacobian_reg_without_grad_is_a_number():
+    problem = make_equilibrium([(2, 3)])
+    with torch.no_grad():
+        assert not dpp.jacobian_reg(problem.func, problem.state).requires_grad
+    assert dpp.jacobian_reg(lambda h: torch.ones_like(h), problem.state) == 0
+
+
+@pytest.mark.parametrize("n_samples", [0, 1.5, True, "2"])
+def test_jacobian_reg_arguments(n_samples):
+    with pytest.raises(ValueError, match="n_samples"):
+        dpp.jacobian_reg(lambda h: h, torch.ones(1, 2), n_samples=n_samples)
