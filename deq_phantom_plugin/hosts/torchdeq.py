@@ -145,8 +145,7 @@ def _hook_init(original: Callable[..., None]) -> Callable[..., None]:
 
         config = DEQConfig(args)
         config.update(**kwargs)  # as TorchDEQ does, into the caller's own dict
-        placeholders = [spec if _is_steps(spec) else 1 for spec in specs]
-        original(self, DEQConfig({**config.config, "grad": placeholders}), **settings)
+        original(self, DEQConfig({**config.config, "grad": 1}), **settings)
         self.args = config
         self.__dict__["_grad_settings"] = settings
         _install(self, _strategies(specs, effective, _n_equilibria(self)), effective)
