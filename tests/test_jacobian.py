@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import equilibria, make_equilibrium
 from hypothesis import given
 from hypothesis import strategies as st
 
 import deq_phantom_plugin as dpp
+from conftest import equilibria, make_equilibrium
 
 
 def linear(matrix: torch.Tensor):

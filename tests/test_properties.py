@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import equilibria, make_equilibrium
 from hypothesis import given
 from hypothesis import strategies as st
 
 import deq_phantom_plugin as dpp
+from conftest import equilibria, make_equilibrium
 from deq_phantom_plugin.adjoint import SOLVERS
 
 ks = st.integers(1, 12)
@@ -82,7 +82,7 @@ def test_one_undamped_step_is_jfb(drawn):
 
 @given(equilibria(), st.floats(0.3, 1.0))
 def test_phantom_gradients_tend_to_the_exact_one_as_fast_as_b_to_the_k(drawn, lam):
-    """||g_k - g|| = ||B^k g|| <= ||B||^k ||g||, and the gradient is at most ||dF/dz|| times that."""
+    """||g_k - g|| = ||B^k g|| <= ||B||^k ||g||, and ||dF/dz|| times that in the parameters."""
     equilibrium, context = drawn
     jacobian = equilibrium.jacobian()
     damped = lam * jacobian + (1 - lam) * torch.eye(len(jacobian), dtype=torch.float64)

@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 import torch
-from conftest import NESTINGS, make_equilibrium
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import deq_phantom_plugin as dpp
+from conftest import NESTINGS, make_equilibrium
 from deq_phantom_plugin.adjoint import SOLVERS
 from deq_phantom_plugin.state import damped_step
 
