@@ -1,0 +1,128 @@
+"""What a comparison found: a table, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..extras import require
+from .training import EXACT, MethodResult
+
+TARGET_ACCURACY = 0.9
+_SOLVED = 1e-4  # above this residual the reference is not called exact
+
+
+def table(results: Sequence[MethodResult], target: float | None = TARGET_ACCURACY) -> str:
+    """Return the results as a text table with footnotes.
+
+    Args:
+        results: of `compare`.
+        target: accuracy below which a method is named under the table; None for no such line.
+    """
+    header = ["method", "ms/step", "backward", "test acc.", "cosine", "peak MiB"]
+    rows = [
+        [
+            result.spec,
+            f"{1e3 * result.step_seconds:.1f}",
+            f"{result.backward_share:.0%}",
+            f"{result.accuracy:.1%}",
+            f"{result.cosine:.4f}" + ("*" if result.exact_residual > _SOLVED else ""),
+            f"{result.peak_bytes / 2**20:.1f}",
+        ]
+        for result in results
+    ]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, ["-" * w for w in widths], *rows]
+    ]
+    lines.append(
+        "Times are medians. Cosine: gradient of the equilibrium layer's parameters to the exact "
+        f"one, {EXACT} in float64, on a held-out batch of each trained model."
+    )
+    if short := [r for r in results if r.exact_residual > _SOLVED]:
+        found = ", ".join(f"{r.spec}: {r.exact_residual:.0e}" for r in short)
+        lines.append(f"* the reference itself was solved only to a relative residual of {found}.")
+    if target is not None:
+        low = [f"{r.spec} ({r.accuracy:.1%})" for r in results if r.accuracy <= target]
+        verdict = (
+            f"not above {target:.0%} test accuracy: {', '.join(low)}"
+            if low
+            else (f"every method ended above {target:.0%} test accuracy")
+        )
+        lines.append(verdict)
+    return "\n".join(lines)
+
+
+def write(results: Sequence[MethodResult], folder: str | Path, title: str) -> Path:
+    """Write results.json, steps.csv and loss.png into a folder; each is replaced as a whole.
+
+    Args:
+        results: of `compare`.
+        folder: made if missing.
+        title: of the plot.
+
+    Returns:
+        The path of the plot.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    matplotlib = require("matplotlib", "viz")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", "viz")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([asdict(result) for result in results], indent=1)
+    _replace(target / "results.json", text.encode())
+    rows = io.StringIO()
+    writer = csv.writer(rows)
+    writer.writerow(["method", "step", "seconds", "loss"])
+    for result in results:
+        for step, (second, loss) in enumerate(zip(result.seconds, result.losses, strict=True), 1):
+            writer.writerow([result.spec, step, f"{second:.6f}", f"{loss:.6g}"])
+    _replace(target / "steps.csv", rows.getvalue().encode())
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for result in results:
+        axes.plot(result.seconds, _smooth(result.losses), label=result.spec)
+    axes.set(xlabel="seconds of training", ylabel="training loss", yscale="log", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    pyplot.close(figure)
+    plot = target / "loss.png"
+    _replace(plot, image.getvalue())
+    return plot
+
+
+def _smooth(losses: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Return the running average without which four curves of single batches hide one another."""
+    smoothed, average = [], 0.0
+    for step, loss in enumerate(losses, start=1):
+        average = weight * average + (1 - weight) * loss
+        smoothed.append(average / (1 - weight**step))
+    return smoothed
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or as it was before."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,236 @@
+"""The training runs of a comparison: one a method, the same start, data order and solver."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..registry import get_strategy
+from ..switch import set_grad, set_step
+from .data import Dataset
+from .memory import peak_bytes
+
+EXACT = "ift(tol=1e-9, max_iter=400)"
+_WARM_UP = 3  # steps whose times are not counted
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all methods of a comparison share.
+
+    Attributes:
+        preset: of `MDEQ.from_preset`.
+        steps: optimiser steps.
+        batch_size: images a step.
+        lr: Adam's largest learning rate; it anneals to zero along a cosine.
+        seed: of the initialisation and the data order.
+        device: where to train.
+        deq: settings of TorchDEQ.
+    """
+
+    preset: str = "tiny"
+    steps: int = 200
+    batch_size: int = 64
+    lr: float = 3e-3
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+    deq: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What one method did.
+
+    Attributes:
+        spec: the method.
+        step_seconds: median time of a training step.
+        backward_share: median share of it that backward takes.
+        accuracy: on the test images, in [0, 1].
+        cosine: of the gradient to the exact one at the same equilibrium of the trained model, over
+            the parameters of the equilibrium layer, on one held-out batch in float64.
+        exact_residual: relative residual that the exact gradient's own solve reached.
+        peak_bytes: most memory that one training step held, above model, optimiser and data.
+        losses: after each step.
+        seconds: since the start, after each step.
+    """
+
+    spec: str
+    step_seconds: float
+    backward_share: float
+    accuracy: float
+    cosine: float
+    exact_residual: float
+    peak_bytes: int
+    losses: list[float]
+    seconds: list[float]
+
+
+def compare(
+    methods: Sequence[str],
+    data: Dataset,
+    settings: Settings | None = None,
+    on_step: Callable[[str, int, float], None] = lambda spec, step, loss: None,
+    on_result: Callable[[MethodResult], None] = lambda result: None,
+) -> list[MethodResult]:
+    """Train an MDEQ once per method, all else equal.
+
+    Args:
+        methods: specs of strategies.
+        data: the images.
+        settings: what the runs share.
+        on_step: called with the method, the step from 1 and the loss.
+        on_result: called when a method is done.
+
+    Raises:
+        ValueError: if a spec is invalid or the images do not fit the preset; before any training.
+        ImportError: without TorchDEQ.
+    """
+    from ..adapters.mdeq import MDEQ
+
+    settings = Settings() if settings is None else settings
+    for spec in methods:
+        get_strategy(spec)
+    torch.manual_seed(settings.seed)
+    start = MDEQ.from_preset(
+        settings.preset,
+        num_classes=len(data.classes),
+        in_channels=data.train_images.shape[1],
+        **settings.deq,
+    )
+    with torch.no_grad():
+        copy.deepcopy(start)(data.train_images[:2])  # the images fit, or say so now
+    results = []
+    for spec in methods:
+        result = _train(start, spec, data, settings, on_step)
+        on_result(result)
+        results.append(result)
+    return results
+
+
+def _train(
+    start: nn.Module,
+    spec: str,
+    data: Dataset,
+    settings: Settings,
+    on_step: Callable[[str, int, float], None],
+) -> MethodResult:
+    device = settings.device
+    model = copy.deepcopy(start).to(device)
+    set_grad(model, spec)
+    optimizer = torch.optim.Adam(model.parameters(), settings.lr)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    generator = torch.Generator().manual_seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    losses: list[float] = []
+    seconds: list[float] = []
+    times: list[tuple[float, float]] = []
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        marks = [_now(device)]
+        loss.backward()
+        marks.append(_now(device))
+        optimizer.step()
+        times.append((marks[1] - marks[0], _now(device)))
+        return loss
+
+    model.train()
+    elapsed, order = 0.0, torch.empty(0, dtype=torch.long)
+    for number in range(settings.steps):
+        if len(order) < settings.batch_size:
+            order = torch.randperm(len(data.train_labels), generator=generator)
+        chosen, order = order[: settings.batch_size], order[settings.batch_size :]
+        images, labels = data.train_images[chosen].to(device), data.train_labels[chosen].to(device)
+        set_step(model, number)
+        begin = _now(device)
+        loss = step(images, labels)
+        backward, end = times.pop()
+        scheduler.step()
+        times.append((end - begin, backward))
+        elapsed += end - begin
+        losses.append(loss.item())
+        seconds.append(elapsed)
+        on_step(spec, number + 1, losses[-1])
+
+    accuracy = _accuracy(model, data, settings)
+    images = data.train_images[: settings.batch_size].to(device)
+    labels = data.train_labels[: settings.batch_size].to(device)
+    cosine, residual = _cosine(model, spec, data, device)
+    peak = peak_bytes(lambda: step(images, labels), device)
+    counted = times[_WARM_UP : settings.steps] or times[: settings.steps]
+    return MethodResult(
+        spec=spec,
+        step_seconds=statistics.median(total for total, _ in counted),
+        backward_share=statistics.median(backward / total for total, backward in counted),
+        accuracy=accuracy,
+        cosine=cosine,
+        exact_residual=residual,
+        peak_bytes=peak,
+        losses=losses,
+        seconds=seconds,
+    )
+
+
+def _accuracy(model: nn.Module, data: Dataset, settings: Settings) -> float:
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for images, labels in zip(
+            data.test_images.split(256), data.test_labels.split(256), strict=True
+        ):
+            predicted = model(images.to(settings.device)).argmax(dim=1).cpu()
+            right += int((predicted == labels).sum())
+    model.train()
+    return right / len(data.test_labels)
+
+
+def _cosine(
+    model: nn.Module, spec: str, data: Dataset, device: torch.device
+) -> tuple[float, float]:
+    """Return the cosine to the exact gradient, and the residual of that one's solve."""
+    images = data.test_images[:32].to(device, torch.float64)
+    labels = data.test_labels[:32].to(device)
+    twin = copy.deepcopy(model).double()
+    for module in twin.modules():  # the loss is that of evaluation: samples stay independent
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    deq = twin.deq
+    deq.f_max_iter, deq.f_tol, deq.f_stop_mode = 200, 1e-9, "rel"
+    deq.indexing = deq._compute_f_iter(deq.f_max_iter)
+    residuals: list[float] = []
+
+    def gradient(method: str) -> Tensor:
+        set_grad(twin, method)
+        twin.zero_grad()
+        F.cross_entropy(twin(images), labels).backward()
+        parts = [p.grad.flatten() for p in twin.layer.parameters() if p.grad is not None]
+        return torch.cat(parts)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the residual is reported instead
+        own = gradient(spec)
+        original = deq.forward
+        deq.forward = lambda *args, **kwargs: original(
+            *args,
+            backward_writer=lambda info: residuals.append(float(info["rel_lowest"].max())),
+            **kwargs,
+        )
+        exact = gradient(EXACT)
+    cosine = F.cosine_similarity(own, exact, dim=0).item()
+    return cosine, max([*residuals, float(twin.last.residual.max())])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
