@@ -9,7 +9,7 @@ from .fixed_point import fixed_point
 from .progress import Apply, Progress, Solution
 
 
-def gmres(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, restart: int = 20) -> Solution:
+def gmres(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, restart: int = 50) -> Solution:
     """Solve (I - J^T) x = rhs by restarted GMRES (Saad & Schultz 1986).
 
     Every sample has its own Krylov space and stops on its own. Takes one product an iteration

@@ -33,7 +33,7 @@ class Linearization:
         leaves, self.structure = flatten(equilibrium)
         with torch.enable_grad(), _kept_from_checkpoint():
             anchor = torch.empty(0, requires_grad=True)
-            self.inputs: list[Tensor] = list(_Input.apply(anchor, *leaves))  # type: ignore[no-untyped-call]
+            self.inputs: list[Tensor] = list(_Input.apply(anchor, *leaves))
             self.outputs, _ = flatten(func(unflatten(self.inputs, self.structure)))
         self._differentiable = [i for i, out in enumerate(self.outputs) if out.requires_grad]
 
@@ -71,7 +71,7 @@ class Linearization:
         def formatted(v: list[Tensor]) -> list[Tensor]:
             return adjoint([_in_format(vi, leaf) for vi, leaf in zip(v, inputs, strict=True)])
 
-        attached = _Attach.apply(formatted, len(values), *values, *self.outputs)  # type: ignore[no-untyped-call]
+        attached = _Attach.apply(formatted, len(values), *values, *self.outputs)
         return unflatten(list(attached), self.structure)
 
 

@@ -23,7 +23,8 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
-        return torch.cuda.max_memory_allocated(device) - before
+        peak: int = torch.cuda.max_memory_allocated(device) - before
+        return peak
     with _LiveStorages() as live:
         function()
     return live.peak

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ..registry import get_strategy
 from ..switch import set_grad, set_step
 from .data import Dataset
 from .memory import peak_bytes
+
+if TYPE_CHECKING:
+    from ..adapters.mdeq import MDEQ
 
 EXACT = "ift(tol=1e-9, max_iter=400)"
 _WARM_UP = 3  # steps whose times are not counted
@@ -42,7 +45,7 @@ class Settings:
     batch_size: int = 64
     lr: float = 3e-3
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: str | torch.device = "cpu"
     deq: dict[str, Any] = field(default_factory=dict)
 
 
@@ -117,13 +120,13 @@ def compare(
 
 
 def _train(
-    start: nn.Module,
+    start: MDEQ,
     spec: str,
     data: Dataset,
     settings: Settings,
     on_step: Callable[[str, int, float], None],
 ) -> MethodResult:
-    device = settings.device
+    device = torch.device(settings.device)
     model = copy.deepcopy(start).to(device)
     set_grad(model, spec)
     optimizer = torch.optim.Adam(model.parameters(), settings.lr)
@@ -181,7 +184,7 @@ def _train(
     )
 
 
-def _accuracy(model: nn.Module, data: Dataset, settings: Settings) -> float:
+def _accuracy(model: MDEQ, data: Dataset, settings: Settings) -> float:
     model.eval()
     right = 0
     with torch.no_grad():
@@ -194,9 +197,7 @@ def _accuracy(model: nn.Module, data: Dataset, settings: Settings) -> float:
     return right / len(data.test_labels)
 
 
-def _cosine(
-    model: nn.Module, spec: str, data: Dataset, device: torch.device
-) -> tuple[float, float]:
+def _cosine(model: MDEQ, spec: str, data: Dataset, device: torch.device) -> tuple[float, float]:
     """Return the cosine to the exact gradient, and the residual of that one's solve."""
     images = data.test_images[:32].to(device, torch.float64)
     labels = data.test_labels[:32].to(device)

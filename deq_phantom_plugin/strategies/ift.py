@@ -23,7 +23,7 @@ class IFT(GradStrategy):
     infinity that the solve makes is an error, one that comes in passes through.
 
     Costs one evaluation of F, and one vector-Jacobian product an iteration on the one graph that
-    memory holds, besides the solver's own vectors (gmres: at most 21).
+    memory holds, besides the solver's own vectors (gmres: at most 51).
 
     Args:
         solver: "gmres", "bicgstab", "anderson", "broyden" or "fixed_point".
