@@ -25,7 +25,8 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         function()
         peak: int = torch.cuda.max_memory_allocated(device) - before
         return peak
-    with _LiveStorages() as live:
+    live = _LiveStorages()
+    with live:
         function()
     return live.peak
 

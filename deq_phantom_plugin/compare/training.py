@@ -41,7 +41,7 @@ class Settings:
     """
 
     preset: str = "tiny"
-    steps: int = 200
+    steps: int = 130
     batch_size: int = 64
     lr: float = 3e-3
     seed: int = 0

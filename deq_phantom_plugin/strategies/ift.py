@@ -26,7 +26,9 @@ class IFT(GradStrategy):
     memory holds, besides the solver's own vectors (gmres: at most 51).
 
     Args:
-        solver: "gmres", "bicgstab", "anderson", "broyden" or "fixed_point".
+        solver: "gmres", "bicgstab", "anderson", "broyden" or "fixed_point". The default needed no
+            more products than any other on symmetric maps, and within a few of the best on
+            others (benchmarks/adjoint_solvers.py); it alone never makes the residual worse.
         tol: ||v - (I - J^T) g|| / ||v|| to reach in every sample.
         max_iter: the most vector-Jacobian products.
 
@@ -35,7 +37,7 @@ class IFT(GradStrategy):
     """
 
     solver: str = "gmres"
-    tol: float = 1e-5
+    tol: float = 1e-4
     max_iter: int = 50
 
     def __post_init__(self) -> None:
