@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..state import State, flatten, unflatten
 
+# Where torch (before 2.8) cannot say which hooks are on top, the stack can.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 Adjoint = Callable[[list[Tensor]], list[Tensor]]
 """From the incoming gradient v, a tensor a leaf, to the g that is passed on to F."""
 
@@ -133,9 +136,8 @@ def _kept_from_checkpoint() -> contextlib.AbstractContextManager[Any]:
 def inside_checkpoint() -> bool:
     """Whether a non-reentrant `torch.utils.checkpoint` is recording or recomputing here."""
     checkpoint = "torch.utils.checkpoint"
-    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top_hooks is not None:  # torch >= 2.8
-        hooks = top_hooks(True)
+    if _top_hooks is not None:
+        hooks = _top_hooks(True)
         return hooks is not None and getattr(hooks[0], "__module__", None) == checkpoint
     frame = sys._getframe()
     while (back := frame.f_back) is not None:
