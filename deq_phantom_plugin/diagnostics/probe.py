@@ -1,0 +1,34 @@
+"""What any strategy computed: the g of its gradient (dF/dz)^T g, read off a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..state import State, flatten, unflatten
+
+
+def with_probe(
+    func: Callable[[State], State], equilibrium: State
+) -> tuple[Callable[[State], State], list[Tensor]]:
+    """Return F + e and the leaves of e, which are zero and require grad.
+
+    dF/de is the identity, so the gradient that a strategy gives e is the g that it gives F: the
+    solution of (I - J^T) g = v, exact or not. This needs no knowledge of the strategy.
+
+    Args:
+        func: F, from a state to a state of the same structure.
+        equilibrium: h*, for the shapes.
+    """
+    leaves, _ = flatten(equilibrium)
+    probes = [torch.zeros_like(leaf, requires_grad=True) for leaf in leaves]
+
+    def probed(state: State) -> State:
+        outputs, structure = flatten(func(state))
+        return unflatten(
+            [output + probe for output, probe in zip(outputs, probes, strict=True)], structure
+        )
+
+    return probed, probes
