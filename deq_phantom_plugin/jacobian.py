@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: 
 def spectral_radius(
     func: Callable[[State], State],
     equilibrium: State,
-    lam: float | None = None,
+    lam: float | Sequence[float] | None = None,
     *,
     batch_dim: int | None = 0,
     tol: float = SPECTRAL_RADIUS_TOL,
@@ -75,44 +76,59 @@ def spectral_radius(
 
     Power iteration that keeps its last 20 vectors (restarted Arnoldi), so that complex leading
     pairs of non-symmetric Jacobians are right; for each sample by itself. Costs one evaluation of
-    `func` and at most `max_iter` vector-Jacobian products.
+    `func` and at most `max_iter` vector-Jacobian products a factor.
 
     Args:
         func: F, from a state to a state of the same structure.
         equilibrium: h*, detached; any state.
-        lam: the damping factor in (0, 1], None for J itself.
+        lam: the damping factor in (0, 1], or several, which share one graph and help one another;
+            None for J itself.
         batch_dim: the dimension that counts samples, None where they are coupled.
         tol: stops when the leading Ritz pair (theta, y) satisfies
             ||J^T y - theta y|| <= tol |theta| in every sample: for a normal J the relative error
             is then at most tol, otherwise theta is exact for a J changed by that much.
-        max_iter: the most vector-Jacobian products; stopping there warns once a run.
+        max_iter: the most vector-Jacobian products a factor; stopping there warns once a run.
 
     Returns:
-        The radius of each sample, shape (B,); a scalar where samples are coupled.
+        The radius of each sample, shape (B,); a scalar where samples are coupled. With several
+        factors, these stacked along a new first dimension.
 
     Raises:
         ValueError: on bad arguments, or a `func` or `equilibrium` that break the contract.
         NonFiniteError: if a product is NaN or infinite.
     """
     tol, max_iter = positive_float("tol", tol), positive_int("max_iter", max_iter)
-    if lam is not None and not 0 < lam <= 1:
-        raise ValueError(f"lam={lam!r}; expected a number in (0, 1], or None for J itself")
+    factors: list[Any] = list(lam) if isinstance(lam, Sequence) else [lam]
+    for factor in factors:
+        if factor is not None and not (_is_number(factor) and 0 < factor <= 1):
+            raise ValueError(
+                f"lam={lam!r}; expected a number in (0, 1], a sequence of such, or None for J"
+            )
     check_equilibrium(equilibrium)
     graph = Linearization(CheckedFunc(func, equilibrium), equilibrium)
     packing = Packing(graph.inputs, batch_dim)
+    random = start = random_start(packing)
+    radii = []
+    for factor in factors:
 
-    def apply(x: Tensor) -> Tensor:
-        image = packing.pack(graph.vjp(packing.unpack(x)))
-        return image if lam is None else torch.lerp(x, image, lam)
+        def apply(x: Tensor, factor: Any = factor) -> Tensor:
+            image = packing.pack(graph.vjp(packing.unpack(x)))
+            return image if factor is None else torch.lerp(x, image, factor)
 
-    with torch.no_grad():
-        found = leading_eigenvalue(
-            apply, random_start(packing), tol=tol, max_vjp=max_iter, basis=20
-        )
-    if not (found.residual <= tol).all():
-        warn_once(
-            "spectral_radius",
-            f"spectral_radius: after {found.n_vjp} vector-Jacobian products the leading Ritz pair "
-            f"has residual {found.residual.max():.1e}, above tol={tol:.1e}; raise max_iter or tol",
-        )
-    return found.radius if packing.batch_dim is not None else found.radius.squeeze(0)
+        with torch.no_grad():
+            found = leading_eigenvalue(apply, start, tol=tol, max_vjp=max_iter, basis=20)
+        if not (found.residual <= tol).all():
+            warn_once(
+                "spectral_radius",
+                f"spectral_radius: after {found.n_vjp} vector-Jacobian products the leading Ritz "
+                f"pair has residual {found.residual.max():.1e}, above tol={tol:.1e}; raise "
+                "max_iter or tol",
+            )
+        radii.append(found.radius if packing.batch_dim is not None else found.radius.squeeze(0))
+        # The last eigenvector alone would be an invariant space that hides a new leading one.
+        start = found.vector + random / torch.linalg.vector_norm(random, dim=1, keepdim=True)
+    return torch.stack(radii) if isinstance(lam, Sequence) else radii[0]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

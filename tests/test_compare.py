@@ -10,9 +10,9 @@ import torch
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.cli import main
 from deq_phantom_plugin.compare import Settings, compare, load_digits, load_folder, table
-from deq_phantom_plugin.compare.memory import peak_bytes
 from deq_phantom_plugin.compare.report import write
 from deq_phantom_plugin.compare.training import MethodResult
+from deq_phantom_plugin.diagnostics.peak_memory import peak_bytes
 
 CPU = torch.device("cpu")
 FAST = {"f_solver": "fixed_point_iter", "f_max_iter": 4}
@@ -268,6 +268,7 @@ def test_missing_packages_are_named_with_the_pip_command(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default::deq_phantom_plugin.ConvergenceWarning")  # ift, at first
 def test_every_default_method_learns_the_digits():
     from deq_phantom_plugin.cli import _parser
 

@@ -217,3 +217,21 @@ def test_jacobian_reg_without_grad_is_a_number():
 def test_jacobian_reg_arguments(n_samples):
     with pytest.raises(ValueError, match="n_samples"):
         dpp.jacobian_reg(lambda h: h, torch.ones(1, 2), n_samples=n_samples)
+
+
+def test_radii_of_several_factors_at_once_are_those_of_each_alone():
+    # Leading eigenvalues -0.95 and 0.9: the eigenvector of the first is blind to the second.
+    eigenvalues = torch.tensor([-0.95, 0.9, 0.3, -0.2, 0.1], dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
+    weight = basis @ torch.diag(eigenvalues) @ basis.mT
+    h = torch.zeros(2, 5, dtype=torch.float64)
+    lams = [1.0, 0.7, 0.3]
+    found = dpp.spectral_radius(lambda h: h @ weight, h, lams)
+    expected = torch.stack([(lam * eigenvalues + 1 - lam).abs().max() for lam in lams])
+    torch.testing.assert_close(found, expected[:, None].expand(3, 2), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("lam", ["0.5", True, [0.5, 2], [None, "a"]])
+def test_damping_factors_of_a_radius_are_checked(lam):
+    with pytest.raises(ValueError, match="lam="):
+        dpp.spectral_radius(lambda h: h, torch.zeros(1, 2), lam)

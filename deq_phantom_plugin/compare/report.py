@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from ..extras import require
+from ..output import text_table, write_whole
 from .training import EXACT, MethodResult
 
 TARGET_ACCURACY = 0.9
@@ -37,14 +36,7 @@ def table(results: Sequence[MethodResult], target: float | None = TARGET_ACCURAC
         ]
         for result in results
     ]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [header, ["-" * w for w in widths], *rows]
-    ]
+    lines = [text_table(header, rows)]
     lines.append(
         "Times are medians. Cosine: gradient of the equilibrium layer's parameters to the exact "
         f"one, {EXACT} in float64, on a held-out batch of each trained model."
@@ -83,14 +75,14 @@ def write(results: Sequence[MethodResult], folder: str | Path, title: str) -> Pa
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     text = json.dumps([asdict(result) for result in results], indent=1)
-    _replace(target / "results.json", text.encode())
+    write_whole(target / "results.json", text.encode())
     rows = io.StringIO()
     writer = csv.writer(rows)
     writer.writerow(["method", "step", "seconds", "loss"])
     for result in results:
         for step, (second, loss) in enumerate(zip(result.seconds, result.losses, strict=True), 1):
             writer.writerow([result.spec, step, f"{second:.6f}", f"{loss:.6g}"])
-    _replace(target / "steps.csv", rows.getvalue().encode())
+    write_whole(target / "steps.csv", rows.getvalue().encode())
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for result in results:
@@ -103,7 +95,7 @@ def write(results: Sequence[MethodResult], folder: str | Path, title: str) -> Pa
     figure.savefig(image, format="png", dpi=150)
     pyplot.close(figure)
     plot = target / "loss.png"
-    _replace(plot, image.getvalue())
+    write_whole(plot, image.getvalue())
     return plot
 
 
@@ -114,15 +106,3 @@ def _smooth(losses: Sequence[float], weight: float = 0.9) -> list[float]:
         average = weight * average + (1 - weight) * loss
         smoothed.append(average / (1 - weight**step))
     return smoothed
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or as it was before."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..diagnostics.peak_memory import peak_bytes
 from ..registry import get_strategy
 from ..switch import set_grad, set_step
 from .data import Dataset
-from .memory import peak_bytes
 
 if TYPE_CHECKING:
     from ..adapters.mdeq import MDEQ
