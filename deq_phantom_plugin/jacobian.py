@@ -99,11 +99,11 @@ def spectral_radius(
     """
     tol, max_iter = positive_float("tol", tol), positive_int("max_iter", max_iter)
     factors: list[Any] = list(lam) if isinstance(lam, Sequence) else [lam]
-    for factor in factors:
-        if factor is not None and not (_is_number(factor) and 0 < factor <= 1):
-            raise ValueError(
-                f"lam={lam!r}; expected a number in (0, 1], a sequence of such, or None for J"
-            )
+    valid = [f is None or (_is_number(f) and 0 < f <= 1) for f in factors]
+    if not valid or not all(valid):
+        raise ValueError(
+            f"lam={lam!r}; expected a number in (0, 1], a sequence of such, or None for J"
+        )
     check_equilibrium(equilibrium)
     graph = Linearization(CheckedFunc(func, equilibrium), equilibrium)
     packing = Packing(graph.inputs, batch_dim)

@@ -231,7 +231,7 @@ def test_radii_of_several_factors_at_once_are_those_of_each_alone():
     torch.testing.assert_close(found, expected[:, None].expand(3, 2), rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("lam", ["0.5", True, [0.5, 2], [None, "a"]])
+@pytest.mark.parametrize("lam", ["0.5", True, [0.5, 2], [None, "a"], []])
 def test_damping_factors_of_a_radius_are_checked(lam):
     with pytest.raises(ValueError, match="lam="):
         dpp.spectral_radius(lambda h: h, torch.zeros(1, 2), lam)

@@ -4,10 +4,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from ..state import State
+from ..strategy import GradStrategy
+
+
+@dataclass(frozen=True, eq=False)
+class Solve:
+    """One forward solve of an equilibrium in training, as its host saw it.
+
+    Attributes:
+        func: F, from a state to a state of the same structure; valid until the parameters change.
+        initial_state: where the solve began.
+        equilibrium: the state it ended in, the last if several were sampled; detached.
+        attached: the same state in the autograd graph, as the model goes on with it.
+        strategy: the method behind that graph, also where it is the host's own.
+        step: the training step, None where nobody has told it.
+        residual: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,); NaN where the host does not
+            know it.
+        nfe: evaluations of F that the solve took.
+    """
+
+    func: Callable[[State], State]
+    initial_state: State
+    equilibrium: State
+    attached: State
+    strategy: GradStrategy
+    step: int | None
+    residual: Tensor
+    nfe: int
 
 
 class Host(ABC):
@@ -50,4 +80,14 @@ class Host(ABC):
 
         Raises:
             ValueError: if the equilibrium cannot take it.
+        """
+
+    @abstractmethod
+    def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
+        """Call back after each solve of an equilibrium in training; nothing else changes.
+
+        Needs no `enable`, and outlives a switch of the equilibrium's `grad`.
+
+        Returns:
+            A function that ends the observation.
         """

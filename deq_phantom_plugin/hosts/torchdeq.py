@@ -8,6 +8,7 @@ TorchDEQ's own code.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from ..memory import Memory
 from ..registry import get_strategy
 from ..state import State
 from ..strategy import BackwardStats, Context, GradStrategy
-from .host import Host
+from .host import Host, Solve
 
 # TorchDEQ's setting -> our argument, the value at which the setting says nothing (TorchDEQ's own
 # default, which argparse always sets), and how to translate any other.
@@ -95,6 +96,35 @@ class TorchDEQ(Host):
             _install(module, strategies, args)
 
         return switch
+
+    def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
+        """See `Host.observe`."""
+
+        def before(deq: Any, args: Any, kwargs: Any) -> Any:
+            if args:
+                return (_Counted(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "func": _Counted(kwargs["func"])}
+
+        def after(deq: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            if not (deq.training and torch.is_grad_enabled()):
+                return None
+            states, info = output
+            # A tensor of its own: a gradient taken at the state that hook_ift returns would be the
+            # one that TorchDEQ's hook has already turned into g.
+            last = _map(lambda leaf: leaf.view_as(leaf), states[-1])
+            callback(_solve(deq, args, kwargs, last, info))
+            return [*states[:-1], last], info
+
+        handles = [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True),
+        ]
+
+        def end() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return end
 
     def _replace(self, cls: type, name: str, hook: Callable[[Any], Any]) -> None:
         original = cls.__dict__[name]
@@ -261,18 +291,24 @@ class _Call:
 
 
 def _hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(
-        self: Any, func: Callable[..., Any], z_init: State, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training or not any(isinstance(p, ProduceGrad) for p in self.produce_grad):
-            return original(self, func, z_init, *args, **kwargs)
-        self.__dict__["_grad_call"] = _Call(z_init)
+            return original(self, *args, **kwargs)
+        self.__dict__["_grad_call"] = _Call(_func_and_start(args, kwargs)[1])
         try:
-            return original(self, func, z_init, *args, **kwargs)
+            return original(self, *args, **kwargs)
         finally:
             del self.__dict__["_grad_call"]
 
     return forward
+
+
+def _func_and_start(args: Any, kwargs: Any) -> tuple[Callable[..., Any], State]:
+    """Return F and the initial state, the first two arguments of a core's `forward`."""
+    given = [*args, *(kwargs[name] for name in ("func", "z_init", "z_star") if name in kwargs)]
+    if len(given) < 2:
+        raise TypeError("expected func and an initial state")
+    return given[0], given[1]
 
 
 def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -386,9 +422,17 @@ class _Form:
 
     def func(self, state: State) -> State:
         """Evaluate the user's function on the user's state."""
-        if isinstance(state, Tensor):
-            return self._deq_func.func(state)
-        return list(self._deq_func.func(*state))
+        return _evaluate(self._deq_func.func, state)
+
+
+def _evaluate(func: Callable[..., Any], state: State) -> State:
+    """Evaluate the user's function, which takes a list of tensors one by one."""
+    return func(state) if isinstance(state, Tensor) else list(func(*state))
+
+
+def _map(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """Return a tensor, or a list of tensors, changed."""
+    return function(state) if isinstance(state, Tensor) else [function(leaf) for leaf in state]
 
 
 def _like(leaf: Tensor, model: Tensor) -> Tensor:
@@ -408,6 +452,74 @@ def _report(writer: Callable[[Any], None], stats: BackwardStats) -> None:
         return
     steps = torch.full_like(stats.residual, stats.n_vjp)
     writer(SolverStat(rel_lowest=stats.residual, rel_trace=stats.trace, nstep=steps))
+
+
+# --- observation ------------------------------------------------------------------------------
+
+
+class _Counted:
+    """A function, and how often it was called without and with autograd."""
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = func
+        self.calls = {False: 0, True: 0}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls[torch.is_grad_enabled()] += 1
+        return self.func(*args, **kwargs)
+
+
+def _solve(deq: Any, args: Any, kwargs: Any, attached: State, info: Any) -> Solve:
+    counted, start = _func_and_start(args, kwargs)
+    assert isinstance(counted, _Counted)
+    producer = deq.produce_grad[-1]
+    named = isinstance(producer, ProduceGrad)
+    steps = [m.step for m in deq.modules() if isinstance(m, Memory) and m.step is not None]
+    residual = info["rel_lowest"]
+    return Solve(
+        func=functools.partial(_evaluate, counted.func),
+        initial_state=start if isinstance(start, Tensor) else list(start),
+        equilibrium=_map(Tensor.detach, attached),
+        attached=attached,
+        strategy=producer.strategy if named else HostGrad(producer, deq.no_stat),
+        step=steps[0] if steps else None,
+        # TorchDEQ's -1 is "not known".
+        residual=torch.where(residual < 0, torch.nan, residual),
+        # Solvers run without autograd; a strategy that owns the solve runs with it.
+        nfe=counted.calls[False] or counted.calls[True],
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class HostGrad(GradStrategy):
+    """TorchDEQ's own gradient, of an integer or of `ift=True`, as a strategy.
+
+    Attributes:
+        producer: what TorchDEQ's `backward_factory` made.
+        no_stat: TorchDEQ's setting of that name.
+    """
+
+    producer: Callable[..., list[Any]]
+    no_stat: bool
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        from torchdeq.utils.layer_utils import deq_decorator
+
+        if isinstance(equilibrium, Tensor):
+            deq_func, z = deq_decorator(func, equilibrium, no_stat=self.no_stat)
+        else:
+            deq_func, z = deq_decorator(
+                lambda *leaves: func(list(leaves)), equilibrium, no_stat=self.no_stat
+            )
+        # hook_ift leaves its hook on the first argument, and must not find the model's there.
+        return deq_func.vec2list(self.producer(types.SimpleNamespace(hook=None), deq_func, z)[-1])
+
+    def __repr__(self) -> str:
+        known = inspect.getclosurevars(self.producer).nonlocals
+        if "n_grad_step" not in known:
+            return "torchdeq(ift=True)"
+        return f"torchdeq(grad={known['n_grad_step']}, tau={known['tau']})"
 
 
 # --- the command line -------------------------------------------------------------------------
