@@ -11,6 +11,7 @@ or without any framework:
 """
 
 from .attach import attach
+from .diagnostics import gradient_report, model_report, monitor
 from .errors import ConvergenceWarning, NonFiniteError
 from .hosts import disable, enable, enabled
 from .jacobian import jacobian_reg, spectral_radius
@@ -44,8 +45,11 @@ __all__ = [
     "enable",
     "enabled",
     "get_strategy",
+    "gradient_report",
     "jacobian_reg",
     "list_strategies",
+    "model_report",
+    "monitor",
     "register_strategy",
     "set_grad",
     "set_step",

@@ -196,6 +196,9 @@ class FunctionStrategy(GradStrategy):
         """See `GradStrategy.attach`."""
         return self.function(func, equilibrium, context)
 
+    def __repr__(self) -> str:
+        return getattr(self.function, "__qualname__", None) or repr(self.function)
+
 
 def _build(
     cls: type[GradStrategy],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..diagnostics.peak_memory import peak_bytes
+from ..diagnostics.cost import now, peak_bytes
 from ..registry import get_strategy
 from ..switch import set_grad, set_step
 from .data import Dataset
@@ -140,11 +139,11 @@ def _train(
     def step(images: Tensor, labels: Tensor) -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
-        marks = [_now(device)]
+        marks = [now(device)]
         loss.backward()
-        marks.append(_now(device))
+        marks.append(now(device))
         optimizer.step()
-        times.append((marks[1] - marks[0], _now(device)))
+        times.append((marks[1] - marks[0], now(device)))
         return loss
 
     model.train()
@@ -155,7 +154,7 @@ def _train(
         chosen, order = order[: settings.batch_size], order[settings.batch_size :]
         images, labels = data.train_images[chosen].to(device), data.train_labels[chosen].to(device)
         set_step(model, number)
-        begin = _now(device)
+        begin = now(device)
         loss = step(images, labels)
         backward, end = times.pop()
         scheduler.step()
@@ -229,9 +228,3 @@ def _cosine(model: MDEQ, spec: str, data: Dataset, device: torch.device) -> tupl
         exact = gradient(EXACT)
     cosine = F.cosine_similarity(own, exact, dim=0).item()
     return cosine, max([*residuals, float(twin.last.residual.max())])
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

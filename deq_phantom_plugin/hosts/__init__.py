@@ -10,7 +10,7 @@ from torch import nn
 from .. import entry_points
 from .host import Host
 
-__all__ = ["Host", "disable", "enable", "enabled", "find_equilibria"]
+__all__ = ["Host", "disable", "enable", "enabled", "find_equilibria", "host_names"]
 
 _hosts: dict[str, Host] = {}
 
@@ -72,6 +72,11 @@ def find_equilibria(module: nn.Module) -> list[tuple[Host, nn.Module]]:
     return [
         (host, child) for child in module.modules() for host in hosts if host.is_equilibrium(child)
     ]
+
+
+def host_names() -> list[str]:
+    """Return the names of the hosts whose frameworks are installed."""
+    return sorted(name for name, host in _all().items() if host.installed())
 
 
 def _all() -> dict[str, Host]:

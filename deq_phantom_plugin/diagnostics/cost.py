@@ -1,7 +1,8 @@
-"""Peak memory of a piece of code, on any device."""
+"""Seconds and bytes that a piece of code takes, on any device."""
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+def now(device: torch.device) -> float:
+    """Return a time in seconds by which all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:

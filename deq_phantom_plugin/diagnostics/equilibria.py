@@ -1,0 +1,24 @@
+"""The equilibria inside a model, by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..hosts import Host, find_equilibria, host_names
+
+
+def named_equilibria(model: nn.Module) -> list[tuple[str, Host, nn.Module]]:
+    """Return every equilibrium inside a model, with its name there and its host.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    found = find_equilibria(model)
+    if not found:
+        raise ValueError(
+            f"no equilibrium found inside {type(model).__name__}; looked for those of "
+            f"{', '.join(host_names()) or 'no host, as none is installed'}. For a solver of your "
+            "own there is dpp.gradient_report(func, equilibrium, loss, params)"
+        )
+    return [(names[module] or "equilibrium", host, module) for host, module in found]

@@ -1,0 +1,203 @@
+"""The health of a model's equilibria while it trains, into TensorBoard or any callable."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConvergenceWarning
+from ..hosts.host import Solve
+from ..jacobian import spectral_radius
+from ..state import State, flatten
+from ..strategies import IFT
+from ..strategies.arguments import positive_int
+from ..strategy import Context, GradStrategy
+from .equilibria import named_equilibria
+from .problem import Problem, inner_product
+
+DEFAULT_EVERY = 200
+
+Writer = Callable[[Mapping[str, float], int], Any]
+"""Takes numbers by name, and the step."""
+
+_REFERENCE = IFT(solver="gmres", tol=1e-5, max_iter=30)
+_RADIUS_TOL, _RADIUS_VJPS = 1e-2, 20
+
+
+def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monitor:
+    """Log the health of every equilibrium inside a model while it trains.
+
+    Every `every` training steps, in the backward pass, under the equilibrium's name:
+
+    - `forward_residual`: ||F(h) - h|| / ||F(h)||, the mean of the batch, as the host tells it;
+    - `nfe`: evaluations of F that the solve took;
+    - `adjoint_residual`: ||v - (I - J^T) g|| / ||v|| of the g behind the model's own gradient;
+    - `spectral_radius`: rho(J), the largest of the batch, from at most 20 products;
+    - `cosine`: of the model's own dL/dtheta to that of a better reference, GMRES with at most 30
+      products, whose own residual is `reference_residual`.
+
+    The model, its gradients and random state are not touched. The step is that of
+    `dpp.set_step`; where it was never called, training forward passes are counted instead.
+
+    Args:
+        model: its equilibria are found through the installed hosts (TorchDEQ).
+        writer: TensorBoard's `SummaryWriter`, or a callable (numbers by name, step), such as
+            `wandb.log`.
+        every: steps from one log to the next.
+
+    Returns:
+        A handle: `remove()` ends it, and so does leaving it as a `with` block.
+
+    Raises:
+        ValueError: if the model has no equilibrium, `every` is not a whole number of at least 1,
+            or `writer` is neither.
+    """
+    found = named_equilibria(model)
+    return Monitor(
+        [
+            host.observe(
+                module, _Watch(name, model, _as_callable(writer), positive_int("every", every))
+            )
+            for name, host, module in found
+        ]
+    )
+
+
+class Monitor(AbstractContextManager["Monitor"]):
+    """A handle on a running monitor.
+
+    Args:
+        ends: functions that end its observations.
+    """
+
+    def __init__(self, ends: Sequence[Callable[[], None]]) -> None:
+        self._ends = list(ends)
+
+    def remove(self) -> None:
+        """End the monitor; idempotent."""
+        while self._ends:
+            self._ends.pop()()
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+@dataclass
+class _Watch:
+    """Logs one equilibrium."""
+
+    name: str
+    model: nn.Module
+    write: Writer
+    every: int
+    _forwards: int = field(default=-1, init=False)
+    _logged: int | None = field(default=None, init=False)
+    _coupled: bool | None = field(default=None, init=False)
+
+    def __call__(self, solve: Solve) -> None:
+        self._forwards += 1
+        step = self._forwards if solve.step is None else solve.step
+        # Gradient accumulation and repeated solves come here several times a step.
+        if step % self.every or step == self._logged:
+            return
+        leaves = [leaf for leaf in flatten(solve.attached)[0] if leaf.requires_grad]
+        if not leaves:
+            return
+        self._logged = step
+        # Not the whole solve: its attached state would hold the hook that holds it.
+        backward = partial(
+            self._on_backward,
+            step,
+            solve.func,
+            solve.equilibrium,
+            solve.strategy,
+            Context(initial_state=solve.initial_state, step=solve.step),
+            {"forward_residual": solve.residual.mean(), "nfe": solve.nfe},
+            _autocast(leaves[0].device.type),
+        )
+        torch.autograd.graph.register_multi_grad_hook(leaves, backward)
+
+    def _on_backward(
+        self,
+        step: int,
+        func: Callable[[State], State],
+        equilibrium: State,
+        strategy: GradStrategy,
+        context: Context,
+        known: Mapping[str, Any],
+        autocast: AbstractContextManager[Any],
+        grads: Sequence[Tensor | None],
+    ) -> None:
+        numbers = {name: float(value) for name, value in known.items()}
+        like = flatten(equilibrium)[0]
+        v = [torch.zeros_like(h) if g is None else g for g, h in zip(grads, like, strict=True)]
+        try:
+            # A loss scaler's overflow says nothing about the model.
+            if all(bool(torch.isfinite(vi).all()) for vi in v):
+                with ExitStack() as stack:
+                    devices = {leaf.device for leaf in like if leaf.device.type == "cuda"}
+                    stack.enter_context(torch.random.fork_rng(devices))
+                    stack.enter_context(warnings.catch_warnings())
+                    warnings.simplefilter("ignore", ConvergenceWarning)
+                    stack.enter_context(autocast)
+                    params = [p for p in self.model.parameters() if p.requires_grad]
+                    problem = Problem(func, equilibrium, partial(inner_product, v), params, context)
+                    numbers |= self._measure(problem, strategy)
+        except Exception as error:  # what is only watched must not stop the training
+            warnings.warn(
+                f"monitor: {self.name}, step {step}: {type(error).__name__}: {error}", stacklevel=2
+            )
+        # TorchDEQ's residual may be unknown.
+        finite = {f"{self.name}/{key}": x for key, x in numbers.items() if x == x}
+        self.write(finite, step)
+
+    def _measure(self, problem: Problem, strategy: GradStrategy) -> dict[str, float]:
+        if self._coupled is None:
+            self._coupled = problem.samples_are_coupled()
+        whole = problem.coupled() if self._coupled else problem
+        own, reference = problem.differentiate(strategy), whole.differentiate(_REFERENCE)
+        radius = spectral_radius(
+            problem.func,
+            problem.equilibrium,
+            batch_dim=whole.context.batch_dim,
+            tol=_RADIUS_TOL,
+            max_iter=_RADIUS_VJPS,
+        )
+        return {
+            "adjoint_residual": own.residual,
+            "spectral_radius": float(radius.max()),
+            "cosine": own.cosine(reference),
+            "reference_residual": reference.residual,
+        }
+
+
+def _as_callable(writer: Any) -> Writer:
+    add_scalar = getattr(writer, "add_scalar", None)
+    if callable(add_scalar):
+
+        def write(numbers: Mapping[str, float], step: int) -> None:
+            for name, value in numbers.items():
+                add_scalar(name, value, step)
+
+        return write
+    if not callable(writer):
+        raise ValueError(
+            f"writer={writer!r}; expected a SummaryWriter or a callable (numbers by name, step)"
+        )
+    return writer  # type: ignore[no-any-return]
+
+
+def _autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Return the autocast in force, for the backward pass, which has none of its own."""
+    return torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+    )

@@ -1,0 +1,272 @@
+"""One equilibrium, one loss, and the gradient that any strategy gives there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adjoint import Linearization, Packing
+from ..attach import attach
+from ..state import CheckedFunc, State, check_equilibrium, flatten, unflatten
+from ..strategy import Context, GradStrategy
+from .probe import with_probe
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What all strategies are measured on.
+
+    Attributes:
+        func: F, from a state to a state.
+        equilibrium: h*, detached.
+        loss: from a state to a scalar.
+        params: the tensors to differentiate with respect to, which F captures or is built from.
+        context: for the strategies.
+    """
+
+    func: Callable[[State], State]
+    equilibrium: State
+    loss: Callable[[State], Tensor]
+    params: Sequence[Tensor]
+    context: Context = field(default_factory=Context)
+
+    def __post_init__(self) -> None:
+        check_equilibrium(self.equilibrium)
+        object.__setattr__(self, "params", check_params(self.params))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state is."""
+        leaves: list[Tensor] = flatten(self.equilibrium)[0]
+        return leaves[0].device
+
+    def cotangent(self, state: State) -> list[Tensor]:
+        """Return v = dL/dh at a state, a tensor a leaf.
+
+        Raises:
+            ValueError: if the loss is not a scalar that depends on the state.
+        """
+        leaves, structure = flatten(state)
+        with torch.enable_grad():
+            inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+            loss = check_scalar(self.loss(unflatten(inputs, structure)))
+            if not loss.requires_grad:
+                raise ValueError("the loss does not depend on the state, so it has no gradient")
+            return list(
+                torch.autograd.grad(
+                    loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            )
+
+    def pull_back(self, attached: State, v: Sequence[Tensor], to: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradient of <v, attached> with respect to tensors; zero where none flows."""
+        pairs = [
+            (leaf, vi)
+            for leaf, vi in zip(flatten(attached)[0], v, strict=True)
+            if leaf.requires_grad
+        ]
+        if not pairs:
+            return [torch.zeros_like(tensor) for tensor in to]
+        # What F is built from, such as its injection's graph, serves the next strategy too.
+        return list(
+            torch.autograd.grad(
+                [leaf for leaf, _ in pairs],
+                list(to),
+                [vi for _, vi in pairs],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+
+    def attach(self, strategy: GradStrategy, func: Callable[[State], State] | None = None) -> State:
+        """Return the equilibrium attached by a strategy, to F unless another map is given."""
+        with torch.enable_grad():
+            return attach(
+                self.func if func is None else func, self.equilibrium, strategy, self.context
+            )
+
+    def differentiate(self, strategy: GradStrategy) -> Gradient:
+        """Return the gradient that a strategy gives, with its evaluations and products counted."""
+        counted = _Counted(self.func)
+        probed, probes = with_probe(counted, self.equilibrium)
+        attached = self.attach(strategy, probed)
+        v = self.cotangent(attached)
+        grads = self.pull_back(attached, v, [*self.params, *probes])
+        split = len(self.params)
+        return Gradient(
+            _vector(grads[:split]),
+            self._residual(v, grads[split:]),
+            counted.n_evaluations,
+            counted.n_vjp,
+        )
+
+    def linearize(self) -> Linearization:
+        """Return F on one graph at the equilibrium."""
+        return Linearization(CheckedFunc(self.func, self.equilibrium), self.equilibrium)
+
+    def reached(self) -> list[Tensor]:
+        """Return the parameters that F depends on.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        graph = self.linearize()
+        outputs = [out for out in graph.outputs if out.requires_grad]
+        if outputs:
+            found = torch.autograd.grad(
+                outputs,
+                self.params,
+                [torch.zeros_like(out) for out in outputs],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            reached = [p for p, grad in zip(self.params, found, strict=True) if grad is not None]
+            if reached:
+                return reached
+        raise ValueError(
+            f"func depends on none of the {len(self.params)} tensors in params; pass those that "
+            "it uses, themselves and not copies"
+        )
+
+    def forward_residual(self) -> float:
+        """Return ||F(h) - h|| / ||F(h)|| of the equilibrium, the whole batch together."""
+        with torch.no_grad():
+            image = flatten(CheckedFunc(self.func, self.equilibrium)(self.equilibrium))[0]
+        state = flatten(self.equilibrium)[0]
+        return _norm([f - h for f, h in zip(image, state, strict=True)]) / max(
+            _norm(image), torch.finfo(torch.float64).tiny
+        )
+
+    def samples_are_coupled(self) -> bool:
+        """Whether F mixes samples, as batch normalisation in training does.
+
+        Seen from one product J^T e with an e that lives in the first sample.
+        """
+        graph = self.linearize()
+        packing = Packing(graph.inputs, self.context.batch_dim)
+        if packing.rows < 2:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.zeros(packing.rows, packing.columns, dtype=packing.dtype)
+        probe[0] = torch.randn(packing.columns, generator=generator, dtype=packing.dtype)
+        image = packing.pack(graph.vjp(packing.unpack(probe.to(packing.device))))
+        leaked = torch.linalg.vector_norm(image[1:])
+        return bool(leaked > 10 * torch.finfo(image.dtype).eps * torch.linalg.vector_norm(image))
+
+    def coupled(self) -> Problem:
+        """Return the same problem with the batch treated as one system."""
+        return replace(self, context=replace(self.context, batch_dim=None))
+
+    def _residual(self, v: Sequence[Tensor], g: Sequence[Tensor]) -> float:
+        image = self.linearize().vjp(g)
+        error = [vi - gi + ji for vi, gi, ji in zip(v, g, image, strict=True)]
+        return _norm(error) / max(_norm(v), torch.finfo(torch.float64).tiny)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """What a strategy returned.
+
+    Attributes:
+        vector: dL/dtheta, all parameters in one vector of float64 (or complex as pairs).
+        residual: ||v - (I - J^T) g|| / ||v|| of the g behind it, at h*, the batch together.
+        n_evaluations: calls of F.
+        n_vjp: backward passes through F, the one to the parameters included.
+    """
+
+    vector: Tensor
+    residual: float
+    n_evaluations: int
+    n_vjp: int
+
+    @property
+    def norm(self) -> float:
+        """||dL/dtheta||."""
+        return float(torch.linalg.vector_norm(self.vector))
+
+    def cosine(self, other: Gradient) -> float:
+        """Return the cosine to another gradient; NaN if either is zero."""
+        scale = self.norm * other.norm
+        return float(self.vector @ other.vector) / scale if scale > 0 else float("nan")
+
+    def relative_error(self, reference: Gradient) -> float:
+        """Return ||this - reference|| / ||reference||; NaN if the reference is zero."""
+        error = float(torch.linalg.vector_norm(self.vector - reference.vector))
+        return error / reference.norm if reference.norm > 0 else float("nan")
+
+
+def check_params(params: Iterable[Tensor]) -> list[Tensor]:
+    """Return parameters as a list.
+
+    Raises:
+        ValueError: if there are none, or one is not a tensor that requires grad.
+    """
+    if isinstance(params, Tensor):
+        raise ValueError("params is a tensor; expected a sequence of tensors, such as [tensor]")
+    found = list(params)
+    if not found:
+        raise ValueError("params is empty; expected the tensors to differentiate with respect to")
+    for index, param in enumerate(found):
+        if not isinstance(param, Tensor):
+            raise ValueError(f"params[{index}] is a {type(param).__name__}; expected a tensor")
+        if not param.requires_grad:
+            raise ValueError(
+                f"params[{index}], of shape {tuple(param.shape)}, does not require grad; call "
+                "requires_grad_() before F is built from it"
+            )
+    return found
+
+
+def check_scalar(loss: Any) -> Tensor:
+    """Return a loss.
+
+    Raises:
+        ValueError: if it is not a tensor with one element.
+    """
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"loss returned a {type(loss).__name__}; expected a scalar tensor")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss returned a tensor of shape {tuple(loss.shape)}; expected a scalar, such as "
+            "its mean"
+        )
+    return loss
+
+
+def inner_product(v: Sequence[Tensor], state: State) -> Tensor:
+    """Return the loss whose gradient at any state is v: Re <v, h>."""
+    total = [(vi.conj() * h).real.sum() for vi, h in zip(v, flatten(state)[0], strict=True)]
+    return torch.stack(total).sum()
+
+
+class _Counted:
+    """F, with its evaluations and the backward passes through it counted."""
+
+    def __init__(self, func: Callable[[State], State]) -> None:
+        self._func = func
+        self.n_evaluations = self.n_vjp = 0
+
+    def __call__(self, state: State) -> State:
+        self.n_evaluations += 1
+        result = self._func(state)
+        outputs = [x for x in flatten(result)[0] if isinstance(x, Tensor) and x.requires_grad]
+        if outputs:
+            torch.autograd.graph.register_multi_grad_hook(outputs, self._count, mode="any")
+        return result
+
+    def _count(self, grad: Tensor) -> None:
+        self.n_vjp += 1
+
+
+def _vector(tensors: Sequence[Tensor]) -> Tensor:
+    parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    return torch.cat([part.detach().flatten().double() for part in parts])
+
+
+def _norm(leaves: Sequence[Tensor]) -> float:
+    return float(torch.linalg.vector_norm(_vector(leaves)))
