@@ -1,16 +1,21 @@
-"""The command line: `deq-phantom list` and `deq-phantom compare`."""
+"""The command line: `deq-phantom list`, `report` and `compare`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from .diagnostics import model_report
+from .diagnostics.report import DEFAULT_GRADS
+from .extras import require
 from .registry import get_strategy, list_strategies, strategy_class
 
 
@@ -36,6 +41,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     listing = commands.add_parser("list", help="print the strategies that are installed")
     listing.set_defaults(run=_list)
+    report = commands.add_parser(
+        "report", help="measure gradient methods on your own model and batch, against the exact one"
+    )
+    report.set_defaults(run=_report)
+    report.add_argument(
+        "target",
+        metavar="FILE.py:FUNCTION",
+        help="a function without arguments that returns (model, inputs, loss), as for "
+        "dpp.model_report; package.module:FUNCTION works too",
+    )
+    report.add_argument("--grad", nargs="+", default=list(DEFAULT_GRADS), metavar="SPEC")
+    report.add_argument("--repeats", type=_positive, default=3, help="timed runs of each method")
+    report.add_argument("--out", type=Path, default=Path("runs/report"), help="folder for results")
     compare = commands.add_parser(
         "compare", help="train an MDEQ once per method, all else equal, and compare"
     )
@@ -83,9 +101,65 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    for spec in args.grad:
+        get_strategy(spec)
+    require("matplotlib", "viz")
+    built = _load(args.target)()
+    if not isinstance(built, tuple) or len(built) != 3:
+        raise ValueError(
+            f"{args.target} returned {type(built).__name__}; expected (model, inputs, loss)"
+        )
+    model, inputs, loss = built
+    report = model_report(model, inputs, loss, args.grad, repeats=args.repeats)
+    print(report)
+    report.save_json(args.out / "report.json")
+    report.save_html(args.out / "report.html")
+    print(f"\nresults: {args.out / 'report.json'}\npage: {args.out / 'report.html'}")
+    return 0
+
+
+def _load(target: str) -> Callable[[], Any]:
+    """Return the function that FILE.py:FUNCTION or package.module:FUNCTION names.
+
+    Raises:
+        ValueError: if there is no such file, module or function.
+    """
+    source, _, name = target.rpartition(":")
+    if not source or not name.isidentifier():
+        raise ValueError(f"{target!r}; expected FILE.py:FUNCTION or package.module:FUNCTION")
+    if source.endswith(".py"):
+        module = _run_file(Path(source))
+    else:
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            module = importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            if error.name != source.partition(".")[0]:
+                raise
+            raise ValueError(f"{target!r}: there is no module {source}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{target!r}: {source} has no function {name}")
+    return function  # type: ignore[no-any-return]
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Return a script as a module, whatever else is called like it."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    sys.path.insert(0, str(path.resolve().parent))  # as for any script, for its own imports
+    spec = importlib.util.spec_from_file_location(f"deq_phantom_target_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where pickle and dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
 def _compare(args: argparse.Namespace) -> int:
     from .compare import MethodResult, Settings, compare, load_digits, load_folder, table, write
-    from .extras import require
 
     for spec in args.grad:
         get_strategy(spec)

@@ -1,7 +1,7 @@
 """Whether a gradient is right: reports on a user's own model, and the theorems' conditions."""
 
 from .model import ModelReport, model_report
-from .monitor import Monitor, monitor
+from .monitoring import Monitor, monitor
 from .report import GradientReport, StrategyResult, gradient_report
 
 __all__ = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ th:first-child, td:first-child { text-align: left; font-family: ui-monospace, mo
 td.error { color: #b42318; white-space: normal; text-align: left }
 table.facts td { text-align: left; white-space: normal; border: 0; padding: .1rem .7rem .1rem 0 }
 figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top }
-figure img { width: 25rem; max-width: 100% }
-figcaption { font-size: 13px; color: #57606a; max-width: 25rem }
+figure img { width: 23rem; max-width: 100% }
+figcaption { font-size: 13px; color: #57606a; max-width: 23rem }
 li { margin: .3rem 0; max-width: 60rem }
 """
 
@@ -120,6 +121,7 @@ def _figure(caption: str, draw: Callable[[Any], None]) -> str:
 
 def _draw_errors(axes: Any, results: Sequence[StrategyResult]) -> None:
     floor = 1e-16  # a method that is its own reference has an error of zero
+    labels = _labels(results)
     for i, r in enumerate(results):
         seconds = (r.forward_seconds or 0) + (r.backward_seconds or 0)
         axes.scatter(
@@ -127,10 +129,11 @@ def _draw_errors(axes: Any, results: Sequence[StrategyResult]) -> None:
             [max(r.relative_error or 0, floor)],
             color=_COLOURS[i % len(_COLOURS)],
             marker=_MARKERS[i % len(_MARKERS)],
-            label=_short(r.strategy),
+            label=labels[i],
             zorder=3,
         )
     axes.set(xlabel="ms", ylabel="relative error", xscale="log", yscale="log")
+    axes.xaxis.set_minor_formatter("")  # within one decade they would cover one another
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
 
@@ -150,11 +153,16 @@ def _draw_memory(axes: Any, results: Sequence[StrategyResult]) -> None:
         [(r.peak_bytes or 0) / 2**20 for r in results],
         color=[_COLOURS[i % len(_COLOURS)] for i in positions],
     )
-    axes.set_yticks(positions, [_short(r.strategy) for r in results], fontsize=7)
+    axes.set_yticks(positions, _labels(results), fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="MiB")
     axes.grid(alpha=0.3, axis="x")
 
 
-def _short(strategy: str, width: int = 32) -> str:
-    return strategy if len(strategy) <= width else strategy[: width - 1] + "…"
+def _labels(results: Sequence[StrategyResult], width: int = 28) -> list[str]:
+    """Return names without arguments, and with them where a name alone is not enough."""
+    names = [r.strategy.partition("(")[0] for r in results]
+    return [
+        name if names.count(name) == 1 else textwrap.shorten(r.strategy, width, placeholder="…")
+        for name, r in zip(names, results, strict=True)
+    ]

@@ -56,9 +56,9 @@ def _about_damping(report: GradientReport) -> str:
     if radius >= 1:
         return (
             f"{plain}, and no damping factor brings the map's radius below 1 (lowest: "
-            f"{radius:.4g} at lam={lam:g}), as an eigenvalue lies beyond 1: phantom gradients get "
-            "worse with every step here. Use ift, or few steps, and regularise with "
-            "dpp.jacobian_reg."
+            f"{radius:.4f} at lam={lam:g}), as an eigenvalue lies at or beyond 1: "
+            "phantom gradients get worse with every step here. Use ift, or few steps, and "
+            "regularise with dpp.jacobian_reg."
         )
     steps = 1 if radius < 1e-3 else max(1, math.ceil(math.log(0.1) / math.log(radius)))
     told = f"{plain}; with lam={lam:g} the damped map's radius is {radius:.3g}"
@@ -75,8 +75,7 @@ def _about_damping(report: GradientReport) -> str:
 
 
 def _about_results(report: GradientReport) -> list[str]:
-    # NaN compares false, so what is not a number is left out.
-    usable = [r for r in report.results if r.cosine is not None and r.cosine >= -1.0]
+    usable = [r for r in report.results if r.cosine is not None and not math.isnan(r.cosine)]
     if not usable:
         return ["No method gave a gradient."]
     found = []

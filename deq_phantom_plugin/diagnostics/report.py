@@ -25,7 +25,7 @@ from ..strategies import IFT, Exact
 from ..strategies.arguments import positive_int
 from ..strategy import Context, GradStrategy
 from .cost import now, peak_bytes
-from .problem import Gradient, Problem
+from .problem import Gradient, Problem, check_params
 from .recommendation import POOR_REFERENCE, recommend
 
 DEFAULT_GRADS: tuple[str, ...] = ("ift", "upg", "npg", "jfb")
@@ -167,7 +167,7 @@ def gradient_report(
         ValueError: if a spec, the equilibrium, the loss or `params` is invalid. A strategy that
             fails on the way has its error in its row instead.
     """
-    problem = Problem(func, equilibrium, loss, list(params), context or Context())
+    problem = Problem(func, equilibrium, loss, check_params(params), context or Context())
     strategies = [get_strategy(spec) for spec in grads]
     return measure(problem, strategies, positive_int("repeats", repeats), name="equilibrium")
 
@@ -231,7 +231,7 @@ def solve_reference(problem: Problem) -> tuple[GradStrategy, Gradient]:
     eigenvalues of J surround 1, densely if the matrices fit into memory.
     """
     packing = Packing(flatten(problem.equilibrium)[0], problem.context.batch_dim)
-    tol = max(_REFERENCE_TOL, 10 * torch.finfo(packing.dtype).eps)
+    tol = max(_REFERENCE_TOL, float(f"{10 * torch.finfo(packing.dtype).eps:.0e}"))
     methods: list[GradStrategy] = [
         IFT(solver="gmres", tol=tol, max_iter=_REFERENCE_VJPS),
         Exact(),

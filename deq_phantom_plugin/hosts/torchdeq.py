@@ -506,11 +506,12 @@ class HostGrad(GradStrategy):
         """See `GradStrategy.attach`."""
         from torchdeq.utils.layer_utils import deq_decorator
 
-        if isinstance(equilibrium, Tensor):
-            deq_func, z = deq_decorator(func, equilibrium, no_stat=self.no_stat)
+        start = _map(Tensor.detach, equilibrium)  # hook_ift makes its input require grad
+        if isinstance(start, Tensor):
+            deq_func, z = deq_decorator(func, start, no_stat=self.no_stat)
         else:
             deq_func, z = deq_decorator(
-                lambda *leaves: func(list(leaves)), equilibrium, no_stat=self.no_stat
+                lambda *leaves: func(list(leaves)), start, no_stat=self.no_stat
             )
         # hook_ift leaves its hook on the first argument, and must not find the model's there.
         return deq_func.vec2list(self.producer(types.SimpleNamespace(hook=None), deq_func, z)[-1])
