@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.hosts import find_equilibria
 
 torchdeq = pytest.importorskip("torchdeq")
 from torchdeq import add_deq_args as add_deq_args_before  # noqa: E402
@@ -548,6 +549,80 @@ def test_models_survive_disable():
     assert_same(run(deq, layer), want)
     with pytest.raises(RuntimeError, match=r"dpp.enable\(\)"):
         run(owner, layer)
+
+
+# --- observation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"grad": 5, "tau": 0.5},
+        {"grad": [2, 3], "n_states": 2},
+        {"ift": True},
+        {"hook_ift": True},
+        {"grad": "npg(k=3)"},
+        {"grad": "bptt"},
+    ],
+)
+def test_an_observed_solve_has_all_it_takes_to_do_the_gradient_again(
+    core, several, settings, enabled
+):
+    if isinstance(settings.get("grad"), str) or enabled:
+        dpp.enable()
+    layer = Layer(several)
+    deq = torchdeq.get_deq(core=core, f_tol=1e-13, b_tol=1e-12, f_max_iter=99, **settings)
+    unobserved = run(deq, layer)
+    seen = []
+    host, found = find_equilibria(deq)[0]
+    end = host.observe(found, seen.append)
+    observed = run(deq, layer)
+    (solve,) = seen
+    for a, b in zip(observed[0] + observed[1], unobserved[0] + unobserved[1], strict=True):
+        assert torch.equal(a, b)
+
+    leaves = solve.equilibrium if several else [solve.equilibrium]
+    assert not any(leaf.requires_grad for leaf in leaves)
+    v = [torch.linspace(-1, 2, leaf.numel(), dtype=leaf.dtype).view_as(leaf) for leaf in leaves]
+
+    def gradient(attached):
+        outputs = attached if several else [attached]
+        return torch.autograd.grad(outputs, list(layer.parameters()), v, retain_graph=True)
+
+    outs, _ = deq(layer, layer.zeros())
+    context = dpp.Context(initial_state=solve.initial_state)
+    again = dpp.attach(solve.func, solve.equilibrium, solve.strategy, context)
+    for a, b in zip(gradient(again), gradient(outs[-1]), strict=True):
+        if settings.get("n_states") and core == "sliced":
+            break  # the graph of one sampled state goes on into the next
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+    owned = settings.get("grad") == "bptt"
+    assert solve.residual.isnan().all() if owned else (solve.residual < 1e-10).all()
+    assert solve.nfe == 10 if owned else 10 < solve.nfe < 99
+    end()
+    run(deq, layer)
+    assert len(seen) == 2
+
+
+def test_observation_is_for_training_and_takes_names_of_arguments():
+    layer, seen = Layer(several=False), []
+    deq = torchdeq.get_deq(core="sliced", grad=2)
+    host, found = find_equilibria(deq)[0]
+    host.observe(found, seen.append)
+    with torch.no_grad():
+        deq(layer, layer.zeros())
+    deq.eval()
+    deq(layer, layer.zeros())
+    assert seen == []
+    deq.train()
+    dpp.enable()
+    dpp.set_grad(deq, "upg")
+    deq(func=layer, z_star=layer.zeros())
+    assert [repr(solve.strategy) for solve in seen] == ["upg(k=5, lam=0.5, checkpoint=False)"]
 
 
 # --- models -----------------------------------------------------------------------------------

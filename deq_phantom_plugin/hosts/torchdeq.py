@@ -112,7 +112,9 @@ class TorchDEQ(Host):
             # A tensor of its own: a gradient taken at the state that hook_ift returns would be the
             # one that TorchDEQ's hook has already turned into g.
             last = _map(lambda leaf: leaf.view_as(leaf), states[-1])
-            callback(_solve(deq, args, kwargs, last, info))
+            # A solver that stops early hands DEQIndexing fewer states than there are entries.
+            producer = deq.produce_grad[: len(states)][-1]
+            callback(_solve(deq, producer, args, kwargs, last, info))
             return [*states[:-1], last], info
 
         handles = [
@@ -469,10 +471,9 @@ class _Counted:
         return self.func(*args, **kwargs)
 
 
-def _solve(deq: Any, args: Any, kwargs: Any, attached: State, info: Any) -> Solve:
+def _solve(deq: Any, producer: Any, args: Any, kwargs: Any, attached: State, info: Any) -> Solve:
     counted, start = _func_and_start(args, kwargs)
     assert isinstance(counted, _Counted)
-    producer = deq.produce_grad[-1]
     named = isinstance(producer, ProduceGrad)
     steps = [m.step for m in deq.modules() if isinstance(m, Memory) and m.step is not None]
     residual = info["rel_lowest"]
