@@ -1,0 +1,72 @@
+"""What `dpp.monitor` costs: a training step that it logs against one that it does not.
+
+    python benchmarks/monitor_overhead.py
+
+Trains MDEQ-tiny on scikit-learn's digits (15 Anderson iterations forward) and logs every fifth
+step. Prints, for each gradient method, the median of both kinds of step and the share of the
+training time that logging would take at the default interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from torch.nn import functional as F
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin.adapters.mdeq import MDEQ
+from deq_phantom_plugin.compare import load_digits
+from deq_phantom_plugin.diagnostics.cost import now
+from deq_phantom_plugin.diagnostics.monitoring import DEFAULT_EVERY
+from deq_phantom_plugin.output import text_table
+
+EVERY = 5
+
+
+def measure(grad: str, steps: int, batch_size: int, device: torch.device) -> tuple[float, float]:
+    """Return the median seconds of a plain step and of a logged one."""
+    data = load_digits()
+    torch.manual_seed(0)
+    model = MDEQ.from_preset(
+        "tiny",
+        in_channels=data.train_images.shape[1],
+        grad=grad,
+        f_solver="anderson",
+        f_max_iter=15,
+    ).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    with dpp.monitor(model, lambda numbers, step: None, every=EVERY):
+        for step in range(steps):
+            chosen = torch.randint(len(data.train_labels), (batch_size,))
+            images, labels = data.train_images[chosen], data.train_labels[chosen]
+            dpp.set_step(model, step)
+            start = now(device)
+            optimizer.zero_grad()
+            F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+            optimizer.step()
+            if step > 0:  # the first step is slow with and without
+                seconds[step % EVERY == 0].append(now(device) - start)
+    return statistics.median(seconds[False]), statistics.median(seconds[True])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--grad", nargs="+", default=["ift", "upg", "npg", "jfb"])
+    parser.add_argument("--steps", type=int, default=51)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    args = parser.parse_args()
+    rows = []
+    for grad in args.grad:
+        plain, logged = measure(grad, args.steps, args.batch_size, args.device)
+        share = (logged - plain) / (plain * DEFAULT_EVERY)
+        rows.append([grad, f"{1e3 * plain:.0f}", f"{1e3 * logged:.0f}", f"{share:.1%}"])
+    print(text_table(["method", "plain ms", "logged ms", f"every {DEFAULT_EVERY}"], rows))
+
+
+if __name__ == "__main__":
+    main()
