@@ -147,38 +147,6 @@ def test_ift_is_exact_within_its_tolerance(solver, drawn, tol):
     assert reports[0].n_vjp <= 400
 
 
-def theorem_1(equilibrium, k, lam) -> tuple[bool, float]:
-    """Whether the condition of Theorem 1 holds for NPG, and the inner product it speaks of.
-
-    ||A (I - J^T) - dF/dtheta|| < sigma_min^2 / sigma_max, with A and dF/dtheta (d_theta, d_h).
-    """
-    jacobian = equilibrium.jacobian()
-    size = len(jacobian)
-    coupled = dpp.Context(batch_dim=None)  # right for any map
-    identity = torch.eye(size, dtype=torch.float64)
-    d_theta = to_params(equilibrium)
-    a = d_theta @ torch.stack([neumann_g(k, lam)(jacobian, e) for e in identity], dim=1)
-    distance = torch.linalg.matrix_norm(a @ (identity - jacobian.mT) - d_theta, 2)
-    singular = torch.linalg.svdvals(d_theta)
-    smallest = singular[size - 1] if len(singular) >= size else 0.0
-    inner = equilibrium.gradient(dpp.NPG(k, lam), coupled) @ equilibrium.gradient("exact", coupled)
-    return bool(distance < smallest**2 / singular[0]), float(inner)
-
-
-@given(equilibria(), st.integers(1, 30), lams)
-def test_theorem_1(drawn, k, lam):
-    holds, inner = theorem_1(drawn[0], k, lam)
-    assert inner > 0 or not holds
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_theorem_1_where_its_condition_is_met(seed):
-    equilibrium = make_equilibrium([(1, 4)], norm=0.3, seed=seed)
-    holds, inner = theorem_1(equilibrium, 12, 1.0)
-    assert holds
-    assert inner > 0
-
-
 @pytest.mark.parametrize(("eigenvalue", "converges"), [(1.4, False), (-1.4, True), (1.4j, True)])
 def test_damping_helps_where_the_spectrum_allows(eigenvalue, converges):
     """DESIGN section 1: 1.4 diverges for every lam; -1.4 and +-1.4i are damped into the circle."""

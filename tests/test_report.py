@@ -89,7 +89,7 @@ def test_costs_are_counted_whatever_the_strategy_says_of_itself():
         "upg": (9, 9),
         "npg": (1, 9),
         "jfb": (1, 1),
-        "exact": (1, 5),  # a sample has 4 elements
+        "exact": (1, 7),  # a sample has 4 elements; two see whether samples are independent
         "bptt": (3, 3),
     }
     assert rows["ift"].n_evaluations == 1
@@ -212,11 +212,15 @@ def test_samples_that_depend_on_one_another_are_noticed():
     with torch.no_grad():
         for _ in range(200):
             h = func(h)
-    report = dpp.gradient_report(func, h, lambda h: h[:, 0].square().sum(), [weight], ["exact"])
+    report = dpp.gradient_report(
+        func, h, lambda h: h[:, 0].square().sum(), [weight], ["exact", "ift(tol=1e-9)"]
+    )
     assert report.samples_are_coupled
     assert report.batch_size is None
     assert "mixes the samples" in report.recommendation[0]
-    assert report.results[0].relative_error > 1e-3  # `exact` was told they are independent
+    exact, ift = report.results  # both were told that samples are independent
+    assert "samples depend on one another" in exact.error
+    assert ift.relative_error > 1e-3
     context = dpp.Context(batch_dim=None)
     report = dpp.gradient_report(
         func, h, lambda h: h[:, 0].square().sum(), [weight], ["exact"], context=context
@@ -257,7 +261,7 @@ def test_a_strategy_that_fails_has_its_error_in_its_row_and_the_others_report():
         ({"loss": lambda h: 1.0}, "returned a float; expected a scalar tensor"),
         ({"loss": lambda h: torch.zeros(())}, "does not depend on the state"),
         ({"params": []}, "params is empty"),
-        ({"params": torch.zeros(2, requires_grad=True)}, "params is a tensor"),
+        ({"params": torch.zeros(2, requires_grad=True)}, "params is a Tensor"),
         ({"params": [torch.zeros(2)]}, r"params\[0\], of shape \(2,\), does not require grad"),
         ({"params": ["w"]}, r"params\[0\] is a str"),
         ({"params": [torch.zeros(2, requires_grad=True)]}, "depends on none of the 1 tensors"),

@@ -772,6 +772,20 @@ def test_lam_nan_is_refused():
         dpp.UPG(lam=float("nan"))
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_exact_refuses_samples_that_depend_on_one_another(shape):
+    weight = (0.1 * torch.randn(6, 6, dtype=torch.float64)).requires_grad_()
+
+    def func(h):
+        return torch.tanh(weight @ h.flatten() + 1).view(shape)
+
+    h = torch.ones(shape, dtype=torch.float64)
+    attached = dpp.attach(func, h, grad="exact")
+    with pytest.raises(ValueError, match="pass batch_dim=None in the context"):
+        attached.sum().backward()
+    dpp.attach(func, h, "exact", dpp.Context(batch_dim=None)).sum().backward()
+
+
 def test_exact_refuses_large_states():
     attached = dpp.attach(lambda h: h * 0.5, torch.ones(2, 20_000), grad="exact")
     attached.requires_grad_()

@@ -18,7 +18,7 @@ from .bicgstab import bicgstab
 from .broyden import broyden
 from .fixed_point import fixed_point
 from .gmres import gmres
-from .linearization import Linearization, inside_checkpoint
+from .linearization import Linearization, inside_checkpoint, mixes_samples
 from .packing import Packing
 from .progress import Apply, Solution
 
@@ -29,6 +29,7 @@ __all__ = [
     "Solution",
     "check_solver",
     "inside_checkpoint",
+    "mixes_samples",
     "solve",
 ]
 

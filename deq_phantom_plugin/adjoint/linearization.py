@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..state import State, flatten, unflatten
+from .packing import Packing
 
 # Where torch (before 2.8) cannot say which hooks are on top, the stack can.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -120,6 +121,26 @@ class _Attach(torch.autograd.Function):
                 "differentiate to any order."
             )
         return (None, None, *(None,) * ctx.n, *ctx.adjoint(list(grads)))
+
+
+def mixes_samples(graph: Linearization, packing: Packing) -> bool:
+    """Whether F mixes rows of a packing, which were said to be independent samples.
+
+    Seen from two products J^T e, of e that live in one random half of the rows and in the other:
+    what reaches rows where e is zero comes from another sample. Exact in any precision.
+    """
+    if packing.rows < 2:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(packing.rows, packing.columns, generator=generator, dtype=packing.dtype)
+    half = torch.zeros(packing.rows, 1, dtype=torch.bool)
+    half[torch.randperm(packing.rows, generator=generator)[: packing.rows // 2]] = True
+    probe, half = probe.to(packing.device), half.to(packing.device)
+    leaked = probe.new_zeros(())
+    for own in (half, ~half):
+        image = packing.pack(graph.vjp(packing.unpack(probe * own)))
+        leaked = leaked + (image * ~own).abs().sum()
+    return bool(leaked > 0)
 
 
 def _kept_from_checkpoint() -> contextlib.AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ from ..state import CheckedFunc, State, check_equilibrium, flatten
 from ..strategies import IFT
 from ..strategies.arguments import positive_float
 from ..strategy import BackwardStats, Context
+from .derivatives import as_vector, check_params, reached, vjp
 from .probe import with_probe
 
 _BYTE_LIMIT = 2**30  # that all dense matrices may take
@@ -126,11 +127,11 @@ def ascent_condition(
     _check_size(d_h, d_theta)
     probed, probes = with_probe(func, equilibrium)
     attached = _attach(probed, equilibrium, grad, context)
-    v = _vector(cotangents)
+    v = as_vector(cotangents)
 
     exact = _dense(graph.outputs, [*thetas, *graph.inputs], "func")
     phantom = _dense(attached, [*thetas, *probes], "the strategy")
-    measured = _vector(_vjp(attached, [*thetas, *probes], cotangents))
+    measured = as_vector(vjp(attached, [*thetas, *probes], cotangents))
     _check_finite("the strategy", measured)
     phantom += torch.outer(measured - phantom @ v, v / (v @ v))
     to_params, transposed = exact[:d_theta], exact[d_theta:]
@@ -209,9 +210,9 @@ def measured_inner_product(
             residuals.append(float(stats.residual.max()))
 
     reference = IFT(solver="gmres", tol=tol, max_iter=_MAX_VJP)
-    found = _vector(_vjp(_attach(func, equilibrium, grad, context), thetas, cotangents))
+    found = as_vector(vjp(_attach(func, equilibrium, grad, context), thetas, cotangents))
     attached = _attach(func, equilibrium, reference, context, keep_residual)
-    wanted = _vector(_vjp(attached, thetas, cotangents))
+    wanted = as_vector(vjp(attached, thetas, cotangents))
     _check_finite("the strategy", found)
     inner = float(found @ wanted)
     norms = float(torch.linalg.vector_norm(found) * torch.linalg.vector_norm(wanted))
@@ -224,16 +225,7 @@ def _problem(
     """Return F's graph, the parameters and the leaves of v in the equilibrium's dtypes, checked."""
     check_equilibrium(equilibrium)
     leaves, structure = flatten(equilibrium)
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        raise ValueError(f"params is a {type(params).__name__}; expected a sequence of tensors")
-    thetas = list(params)
-    if not thetas:
-        raise ValueError("params is empty; expected at least one tensor")
-    for index, theta in enumerate(thetas):
-        if not isinstance(theta, Tensor):
-            raise ValueError(f"params[{index}] is a {type(theta).__name__}; expected a tensor")
-        if not theta.requires_grad:
-            raise ValueError(f"params[{index}] does not require grad; expected requires_grad=True")
+    thetas = check_params(params)
     cotangents, given = flatten(loss_grad)
     if given != structure:
         raise ValueError(f"loss_grad has the structure {given}; expected {structure}")
@@ -244,26 +236,17 @@ def _problem(
     if any(tensor.is_complex() for tensor in [*leaves, *thetas, *cotangents]):
         raise ValueError("a complex tensor in equilibrium, params or loss_grad; expected real ones")
     cotangents = [v.detach().to(leaf) for v, leaf in zip(cotangents, leaves, strict=True)]
-    length = torch.linalg.vector_norm(_vector(cotangents))
+    length = torch.linalg.vector_norm(as_vector(cotangents))
     if not 0 < length < math.inf:
         raise ValueError(f"loss_grad has norm {length:g}; expected finite numbers, not all zero")
 
     graph = Linearization(CheckedFunc(func, equilibrium), equilibrium)
-    for index, theta in enumerate(thetas):
-        if not _reaches(graph.outputs, theta):
-            raise ValueError(
-                f"params[{index}] is not used by func; expected tensors that func captures"
-            )
+    used = reached(graph.outputs, thetas)
+    if not all(used):
+        raise ValueError(
+            f"params[{used.index(False)}] is not used by func; expected tensors that func captures"
+        )
     return graph, thetas, cotangents
-
-
-def _reaches(outputs: Sequence[Tensor], theta: Tensor) -> bool:
-    ends = [output for output in outputs if output.requires_grad]
-    if not ends:
-        return False
-    zeros = [torch.zeros_like(end) for end in ends]
-    (found,) = torch.autograd.grad(ends, theta, zeros, retain_graph=True, allow_unused=True)
-    return found is not None
 
 
 def _check_size(d_h: int, d_theta: int) -> None:
@@ -292,25 +275,6 @@ def _attach(
         return flatten(attach(func, equilibrium, grad, context))[0]
 
 
-def _vjp(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> list[Tensor]:
-    """Return the gradients of <outputs, cotangents>; the graph stays."""
-    pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(tensor) for tensor in inputs]
-    return list(
-        torch.autograd.grad(
-            [output for output, _ in pairs],
-            inputs,
-            [v for _, v in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    )
-
-
 def _dense(outputs: Sequence[Tensor], inputs: Sequence[Tensor], of: str) -> Tensor:
     """Return the derivatives of all outputs, shape (elements of inputs, elements of outputs)."""
     units = [torch.zeros(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
@@ -319,17 +283,11 @@ def _dense(outputs: Sequence[Tensor], inputs: Sequence[Tensor], of: str) -> Tens
         elements = unit.view(-1)
         for i in range(len(elements)):
             elements[i] = 1
-            rows.append(_vector(_vjp(outputs, inputs, units)))
+            rows.append(as_vector(vjp(outputs, inputs, units)))
             elements[i] = 0
     matrix = torch.stack(rows)
     _check_finite(of, matrix)
     return matrix.mT
-
-
-def _vector(leaves: Sequence[Tensor]) -> Tensor:
-    return torch.cat(
-        [leaf.detach().to(leaves[0].device, torch.float64).flatten() for leaf in leaves]
-    )
 
 
 def _check_finite(of: str, tensor: Tensor) -> None:

@@ -21,8 +21,9 @@ from ..registry import Spec, get_strategy
 from ..state import flatten
 from ..strategies.arguments import positive_int
 from ..strategy import Context
+from .derivatives import check_params
 from .equilibria import named_equilibria
-from .problem import Problem, check_params, check_scalar, inner_product
+from .problem import Problem, check_scalar, inner_product
 from .report import DEFAULT_GRADS, GradientReport, measure
 
 

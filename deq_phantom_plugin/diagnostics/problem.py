@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adjoint import Linearization, Packing
+from ..adjoint import Linearization, Packing, mixes_samples
 from ..attach import attach
 from ..state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from ..strategy import Context, GradStrategy
+from .derivatives import as_vector, check_params, reached, vjp
 from .probe import with_probe
 
 
@@ -64,24 +65,7 @@ class Problem:
 
     def pull_back(self, attached: State, v: Sequence[Tensor], to: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradient of <v, attached> with respect to tensors; zero where none flows."""
-        pairs = [
-            (leaf, vi)
-            for leaf, vi in zip(flatten(attached)[0], v, strict=True)
-            if leaf.requires_grad
-        ]
-        if not pairs:
-            return [torch.zeros_like(tensor) for tensor in to]
-        # What F is built from, such as its injection's graph, serves the next strategy too.
-        return list(
-            torch.autograd.grad(
-                [leaf for leaf, _ in pairs],
-                list(to),
-                [vi for _, vi in pairs],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
+        return vjp(flatten(attached)[0], to, v)
 
     def attach(self, strategy: GradStrategy, func: Callable[[State], State] | None = None) -> State:
         """Return the equilibrium attached by a strategy, to F unless another map is given."""
@@ -99,7 +83,7 @@ class Problem:
         grads = self.pull_back(attached, v, [*self.params, *probes])
         split = len(self.params)
         return Gradient(
-            _vector(grads[:split]),
+            as_vector(grads[:split]),
             self._residual(v, grads[split:]),
             counted.n_evaluations,
             counted.n_vjp,
@@ -115,19 +99,9 @@ class Problem:
         Raises:
             ValueError: if there are none.
         """
-        graph = self.linearize()
-        outputs = [out for out in graph.outputs if out.requires_grad]
-        if outputs:
-            found = torch.autograd.grad(
-                outputs,
-                self.params,
-                [torch.zeros_like(out) for out in outputs],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            reached = [p for p, grad in zip(self.params, found, strict=True) if grad is not None]
-            if reached:
-                return reached
+        found = reached(self.linearize().outputs, self.params)
+        if any(found):
+            return [param for param, used in zip(self.params, found, strict=True) if used]
         raise ValueError(
             f"func depends on none of the {len(self.params)} tensors in params; pass those that "
             "it uses, themselves and not copies"
@@ -143,20 +117,9 @@ class Problem:
         )
 
     def samples_are_coupled(self) -> bool:
-        """Whether F mixes samples, as batch normalisation in training does.
-
-        Seen from one product J^T e with an e that lives in the first sample.
-        """
+        """Whether F mixes samples, as batch normalisation in training does."""
         graph = self.linearize()
-        packing = Packing(graph.inputs, self.context.batch_dim)
-        if packing.rows < 2:
-            return False
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.zeros(packing.rows, packing.columns, dtype=packing.dtype)
-        probe[0] = torch.randn(packing.columns, generator=generator, dtype=packing.dtype)
-        image = packing.pack(graph.vjp(packing.unpack(probe.to(packing.device))))
-        leaked = torch.linalg.vector_norm(image[1:])
-        return bool(leaked > 10 * torch.finfo(image.dtype).eps * torch.linalg.vector_norm(image))
+        return mixes_samples(graph, Packing(graph.inputs, self.context.batch_dim))
 
     def coupled(self) -> Problem:
         """Return the same problem with the batch treated as one system."""
@@ -200,28 +163,6 @@ class Gradient:
         return error / reference.norm if reference.norm > 0 else float("nan")
 
 
-def check_params(params: Iterable[Tensor]) -> list[Tensor]:
-    """Return parameters as a list.
-
-    Raises:
-        ValueError: if there are none, or one is not a tensor that requires grad.
-    """
-    if isinstance(params, Tensor):
-        raise ValueError("params is a tensor; expected a sequence of tensors, such as [tensor]")
-    found = list(params)
-    if not found:
-        raise ValueError("params is empty; expected the tensors to differentiate with respect to")
-    for index, param in enumerate(found):
-        if not isinstance(param, Tensor):
-            raise ValueError(f"params[{index}] is a {type(param).__name__}; expected a tensor")
-        if not param.requires_grad:
-            raise ValueError(
-                f"params[{index}], of shape {tuple(param.shape)}, does not require grad; call "
-                "requires_grad_() before F is built from it"
-            )
-    return found
-
-
 def check_scalar(loss: Any) -> Tensor:
     """Return a loss.
 
@@ -263,10 +204,5 @@ class _Counted:
         self.n_vjp += 1
 
 
-def _vector(tensors: Sequence[Tensor]) -> Tensor:
-    parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-    return torch.cat([part.detach().flatten().double() for part in parts])
-
-
 def _norm(leaves: Sequence[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(_vector(leaves)))
+    return float(torch.linalg.vector_norm(as_vector(leaves)))

@@ -25,7 +25,8 @@ from ..strategies import IFT, Exact
 from ..strategies.arguments import positive_int
 from ..strategy import Context, GradStrategy
 from .cost import now, peak_bytes
-from .problem import Gradient, Problem, check_params
+from .derivatives import check_params
+from .problem import Gradient, Problem
 from .recommendation import POOR_REFERENCE, recommend
 
 DEFAULT_GRADS: tuple[str, ...] = ("ift", "upg", "npg", "jfb")

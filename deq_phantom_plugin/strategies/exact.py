@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adjoint import Linearization, Packing
+from ..adjoint import Linearization, Packing, mixes_samples
 from ..state import State
 from ..strategy import BackwardStats, Context, GradStrategy
 
@@ -20,10 +20,12 @@ class Exact(GradStrategy):
     """The implicit gradient from dense Jacobians: g solves (I - J^T) g = v directly.
 
     The reference for diagnostics and tests. The value is F(h*). Costs one evaluation of F, one
-    vector-Jacobian product for each of a sample's d elements, and d^2 memory a sample.
+    vector-Jacobian product for each of a sample's d elements, two more that tell whether samples
+    are independent, and d^2 memory a sample.
 
     Raises:
-        ValueError: in backward, if the Jacobians would take more than 1 GiB.
+        ValueError: in backward, if the Jacobians would take more than 1 GiB, or samples that were
+            said to be independent are not.
     """
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
@@ -33,6 +35,11 @@ class Exact(GradStrategy):
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             packing = Packing(v, batch_dim)
+            if mixes_samples(graph, packing):
+                raise ValueError(
+                    "exact: the samples depend on one another (a graph's nodes, batch norm inside "
+                    "F, a state without a batch dimension); pass batch_dim=None in the context"
+                )
             transposed = _transposed_jacobians(graph, packing)
             rhs = packing.pack(v)
             identity = torch.eye(packing.columns, dtype=rhs.dtype, device=rhs.device)
