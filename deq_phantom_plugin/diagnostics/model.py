@@ -121,7 +121,7 @@ def model_report(
                 solve.equilibrium,
                 partial(inner_product, v),
                 params,
-                Context(initial_state=solve.initial_state, step=solve.step),
+                Context(solve.batch_dim, solve.initial_state, step=solve.step),
             )
             current = [] if solve.strategy in strategies else [solve.strategy]
             reports.append(

@@ -28,6 +28,7 @@ class Solve:
         residual: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,); NaN where the host does not
             know it.
         nfe: evaluations of F that the solve took.
+        batch_dim: see `Context.batch_dim`.
     """
 
     func: Callable[[State], State]
@@ -38,6 +39,7 @@ class Solve:
     step: int | None
     residual: Tensor
     nfe: int
+    batch_dim: int | None = 0
 
 
 class Host(ABC):
