@@ -1,0 +1,708 @@
+"""Implicit graph neural networks (IGNN) as PyTorch Geometric layers, the gradient chosen by name.
+
+Gu et al., "Implicit Graph Neural Networks", NeurIPS 2020, arXiv:2009.06211. The state of all nodes
+is the equilibrium X = phi(W X A + b(U)) of one layer, so that it has seen the whole graph.
+
+    conv = IGNNConv(16, 32, grad="upg(k=5, lam=0.8)")
+    h = conv(x, edge_index, edge_weight)
+
+The paper's matrices are features x nodes; here they are nodes x features, as everywhere in PyG:
+
+    H = phi(A^T H W^T + b),    b = A^T U Omega^T + bias.
+
+A[i, j] is the weight of the edge from node i = edge_index[0] to node j = edge_index[1]: nodes
+collect from those that point at them, on directed graphs too. In backward it is the other way
+round, a product with A; both are kept as CSR matrices, made once a graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin.hosts import Host
+from deq_phantom_plugin.hosts.host import Solve
+
+__all__ = ["ACTIVATIONS", "IGNN", "FixedPoint", "Graph", "IGNNConv", "IGNNHost", "project_rows"]
+
+Activation = Callable[[Tensor], Tensor]
+
+# Applied to each number, and non-expansive: what well-posedness needs (paper, section 3).
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {
+        "elu": F.elu,
+        "identity": lambda x: x,
+        "leaky_relu": F.leaky_relu,
+        "relu": torch.relu,
+        "sigmoid": torch.sigmoid,
+        "softplus": F.softplus,
+        "tanh": torch.tanh,
+    }
+)
+
+_PF_MAX_ITER = 600  # an entry falls to 3^-600 at the least, which float64 still has
+_PF_CHECK_EVERY = 20
+_CHECK_EVERY = 4
+
+
+class Graph:
+    """A weighted graph, ready for products with A^T and, in backward, with A.
+
+    Args:
+        source: where edges begin, shape (E,).
+        target: where they end, shape (E,).
+        weight: of each edge, shape (E,); parallel edges add up.
+        num_nodes: how many nodes there are.
+
+    Raises:
+        ValueError: if an edge ends outside the nodes, or a weight is NaN or infinite.
+    """
+
+    def __init__(self, source: Tensor, target: Tensor, weight: Tensor, num_nodes: int) -> None:
+        _check_edges(source, target, weight, num_nodes)
+        self.source, self.target, self.weight = source, target, weight.detach()
+        self.num_nodes = num_nodes
+        self._incoming = _csr(target, source, self.weight, num_nodes)
+        self._outgoing = _csr(source, target, self.weight, num_nodes)
+
+    def propagate(
+        self, x: Tensor, weight: Tensor | None = None, *, bias: Tensor | None = None
+    ) -> Tensor:
+        """Return A^T x + bias: what nodes collect along their incoming edges.
+
+        Differentiable to any order.
+
+        Args:
+            x: shape (num_nodes, channels); under autocast it may come in a lower precision.
+            weight: the edges' weights, where they need a gradient; of the graph's own values.
+            bias: shape (num_nodes, channels).
+        """
+        out: Tensor = _Propagate.apply(x.to(self.weight.dtype), weight, bias, self, False)
+        return out
+
+    def matmul(self, x: Tensor, bias: Tensor | None, transpose: bool) -> Tensor:
+        """Return A^T x + bias, or A x + bias, without autograd."""
+        matrix = self._outgoing if transpose else self._incoming
+        # Sparse products know no lower precision.
+        with torch.autocast(x.device.type, enabled=False):
+            return matrix @ x if bias is None else torch.addmm(bias, matrix, x)
+
+    @cached_property
+    def lambda_pf(self) -> Tensor:
+        """The Perron-Frobenius eigenvalue of |A|, shape (): from above, by power iteration.
+
+        max_i (|A| x)_i / x_i is no less than the eigenvalue for any positive x (Collatz-Wielandt),
+        and falls to it along the iteration. What is returned therefore keeps the layer well-posed
+        even where the iteration is slow; on acyclic graphs, where the eigenvalue is 0, it is merely
+        small. Adding a multiple of the identity lets it converge on bipartite graphs.
+        """
+        size = (self.num_nodes, self.num_nodes)
+        summed = torch.sparse_coo_tensor(
+            torch.stack([self.target, self.source]),
+            self.weight.double(),
+            size,
+            check_invariants=False,
+        ).coalesce()  # parallel edges
+        target, source = summed.indices()
+        matrix = _csr(target, source, summed.values().abs(), self.num_nodes)
+        x = summed.values().new_ones(self.num_nodes, 1)
+        bound = last = x.new_full((), torch.inf)
+        if self.num_nodes == 0:
+            return torch.zeros_like(bound, dtype=self.weight.dtype)
+        for step in range(_PF_MAX_ITER):
+            y = matrix @ x
+            bound = (y / x).amax()
+            x = torch.addcmul(y, bound.clamp_min(1e-30) / 2, x)
+            x /= x.amax()
+            # Looking at the number waits for the device.
+            if step % _PF_CHECK_EVERY == 0:
+                if last - bound <= 1e-6 * bound:
+                    break
+                last = bound
+        return bound.to(self.weight.dtype)
+
+    def is_of(self, source: Tensor, target: Tensor, weight: Tensor, num_nodes: int) -> bool:
+        """Whether this graph has exactly these edges and weights."""
+        own = (self.source, self.target, self.weight)
+        return num_nodes == self.num_nodes and all(
+            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+            for a, b in zip(own, (source, target, weight), strict=True)
+        )
+
+
+class _Propagate(torch.autograd.Function):
+    """A^T x + bias, or with A."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        graph: Graph,
+        transpose: bool,
+    ) -> Tensor:
+        ctx.graph, ctx.transpose = graph, transpose
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return graph.matmul(x, bias, transpose)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        graph, transpose = ctx.graph, ctx.transpose
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _Propagate.apply(grad, weight, None, graph, not transpose)
+        if ctx.needs_input_grad[1]:
+            start, end = graph.source, graph.target
+            if transpose:
+                start, end = end, start
+            grad_weight = (grad[end] * x[start]).sum(dim=1)
+        return grad_x, grad_weight, grad if ctx.needs_input_grad[2] else None, None, None
+
+
+def _csr(row: Tensor, column: Tensor, value: Tensor, size: int) -> Tensor:
+    order = torch.argsort(row * size + column)
+    pointers = F.pad(torch.bincount(row, minlength=size).cumsum(0), (1, 0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        # Parallel edges are kept apart, which the invariants forbid and products do not mind.
+        return torch.sparse_csr_tensor(
+            pointers, column[order], value[order], size=(size, size), check_invariants=False
+        )
+
+
+def project_rows(weight: Tensor, radius: Tensor) -> Tensor:
+    """Project each row onto the L1 ball: all of W onto the inf-norm ball ||W||_inf <= radius.
+
+    By sorting, Duchi et al. 2008, "Efficient Projections onto the l1-Ball for Learning in High
+    Dimensions", Figure 1; differentiable.
+
+    Args:
+        weight: shape (rows, columns).
+        radius: of the ball, shape (); infinite for none.
+    """
+    magnitude = weight.abs()
+    ordered = magnitude.sort(dim=1, descending=True).values
+    excess = ordered.cumsum(dim=1) - radius
+    count = torch.arange(1, weight.shape[1] + 1, device=weight.device)
+    kept = (ordered * count > excess).sum(dim=1, keepdim=True).clamp_min(1)
+    threshold = excess.gather(1, kept - 1) / kept
+    shrunk = weight.sign() * (magnitude - threshold).clamp_min(0)
+    return torch.where(magnitude.sum(dim=1, keepdim=True) > radius, shrunk, weight)
+
+
+class _LastGraph:
+    """Keeps the last graph, so that training on one sorts its edges once.
+
+    It is told by its contents: a tensor that was changed in place is still the same object, and
+    `.data` hides the change from its version.
+    """
+
+    def __init__(self) -> None:
+        self._graph: Graph | None = None
+
+    def get(self, source: Tensor, target: Tensor, weight: Tensor, num_nodes: int) -> Graph:
+        graph = self._graph  # once: threads of DataParallel share this object
+        if graph is None or not graph.is_of(source, target, weight, num_nodes):
+            source, target, weight = (t.detach().clone() for t in (source, target, weight))
+            self._graph = graph = Graph(source, target, weight, num_nodes)
+        return graph
+
+    def __reduce__(self) -> tuple[type[_LastGraph], tuple[()]]:
+        return _LastGraph, ()  # copies and pickles start empty
+
+
+def _edges(edge_index: Any, edge_weight: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+    """Return source, target and weight of each edge, however PyG has them.
+
+    A sparse matrix is A^T, PyG's `adj_t`: its rows are targets.
+    """
+    if isinstance(edge_index, Tensor) and edge_index.layout == torch.strided:
+        if edge_index.dim() != 2 or edge_index.shape[0] != 2:
+            raise ValueError(f"edge_index has shape {tuple(edge_index.shape)}; expected (2, edges)")
+        if edge_index.is_floating_point() or edge_index.is_complex():
+            raise ValueError(f"edge_index has dtype {edge_index.dtype}; expected torch.int64")
+        # EdgeIndex is a subclass that would check each operation on it.
+        plain = edge_index.as_tensor() if hasattr(edge_index, "as_tensor") else edge_index
+        source, target = plain.long()
+    else:
+        if edge_weight is not None:
+            raise ValueError("edge_weight beside a sparse matrix; its values are the weights")
+        if isinstance(edge_index, Tensor):
+            size = edge_index.shape
+            matrix = edge_index.to_sparse_coo().coalesce()
+            (target, source), edge_weight = matrix.indices(), matrix.values()
+        else:
+            try:
+                size = edge_index.sizes()
+                target, source, edge_weight = edge_index.coo()  # torch_sparse.SparseTensor
+            except AttributeError:
+                raise ValueError(
+                    f"edge_index is a {type(edge_index).__name__}; expected a tensor of shape "
+                    "(2, edges), an EdgeIndex, or the sparse matrix adj_t"
+                ) from None
+        if list(size) != [len(like)] * 2:
+            raise ValueError(f"adj_t is {size[0]} x {size[1]}, but x has {len(like)} nodes")
+    if edge_weight is None:
+        edge_weight = like.new_ones(len(source))
+    if edge_weight.shape != source.shape:
+        raise ValueError(
+            f"edge_weight has shape {tuple(edge_weight.shape)}; expected ({len(source)},), one "
+            "number an edge"
+        )
+    return source, target, edge_weight.to(like.dtype)
+
+
+def _check_edges(source: Tensor, target: Tensor, weight: Tensor, num_nodes: int) -> None:
+    ends = torch.cat([source, target])
+    if len(ends) and (ends.min() < 0 or ends.max() >= num_nodes):
+        wrong = ends[(ends < 0) | (ends >= num_nodes)][0]
+        raise ValueError(
+            f"edge_index holds {int(wrong)}, but x has {num_nodes} nodes; expected 0 to "
+            f"{num_nodes - 1}"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"edge_weight holds {int((~torch.isfinite(weight)).sum())} NaN or infinite numbers"
+        )
+
+
+class FixedPoint(nn.Module):
+    """The equilibrium of a map, solved by iteration and attached by a strategy.
+
+    Args:
+        grad: the strategy's spec, see `dpp.get_strategy`.
+        f_max_iter: the most iterations.
+        f_tol: largest change of a number at which to stop, of the largest number where that is
+            above 1: float32 has no smaller ones there.
+
+    Attributes:
+        grad: the strategy; `dpp.set_grad` replaces it.
+        memory: what the strategy keeps between steps.
+        nfe: evaluations of the map in the last solve.
+    """
+
+    def __init__(self, grad: Any, f_max_iter: int, f_tol: float) -> None:
+        super().__init__()
+        if isinstance(f_max_iter, bool) or not isinstance(f_max_iter, int) or f_max_iter < 1:
+            raise ValueError(f"f_max_iter={f_max_iter!r}; expected a whole number of at least 1")
+        if not f_tol >= 0:
+            raise ValueError(f"f_tol={f_tol!r}; expected a number of at least 0")
+        self.grad = dpp.get_strategy(grad)
+        self.memory = dpp.Memory()
+        self.f_max_iter, self.f_tol = f_max_iter, f_tol
+        self.nfe = 0
+
+    def forward(self, func: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+        """Return the equilibrium: attached in training, as it is in evaluation."""
+        # Nodes depend on one another: the state is one sample.
+        context = dpp.Context(batch_dim=None, initial_state=start, memory=self.memory)
+        attaching = self.training and torch.is_grad_enabled()
+        self.nfe = 0
+
+        def counted(state: Tensor) -> Tensor:
+            self.nfe += 1
+            return func(state)
+
+        owns_solve = attaching and self.grad.resolve(context).owns_solve
+        state = start if owns_solve else self._solve(counted, start)
+        if attaching:
+            state = dpp.attach(counted if owns_solve else func, state, self.grad, context)
+        return state
+
+    @torch.no_grad()
+    def _solve(self, func: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+        if state.numel() == 0:
+            return state
+        for step in range(1, self.f_max_iter + 1):
+            state, last = func(state), state
+            # Looking at the number waits for the device.
+            if step % _CHECK_EVERY == 0 or step == self.f_max_iter:
+                scale = state.abs().amax().clamp_min(1)
+                if (state - last).abs().amax() <= self.f_tol * scale:
+                    return state
+        warnings.warn(
+            f"the forward solve stopped at f_max_iter={self.f_max_iter} with changes above "
+            f"f_tol={self.f_tol}; raise either, or lower kappa",
+            dpp.ConvergenceWarning,
+            stacklevel=3,
+        )
+        return state
+
+
+class IGNNConv(nn.Module):
+    r"""The implicit graph layer H = phi(A^T H W^T + A^T U Omega^T + bias) (paper, eq. 1 and 2).
+
+    W is projected so that ||W||_inf <= kappa / lambda_pf(|A|), which makes the equilibrium exist,
+    unique and reachable by iteration (paper, Theorem 3.1 and section 3). The projection is part of
+    the layer and differentiated with it; the parameter itself is the optimiser's alone. Projected
+    in place, as the official code does before each forward, it would change under gradients that
+    are still to come, differ between workers whose graphs differ, and follow the strictest graph
+    ever seen.
+
+    In training mode the result carries the gradient of `grad`; in evaluation mode, as of any
+    equilibrium of this package, none.
+
+    Args:
+        in_channels: size of each node's features U.
+        out_channels: size of each node's state H.
+        kappa: bound of the contraction, in (0, 1).
+        grad: the gradient of the equilibrium, a spec of `dpp.get_strategy`; `dpp.set_grad` changes
+            it later.
+        activation: phi, a name in `ACTIVATIONS`, or a function of each number by itself whose slope
+            is at most 1.
+        bias: whether to add a bias, which begins at zero; the official code has none.
+        lambda_pf: the Perron-Frobenius eigenvalue of |A| where it is known, such as 1 after
+            `torch_geometric.nn.conv.gcn_conv.gcn_norm`; computed for each new graph if None.
+        f_max_iter: the most iterations of the forward solve.
+        f_tol: largest change at which the forward solve stops, relative to states above 1.
+
+    Shapes:
+        - **input:** node features (num_nodes, in_channels), edge indices (2, num_edges), edge
+          weights (num_edges), optional.
+        - **output:** node states (num_nodes, out_channels).
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kappa: float = 0.9,
+        grad: Any = "upg",
+        activation: str | Activation = "relu",
+        *,
+        bias: bool = True,
+        lambda_pf: float | None = None,
+        f_max_iter: int = 300,
+        f_tol: float = 3e-6,
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if size < 1:
+                raise ValueError(f"{name}={size!r}; expected a whole number of at least 1")
+        if not 0 < kappa < 1:
+            raise ValueError(f"kappa={kappa!r}; expected a number above 0 and below 1")
+        if lambda_pf is not None and not lambda_pf > 0:
+            raise ValueError(f"lambda_pf={lambda_pf!r}; expected a number above 0, or None")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kappa, self.lambda_pf = kappa, lambda_pf
+        self.activation = _check_activation(activation)
+        self.weight = nn.Parameter(torch.empty(out_channels, out_channels))
+        self.omega = nn.Parameter(torch.empty(out_channels, in_channels))
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
+        self.equilibrium = FixedPoint(grad, f_max_iter, f_tol)
+        self._last_graph = _LastGraph()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W and Omega as the official code does; the bias is zero.
+
+        W begins where that code's first forward puts it on a normalised graph. Left outside the
+        ball, entries that the projection makes zero would have no gradient.
+        """
+        limit = self.out_channels**-0.5
+        nn.init.uniform_(self.weight, -limit, limit)
+        nn.init.uniform_(self.omega, -limit, limit)
+        with torch.no_grad():
+            self.weight.copy_(project_rows(self.weight, torch.tensor(self.kappa)))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Any,
+        edge_weight: Tensor | None = None,
+        batch: Tensor | None = None,
+    ) -> Tensor:
+        """Return the equilibrium.
+
+        Args:
+            x: node features, shape (num_nodes, in_channels).
+            edge_index: (2, num_edges), as a tensor or `EdgeIndex`; or the matrix A^T, PyG's
+                `adj_t`, as a sparse tensor or `torch_sparse.SparseTensor`; or a `Graph`.
+            edge_weight: shape (num_edges,); ones if None. It may require grad.
+            batch: the graph of each node, shape (num_nodes,). Graphs of a mini-batch share no
+                edges, so that nothing depends on it.
+
+        Returns:
+            Node states, shape (num_nodes, out_channels).
+
+        Raises:
+            ValueError: if x or the weights hold NaN or infinite numbers, an edge ends outside the
+                nodes, or shapes do not fit.
+        """
+        if x.dim() != 2 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected (num_nodes, {self.in_channels})"
+            )
+        if not torch.isfinite(x).all():
+            raise ValueError(f"x holds {int((~torch.isfinite(x)).sum())} NaN or infinite numbers")
+        if isinstance(edge_index, Graph):
+            graph = edge_index
+        else:
+            source, target, edge_weight = _edges(edge_index, edge_weight, x)
+            graph = self._last_graph.get(source, target, edge_weight, len(x))
+        if edge_weight is not None and not edge_weight.requires_grad:
+            edge_weight = None
+        func = self.equilibrium_func(x, graph, edge_weight)
+        out: Tensor = self.equilibrium(func, x.new_zeros(len(x), self.out_channels))
+        return out
+
+    def equilibrium_func(
+        self, x: Tensor, graph: Graph, edge_weight: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the map whose equilibrium this layer is, on states (num_nodes, out_channels).
+
+        Args:
+            x: node features.
+            graph: where they are.
+            edge_weight: the graph's weights, where they need a gradient.
+        """
+        weight, phi = self.projected_weight(graph), self.activation
+        phi = phi if callable(phi) else ACTIVATIONS[phi]
+        injection = graph.propagate(F.linear(x, self.omega), edge_weight)
+        if self.bias is not None:
+            injection = injection + self.bias
+
+        def func(state: Tensor) -> Tensor:
+            return phi(graph.propagate(F.linear(state, weight), edge_weight, bias=injection))
+
+        return func
+
+    def projected_weight(self, graph: Graph) -> Tensor:
+        """Return W as it enters the layer on a graph, shape (out_channels, out_channels)."""
+        eigenvalue = graph.lambda_pf if self.lambda_pf is None else self.lambda_pf
+        radius = torch.as_tensor(self.kappa / eigenvalue).to(self.weight)
+        return project_rows(self.weight, radius)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.in_channels}, {self.out_channels}, kappa={self.kappa}, "
+            f"grad={str(self.equilibrium.grad)!r})"
+        )
+
+
+def _check_activation(activation: str | Activation) -> str | Activation:
+    if not callable(activation) and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation={activation!r}; expected one of {', '.join(ACTIVATIONS)}, or a function"
+        )
+    return activation
+
+
+class IGNN(nn.Module):
+    """The networks of the official code, on `IGNNConv`; raw scores, without softmax.
+
+    - `task="graph"`: the layers one after another, the sum over each graph's nodes, two linear
+      layers with dropout between them.
+    - `task="node"`, one layer (chains, citation networks): the layer, its states scaled to length
+      one, dropout, a linear layer.
+    - `task="node"`, several layers (PPI, which has five): each beside a linear skip connection,
+      their sum through ELU, but the last.
+
+    Args:
+        in_channels: size of each node's features.
+        hidden_channels: size of the states between layers; one number, or one for each
+            (the official code's for PPI are 1024, 512, 512, 256).
+        out_channels: scores a graph or node.
+        num_layers: implicit layers.
+        task: "graph" or "node".
+        grad: the gradient of every equilibrium, a spec of `dpp.get_strategy`.
+        kappa: bound of the contractions, in (0, 1).
+        dropout: probability; where there are skip connections there is none.
+        normalize: whether the layers see the symmetrically normalised adjacency with self-loops
+            (Kipf & Welling 2017), as the official code has it on all data but PPI.
+        **conv_settings: of `IGNNConv`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int | Sequence[int],
+        out_channels: int,
+        num_layers: int = 3,
+        task: str = "graph",
+        grad: Any = "upg",
+        *,
+        kappa: float = 0.9,
+        dropout: float = 0.5,
+        normalize: bool = True,
+        **conv_settings: Any,
+    ) -> None:
+        super().__init__()
+        if task not in ("graph", "node"):
+            raise ValueError(f"task={task!r}; expected 'graph' or 'node'")
+        if num_layers < 1:
+            raise ValueError(f"num_layers={num_layers!r}; expected a whole number of at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout!r}; expected a probability in [0, 1)")
+        self.task, self.dropout, self.normalize = task, dropout, normalize
+        self.has_skips = task == "node" and num_layers > 1
+        n_hidden = num_layers - 1 if self.has_skips else num_layers
+        widths = (
+            [hidden_channels] * n_hidden if isinstance(hidden_channels, int) else hidden_channels
+        )
+        if len(widths) != n_hidden:
+            raise ValueError(
+                f"hidden_channels={hidden_channels}; expected one number, or {n_hidden} for "
+                f"{num_layers} layers"
+            )
+        sizes = [in_channels, *widths, *([out_channels] if self.has_skips else [])]
+        # A normalised adjacency is similar to a stochastic matrix.
+        known = {"lambda_pf": 1.0} if normalize else {}
+        settings = {"bias": False, **known, **conv_settings}
+        self.convs = nn.ModuleList(
+            IGNNConv(a, b, kappa, grad, **settings) for a, b in itertools.pairwise(sizes)
+        )
+        self.skips = nn.ModuleList(
+            nn.Linear(a, b) for a, b in itertools.pairwise(sizes) if self.has_skips
+        )
+        self.hidden = nn.Linear(sizes[-1], sizes[-1]) if task == "graph" else None
+        self.out = None if self.has_skips else nn.Linear(sizes[-1], out_channels, task == "graph")
+        self._last_graph = _LastGraph()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for module in [*self.convs, *self.skips, self.hidden, self.out]:
+            if module is not None:
+                module.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Any,
+        edge_weight: Tensor | None = None,
+        batch: Tensor | None = None,
+    ) -> Tensor:
+        """Return scores.
+
+        Args:
+            x: node features, shape (num_nodes, in_channels).
+            edge_index: see `IGNNConv.forward`; a `Graph` is one of `prepare`.
+            edge_weight: shape (num_edges,); ones if None. It may require grad.
+            batch: the graph of each node, shape (num_nodes,); one graph if None.
+
+        Returns:
+            Shape (num_graphs, out_channels) or (num_nodes, out_channels).
+        """
+        if isinstance(edge_index, Graph):
+            graph = edge_index
+        else:
+            source, target, edge_weight = self._as_seen(x, edge_index, edge_weight)
+            graph = self._last_graph.get(source, target, edge_weight, len(x))
+        if self.has_skips:
+            for conv, skip in zip(self.convs, self.skips, strict=True):
+                x = F.elu(x) if conv is not self.convs[0] else x
+                x = conv(x, graph, edge_weight) + skip(x)
+            return x
+        for conv in self.convs:
+            x = conv(x, graph, edge_weight)
+        if self.hidden is None:
+            x = F.normalize(x, dim=-1)
+        else:
+            from torch_geometric.nn import global_add_pool
+
+            x = F.relu(self.hidden(global_add_pool(x, batch)))
+        assert self.out is not None
+        scores: Tensor = self.out(F.dropout(x, self.dropout, self.training))
+        return scores
+
+    def prepare(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Graph:
+        """Return a graph as the layers see it, to be passed in place of `edge_index`.
+
+        For mini-batches that come again in every epoch; the last graph is kept anyway.
+        """
+        source, target, weight = self._as_seen(x, edge_index, edge_weight)
+        return Graph(source, target, weight, len(x))
+
+    def _as_seen(
+        self, x: Tensor, edge_index: Any, edge_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        source, target, weight = _edges(edge_index, edge_weight, x)
+        if self.normalize:
+            from torch_geometric.nn.conv.gcn_conv import gcn_norm
+
+            _check_edges(source, target, weight, len(x))
+            (source, target), weight = gcn_norm(
+                torch.stack([source, target]), weight, len(x), dtype=x.dtype
+            )
+        return source, target, weight
+
+
+class IGNNHost(Host):
+    """Lets `dpp.set_grad`, `dpp.model_report` and `dpp.monitor` find the layers in a model.
+
+    The layers take specs by themselves, so that there is nothing to enable.
+    """
+
+    name = "ignn"
+    package = "torch_geometric"
+    pip = '"deq-phantom-plugin[graph]"'
+
+    @property
+    def is_enabled(self) -> bool:
+        """False: nothing foreign is hooked."""
+        return False
+
+    def enable(self) -> None:
+        """Do nothing."""
+
+    def disable(self) -> None:
+        """Do nothing."""
+
+    def is_equilibrium(self, module: nn.Module) -> bool:
+        """Whether a module is the equilibrium of an `IGNNConv`."""
+        return isinstance(module, FixedPoint)
+
+    def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
+        """See `Host.prepare_grad`."""
+        return functools.partial(setattr, module, "grad", dpp.get_strategy(spec))
+
+    def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
+        """See `Host.observe`."""
+
+        def after(equilibrium: Any, args: Any, attached: Tensor) -> None:
+            if equilibrium.training and torch.is_grad_enabled():
+                func, start = args
+                callback(_solve(equilibrium, func, start, attached))
+
+        return module.register_forward_hook(after).remove
+
+
+def _solve(
+    equilibrium: FixedPoint, func: Callable[[Tensor], Tensor], start: Tensor, attached: Tensor
+) -> Solve:
+    state = attached.detach()
+    with torch.no_grad():
+        image = func(state)
+    residual = torch.linalg.vector_norm(image - state) / torch.linalg.vector_norm(image)
+    return Solve(
+        func=func,
+        initial_state=start,
+        equilibrium=state,
+        attached=attached,
+        strategy=equilibrium.grad,
+        step=equilibrium.memory.step,
+        residual=residual.reshape(1),
+        nfe=equilibrium.nfe,
+        batch_dim=None,
+    )
