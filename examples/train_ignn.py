@@ -1,0 +1,497 @@
+"""Implicit graph networks (IGNN) by gradient method: chains, COX2, PROTEINS, Cora, PPI.
+
+    python examples/train_ignn.py                             # chains of 10 and 20 nodes
+    python examples/train_ignn.py --lengths 10 20 30 40 60 80 100
+    python examples/train_ignn.py --data PROTEINS --root DIR  # 10-fold cross-validation
+
+The settings are those of the official code of Gu et al., "Implicit Graph Neural Networks", NeurIPS
+2020, where the options do not say otherwise.
+
+chains: directed chains of two classes. Only a chain's first node has a feature that tells its
+class, and every node is to be classified, from 20 labelled ones. The three-layer GCN of PyG in the
+same table sees three hops. What is reported is the test accuracy at the best validation epoch.
+
+COX2 and PROTEINS: the official code reports the best epoch of each fold on the fold's own test
+graphs, which flatters; that is `best`, and `last` is the last epoch. Its test graphs are normalised
+differently from its training graphs (each edge twice), which is not copied here.
+
+PPI: micro F1 on the test graphs at the best validation epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin.adapters.ignn import IGNN
+from deq_phantom_plugin.extras import require
+from deq_phantom_plugin.output import text_table, write_whole
+
+GCN = "gcn (3 layers)"
+PATIENCE = 100  # epochs on a chain after all validation nodes are right
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one data set is trained on.
+
+    Attributes:
+        epochs: the most passes over the training data.
+        lr: Adam's learning rate.
+        hidden: channels of the hidden states.
+        num_layers: implicit layers.
+        kappa: bound of the contractions.
+        lam: damping of methods that leave it out.
+        weight_decay: Adam's.
+        clip: norm to which each parameter's gradient is clipped, infinite for none.
+        f_tol: of the forward solve.
+    """
+
+    epochs: int
+    lr: float
+    hidden: int | tuple[int, ...]
+    num_layers: int
+    kappa: float
+    lam: float
+    weight_decay: float = 0.0
+    clip: float = float("inf")
+    f_tol: float = 3e-6
+
+
+TASKS = {
+    # A signal falls by a constant factor a node, so that far ones need a tighter solve.
+    "chains": Task(2000, 0.01, 16, 1, 0.9, 0.8, weight_decay=5e-4, clip=0.5, f_tol=1e-7),
+    "COX2": Task(200, 0.001, 64, 3, 0.9, 0.8),
+    "PROTEINS": Task(200, 0.001, 64, 3, 0.9, 0.8),
+    "Cora": Task(200, 0.01, 16, 1, 0.9, 0.8, weight_decay=5e-4),
+    "PPI": Task(1000, 0.005, (1024, 512, 512, 256), 5, 0.98, 0.8),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        data: the data set.
+        method: the spec, or the baseline's name.
+        part: which run of its kind: a chain's length and seed, or a fold.
+        accuracy: on the test data, in [0, 1]; at the best validation epoch where there is one.
+        last: the same after the last epoch.
+        epochs: that were trained.
+        seconds: they took.
+    """
+
+    data: str
+    method: str
+    part: dict[str, int]
+    accuracy: float
+    last: float
+    epochs: int
+    seconds: float
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def chains(length: int, seed: int, per_class: int = 20, channels: int = 100) -> Any:
+    """Return `per_class` directed chains of each of two classes, and a split of their nodes.
+
+    Args:
+        length: nodes a chain.
+        seed: of the split: 20 nodes to train on, 100 to validate, 200 to test.
+        per_class: chains of each class.
+        channels: features of a node, of which the first two tell the class, on first nodes only.
+    """
+    from torch_geometric.data import Data
+
+    x = torch.zeros(2, per_class, length, channels)
+    for label in (0, 1):
+        x[label, :, 0, label] = 1
+    nodes = torch.arange(2 * per_class * length).view(-1, length)
+    edge_index = torch.stack([nodes[:, :-1].flatten(), nodes[:, 1:].flatten()])
+    y = torch.arange(2).repeat_interleave(per_class * length)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    data = Data(x=x.flatten(0, 2), edge_index=edge_index, y=y)
+    for name, ids in (("train", order[:20]), ("val", order[20:120]), ("test", order[120:320])):
+        data[f"{name}_mask"] = torch.zeros(len(y), dtype=torch.bool).index_fill_(0, ids, True)
+    return data
+
+
+def load(name: str, root: str | None) -> Any:
+    """Return a data set of PyG, downloaded to or found in a folder.
+
+    Raises:
+        SystemExit: without a folder.
+    """
+    if root is None:
+        raise SystemExit(f"--data {name} needs --root DIR, where PyG finds or puts the files")
+    import torch_geometric.transforms as T
+    from torch_geometric.datasets import PPI, Planetoid, TUDataset
+
+    folder = str(Path(root).expanduser())
+    if name == "Cora":
+        return Planetoid(f"{folder}/cora", name, transform=T.NormalizeFeatures())[0]
+    if name == "PPI":
+        return [PPI(f"{folder}/PPI", split=split) for split in ("train", "val", "test")]
+    return TUDataset(folder, name)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def train_nodes(model: nn.Module, data: Any, task: Task, on_epoch: Callable[[], Any]) -> Run:
+    """Train on the marked nodes of one graph."""
+    optimizer = _adam(model, task)
+    best, last, since, started = (-1.0, 0.0, 0.0), 0.0, 0, time.perf_counter()
+    epoch = 0
+    for epoch in range(1, task.epochs + 1):
+        model.train()
+        out = model(data.x, data.edge_index)
+        _step(optimizer, F.cross_entropy(out[data.train_mask], data.y[data.train_mask]), task)
+        on_epoch()
+        if epoch % 10 and epoch < task.epochs:
+            continue
+        with torch.no_grad():
+            out = model.eval()(data.x, data.edge_index)
+        val, last = (_accuracy(out[m], data.y[m]) for m in (data.val_mask, data.test_mask))
+        loss = float(F.cross_entropy(out[data.val_mask], data.y[data.val_mask]))
+        # Of epochs that are equally good, the surest.
+        best = max(best, (val, -loss, last))
+        since = since + 10 if best[0] == 1 else 0
+        if since >= PATIENCE:
+            break
+    return Run("", "", {}, best[2], last, epoch, time.perf_counter() - started)
+
+
+def train_graphs(
+    model: IGNN,
+    train: Sequence[Any],
+    test: Sequence[Any],
+    task: Task,
+    on_epoch: Callable[[], Any],
+) -> Run:
+    """Train on mini-batches of graphs; `accuracy` is that of the best epoch on the test graphs."""
+    optimizer = _adam(model, task)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [50], gamma=0.5)
+    # The official loaders do not shuffle, so that batches can be prepared once.
+    ready = {id(b): model.prepare(b.x, b.edge_index) for b in [*train, *test]}
+    best = last = 0.0
+    started = time.perf_counter()
+    for _ in range(task.epochs):
+        model.train()
+        for b in train:
+            out = model(b.x, ready[id(b)], batch=b.batch)
+            _step(optimizer, F.cross_entropy(out, b.y), task)
+        scheduler.step()
+        model.eval()
+        with torch.no_grad():
+            outputs = torch.cat([model(b.x, ready[id(b)], batch=b.batch) for b in test])
+        last = _accuracy(outputs, torch.cat([b.y for b in test]))
+        best = max(best, last)
+        on_epoch()
+    return Run("", "", {}, best, last, task.epochs, time.perf_counter() - started)
+
+
+def train_multilabel(
+    model: IGNN, splits: Sequence[Iterable[Any]], task: Task, on_epoch: Callable[[], Any]
+) -> Run:
+    """Train on graphs, one a step, whose nodes have many labels each; accuracies are micro F1."""
+    optimizer = _adam(model, task)
+    train, val, test = splits
+    best, last, started = (-1.0, 0.0), 0.0, time.perf_counter()
+    for _ in range(task.epochs):
+        model.train()
+        for graph in train:
+            out = model(graph.x, graph.edge_index)
+            _step(optimizer, F.binary_cross_entropy_with_logits(out, graph.y), task)
+        model.eval()
+        scores = [_micro_f1(model, split) for split in (val, test)]
+        last = scores[1]
+        best = max(best, (scores[0], scores[1]))
+        on_epoch()
+    return Run("", "", {}, best[1], last, task.epochs, time.perf_counter() - started)
+
+
+def _adam(model: nn.Module, task: Task) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=task.lr, weight_decay=task.weight_decay)
+
+
+def _step(optimizer: torch.optim.Adam, loss: Tensor, task: Task) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    if task.clip < float("inf"):
+        for parameter in optimizer.param_groups[0]["params"]:
+            nn.utils.clip_grad_norm_(parameter, task.clip)  # each by itself, as the official code
+    optimizer.step()
+
+
+def _accuracy(out: Tensor, y: Tensor) -> float:
+    return float((out.argmax(dim=1) == y).float().mean())
+
+
+@torch.no_grad()
+def _micro_f1(model: IGNN, graphs: Iterable[Any]) -> float:
+    hits = chosen = true = 0.0
+    for graph in graphs:
+        predicted, labels = model(graph.x, graph.edge_index) > 0, graph.y > 0
+        hits += float((predicted & labels).sum())
+        chosen += float(predicted.sum())
+        true += float(labels.sum())
+    return 2 * hits / max(chosen + true, 1)
+
+
+# --- the experiments -----------------------------------------------------------------------------
+
+
+def run_chains(args: argparse.Namespace, task: Task, bar: Any) -> Iterable[Run]:
+    """Train every method on chains of every length with every seed."""
+    from torch_geometric.nn import GCN as PyGGCN
+
+    for length in args.lengths:
+        for method in [GCN, *args.grad]:
+            for seed in args.seeds:
+                data = chains(length, seed).to(args.device)
+                torch.manual_seed(seed)
+                model: nn.Module
+                if method == GCN:
+                    model = PyGGCN(data.num_features, task.hidden, 3, 2, dropout=0.5)
+                else:
+                    model = make_model(data.num_features, 2, method, task, "node")
+                part = {"length": length, "seed": seed}
+                run = train_nodes(model.to(args.device), data, task, bar(method, part))
+                yield replace(run, data="chains", method=method, part=part)
+
+
+def run_citation(args: argparse.Namespace, task: Task, bar: Any) -> Iterable[Run]:
+    """Train every method on Cora's public split with every seed."""
+    data = load(args.data, args.root).to(args.device)
+    for method in args.grad:
+        for seed in args.seeds:
+            torch.manual_seed(seed)
+            model = make_model(data.num_features, int(data.y.max()) + 1, method, task, "node")
+            part = {"seed": seed}
+            run = train_nodes(model.to(args.device), data, task, bar(method, part))
+            yield replace(run, data=args.data, method=method, part=part)
+
+
+def run_folds(args: argparse.Namespace, task: Task, bar: Any) -> Iterable[Run]:
+    """Train every method on ten stratified folds."""
+    from sklearn.model_selection import StratifiedKFold
+    from torch_geometric.loader import DataLoader
+
+    dataset = load(args.data, args.root)
+    labels = torch.cat([graph.y for graph in dataset])
+    folds = StratifiedKFold(10, shuffle=True, random_state=args.seeds[0])
+    for fold, indices in enumerate(folds.split(labels, labels)):
+        train, test = (
+            [b.to(args.device) for b in DataLoader(dataset[list(ids)], batch_size=128)]
+            for ids in indices
+        )
+        for method in args.grad:
+            torch.manual_seed(args.seeds[0] + fold)
+            model = make_model(dataset.num_features, dataset.num_classes, method, task, "graph").to(
+                args.device
+            )
+            part = {"fold": fold}
+            run = train_graphs(model, train, test, task, bar(method, part))
+            yield replace(run, data=args.data, method=method, part=part)
+
+
+def run_ppi(args: argparse.Namespace, task: Task, bar: Any) -> Iterable[Run]:
+    """Train every method on PPI with every seed."""
+    splits = [[graph.to(args.device) for graph in split] for split in load("PPI", args.root)]
+    first = splits[0][0]
+    for method in args.grad:
+        for seed in args.seeds:
+            torch.manual_seed(seed)
+            model = make_model(
+                first.num_features, first.y.shape[1], method, task, "node", normalize=False
+            )
+            part = {"seed": seed}
+            run = train_multilabel(model.to(args.device), splits, task, bar(method, part))
+            yield replace(run, data="PPI", method=method, part=part)
+
+
+def make_model(
+    in_channels: int, out_channels: int, method: str, task: Task, kind: str, **settings: Any
+) -> IGNN:
+    """Return the task's network with a gradient method."""
+    grad = dpp.get_strategy(method, {"lam": task.lam})
+    return IGNN(
+        in_channels,
+        task.hidden,
+        out_channels,
+        task.num_layers,
+        kind,
+        grad,
+        kappa=task.kappa,
+        f_tol=task.f_tol,
+        **settings,
+    )
+
+
+EXPERIMENTS: dict[str, Callable[[argparse.Namespace, Task, Any], Iterable[Run]]] = {
+    "chains": run_chains,
+    "COX2": run_folds,
+    "PROTEINS": run_folds,
+    "Cora": run_citation,
+    "PPI": run_ppi,
+}
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Return accuracies in percent, mean and standard deviation over seeds or folds."""
+    groups: dict[tuple[int, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.part.get("length", 0), run.method), []).append(run)
+    is_chains = runs[0].data == "chains"
+    header = ["method", *(["length"] if is_chains else []), "best", "last", "runs", "s/epoch"]
+    rows = []
+    for (length, method), group in groups.items():
+        seconds = sum(r.seconds for r in group) / max(sum(r.epochs for r in group), 1)
+        cells = [_mean_and_std([getattr(r, a) for r in group]) for a in ("accuracy", "last")]
+        own = [str(length)] if is_chains else []
+        rows.append([method, *own, *cells, str(len(group)), f"{seconds:.3f}"])
+    return text_table(header, rows)
+
+
+def _mean_and_std(values: Sequence[float]) -> str:
+    percent = [100 * value for value in values]
+    return f"{statistics.mean(percent):.1f} ± {statistics.pstdev(percent):.1f}"
+
+
+def save(folder: Path, runs: Sequence[Run], task: Task) -> None:
+    """Write what there is so far: all runs as JSON and CSV, and chains as a plot."""
+    name = f"ignn_{runs[0].data.lower()}"
+    content = {"task": asdict(task), "runs": [asdict(run) for run in runs]}
+    # `clip` may be infinite, which JSON has not.
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write_whole(folder / f"{name}.json", json.dumps(content, indent=1).encode())
+    text = io.StringIO()
+    keys = list(runs[0].part)
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["data", "method", *keys, "accuracy", "last", "epochs", "seconds"])
+    for r in runs:
+        numbers = [f"{r.accuracy:.4f}", f"{r.last:.4f}", r.epochs, f"{r.seconds:.1f}"]
+        rows.writerow([r.data, r.method, *(r.part[key] for key in keys), *numbers])
+    write_whole(folder / f"{name}.csv", text.getvalue().encode())
+    if len({run.part.get("length") for run in runs}) > 1:
+        write_whole(folder / f"{name}.png", plot(runs))
+
+
+def plot(runs: Sequence[Run]) -> bytes:
+    """Return a PNG of accuracy over chain length: the mean over seeds, and each seed as a dot.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    require("matplotlib", "viz")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for number, method in enumerate(dict.fromkeys(run.method for run in runs)):
+        own = [run for run in runs if run.method == method]
+        lengths = sorted({run.part["length"] for run in own})
+        by_length = [[100 * r.accuracy for r in own if r.part["length"] == x] for x in lengths]
+        color, style = f"C{number % 10}", "--" if method == GCN else "-"
+        means = [statistics.mean(values) for values in by_length]
+        axes.plot(lengths, means, style, color=color, label=method)
+        for x, values in zip(lengths, by_length, strict=True):
+            axes.plot([x] * len(values), values, ".", color=color, markersize=4)
+    axes.axhline(50, color="0.7", linewidth=0.8)
+    axes.set(xlabel="nodes in a chain", ylabel="test accuracy (%)", ylim=(38, 102))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Task]:
+    """Return the arguments, and the task with what they change in it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", choices=list(TASKS), default="chains", help="what to train on (chains)")
+    add("--root", help="folder of PyG's data sets; needed by all but chains")
+    add("--grad", nargs="+", type=_spec, default=["ift", "upg", "npg"], metavar="SPEC")
+    add("--lam", type=float, help="damping of methods that leave it out (0.8)")
+    add("--lengths", nargs="+", type=int, default=[10, 20], help="nodes in a chain (10 20)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="for folds, the first one (0 1 2)")
+    add("--epochs", type=int, help="the most passes over the data")
+    add("--lr", type=float, help="Adam's learning rate")
+    add("--kappa", type=float, help="bound of the contractions, below 1")
+    add("--f-tol", type=float, help="of the forward solve")
+    add("--device", default="cpu", help="where to train (cpu)")
+    add("--out", type=Path, default=Path("runs/ignn"), help="folder for results (runs/ignn)")
+    args = parser.parse_args(argv)
+    if min(args.lengths) * 40 < 320:
+        parser.error(f"--lengths {min(args.lengths)}: expected 8 or more; 320 nodes are split")
+    names = ("lam", "epochs", "lr", "kappa", "f_tol")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    task = replace(TASKS[args.data], **given)
+    try:  # now, not after the first method's hour
+        for method in args.grad:
+            make_model(1, 1, method, task, "node")
+    except ValueError as error:
+        parser.error(str(error))
+    return args, task
+
+
+def _spec(text: str) -> str:
+    try:
+        dpp.get_strategy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> list[Run]:
+    """Run an experiment; its table is printed, and written with every run as far as it is."""
+    args, task = parse(argv)
+    require("torch_geometric", "graph")
+    from tqdm import tqdm  # PyG's own
+
+    # Far along a chain a solve that stops at f_max_iter is a result like another.
+    warnings.simplefilter("ignore", dpp.ConvergenceWarning)
+    runs: list[Run] = []
+    with tqdm(unit=" epochs", mininterval=1) as progress:
+
+        def bar(method: str, part: dict[str, int]) -> Callable[[], Any]:
+            where = " ".join(f"{key} {value}" for key, value in part.items())
+            progress.set_description(f"{args.data} {where}: {method}")
+            return progress.update
+
+        for run in EXPERIMENTS[args.data](args, task, bar):
+            runs.append(run)
+            save(args.out, runs, task)
+            progress.write(f"{run.method:28} {run.part} {run.accuracy:.3f} {run.epochs} epochs")
+    print(table(runs))
+    return runs
+
+
+if __name__ == "__main__":
+    main()

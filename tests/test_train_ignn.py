@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torch_geometric")
+
+from torch_geometric.data import Data
+
+PATH = Path(__file__).parents[1] / "examples" / "train_ignn.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("train_ignn", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_ignn"] = module  # where dataclasses look their types up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["train_ignn"]
+
+
+class Dataset(list):
+    """Graphs as PyG's data sets have them."""
+
+    num_features, num_classes = 3, 2
+
+    def __getitem__(self, index):
+        if isinstance(index, list):
+            return Dataset(list.__getitem__(self, int(i)) for i in index)
+        return list.__getitem__(self, index)
+
+
+def graphs(number, labels):
+    made = Dataset()
+    for i in range(number):
+        edges = torch.randint(6, (2, 14))
+        made.append(Data(x=torch.rand(6, 3), edge_index=edges, y=labels(i)))
+    return made
+
+
+def test_chains(example):
+    data = example.chains(12, seed=3)
+    assert (data.num_nodes, data.num_edges, data.num_features) == (480, 40 * 11, 100)
+    source, target = data.edge_index
+    assert torch.equal(target, source + 1)
+    assert not ((target % 12) == 0).any()  # directed, and no edge from chain to chain
+    first = torch.arange(0, 480, 12)
+    assert torch.equal(data.x.sum(1).nonzero().flatten(), first)
+    assert torch.equal(data.x[first].argmax(1), data.y[first])
+    assert torch.equal(data.y.view(40, 12), data.y[first, None].expand(40, 12))
+    masks = torch.stack([data.train_mask, data.val_mask, data.test_mask])
+    assert masks.sum(1).tolist() == [20, 100, 200]
+    assert masks.sum(0).max() == 1
+    assert torch.equal(data.train_mask, example.chains(12, seed=3).train_mask)
+    assert not torch.equal(data.train_mask, example.chains(12, seed=4).train_mask)
+
+
+def test_long_chains_are_learned_where_three_hops_are_not_enough(example, tmp_path):
+    settings = ["--lengths", "10", "20", "--seeds", "0", "--epochs", "200", "--out", str(tmp_path)]
+    runs = example.main([*settings, "--grad", "ift", "upg"])
+    found = {(run.part["length"], run.method): run.accuracy for run in runs}
+    for length in (10, 20):
+        assert found[length, "ift"] == 1
+        assert found[length, "upg"] == 1
+        # Four of a chain's nodes see its first node; the others are guessed.
+        assert found[length, example.GCN] < 0.5 + 0.5 * 4 / length + 0.1
+    content = json.loads((tmp_path / "ignn_chains.json").read_text(), parse_constant=pytest.fail)
+    assert len(content["runs"]) == 6
+    assert content["task"]["epochs"] == 200
+    with (tmp_path / "ignn_chains.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == [example.GCN, "ift", "upg"] * 2
+    assert (tmp_path / "ignn_chains.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ignn_chains.csv",
+        "ignn_chains.json",
+        "ignn_chains.png",
+    ]
+
+
+def test_folds(example, tmp_path, monkeypatch, capsys):
+    data = graphs(40, lambda i: torch.tensor([i % 2]))
+    monkeypatch.setattr(example, "load", lambda name, root: data)
+    settings = ["--data", "COX2", "--epochs", "2", "--out", str(tmp_path)]
+    runs = example.main([*settings, "--grad", "upg", "npg(k=3)"])
+    assert [run.part["fold"] for run in runs] == [i for i in range(10) for _ in range(2)]
+    assert all(0 <= run.last <= run.accuracy <= 1 for run in runs)
+    assert (tmp_path / "ignn_cox2.json").is_file()
+    out = capsys.readouterr().out
+    assert "npg(k=3)" in out
+    assert "±" in out
+
+
+def test_ppi(example, tmp_path, monkeypatch):
+    splits = [graphs(2, lambda i: torch.randint(2, (6, 5)).float()) for _ in range(3)]
+    monkeypatch.setattr(example, "load", lambda name, root: splits)
+    small = example.replace(example.TASKS["PPI"], hidden=(8, 4, 4, 4))
+    monkeypatch.setitem(example.TASKS, "PPI", small)
+    settings = ["--data", "PPI", "--epochs", "2", "--seeds", "0", "--out", str(tmp_path)]
+    (run,) = example.main([*settings, "--grad", "upg"])
+    assert 0 <= run.accuracy <= 1
+
+
+def test_cora(example, tmp_path, monkeypatch):
+    data = example.chains(10, seed=0)
+    monkeypatch.setattr(example, "load", lambda name, root: data)
+    settings = ["--data", "Cora", "--epochs", "20", "--seeds", "0", "1", "--out", str(tmp_path)]
+    runs = example.main([*settings, "--grad", "ift"])
+    assert [run.part for run in runs] == [{"seed": 0}, {"seed": 1}]
+
+
+def test_micro_f1_is_sklearns(example):
+    metrics = pytest.importorskip("sklearn.metrics")
+    scores, labels = torch.randn(30, 5), torch.randint(2, (30, 5)).float()
+    parts = [Data(x=scores[i : i + 10], edge_index=None, y=labels[i : i + 10]) for i in (0, 10, 20)]
+    found = example._micro_f1(lambda x, edge_index: x, parts)
+    expected = metrics.f1_score(labels, (scores > 0).float(), average="micro")
+    assert found == pytest.approx(expected)
+
+
+def test_damping_is_an_option(example):
+    args, task = example.parse(["--lam", "0.6", "--kappa", "0.95", "--f-tol", "1e-9"])
+    assert (task.lam, task.kappa, task.f_tol) == (0.6, 0.95, 1e-9)
+    model = example.make_model(3, 2, "npg(k=7)", task, "node")
+    assert repr(model.convs[0].equilibrium.grad) == "npg(k=7, lam=0.6)"
+    model = example.make_model(3, 2, "npg(lam=0.9)", task, "node")
+    assert repr(model.convs[0].equilibrium.grad) == "npg(k=5, lam=0.9)"
+    assert args.grad == ["ift", "upg", "npg"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--grad", "nope"], "unknown strategy 'nope'"),
+        (["--kappa", "1"], "kappa=1.0; expected a number above 0 and below 1"),
+        (["--lam", "2"], "lam=2.0"),
+        (["--lengths", "4"], "--lengths 4: expected 8 or more"),
+    ],
+)
+def test_bad_arguments(example, argv, message, capsys):
+    with pytest.raises(SystemExit):
+        example.main(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_data_needs_a_folder(example):
+    with pytest.raises(SystemExit, match="--data Cora needs --root DIR"):
+        example.main(["--data", "Cora"])
