@@ -17,6 +17,7 @@ from .hosts import disable, enable, enabled
 from .jacobian import jacobian_reg, spectral_radius
 from .memory import Memory
 from .registry import get_strategy, list_strategies, register_strategy
+from .regularization import JacobianRegularization
 from .schedule import Schedule
 from .state import State
 from .strategies import BPTT, IFT, JFB, NPG, UPG, Exact
@@ -36,6 +37,7 @@ __all__ = [
     "ConvergenceWarning",
     "Exact",
     "GradStrategy",
+    "JacobianRegularization",
     "Memory",
     "NonFiniteError",
     "Schedule",

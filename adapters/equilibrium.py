@@ -1,0 +1,102 @@
+"""What the Transformer adapters share: one equilibrium solved by TorchDEQ, and what it tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin.extras import require
+
+require("transformers", "text")
+from transformers.utils import ModelOutput  # noqa: E402
+
+__all__ = ["EquilibriumInfo", "check_settings", "make_equilibrium", "solve"]
+
+
+@dataclass
+class EquilibriumInfo(ModelOutput):
+    """What a forward solve reached and spent; nothing in it carries an autograd graph.
+
+    Attributes:
+        residual: ||F(h) - h|| / ||F(h)|| of each sample, the lowest that was reached, shape (B,);
+            padding does not count.
+        nfe: evaluations of F that the solve took for the batch, an integer tensor of shape ().
+    """
+
+    residual: Tensor | None = None
+    nfe: Tensor | None = None
+
+
+def check_settings(grad: Any, f_solver: str, f_max_iter: int, f_tol: float) -> None:
+    """Refuse settings of an equilibrium before there is one.
+
+    Args:
+        grad: a spec of `dpp.get_strategy`.
+        f_solver: TorchDEQ's name of a solver.
+        f_max_iter: the most iterations of the forward solve.
+        f_tol: relative residual at which it stops.
+
+    Raises:
+        ValueError: names the value and what is accepted.
+        ImportError: without TorchDEQ.
+    """
+    dpp.get_strategy(grad)
+    known = require("torchdeq.solver", "text")._solvers
+    if f_solver not in known:
+        raise ValueError(f"f_solver={f_solver!r}; expected one of {', '.join(sorted(known))}")
+    # TorchDEQ's Anderson returns its initial state below 3.
+    least = 3 if f_solver == "anderson" else 1
+    if isinstance(f_max_iter, bool) or not isinstance(f_max_iter, int) or f_max_iter < least:
+        raise ValueError(
+            f"f_max_iter={f_max_iter!r}; expected a whole number of at least {least} for {f_solver}"
+        )
+    if isinstance(f_tol, bool) or not isinstance(f_tol, int | float) or not 0 <= f_tol < 1:
+        raise ValueError(f"f_tol={f_tol!r}; expected a number of at least 0 and below 1")
+
+
+def make_equilibrium(grad: Any, f_solver: str, f_max_iter: int, f_tol: float) -> nn.Module:
+    """Return TorchDEQ's module with a gradient chosen by name; see `check_settings`."""
+    check_settings(grad, f_solver, f_max_iter, f_tol)
+    dpp.enable("torchdeq")
+    settings = {"f_solver": f_solver, "f_max_iter": f_max_iter, "f_tol": f_tol}
+    deq: nn.Module = require("torchdeq", "text").get_deq(
+        {**settings, "f_stop_mode": "rel", "grad": grad}
+    )
+    return deq
+
+
+def solve(
+    deq: nn.Module, func: Callable[[Tensor], Tensor], start: Tensor
+) -> tuple[Tensor, EquilibriumInfo]:
+    """Solve h = F(h).
+
+    Args:
+        deq: of `make_equilibrium`; in training mode the state carries its gradient.
+        func: F, from and to shape (B, ...).
+        start: the initial state.
+    """
+    calls = {False: 0, True: 0}
+
+    def counted(state: Tensor) -> Tensor:
+        calls[torch.is_grad_enabled()] += 1
+        return func(state)
+
+    states, info = deq(counted, start)
+    state: Tensor = states[-1]
+    # Solvers run without grad. A strategy that owns the solve runs with it, and TorchDEQ then has
+    # no residual.
+    residual = info["rel_lowest"].detach() if calls[False] else _residual(func, state.detach())
+    nfe = torch.tensor(calls[False] or calls[True])
+    return state, EquilibriumInfo(residual=residual, nfe=nfe)
+
+
+@torch.no_grad()
+def _residual(func: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+    image = func(state)
+    error: Tensor = (image - state).flatten(1).norm(dim=1) / (image.flatten(1).norm(dim=1) + 1e-9)
+    return error

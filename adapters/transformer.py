@@ -1,0 +1,652 @@
+"""Deep equilibrium language models as Transformers models, the gradient chosen by name.
+
+Bai, Kolter & Koltun, "Deep Equilibrium Models", NeurIPS 2019, arXiv:1909.01377. The states of all
+tokens are the equilibrium of one weight-tied decoder block that sees the embeddings at every step.
+
+    config = DEQTransformerConfig(vocab_size=256, hidden_size=64, num_attention_heads=4, grad="upg")
+    model = DEQTransformerForCausalLM(config)
+    model(input_ids, labels=input_ids).loss.backward()
+    model.set_grad("npg(k=9)")
+    model.generate(input_ids, max_new_tokens=20)
+
+Importing this module registers both classes, so that `AutoModelForCausalLM.from_pretrained` loads
+what `save_pretrained` saved. Give `SetStep()` to a `Trainer` if anything depends on the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin.extras import require
+
+from .deq_layer import EquilibriumLayer, deq_from_layer
+from .equilibrium import EquilibriumInfo, check_settings, make_equilibrium, solve
+
+require("transformers", "text")
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    initialization,
+)
+from transformers.activations import ACT2FN  # noqa: E402
+from transformers.masking_utils import create_causal_mask  # noqa: E402
+from transformers.modeling_outputs import (  # noqa: E402
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward  # noqa: E402
+from transformers.models.llama.modeling_llama import (  # noqa: E402
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+from transformers.utils import can_return_tuple  # noqa: E402
+
+__all__ = [
+    "DEQCausalLMOutput",
+    "DEQModelOutput",
+    "DEQTransformerConfig",
+    "DEQTransformerForCausalLM",
+    "DEQTransformerModel",
+    "EquilibriumInfo",
+    "EquilibriumLayer",
+    "SetStep",
+    "deq_from_layer",
+]
+
+
+class DEQTransformerConfig(PreTrainedConfig):
+    """What a `DEQTransformerForCausalLM` is made of.
+
+    Attributes:
+        vocab_size: tokens.
+        hidden_size: of each token's state; a multiple of twice `num_attention_heads`.
+        intermediate_size: inner width of the feed-forward part.
+        num_attention_heads: heads.
+        max_position_embeddings: the longest sequence. Positions are rotary, so relative.
+        hidden_act: activation of the feed-forward part; the official code has relu.
+        pre_layer_norm: False for the source's DEQ (PostLN), True for DEQ (PreLN).
+        dropout: probability of dropping a feature of the embeddings, of the two parts of the block
+            and of the output, the same ones at all positions.
+        attention_dropout: probability of dropping a position from what a head attends to.
+        initializer_range: standard deviation of the embeddings. The block's weights are drawn so
+            that it is a contraction to begin with, whatever its size.
+        layer_norm_eps: of the normalisations.
+        tie_word_embeddings: whether the output layer has the embeddings for its weights.
+        rope_parameters: see Transformers' Llama.
+        use_cache: whether to return the keys and values of the equilibrium, outside training.
+        grad: the gradient of the equilibrium, a spec of `dpp.get_strategy` as a string.
+        f_solver: TorchDEQ's name of the forward solver.
+        f_max_iter: the most iterations of the forward solve.
+        f_tol: its relative residual of each sample.
+        jac_reg_weight: of ||J||_F^2 / numel in the loss, see `dpp.JacobianRegularization`.
+        jac_reg_freq: the probability that a training step has it.
+        jac_reg_increment: what the weight grows by every `jac_reg_interval` steps.
+        jac_reg_interval: in training steps, which `dpp.set_step` or `SetStep` tell.
+
+    Raises:
+        ValueError: if a value cannot be, or these do not fit together; says what is accepted.
+    """
+
+    model_type = "deq_transformer"
+    keys_to_ignore_at_inference = ["past_key_values", "equilibrium_info", "jac_loss"]  # noqa: RUF012
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 1024
+    hidden_act: str = "relu"
+    pre_layer_norm: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    rope_parameters: dict[str, Any] | None = None
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    grad: str = "upg"
+    f_solver: str = "anderson"
+    f_max_iter: int = 30
+    f_tol: float = 1e-3
+    jac_reg_weight: float = 0.0
+    jac_reg_freq: float = 1.0
+    jac_reg_increment: float = 0.0
+    jac_reg_interval: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.num_hidden_layers = 1  # of the cache
+        self.num_key_value_heads = self.num_attention_heads
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} with num_attention_heads="
+                f"{self.num_attention_heads}; expected a multiple of twice the heads"
+            )
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}; expected a probability in [0, 1)"
+                )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r}; expected one of {', '.join(ACT2FN)}")
+        if not isinstance(self.grad, str):
+            raise ValueError(f"grad={self.grad!r}; expected a spec as a string, such as 'upg(k=5)'")
+        check_settings(self.grad, self.f_solver, self.f_max_iter, self.f_tol)
+        self.jacobian_regularization()
+
+    def jacobian_regularization(self) -> dpp.JacobianRegularization:
+        """Return the schedule that the `jac_reg_` fields describe."""
+        names = ("weight", "freq", "increment", "interval")
+        try:
+            return dpp.JacobianRegularization(*(getattr(self, f"jac_reg_{name}") for name in names))
+        except ValueError as error:
+            raise ValueError(f"jac_reg_{error}") from None
+
+
+@dataclass
+class DEQModelOutput(BaseModelOutputWithPast):
+    """What a `DEQTransformerModel` returns.
+
+    Attributes:
+        jac_loss: the weighted Jacobian regulariser of this step, a differentiable scalar; None
+            outside training, and in steps that have none.
+        equilibrium_info: residual and evaluations of the forward solve.
+    """
+
+    jac_loss: Tensor | None = None
+    equilibrium_info: EquilibriumInfo | None = None
+
+
+@dataclass
+class DEQCausalLMOutput(CausalLMOutputWithPast):
+    """What a `DEQTransformerForCausalLM` returns.
+
+    Attributes:
+        loss: cross-entropy, with `jac_loss` added.
+        jac_loss: the weighted Jacobian regulariser in this loss; None outside training, and in
+            steps that have none.
+        equilibrium_info: residual and evaluations of the forward solve.
+    """
+
+    jac_loss: Tensor | None = None
+    equilibrium_info: EquilibriumInfo | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Surroundings:
+    """All that a block sees in a solve besides the state: F is a function of the state alone.
+
+    Attributes:
+        injection: added to queries, keys and values, shape (B, L, 3 * hidden_size).
+        rotation: cos and sin of the positions, each of shape (1 or B, L, head size).
+        attention_mask: as the attention implementation wants it.
+        past: keys and values of the tokens before, each of shape (B, heads, P, head size).
+        keep: dropout masks by the place they are for.
+    """
+
+    injection: Tensor
+    rotation: tuple[Tensor, Tensor]
+    attention_mask: Any
+    past: tuple[Tensor, Tensor] | None
+    keep: dict[str, Tensor]
+
+    def drop(self, place: str, x: Tensor) -> Tensor:
+        """Apply the mask of a place, the same at every evaluation of the solve."""
+        return x * self.keep[place] if place in self.keep else x
+
+
+class _Linear(nn.Linear):
+    """A linear layer of the equilibrium, with weights from N(0, gain^2 / in_features).
+
+    A block of weights as small as Transformers' default of 0.02 does next to nothing, and leaves
+    its equilibrium next to undetermined: rho(J) is 0.99 at the start. With these gains it is
+    0.7 to 0.85 (hidden sizes 64 and 128), for both places of the normalisation.
+    """
+
+    def __init__(self, size: int, out: int, bias: bool = True, gain: float = 1.0) -> None:
+        super().__init__(size, out, bias)
+        self.gain = gain
+
+
+class DEQTransformerBlock(nn.Module):
+    """The weight-tied decoder block, which sees its injection in queries, keys and values.
+
+    Normalisations have no weights, and with `pre_layer_norm` the feed-forward part adds to the
+    normalised state: both as in the official code (github.com/locuslab/deq, DEQ-Sequence). A
+    residual stream that is never normalised would have an equilibrium only where all parts add
+    up to zero.
+    """
+
+    is_causal = True  # what Transformers' attention functions look for
+
+    def __init__(self, config: DEQTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.head_dim = size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.qkv = _Linear(size, 3 * size, bias=False, gain=0.3)
+        self.output = _Linear(size, size)
+        self.up = _Linear(size, config.intermediate_size, gain=0.7)
+        self.down = _Linear(config.intermediate_size, size, gain=0.7)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(size, config.layer_norm_eps, elementwise_affine=False)
+
+    def forward(self, state: Tensor, around: _Surroundings) -> Tensor:
+        """Return the next state, shape (B, L, hidden_size)."""
+        pre = self.config.pre_layer_norm
+        query, key, value = self.heads(state, around)
+        if around.past is not None:
+            key = torch.cat([around.past[0], key], dim=2)
+            value = torch.cat([around.past[1], value], dim=2)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        mixed, _ = attend(
+            self, query, key, value, around.attention_mask, dropout=0.0, scaling=self.scaling
+        )
+        mixed = self.output(mixed.reshape(state.shape))
+        x = self.norm(around.drop("attention", mixed) + state)
+        inner = around.drop("inner", self.activation(self.up(x)))
+        x = x + around.drop("feed_forward", self.down(inner))
+        return x if pre else self.norm(x)
+
+    def heads(self, state: Tensor, around: _Surroundings) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each of shape (B, heads, L, head size)."""
+        x = self.norm(state) if self.config.pre_layer_norm else state
+        qkv = self.qkv(x) + around.injection
+        query, key, value = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        query, key = apply_rotary_pos_emb(query, key, *around.rotation)
+        return query, key, around.drop("value", value)
+
+
+class DEQTransformerPreTrainedModel(PreTrainedModel):
+    """What both models share."""
+
+    config: DEQTransformerConfig
+    config_class = DEQTransformerConfig
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    _no_split_modules = ["DEQTransformerBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # The step and warm starts of training; `load_state_dict` takes them, and so does a Trainer.
+    _keys_to_ignore_on_load_unexpected = [r"grad_memory"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, _Linear):
+            # Unlike PyTorch's, this leaves weights alone that were loaded.
+            initialization.normal_(module.weight, std=module.gain * module.in_features**-0.5)
+
+    def set_grad(self, spec: Any) -> None:
+        """Switch the gradient of the equilibrium, and let the config say so.
+
+        Args:
+            spec: see `dpp.get_strategy`. `dpp.set_grad` also takes a function, which a config could
+                not save.
+
+        Raises:
+            ValueError: if the spec is invalid; then nothing is switched.
+        """
+        strategy = dpp.get_strategy(spec)
+        text = repr(strategy)
+        if dpp.get_strategy(text) != strategy:
+            raise ValueError(f"{spec!r} cannot be written in a config; dpp.set_grad takes it")
+        dpp.set_grad(self, strategy)
+        self.config.grad = text
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embeddings."""
+        base = getattr(self, self.base_model_prefix, self)
+        return base.embed_tokens  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embeddings."""
+        getattr(self, self.base_model_prefix, self).embed_tokens = value
+
+
+class DEQTransformerModel(DEQTransformerPreTrainedModel):
+    """Embeddings, the equilibrium block and its solver, without an output layer.
+
+    In training mode the states carry the gradient of `config.grad`; in evaluation mode, as of any
+    equilibrium of this package, none.
+    """
+
+    def __init__(self, config: DEQTransformerConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.inject = _Linear(config.hidden_size, 3 * config.hidden_size, gain=2.0)
+        self.rotary = LlamaRotaryEmbedding(config)
+        self.block = DEQTransformerBlock(config)
+        self.deq = make_equilibrium(config.grad, config.f_solver, config.f_max_iter, config.f_tol)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> DEQModelOutput:
+        """Solve for the states of all tokens.
+
+        A token's state depends on those before it alone, which therefore stay at equilibrium when
+        tokens are added: with the keys and values of a cache only the new tokens are solved for.
+        Like the source's memory, such a cache carries no gradient.
+
+        Args:
+            input_ids: tokens, shape (B, L).
+            attention_mask: 1 for tokens and 0 for padding, shape (B, P + L), P tokens in the cache.
+            position_ids: shape (B, L); counted from the cache's length if None.
+            past_key_values: a `DynamicCache` from an earlier call.
+            inputs_embeds: in place of `input_ids`, shape (B, L, hidden_size).
+            use_cache: whether to return a cache; `config.use_cache` if None, but not in training.
+            output_hidden_states: whether to return embeddings and states, as `hidden_states`.
+            **kwargs: ignored.
+
+        Raises:
+            ValueError: if there are no tokens, or more than `config.max_position_embeddings`; if
+                the forward solve has diverged (in training).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        real = self._real(inputs_embeds, attention_mask, past_key_values)
+        around = self._surroundings(inputs_embeds, attention_mask, position_ids, past_key_values)
+
+        def func(state: Tensor) -> Tensor:
+            image = self.block(state.to(inputs_embeds.dtype), around).to(state.dtype)
+            # Padding rests at zero, where it adds nothing to any residual.
+            return image if real is None else image.where(real, 0)
+
+        # Solvers want more than half precision.
+        dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
+        state, info = solve(self.deq, func, torch.zeros_like(inputs_embeds, dtype=dtype))
+        jac_loss = self._jac_loss(func, state, real)
+        if use_cache:
+            assert past_key_values is not None
+            _, key, value = self.block.heads(state.detach().to(inputs_embeds.dtype), around)
+            past_key_values.update(key.detach(), value.detach(), 0)
+        states = self._dropped(state.to(inputs_embeds.dtype))
+        return DEQModelOutput(
+            last_hidden_state=states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(inputs_embeds, states) if output_hidden_states else None,
+            jac_loss=jac_loss,
+            equilibrium_info=info,
+        )
+
+    @torch.no_grad()
+    def spectral_radius(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        lam: float | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Estimate rho(dF/dh) of each sample at its equilibrium, shape (B,).
+
+        Args:
+            input_ids: tokens, shape (B, L).
+            attention_mask: shape (B, L).
+            lam: a damping factor, for the radius of the damped map instead.
+            **options: of `dpp.spectral_radius`.
+        """
+        solves: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
+        handle = self.deq.register_forward_hook(
+            lambda _, args, out: solves.append((args[0], out[0][-1]))
+        )
+        try:
+            self(input_ids, attention_mask, use_cache=False)
+        finally:
+            handle.remove()
+        return dpp.spectral_radius(*solves[0], lam, **options)
+
+    def _real(self, x: Tensor, attention_mask: Tensor | None, past: Cache | None) -> Tensor | None:
+        """Return where tokens are, shape (B, L, 1), None for everywhere.
+
+        Raises:
+            ValueError: if there are no tokens or too many.
+        """
+        length, limit = x.shape[1], self.config.max_position_embeddings
+        before = 0 if past is None else past.get_seq_length()
+        if x.shape[0] < 1 or length < 1:
+            raise ValueError(
+                f"input of shape {tuple(x.shape[:2])}; expected at least one sequence of at least "
+                "one token"
+            )
+        if before + length > limit:
+            raise ValueError(
+                f"a sequence of {before + length} tokens; expected at most {limit}, "
+                "config.max_position_embeddings"
+            )
+        if attention_mask is None or attention_mask.dim() != 2:
+            return None
+        return attention_mask[:, -length:, None].bool()
+
+    def _surroundings(
+        self,
+        embeddings: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> _Surroundings:
+        before = 0 if cache is None else cache.get_seq_length()
+        if position_ids is None:
+            length = embeddings.shape[1]
+            position_ids = before + torch.arange(length, device=embeddings.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+        past = None
+        if before:
+            assert cache is not None
+            past = (cache.layers[0].keys, cache.layers[0].values)
+        return _Surroundings(
+            injection=self.inject(self._dropped(self.block.norm(embeddings))),
+            rotation=self.rotary(embeddings, position_ids),
+            attention_mask=mask,
+            past=past,
+            keep=self._keep(embeddings),
+        )
+
+    def _keep(self, like: Tensor) -> dict[str, Tensor]:
+        """Draw the dropout masks of one solve (Gal & Ghahramani 2016, arXiv:1512.05287).
+
+        That of attention drops a position for all queries of a head: it can then be applied to the
+        values, and works with every attention implementation.
+        """
+        config = self.config
+        batch, length, size = like.shape
+        heads = config.num_attention_heads
+        places = {
+            "attention": (config.dropout, (batch, 1, size)),
+            "inner": (config.dropout, (batch, 1, config.intermediate_size)),
+            "feed_forward": (config.dropout, (batch, 1, size)),
+            "value": (config.attention_dropout, (batch, heads, length, 1)),
+        }
+        return {
+            place: _mask(like, shape, p)
+            for place, (p, shape) in places.items()
+            if self.training and p > 0
+        }
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Drop features of shape (B, L, hidden_size), the same ones at all positions."""
+        p = self.config.dropout
+        return x * _mask(x, (x.shape[0], 1, x.shape[2]), p) if self.training and p > 0 else x
+
+    def _jac_loss(
+        self, func: Callable[[Tensor], Tensor], state: Tensor, real: Tensor | None
+    ) -> Tensor | None:
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        memories = [m for m in self.deq.modules() if isinstance(m, dpp.Memory)]
+        # The fused kernels of scaled_dot_product_attention have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            term = self.config.jacobian_regularization()(func, state.detach(), memories[0].step)
+        if term is None or real is None:
+            return term
+        return term * (real.numel() / real.sum().clamp_min(1))  # not of padding
+
+
+def _mask(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    return like.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
+
+
+class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
+    """A language model whose only layer is solved to its equilibrium.
+
+    Args:
+        config: the architecture, its solver and its gradient.
+
+    Raises:
+        ImportError: without TorchDEQ.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DEQTransformerConfig) -> None:
+        super().__init__(config)
+        self.model = DEQTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> DEQCausalLMOutput:
+        """Predict each next token.
+
+        Args:
+            input_ids: tokens, shape (B, L).
+            attention_mask: see `DEQTransformerModel.forward`.
+            position_ids: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
+            labels: `input_ids` again, with -100 where there is nothing to predict, shape (B, L).
+                Predictions of padding, and from padding, are left out anyway.
+            use_cache: see there.
+            logits_to_keep: how many last positions to return logits of, or which; 0 for all.
+            num_items_in_batch: labels of the whole step, where this is a part of it.
+            **kwargs: see there.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        states = output.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            states = states[:, logits_to_keep]
+        elif logits_to_keep:
+            states = states[:, -logits_to_keep:]
+        logits = self.lm_head(states)
+        loss, jac_loss = None, output.jac_loss
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=_predictable(labels, attention_mask),
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            if jac_loss is not None:
+                if num_items_in_batch is not None:
+                    jac_loss = jac_loss * (labels.ne(-100).sum() / num_items_in_batch)
+                loss = loss + jac_loss
+        return DEQCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            jac_loss=jac_loss,
+            equilibrium_info=output.equilibrium_info,
+        )
+
+    def spectral_radius(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `DEQTransformerModel.spectral_radius`."""
+        return self.model.spectral_radius(*args, **kwargs)
+
+
+def _predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Leave out labels that are padding, or would be predicted from padding."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return labels
+    real = attention_mask[:, -labels.shape[1] :].bool()
+    before = torch.nn.functional.pad(real[:, :-1], (1, 0))
+    return labels.masked_fill(~(real & before), -100)
+
+
+class SetStep(TrainerCallback):
+    """Tells every equilibrium the step of a Transformers `Trainer`, which schedules need.
+
+    Trainer(model, args, callbacks=[SetStep()], ...)
+    """
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `dpp.set_step`."""
+        dpp.set_step(kwargs["model"], state.global_step)
+
+
+AutoConfig.register(DEQTransformerConfig.model_type, DEQTransformerConfig, exist_ok=True)
+AutoModel.register(DEQTransformerConfig, DEQTransformerModel, exist_ok=True)
+AutoModelForCausalLM.register(DEQTransformerConfig, DEQTransformerForCausalLM, exist_ok=True)
