@@ -488,7 +488,12 @@ class MDEQ(nn.Module):
             for i, channels in enumerate(self.config.channels)
         ]
 
-    def forward(self, x: Tensor, all_states: bool = False) -> Tensor | list[Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        all_states: bool = False,
+        jac_reg: dpp.JacobianRegularization | None = None,
+    ) -> Any:
         """Classify images.
 
         Args:
@@ -496,10 +501,14 @@ class MDEQ(nn.Module):
                 `self.config.size_divisor`.
             all_states: also classify the states that the solve sampled on its way (`n_states`, in
                 training), for `torchdeq.loss.fp_correction`.
+            jac_reg: also return the Jacobian regulariser of this training step, which joins the
+                loss: `logits, penalty = model(x, jac_reg=schedule)`. Its schedule has the step of
+                `dpp.set_step`.
 
         Returns:
             Logits of shape (B, num_classes); with `all_states` a list of them, in which those of
-            the equilibrium come last.
+            the equilibrium come last. With `jac_reg` a pair of these and a scalar, which is zero
+            outside training and in steps that have no regulariser.
 
         Raises:
             ValueError: on images of another shape.
@@ -527,10 +536,14 @@ class MDEQ(nn.Module):
             injection=injection.detach(),
             shared=[None if tensor is None else tensor.detach() for tensor in shared],
         )
-        if all_states:
-            return [self.head(state) for state in states]
-        logits: Tensor = self.head(states[-1])
-        return logits
+        logits = [self.head(state) for state in states] if all_states else self.head(states[-1])
+        if jac_reg is None:
+            return logits
+        penalty = None
+        if self.training and torch.is_grad_enabled():
+            memories = (m for m in self.deq.modules() if isinstance(m, dpp.Memory))
+            penalty = jac_reg(func, solved, next((m.step for m in memories), None))
+        return logits, injection.new_zeros(()) if penalty is None else penalty
 
     def spectral_radius(self, lam: float | None = None, **options: Any) -> Tensor:
         """Estimate rho(df/dh) of each sample at the last forward's equilibrium, shape (B,).

@@ -526,10 +526,10 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     ) -> Tensor | None:
         if not (self.training and torch.is_grad_enabled()):
             return None
-        memories = [m for m in self.deq.modules() if isinstance(m, dpp.Memory)]
+        step = next(m.step for m in self.deq.modules() if isinstance(m, dpp.Memory))
         # The fused kernels of scaled_dot_product_attention have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
-            term = self.config.jacobian_regularization()(func, state.detach(), memories[0].step)
+            term = self.config.jacobian_regularization()(func, state.detach(), step)
         if term is None or real is None:
             return term
         return term * (real.numel() / real.sum().clamp_min(1))  # not of padding
