@@ -321,7 +321,11 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
         """
         strategy = dpp.get_strategy(spec)
         text = repr(strategy)
-        if dpp.get_strategy(text) != strategy:
+        try:
+            lost = dpp.get_strategy(text) != strategy
+        except ValueError:
+            lost = True
+        if lost:
             raise ValueError(f"{spec!r} cannot be written in a config; dpp.set_grad takes it")
         dpp.set_grad(self, strategy)
         self.config.grad = text
