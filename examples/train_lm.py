@@ -1,0 +1,430 @@
+"""A deep equilibrium language model on a text file, by gradient method.
+
+    python examples/train_lm.py                        # Python's own language reference
+    python examples/train_lm.py --text FILE --methods ift upg upg+jr npg npg+jr=0.1
+    python examples/train_lm.py --text FILE --resume   # goes on where it was stopped
+
+A method is a spec of deq_phantom_plugin, and "+jr" adds Jacobian regularisation to it: of
+--jac-reg-weight, or of the weight after "=". All methods see the same batches in the same order,
+and begin with the same weights. Tokens are characters, and so is what perplexity is about; it is
+measured on the last tenth of the text. The spectral radius is that of the Jacobian dF/dh at the
+equilibria of eight validation sequences, the mean of their absolute leading eigenvalues.
+
+A run that fails has its error in its row, and the others go on. Each model is saved for
+`AutoModelForCausalLM.from_pretrained` (import deq_phantom_plugin.adapters.transformer before).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin.extras import require
+from deq_phantom_plugin.output import text_table, write_whole
+
+require("transformers", "text")
+from deq_phantom_plugin.adapters.transformer import (  # noqa: E402
+    DEQTransformerConfig,
+    DEQTransformerForCausalLM,
+)
+
+EVAL_BATCH, RADIUS_BATCH = 32, 8
+
+
+@dataclass
+class Run:
+    """One training run, as far as it is.
+
+    Attributes:
+        method: as it was asked for.
+        steps: optimiser steps so far.
+        seconds: of each step.
+        history: what was measured at some of them, each with its `step`.
+        error: what ended it early, None if nothing has.
+    """
+
+    method: str
+    steps: int = 0
+    seconds: list[float] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+    error: str | None = None
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def load_text(path: Path | None) -> str:
+    """Return a text file, or the language reference that Python ships with."""
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def encode(text: str) -> tuple[Tensor, list[str]]:
+    """Return a text as indices into its sorted characters, and these."""
+    characters = sorted(set(text))
+    number = {character: i for i, character in enumerate(characters)}
+    return torch.tensor([number[character] for character in text]), characters
+
+
+def batch_at(data: Tensor, step: int, args: argparse.Namespace) -> Tensor:
+    """Return the batch of a step, shape (batch, length), whichever steps came before."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    starts = torch.randint(len(data) - args.length, (args.batch,), generator=generator)
+    return data[starts[:, None] + torch.arange(args.length)]
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def parse_method(method: str, default_weight: float) -> tuple[str, float]:
+    """Return a method's spec and the weight of its regulariser.
+
+    Raises:
+        ValueError: if either is invalid.
+    """
+    spec, jr, weight = method.partition("+jr")
+    if jr and weight and not re.fullmatch(r"=\d+(\.\d*)?", weight):
+        raise ValueError(f"{method!r}; expected +jr, or +jr=WEIGHT such as +jr=0.1")
+    dpp.get_strategy(spec)
+    return spec, (float(weight[1:]) if weight else default_weight) if jr else 0.0
+
+
+def make_model(method: str, args: argparse.Namespace, n_tokens: int) -> DEQTransformerForCausalLM:
+    """Return a model with the same weights for every method."""
+    spec, weight = parse_method(method, args.jac_reg_weight)
+    torch.manual_seed(args.seed)
+    return DEQTransformerForCausalLM(
+        DEQTransformerConfig(
+            vocab_size=n_tokens,
+            hidden_size=args.hidden,
+            intermediate_size=4 * args.hidden,
+            num_attention_heads=args.heads,
+            max_position_embeddings=args.length,
+            pre_layer_norm=args.pre_layer_norm,
+            dropout=args.dropout,
+            grad=spec,
+            f_solver=args.f_solver,
+            f_max_iter=args.f_max_iter,
+            f_tol=args.f_tol,
+            jac_reg_weight=weight,
+            jac_reg_freq=args.jac_reg_freq,
+        )
+    )
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Return the rate of a step: a linear rise over a twentieth of all, then half a cosine."""
+    warmup = max(1, args.steps // 20)
+    if step < warmup:
+        return float(args.lr * (step + 1) / warmup)
+    return float(args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))))
+
+
+def train_step(model: Any, optimizer: Any, ids: Tensor, step: int, args: argparse.Namespace) -> Any:
+    """Take one optimiser step and return the model's output; its numbers come from the step alone.
+
+    Raises:
+        FloatingPointError: if the loss is not finite.
+    """
+    torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, probes of the regulariser
+    dpp.set_step(model, step)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    output = model(ids, labels=ids)
+    optimizer.zero_grad()
+    output.loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not torch.isfinite(norm + output.loss.detach()):
+        raise FloatingPointError(f"loss {output.loss.item()}, gradient norm {norm.item()}")
+    optimizer.step()
+    return output
+
+
+def evaluate(model: Any, data: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Return validation perplexity, and spectral radius, residual and evaluations there."""
+    model.eval()
+    count = min(args.eval_sequences, len(data) // args.length)
+    sequences = data[: count * args.length].view(count, args.length).to(args.device)
+    losses, residuals, nfe = [], [], []
+    with torch.no_grad():
+        for ids in sequences.split(EVAL_BATCH):
+            output = model(ids, labels=ids, use_cache=False)
+            losses.append(output.loss * len(ids))
+            residuals.append(output.equilibrium_info.residual)
+            nfe.append(output.equilibrium_info.nfe)
+    loss = float(torch.stack(losses).sum()) / count
+    radius = model.spectral_radius(sequences[:RADIUS_BATCH], tol=0.02, max_iter=60)
+    model.train()
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "spectral_radius": float(radius.mean()),
+        "residual": float(torch.cat(residuals).mean()),
+        "nfe": float(torch.stack(nfe).double().mean()),
+    }
+
+
+def train(
+    run: Run,
+    data: tuple[Tensor, Tensor],
+    args: argparse.Namespace,
+    n_tokens: int,
+    progress: Callable[[int, str], Any],
+) -> Any:
+    """Train one method from where its checkpoint was left; the run is filled in as it goes."""
+    training, validation = data
+    model = make_model(run.method, args, n_tokens).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    folder = args.out / slug(run.method)
+    if args.resume and (folder / "checkpoint.pt").is_file():
+        restore(folder / "checkpoint.pt", run, model, optimizer, args)
+    progress(run.steps, run.method)
+    if not run.history:
+        run.history.append({"step": 0, **evaluate(model, validation, args)})
+    while run.steps < args.steps:
+        ids = batch_at(training, run.steps, args).to(args.device)
+        begin = time.perf_counter()
+        output = train_step(model, optimizer, ids, run.steps, args)
+        if args.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        run.seconds.append(time.perf_counter() - begin)
+        run.steps += 1
+        progress(1, run.method)
+        if run.steps % args.eval_every == 0 or run.steps == args.steps:
+            found = evaluate(model, validation, args)
+            jac = 0.0 if output.jac_loss is None else output.jac_loss.item()
+            found["train_loss"] = output.loss.item() - jac
+            run.history.append({"step": run.steps, **found})
+            save_checkpoint(folder / "checkpoint.pt", run, model, optimizer, args)
+    model.save_pretrained(folder)
+    return model
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a run depends on."""
+    others = ("out", "name", "resume", "methods", "text", "device", "prompt")
+    return {key: value for key, value in vars(args).items() if key not in others}
+
+
+def save_checkpoint(
+    path: Path, run: Run, model: Any, optimizer: Any, args: argparse.Namespace
+) -> None:
+    """Write all that a run goes on from."""
+    buffer = io.BytesIO()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({"run": asdict(run), "settings": settings(args), **state}, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def restore(path: Path, run: Run, model: Any, optimizer: Any, args: argparse.Namespace) -> None:
+    """Take up a run.
+
+    Raises:
+        SystemExit: if it had other settings.
+    """
+    found = torch.load(path, map_location=args.device, weights_only=True)
+    now, then = settings(args), found["settings"]
+    changed = [f"{key} was {then.get(key)!r}" for key in now if now[key] != then.get(key)]
+    if changed:
+        raise SystemExit(f"{path} cannot be resumed: {', '.join(changed)}; drop --resume")
+    model.load_state_dict(found["model"])
+    optimizer.load_state_dict(found["optimizer"])
+    vars(run).update(found["run"])
+
+
+def slug(method: str) -> str:
+    """Return a method as a file name."""
+    return re.sub(r"[^A-Za-z0-9.+=-]+", "_", method).strip("_")
+
+
+# --- results -------------------------------------------------------------------------------------
+
+HEADER = [
+    "method",
+    "perplexity",
+    "best",
+    "train loss",
+    "ms/step",
+    "rho",
+    "residual",
+    "nfe",
+    "steps",
+]
+
+
+def rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Return a row for each run: its last evaluation, or its error."""
+    table = []
+    for run in runs:
+        last = run.history[-1] if run.history else {}
+        best = min((h["perplexity"] for h in run.history), default=math.nan)
+        table.append(
+            [
+                run.method,
+                f"{last.get('perplexity', math.nan):.3f}",
+                f"{best:.3f}",
+                f"{last.get('train_loss', math.nan):.3f}",
+                f"{1e3 * statistics.median(run.seconds):.1f}" if run.seconds else "nan",
+                f"{last.get('spectral_radius', math.nan):.3f}",
+                f"{last.get('residual', math.nan):.1e}",
+                f"{last.get('nfe', math.nan):.1f}",
+                str(run.steps) if run.error is None else f"{run.steps}: {run.error}",
+            ]
+        )
+    return table
+
+
+def save(args: argparse.Namespace, name: str, runs: Sequence[Run]) -> None:
+    """Write what there is so far: numbers as JSON, the table as CSV, curves as PNG."""
+    content = {"settings": settings(args), "runs": [asdict(run) for run in runs]}
+    write_whole(args.out / f"{name}.json", json.dumps(_finite(content), indent=1).encode())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([HEADER, *rows(runs)])
+    write_whole(args.out / f"{name}.csv", text.getvalue().encode())
+    write_whole(args.out / f"{name}.png", plot(runs))
+
+
+def _finite(content: Any) -> Any:
+    """Return content for JSON, which has neither NaN nor infinity."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
+def plot(runs: Sequence[Run]) -> bytes:
+    """Return a PNG of validation perplexity and spectral radius over the steps.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    require("matplotlib", "viz")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    perplexity, radius = figure.subplots(1, 2)
+    for number, run in enumerate(runs):
+        style = "--" if "+jr" in run.method else "-"
+        for axes, key in ((perplexity, "perplexity"), (radius, "spectral_radius")):
+            points = [(h["step"], h[key]) for h in run.history if h["step"] or axes is radius]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, style, color=f"C{number}", label=run.method)
+                if run.error is not None:
+                    axes.plot(steps[-1], values[-1], "x", color=f"C{number}")
+    perplexity.set(xlabel="step", ylabel="validation perplexity (characters)", yscale="log")
+    radius.axhline(1, color="0.7", linewidth=0.8)
+    radius.set(xlabel="step", ylabel="spectral radius of dF/dh")
+    radius.legend(fontsize=8)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--text", type=Path, help="a text file (Python's language reference)")
+    add("--methods", nargs="+", default=["ift", "upg", "npg"], metavar="METHOD")
+    add("--steps", type=int, default=1000, help="optimiser steps (1000)")
+    add("--batch", type=int, default=16, help="sequences a step (16)")
+    add("--length", type=int, default=64, help="characters a sequence (64)")
+    add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate (2e-3)")
+    add("--hidden", type=int, default=64, help="size of a state (64)")
+    add("--heads", type=int, default=4, help="attention heads (4)")
+    add("--pre-layer-norm", action="store_true", help="the source's PreLN in place of PostLN")
+    add("--dropout", type=float, default=0.0, help="probability (0)")
+    add("--f-solver", default="anderson", help="forward solver (anderson)")
+    add("--f-max-iter", type=int, default=20, help="its most iterations (20)")
+    add("--f-tol", type=float, default=1e-3, help="its tolerance (1e-3)")
+    add("--jac-reg-weight", type=float, default=2.0, help="of +jr (2.0, the source's)")
+    add("--jac-reg-freq", type=float, default=0.4, help="part of the steps that have it (0.4)")
+    add("--eval-every", type=int, default=100, help="steps between evaluations, checkpoints (100)")
+    add("--eval-sequences", type=int, default=256, help="validation sequences, at most (256)")
+    add("--seed", type=int, default=0, help="of weights and batches (0)")
+    add("--device", default="cpu", help="where to train (cpu)")
+    add("--prompt", help="a text that each model continues when it is trained")
+    add("--resume", action="store_true", help="go on from checkpoints in the folder of results")
+    add("--name", help="of the files with results (lm, and the text's name)")
+    add("--out", type=Path, default=Path("runs/lm"), help="folder for results (runs/lm)")
+    args = parser.parse_args(argv)
+    if min(args.steps, args.batch, args.eval_every, args.eval_sequences) < 1 or args.length < 2:
+        parser.error("expected steps, batch, eval-every and eval-sequences above 0, length above 1")
+    try:  # now, not after the first method's hour
+        for method in args.methods:
+            make_model(method, args, 1)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> list[Run]:
+    """Train every method; the table is printed, and written as far as it is."""
+    args = parse(argv)
+    from tqdm import tqdm  # a dependency of transformers
+
+    name = args.name or ("lm" if args.text is None else f"lm_{slug(args.text.stem)}")
+    data, characters = encode(load_text(args.text))
+    cut = len(data) * 9 // 10
+    if len(data) - cut < args.length + 1:
+        raise SystemExit(
+            f"the text has {len(data)} characters; expected at least {10 * (args.length + 1)} for "
+            f"sequences of {args.length}"
+        )
+    # A solve that stops at f_max_iter is a result like another; the table has its residual.
+    warnings.simplefilter("ignore", dpp.ConvergenceWarning)
+    runs: list[Run] = []
+    with tqdm(total=args.steps * len(args.methods), unit=" steps", mininterval=1) as bar:
+
+        def progress(n: int, method: str) -> None:
+            bar.set_description(method, refresh=False)
+            bar.update(n)
+
+        for method in args.methods:
+            runs.append(run := Run(method))
+            try:
+                model = train(run, (data[:cut], data[cut:]), args, len(characters), progress)
+                if args.prompt:
+                    bar.write(f"--- {method}\n{continued(model, args, characters)}")
+            except (ArithmeticError, RuntimeError, ValueError) as error:
+                run.error = f"{type(error).__name__}: {error}"
+            save(args, name, runs)
+    print(text_table(HEADER, rows(runs)))
+    return runs
+
+
+def continued(model: Any, args: argparse.Namespace, characters: list[str]) -> str:
+    """Return the prompt and what the model makes of it."""
+    known = [characters.index(c) for c in args.prompt if c in characters][: args.length - 1]
+    ids = torch.tensor([known], device=args.device)
+    torch.manual_seed(args.seed)
+    length = model.config.max_position_embeddings
+    found = model.eval().generate(ids, max_length=length, do_sample=True)
+    return "".join(characters[i] for i in found[0].tolist())
+
+
+if __name__ == "__main__":
+    main()
