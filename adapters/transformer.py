@@ -386,7 +386,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
 
         Raises:
             ValueError: if there are no tokens, or more than `config.max_position_embeddings`; if
-                the forward solve has diverged (in training).
+                the cache is of another kind; if the forward solve has diverged (in training).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
@@ -396,6 +396,10 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if not isinstance(past_key_values, DynamicCache | None):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; expected a DynamicCache"
+            )
         real = self._real(inputs_embeds, attention_mask, past_key_values)
         around = self._surroundings(inputs_embeds, attention_mask, position_ids, past_key_values)
 

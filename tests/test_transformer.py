@@ -778,6 +778,12 @@ def test_an_empty_prompt(shape):
         model(torch.zeros(shape, dtype=torch.long))
 
 
+def test_a_cache_of_another_kind():
+    model = make(tight=False).eval()
+    with pytest.raises(ValueError, match="is a StaticCache; expected a DynamicCache"):
+        model.generate(tokens(1), max_new_tokens=2, cache_implementation="static")
+
+
 def test_generation_from_nothing():
     with pytest.raises(ValueError):  # noqa: PT011 -- Transformers' words or ours
         make(tight=False).eval().generate(torch.zeros((1, 0), dtype=torch.long), max_new_tokens=2)
