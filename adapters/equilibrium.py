@@ -13,7 +13,7 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin.extras import require
 
 require("transformers", "text")
-from transformers.utils import ModelOutput  # noqa: E402
+from transformers.utils.generic import ModelOutput  # noqa: E402
 
 __all__ = ["EquilibriumInfo", "check_settings", "make_equilibrium", "solve"]
 

@@ -28,6 +28,7 @@ from deq_phantom_plugin.extras import require
 
 from .deq_layer import EquilibriumLayer, deq_from_layer
 from .equilibrium import EquilibriumInfo, check_settings, make_equilibrium, solve
+from .transformer_block import DEQTransformerBlock, ScaledLinear, Surroundings, dropout_mask
 
 require("transformers", "text")
 from transformers import (  # noqa: E402
@@ -48,13 +49,8 @@ from transformers.modeling_outputs import (  # noqa: E402
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
-from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward  # noqa: E402
-from transformers.models.llama.modeling_llama import (  # noqa: E402
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-)
-from transformers.utils import can_return_tuple  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
+from transformers.utils.generic import can_return_tuple  # noqa: E402
 
 __all__ = [
     "DEQCausalLMOutput",
@@ -200,101 +196,12 @@ class DEQCausalLMOutput(CausalLMOutputWithPast):
     equilibrium_info: EquilibriumInfo | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Surroundings:
-    """All that a block sees in a solve besides the state: F is a function of the state alone.
-
-    Attributes:
-        injection: added to queries, keys and values, shape (B, L, 3 * hidden_size).
-        rotation: cos and sin of the positions, each of shape (1 or B, L, head size).
-        attention_mask: as the attention implementation wants it.
-        past: keys and values of the tokens before, each of shape (B, heads, P, head size).
-        keep: dropout masks by the place they are for.
-    """
-
-    injection: Tensor
-    rotation: tuple[Tensor, Tensor]
-    attention_mask: Any
-    past: tuple[Tensor, Tensor] | None
-    keep: dict[str, Tensor]
-
-    def drop(self, place: str, x: Tensor) -> Tensor:
-        """Apply the mask of a place, the same at every evaluation of the solve."""
-        return x * self.keep[place] if place in self.keep else x
-
-
-class _Linear(nn.Linear):
-    """A linear layer of the equilibrium, with weights from N(0, gain^2 / in_features).
-
-    A block of weights as small as Transformers' default of 0.02 does next to nothing, and leaves
-    its equilibrium next to undetermined: rho(J) is 0.99 at the start. With these gains it is
-    0.7 to 0.85 (hidden sizes 64 and 128), for both places of the normalisation.
-    """
-
-    def __init__(self, size: int, out: int, bias: bool = True, gain: float = 1.0) -> None:
-        super().__init__(size, out, bias)
-        self.gain = gain
-
-
-class DEQTransformerBlock(nn.Module):
-    """The weight-tied decoder block, which sees its injection in queries, keys and values.
-
-    Normalisations have no weights, and with `pre_layer_norm` the feed-forward part adds to the
-    normalised state: both as in the official code (github.com/locuslab/deq, DEQ-Sequence). A
-    residual stream that is never normalised would have an equilibrium only where all parts add
-    up to zero.
-    """
-
-    is_causal = True  # what Transformers' attention functions look for
-
-    def __init__(self, config: DEQTransformerConfig) -> None:
-        super().__init__()
-        self.config = config
-        size = config.hidden_size
-        self.head_dim = size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.qkv = _Linear(size, 3 * size, bias=False, gain=0.3)
-        self.output = _Linear(size, size)
-        self.up = _Linear(size, config.intermediate_size, gain=0.7)
-        self.down = _Linear(config.intermediate_size, size, gain=0.7)
-        self.activation = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(size, config.layer_norm_eps, elementwise_affine=False)
-
-    def forward(self, state: Tensor, around: _Surroundings) -> Tensor:
-        """Return the next state, shape (B, L, hidden_size)."""
-        pre = self.config.pre_layer_norm
-        query, key, value = self.heads(state, around)
-        if around.past is not None:
-            key = torch.cat([around.past[0], key], dim=2)
-            value = torch.cat([around.past[1], value], dim=2)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        mixed, _ = attend(
-            self, query, key, value, around.attention_mask, dropout=0.0, scaling=self.scaling
-        )
-        mixed = self.output(mixed.reshape(state.shape))
-        x = self.norm(around.drop("attention", mixed) + state)
-        inner = around.drop("inner", self.activation(self.up(x)))
-        x = x + around.drop("feed_forward", self.down(inner))
-        return x if pre else self.norm(x)
-
-    def heads(self, state: Tensor, around: _Surroundings) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, each of shape (B, heads, L, head size)."""
-        x = self.norm(state) if self.config.pre_layer_norm else state
-        qkv = self.qkv(x) + around.injection
-        query, key, value = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        query, key = apply_rotary_pos_emb(query, key, *around.rotation)
-        return query, key, around.drop("value", value)
-
-
 class DEQTransformerPreTrainedModel(PreTrainedModel):
     """What both models share."""
 
     config: DEQTransformerConfig
     config_class = DEQTransformerConfig
     base_model_prefix = "model"
-    input_modalities = ("text",)
     _no_split_modules = ["DEQTransformerBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
@@ -305,7 +212,7 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, _Linear):
+        if isinstance(module, ScaledLinear):
             # Unlike PyTorch's, this leaves weights alone that were loaded.
             initialization.normal_(module.weight, std=module.gain * module.in_features**-0.5)
 
@@ -332,8 +239,8 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embeddings."""
-        base = getattr(self, self.base_model_prefix, self)
-        return base.embed_tokens  # type: ignore[no-any-return]
+        embeddings: nn.Module = getattr(self, self.base_model_prefix, self).embed_tokens
+        return embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embeddings."""
@@ -350,7 +257,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     def __init__(self, config: DEQTransformerConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.inject = _Linear(config.hidden_size, 3 * config.hidden_size, gain=2.0)
+        self.inject = ScaledLinear(config.hidden_size, 3 * config.hidden_size, gain=2.0)
         self.rotary = LlamaRotaryEmbedding(config)
         self.block = DEQTransformerBlock(config)
         self.deq = make_equilibrium(config.grad, config.f_solver, config.f_max_iter, config.f_tol)
@@ -412,8 +319,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
         state, info = solve(self.deq, func, torch.zeros_like(inputs_embeds, dtype=dtype))
         jac_loss = self._jac_loss(func, state, real)
-        if use_cache:
-            assert past_key_values is not None
+        if use_cache and past_key_values is not None:
             _, key, value = self.block.heads(state.detach().to(inputs_embeds.dtype), around)
             past_key_values.update(key.detach(), value.detach(), 0)
         states = self._dropped(state.to(inputs_embeds.dtype))
@@ -479,7 +385,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
-    ) -> _Surroundings:
+    ) -> Surroundings:
         before = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             length = embeddings.shape[1]
@@ -493,41 +399,20 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         )
         past = None
         if before:
-            assert cache is not None
-            past = (cache.layers[0].keys, cache.layers[0].values)
-        return _Surroundings(
+            layer: Any = cache.layers[0]  # type: ignore[union-attr]
+            past = (layer.keys, layer.values)
+        return Surroundings(
             injection=self.inject(self._dropped(self.block.norm(embeddings))),
             rotation=self.rotary(embeddings, position_ids),
             attention_mask=mask,
             past=past,
-            keep=self._keep(embeddings),
+            keep=self.block.keep(embeddings),
         )
-
-    def _keep(self, like: Tensor) -> dict[str, Tensor]:
-        """Draw the dropout masks of one solve (Gal & Ghahramani 2016, arXiv:1512.05287).
-
-        That of attention drops a position for all queries of a head: it can then be applied to the
-        values, and works with every attention implementation.
-        """
-        config = self.config
-        batch, length, size = like.shape
-        heads = config.num_attention_heads
-        places = {
-            "attention": (config.dropout, (batch, 1, size)),
-            "inner": (config.dropout, (batch, 1, config.intermediate_size)),
-            "feed_forward": (config.dropout, (batch, 1, size)),
-            "value": (config.attention_dropout, (batch, heads, length, 1)),
-        }
-        return {
-            place: _mask(like, shape, p)
-            for place, (p, shape) in places.items()
-            if self.training and p > 0
-        }
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Drop features of shape (B, L, hidden_size), the same ones at all positions."""
         p = self.config.dropout
-        return x * _mask(x, (x.shape[0], 1, x.shape[2]), p) if self.training and p > 0 else x
+        return x * dropout_mask(x, (x.shape[0], 1, x.shape[2]), p) if self.training and p > 0 else x
 
     def _jac_loss(
         self, func: Callable[[Tensor], Tensor], state: Tensor, real: Tensor | None
@@ -541,10 +426,6 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         if term is None or real is None:
             return term
         return term * (real.numel() / real.sum().clamp_min(1))  # not of padding
-
-
-def _mask(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    return like.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):

@@ -279,7 +279,7 @@ def test_dropout_masks_last_for_one_solve(settings):
 
 def test_dropout_masks_keep_the_mean():
     model = make(tight=False, dropout=0.25, attention_dropout=0.25)
-    keep = model.model._keep(torch.zeros(4000, 3, 8))
+    keep = model.model.block.keep(torch.zeros(4000, 3, 8))
     shapes = {place: tuple(mask.shape[1:]) for place, mask in keep.items()}
     assert shapes == {
         "attention": (1, 8),
@@ -290,7 +290,7 @@ def test_dropout_masks_keep_the_mean():
     for mask in keep.values():
         assert len(mask.unique()) == 2
         assert mask.mean().item() == pytest.approx(1, abs=0.02)
-    assert model.eval().model._keep(torch.zeros(4, 3, 8)) == {}
+    assert model.eval().model.block.keep(torch.zeros(4, 3, 8)) == {}
 
 
 def test_checkpointing_sees_its_own_masks():
@@ -935,7 +935,7 @@ def test_layers_that_cannot_be():
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for name in ("equilibrium", "deq_layer", "transformer"):
+    for name in ("equilibrium", "deq_layer", "transformer_block", "transformer"):
         monkeypatch.delitem(sys.modules, f"deq_phantom_plugin.adapters.{name}")
     with pytest.raises(ImportError, match=r'pip install "deq-phantom-plugin\[text\]"'):
         importlib.import_module("deq_phantom_plugin.adapters.transformer")
