@@ -4,10 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-hosts lint types wheel clean
+.PHONY: demo figures test test-slow test-hosts lint types wheel clean
 
 demo: $(VENV)/.installed  ## train a tiny MDEQ on handwritten digits, once per gradient method
 	$(BIN)/deq-phantom compare --out runs/demo
+
+figures: $(VENV)/.installed  ## every figure of examples/figures, and the numbers in them
+	$(BIN)/python examples/synthetic.py
+	$(BIN)/python examples/sgd_convergence.py
 
 test: $(VENV)/.installed  ## the test suite
 	$(BIN)/python -m pytest -n auto -m "not slow and not hosts"

@@ -20,7 +20,8 @@ def broyden(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
     tiny = torch.finfo(rhs.dtype).tiny
 
     def inverse(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return (left.mT @ (right @ y[:, :, None])).squeeze(2) - y
+        # Row vectors from the left: the same products as column vectors take five times as long.
+        return ((y[:, None] @ right.mT) @ left).squeeze(1) - y
 
     x = rhs
     residual = rhs + progress.apply(x) - x

@@ -49,9 +49,10 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
         # Gram-Schmidt twice: as stable as the modified one, in two products instead of j.
         column = residual.new_zeros(batch, j + 1)
         for _ in range(2):
-            part = (basis[:, : j + 1] @ vector[:, :, None]).squeeze(2)
-            vector = vector - (part[:, None] @ basis[:, : j + 1]).squeeze(1)
-            column = column + part
+            # Row vectors from the left, which is several times faster than column vectors.
+            part = vector[:, None] @ basis[:, : j + 1].mT
+            vector = vector - (part @ basis[:, : j + 1]).squeeze(1)
+            column = column + part.squeeze(1)
         below = torch.linalg.vector_norm(vector, dim=1)
         finite = torch.isfinite(below) | ~running
         for i in range(j):
