@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import load_example
+
 STEPS = 2000
 
 
-def load(name: str):
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-example = load("sgd_convergence")
+example = load_example("sgd_convergence")
 
 
 @pytest.fixture(scope="module")
