@@ -97,6 +97,24 @@ def test_peak_bytes_of_known_cases():
     assert peak_bytes(lambda: old.view(-1)[3:], CPU) == 0
 
 
+# Eight float32 with int64 indices: a pair of indices each, or one and pointers, or blocks of 2 x 2.
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("coo", 32 + 128),
+        ("csr", 32 + 64 + 72),
+        ("csc", 32 + 64 + 72),
+        ("bsr", 64 + 32 + 40),
+        ("bsc", 64 + 32 + 40),
+    ],
+)
+def test_peak_bytes_of_sparse_tensors(layout, expected):
+    block = [(2, 2)] if layout.startswith("bs") else []
+    old = getattr(torch.eye(8), f"to_sparse_{layout}")(*block)
+    assert peak_bytes(old.clone, CPU) == expected
+    assert peak_bytes(old.detach, CPU) == 0
+
+
 def test_peak_bytes_sees_backward():
     x = torch.zeros(1000, requires_grad=True)
     forward = peak_bytes(lambda: x.exp(), CPU)

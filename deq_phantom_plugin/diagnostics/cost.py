@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,17 +50,14 @@ class _LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # What goes in and was not made here was there before: parameters, data.
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf, 0)
+        for storage in _storages((args, kwargs)):
+            self._follow(storage, 0)
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf, leaf.untyped_storage().nbytes())
+        for storage in _storages(result):
+            self._follow(storage, storage.nbytes())
         return result
 
-    def _follow(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
+    def _follow(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
         if key in self._known:
             return
@@ -72,3 +69,32 @@ class _LiveStorages(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._now -= size
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield where the numbers of all tensors in a tree are; a sparse tensor has several places."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            for part in _SPARSE_PARTS.get(leaf.layout, _itself)(leaf):
+                yield part.untyped_storage()
+
+
+def _itself(tensor: Tensor) -> tuple[Tensor, ...]:
+    return (tensor,)
+
+
+def _by_row(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+
+
+def _by_column(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+
+
+_SPARSE_PARTS: dict[torch.layout, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    torch.sparse_coo: lambda tensor: (tensor._indices(), tensor._values()),
+    torch.sparse_csr: _by_row,
+    torch.sparse_bsr: _by_row,
+    torch.sparse_csc: _by_column,
+    torch.sparse_bsc: _by_column,
+}
