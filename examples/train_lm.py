@@ -318,7 +318,7 @@ def plot(runs: Sequence[Run]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     perplexity, radius = figure.subplots(1, 2)
     for number, run in enumerate(runs):
         style = "--" if "+jr" in run.method else "-"
@@ -330,9 +330,12 @@ def plot(runs: Sequence[Run]) -> bytes:
                 if run.error is not None:
                     axes.plot(steps[-1], values[-1], "x", color=f"C{number}")
     perplexity.set(xlabel="step", ylabel="validation perplexity (characters)", yscale="log")
+    lowest = min((h["perplexity"] for run in runs for h in run.history), default=1.0)
+    if perplexity.get_ylim()[1] > 5 * lowest:  # what fails shall not flatten what does not
+        perplexity.set_ylim(0.9 * lowest, 5 * lowest)
     radius.axhline(1, color="0.7", linewidth=0.8)
-    radius.set(xlabel="step", ylabel="spectral radius of dF/dh")
-    radius.legend(fontsize=8)
+    radius.set(xlabel="step", ylabel="spectral radius of dF/dh", yscale="log")
+    radius.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
