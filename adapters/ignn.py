@@ -10,18 +10,16 @@ The paper's matrices are features x nodes; here they are nodes x features, as ev
 
     H = phi(A^T H W^T + b),    b = A^T U Omega^T + bias.
 
-A[i, j] is the weight of the edge from node i = edge_index[0] to node j = edge_index[1]: nodes
-collect from those that point at them, on directed graphs too. In backward it is the other way
-round, a product with A; both are kept as CSR matrices, made once a graph.
+A[i, j] is the weight of the edge from node i = edge_index[0] to node j = edge_index[1].
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -30,8 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.extras import require
 from deq_phantom_plugin.hosts import Host
 from deq_phantom_plugin.hosts.host import Solve
+
+from .graph import Edges, Graph, LastGraph, check_edges, parse_edges
 
 __all__ = ["ACTIVATIONS", "IGNN", "FixedPoint", "Graph", "IGNNConv", "IGNNHost", "project_rows"]
 
@@ -50,136 +51,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     }
 )
 
-_PF_MAX_ITER = 600  # an entry falls to 3^-600 at the least, which float64 still has
-_PF_CHECK_EVERY = 20
 _CHECK_EVERY = 4
-
-
-class Graph:
-    """A weighted graph, ready for products with A^T and, in backward, with A.
-
-    Args:
-        source: where edges begin, shape (E,).
-        target: where they end, shape (E,).
-        weight: of each edge, shape (E,); parallel edges add up.
-        num_nodes: how many nodes there are.
-
-    Raises:
-        ValueError: if an edge ends outside the nodes, or a weight is NaN or infinite.
-    """
-
-    def __init__(self, source: Tensor, target: Tensor, weight: Tensor, num_nodes: int) -> None:
-        _check_edges(source, target, weight, num_nodes)
-        self.source, self.target, self.weight = source, target, weight.detach()
-        self.num_nodes = num_nodes
-        self._incoming = _csr(target, source, self.weight, num_nodes)
-        self._outgoing = _csr(source, target, self.weight, num_nodes)
-
-    def propagate(
-        self, x: Tensor, weight: Tensor | None = None, *, bias: Tensor | None = None
-    ) -> Tensor:
-        """Return A^T x + bias: what nodes collect along their incoming edges.
-
-        Differentiable to any order.
-
-        Args:
-            x: shape (num_nodes, channels); under autocast it may come in a lower precision.
-            weight: the edges' weights, where they need a gradient; of the graph's own values.
-            bias: shape (num_nodes, channels).
-        """
-        out: Tensor = _Propagate.apply(x.to(self.weight.dtype), weight, bias, self, False)
-        return out
-
-    def matmul(self, x: Tensor, bias: Tensor | None, transpose: bool) -> Tensor:
-        """Return A^T x + bias, or A x + bias, without autograd."""
-        matrix = self._outgoing if transpose else self._incoming
-        # Sparse products know no lower precision.
-        with torch.autocast(x.device.type, enabled=False):
-            return matrix @ x if bias is None else torch.addmm(bias, matrix, x)
-
-    @cached_property
-    def lambda_pf(self) -> Tensor:
-        """The Perron-Frobenius eigenvalue of |A|, shape (): from above, by power iteration.
-
-        max_i (|A| x)_i / x_i is no less than the eigenvalue for any positive x (Collatz-Wielandt),
-        and falls to it along the iteration. What is returned therefore keeps the layer well-posed
-        even where the iteration is slow; on acyclic graphs, where the eigenvalue is 0, it is merely
-        small. Adding a multiple of the identity lets it converge on bipartite graphs.
-        """
-        size = (self.num_nodes, self.num_nodes)
-        summed = torch.sparse_coo_tensor(
-            torch.stack([self.target, self.source]),
-            self.weight.double(),
-            size,
-            check_invariants=False,
-        ).coalesce()  # parallel edges
-        target, source = summed.indices()
-        matrix = _csr(target, source, summed.values().abs(), self.num_nodes)
-        x = summed.values().new_ones(self.num_nodes, 1)
-        bound = last = x.new_full((), torch.inf)
-        if self.num_nodes == 0:
-            return torch.zeros_like(bound, dtype=self.weight.dtype)
-        for step in range(_PF_MAX_ITER):
-            y = matrix @ x
-            bound = (y / x).amax()
-            x = torch.addcmul(y, bound.clamp_min(1e-30) / 2, x)
-            x /= x.amax()
-            # Looking at the number waits for the device.
-            if step % _PF_CHECK_EVERY == 0:
-                if last - bound <= 1e-6 * bound:
-                    break
-                last = bound
-        return bound.to(self.weight.dtype)
-
-    def is_of(self, source: Tensor, target: Tensor, weight: Tensor, num_nodes: int) -> bool:
-        """Whether this graph has exactly these edges and weights."""
-        own = (self.source, self.target, self.weight)
-        return num_nodes == self.num_nodes and all(
-            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-            for a, b in zip(own, (source, target, weight), strict=True)
-        )
-
-
-class _Propagate(torch.autograd.Function):
-    """A^T x + bias, or with A."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        graph: Graph,
-        transpose: bool,
-    ) -> Tensor:
-        ctx.graph, ctx.transpose = graph, transpose
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return graph.matmul(x, bias, transpose)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        graph, transpose = ctx.graph, ctx.transpose
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _Propagate.apply(grad, weight, None, graph, not transpose)
-        if ctx.needs_input_grad[1]:
-            start, end = graph.source, graph.target
-            if transpose:
-                start, end = end, start
-            grad_weight = (grad[end] * x[start]).sum(dim=1)
-        return grad_x, grad_weight, grad if ctx.needs_input_grad[2] else None, None, None
-
-
-def _csr(row: Tensor, column: Tensor, value: Tensor, size: int) -> Tensor:
-    order = torch.argsort(row * size + column)
-    pointers = F.pad(torch.bincount(row, minlength=size).cumsum(0), (1, 0))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        # Parallel edges are kept apart, which the invariants forbid and products do not mind.
-        return torch.sparse_csr_tensor(
-            pointers, column[order], value[order], size=(size, size), check_invariants=False
-        )
 
 
 def project_rows(weight: Tensor, radius: Tensor) -> Tensor:
@@ -200,82 +72,6 @@ def project_rows(weight: Tensor, radius: Tensor) -> Tensor:
     threshold = excess.gather(1, kept - 1) / kept
     shrunk = weight.sign() * (magnitude - threshold).clamp_min(0)
     return torch.where(magnitude.sum(dim=1, keepdim=True) > radius, shrunk, weight)
-
-
-class _LastGraph:
-    """Keeps the last graph, so that training on one sorts its edges once.
-
-    It is told by its contents: a tensor that was changed in place is still the same object, and
-    `.data` hides the change from its version.
-    """
-
-    def __init__(self) -> None:
-        self._graph: Graph | None = None
-
-    def get(self, source: Tensor, target: Tensor, weight: Tensor, num_nodes: int) -> Graph:
-        graph = self._graph  # once: threads of DataParallel share this object
-        if graph is None or not graph.is_of(source, target, weight, num_nodes):
-            source, target, weight = (t.detach().clone() for t in (source, target, weight))
-            self._graph = graph = Graph(source, target, weight, num_nodes)
-        return graph
-
-    def __reduce__(self) -> tuple[type[_LastGraph], tuple[()]]:
-        return _LastGraph, ()  # copies and pickles start empty
-
-
-def _edges(edge_index: Any, edge_weight: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
-    """Return source, target and weight of each edge, however PyG has them.
-
-    A sparse matrix is A^T, PyG's `adj_t`: its rows are targets.
-    """
-    if isinstance(edge_index, Tensor) and edge_index.layout == torch.strided:
-        if edge_index.dim() != 2 or edge_index.shape[0] != 2:
-            raise ValueError(f"edge_index has shape {tuple(edge_index.shape)}; expected (2, edges)")
-        if edge_index.is_floating_point() or edge_index.is_complex():
-            raise ValueError(f"edge_index has dtype {edge_index.dtype}; expected torch.int64")
-        # EdgeIndex is a subclass that would check each operation on it.
-        plain = edge_index.as_tensor() if hasattr(edge_index, "as_tensor") else edge_index
-        source, target = plain.long()
-    else:
-        if edge_weight is not None:
-            raise ValueError("edge_weight beside a sparse matrix; its values are the weights")
-        if isinstance(edge_index, Tensor):
-            size = edge_index.shape
-            matrix = edge_index.to_sparse_coo().coalesce()
-            (target, source), edge_weight = matrix.indices(), matrix.values()
-        else:
-            try:
-                size = edge_index.sizes()
-                target, source, edge_weight = edge_index.coo()  # torch_sparse.SparseTensor
-            except AttributeError:
-                raise ValueError(
-                    f"edge_index is a {type(edge_index).__name__}; expected a tensor of shape "
-                    "(2, edges), an EdgeIndex, or the sparse matrix adj_t"
-                ) from None
-        if list(size) != [len(like)] * 2:
-            raise ValueError(f"adj_t is {size[0]} x {size[1]}, but x has {len(like)} nodes")
-    if edge_weight is None:
-        edge_weight = like.new_ones(len(source))
-    if edge_weight.shape != source.shape:
-        raise ValueError(
-            f"edge_weight has shape {tuple(edge_weight.shape)}; expected ({len(source)},), one "
-            "number an edge"
-        )
-    return source, target, edge_weight.to(like.dtype)
-
-
-def _check_edges(source: Tensor, target: Tensor, weight: Tensor, num_nodes: int) -> None:
-    ends = torch.cat([source, target])
-    if len(ends) and (ends.min() < 0 or ends.max() >= num_nodes):
-        wrong = ends[(ends < 0) | (ends >= num_nodes)][0]
-        raise ValueError(
-            f"edge_index holds {int(wrong)}, but x has {num_nodes} nodes; expected 0 to "
-            f"{num_nodes - 1}"
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError(
-            f"edge_weight holds {int((~torch.isfinite(weight)).sum())} NaN or infinite numbers"
-        )
 
 
 class FixedPoint(nn.Module):
@@ -305,7 +101,11 @@ class FixedPoint(nn.Module):
         self.nfe = 0
 
     def forward(self, func: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-        """Return the equilibrium: attached in training, as it is in evaluation."""
+        """Return the equilibrium: attached in training, as it is in evaluation.
+
+        Raises:
+            NonFiniteError: if the solve makes a NaN or an infinity.
+        """
         # Nodes depend on one another: the state is one sample.
         context = dpp.Context(batch_dim=None, initial_state=start, memory=self.memory)
         attaching = self.training and torch.is_grad_enabled()
@@ -329,12 +129,17 @@ class FixedPoint(nn.Module):
             state, last = func(state), state
             # Looking at the number waits for the device.
             if step % _CHECK_EVERY == 0 or step == self.f_max_iter:
-                scale = state.abs().amax().clamp_min(1)
-                if (state - last).abs().amax() <= self.f_tol * scale:
+                change = float((state - last).abs().amax() / state.abs().amax().clamp_min(1))
+                if change <= self.f_tol:
                     return state
+                if not math.isfinite(change):
+                    raise dpp.NonFiniteError(
+                        f"the forward solve made NaN or infinite states in {step} iterations; look "
+                        "for such numbers in the parameters, or for an activation steeper than 1"
+                    )
         warnings.warn(
-            f"the forward solve stopped at f_max_iter={self.f_max_iter} with changes above "
-            f"f_tol={self.f_tol}; raise either, or lower kappa",
+            f"the forward solve stopped at f_max_iter={self.f_max_iter} with a change of "
+            f"{change:.1e}, above f_tol={self.f_tol}; raise either, or lower kappa",
             dpp.ConvergenceWarning,
             stacklevel=3,
         )
@@ -406,7 +211,7 @@ class IGNNConv(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
         self.equilibrium = FixedPoint(grad, f_max_iter, f_tol)
-        self._last_graph = _LastGraph()
+        self._last_graph = LastGraph()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -454,34 +259,31 @@ class IGNNConv(nn.Module):
         if not torch.isfinite(x).all():
             raise ValueError(f"x holds {int((~torch.isfinite(x)).sum())} NaN or infinite numbers")
         if isinstance(edge_index, Graph):
-            graph = edge_index
+            graph = _check_graph(edge_index, edge_weight, x)
         else:
-            source, target, edge_weight = _edges(edge_index, edge_weight, x)
-            graph = self._last_graph.get(source, target, edge_weight, len(x))
-        if edge_weight is not None and not edge_weight.requires_grad:
-            edge_weight = None
-        func = self.equilibrium_func(x, graph, edge_weight)
+            edges = parse_edges(edge_index, edge_weight, x)
+            graph = self._last_graph.get(edges, lambda new: Graph(*new))
+            if edges.weight.requires_grad:
+                graph = graph.with_weight(edges.weight)
+        func = self.equilibrium_func(x, graph)
         out: Tensor = self.equilibrium(func, x.new_zeros(len(x), self.out_channels))
         return out
 
-    def equilibrium_func(
-        self, x: Tensor, graph: Graph, edge_weight: Tensor | None = None
-    ) -> Callable[[Tensor], Tensor]:
+    def equilibrium_func(self, x: Tensor, graph: Graph) -> Callable[[Tensor], Tensor]:
         """Return the map whose equilibrium this layer is, on states (num_nodes, out_channels).
 
         Args:
-            x: node features.
+            x: node features, shape (num_nodes, in_channels).
             graph: where they are.
-            edge_weight: the graph's weights, where they need a gradient.
         """
         weight, phi = self.projected_weight(graph), self.activation
         phi = phi if callable(phi) else ACTIVATIONS[phi]
-        injection = graph.propagate(F.linear(x, self.omega), edge_weight)
+        injection = graph.propagate(F.linear(x, self.omega))
         if self.bias is not None:
             injection = injection + self.bias
 
         def func(state: Tensor) -> Tensor:
-            return phi(graph.propagate(F.linear(state, weight), edge_weight, bias=injection))
+            return phi(graph.propagate(F.linear(state, weight), bias=injection))
 
         return func
 
@@ -496,6 +298,14 @@ class IGNNConv(nn.Module):
             f"{type(self).__name__}({self.in_channels}, {self.out_channels}, kappa={self.kappa}, "
             f"grad={str(self.equilibrium.grad)!r})"
         )
+
+
+def _check_graph(graph: Graph, edge_weight: Tensor | None, x: Tensor) -> Graph:
+    if edge_weight is not None:
+        raise ValueError("edge_weight beside a Graph; its weights are in it")
+    if graph.num_nodes != len(x):
+        raise ValueError(f"the Graph has {graph.num_nodes} nodes, but x has {len(x)}")
+    return graph
 
 
 def _check_activation(activation: str | Activation) -> str | Activation:
@@ -532,6 +342,7 @@ class IGNN(nn.Module):
 
     Raises:
         ValueError: if an argument is out of range.
+        ImportError: without PyTorch Geometric, whose pooling and normalisation they use.
     """
 
     def __init__(
@@ -555,6 +366,8 @@ class IGNN(nn.Module):
             raise ValueError(f"num_layers={num_layers!r}; expected a whole number of at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout!r}; expected a probability in [0, 1)")
+        if normalize or task == "graph":
+            require("torch_geometric", "graph")
         self.task, self.dropout, self.normalize = task, dropout, normalize
         self.has_skips = task == "node" and num_layers > 1
         n_hidden = num_layers - 1 if self.has_skips else num_layers
@@ -578,7 +391,7 @@ class IGNN(nn.Module):
         )
         self.hidden = nn.Linear(sizes[-1], sizes[-1]) if task == "graph" else None
         self.out = None if self.has_skips else nn.Linear(sizes[-1], out_channels, task == "graph")
-        self._last_graph = _LastGraph()
+        self._last_graph = LastGraph()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -605,17 +418,19 @@ class IGNN(nn.Module):
             Shape (num_graphs, out_channels) or (num_nodes, out_channels).
         """
         if isinstance(edge_index, Graph):
-            graph = edge_index
+            graph = _check_graph(edge_index, edge_weight, x)
         else:
-            source, target, edge_weight = self._as_seen(x, edge_index, edge_weight)
-            graph = self._last_graph.get(source, target, edge_weight, len(x))
+            edges = parse_edges(edge_index, edge_weight, x)
+            graph = self._last_graph.get(edges, self._as_seen)
+            if edges.weight.requires_grad:
+                graph = graph.with_weight(self._normalized(edges).weight)
         if self.has_skips:
             for conv, skip in zip(self.convs, self.skips, strict=True):
                 x = F.elu(x) if conv is not self.convs[0] else x
-                x = conv(x, graph, edge_weight) + skip(x)
+                x = conv(x, graph) + skip(x)
             return x
         for conv in self.convs:
-            x = conv(x, graph, edge_weight)
+            x = conv(x, graph)
         if self.hidden is None:
             x = F.normalize(x, dim=-1)
         else:
@@ -631,31 +446,38 @@ class IGNN(nn.Module):
 
         For mini-batches that come again in every epoch; the last graph is kept anyway.
         """
-        source, target, weight = self._as_seen(x, edge_index, edge_weight)
-        return Graph(source, target, weight, len(x))
+        return self._as_seen(parse_edges(edge_index, edge_weight, x))
 
-    def _as_seen(
-        self, x: Tensor, edge_index: Any, edge_weight: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        source, target, weight = _edges(edge_index, edge_weight, x)
-        if self.normalize:
-            from torch_geometric.nn.conv.gcn_conv import gcn_norm
+    def _as_seen(self, edges: Edges) -> Graph:
+        check_edges(edges)  # gcn_norm would fail with an error of its own
+        return Graph(*self._normalized(edges))
 
-            _check_edges(source, target, weight, len(x))
-            (source, target), weight = gcn_norm(
-                torch.stack([source, target]), weight, len(x), dtype=x.dtype
+    def _normalized(self, edges: Edges) -> Edges:
+        if not self.normalize:
+            return edges
+        from torch_geometric.nn.conv.gcn_conv import gcn_norm
+
+        source, target, weight, num_nodes = edges
+        if (weight < 0).any():
+            raise ValueError(
+                f"edge_weight holds {int((weight < 0).sum())} negative numbers; normalize=True "
+                "takes none, as degrees are sums of weights"
             )
-        return source, target, weight
+        (source, target), weight = gcn_norm(
+            torch.stack([source, target]), weight, num_nodes, dtype=weight.dtype
+        )
+        return Edges(source, target, weight, num_nodes)
 
 
 class IGNNHost(Host):
     """Lets `dpp.set_grad`, `dpp.model_report` and `dpp.monitor` find the layers in a model.
 
-    The layers take specs by themselves, so that there is nothing to enable.
+    The layers take specs by themselves, so that there is nothing to enable, and need no package
+    but PyTorch.
     """
 
     name = "ignn"
-    package = "torch_geometric"
+    package = "torch"
     pip = '"deq-phantom-plugin[graph]"'
 
     @property

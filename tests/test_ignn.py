@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -123,8 +125,9 @@ def test_directed_weighted_graph_is_the_dense_iteration(activation):
     torch.testing.assert_close(conv(x, edge_index, edge_weight), state.mT, rtol=1e-10, atol=1e-12)
     loss = torch.linspace(-1, 2, 28, dtype=torch.float64).view(7, 4)
     reference = flat(torch.autograd.grad((loss * state.mT).sum(), wrt))
-    found = gradient(conv, wrt, x, edge_index, edge_weight)
-    torch.testing.assert_close(found, reference, rtol=1e-8, atol=1e-10)
+    for args in ((edge_index, edge_weight), (Graph(*edge_index, edge_weight, 7),)):
+        found = gradient(conv, wrt, x, *args)
+        torch.testing.assert_close(found, reference, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +213,7 @@ def test_differentiable_twice_by_bptt():
 
     def function(x, edge_weight):
         graph = Graph(*edge_index, edge_weight, 7)
-        return graph.propagate(graph.propagate(x, edge_weight).tanh(), edge_weight, bias=x)
+        return graph.propagate(graph.propagate(x).tanh(), bias=x)
 
     inputs = (x.requires_grad_(), edge_weight.requires_grad_())
     assert torch.autograd.gradcheck(function, inputs)
@@ -249,6 +252,16 @@ def test_lambda_pf_of_special_graphs():
     assert of([], 3) == 0
     assert of([], 0) == 0
     assert of(star, 10) < 1e-3  # acyclic: 0
+
+
+def test_lambda_pf_is_computed_once(monkeypatch):
+    edge_index, edge_weight = directed_graph()
+    graph = Graph(*edge_index, edge_weight, 7)
+    twin = graph.with_weight(edge_weight.clone().requires_grad_())
+    found = twin.lambda_pf
+    assert not found.requires_grad
+    monkeypatch.delattr(Graph, "_power_iteration")
+    assert graph.lambda_pf is found
 
 
 def test_normalised_graphs_have_eigenvalue_one():
@@ -484,6 +497,31 @@ def test_the_host_is_installed():
     assert point.load() is IGNNHost
 
 
+def test_layers_need_no_package_but_pytorch(tmp_path):
+    # The networks do: for their pooling and normalisation.
+    program = """
+import sys
+sys.modules["torch_geometric"] = None
+import torch
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin.adapters.ignn import IGNN, IGNNConv
+conv = IGNNConv(3, 4)
+conv(torch.rand(5, 3), torch.tensor([[0, 1], [1, 2]])).sum().backward()
+assert dpp.set_grad(conv, "npg") == 1
+IGNN(3, 4, 2, 2, "node", normalize=False)
+try:
+    IGNN(3, 4, 2)
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.strip() == (
+        'torch_geometric is not installed: pip install "deq-phantom-plugin[graph]"'
+    )
+
+
 def test_switching_and_stepping():
     model = IGNN(3, 4, 2, num_layers=3)
     assert dpp.set_grad(model, "npg(k=3)") == 3
@@ -631,6 +669,7 @@ def test_bad_graphs():
     far[1, 3] = 7
     negative = edge_index.clone()
     negative[0, 0] = -1
+    graph = Graph(*edge_index, edge_weight, 7)
     cases = [
         ((x, far), r"edge_index holds 7, but x has 7 nodes; expected 0 to 6"),
         ((x, negative), r"edge_index holds -1"),
@@ -642,6 +681,9 @@ def test_bad_graphs():
         ((x, torch.eye(7).to_sparse_csr(), edge_weight), r"beside a sparse matrix"),
         ((x, [[0], [1]]), r"edge_index is a list"),
         ((x[:, :2], edge_index), r"x has shape \(7, 2\); expected \(num_nodes, 3\)"),
+        ((x[:5], graph), r"the Graph has 7 nodes, but x has 5"),
+        ((x, graph, edge_weight), r"edge_weight beside a Graph"),
+        ((x, edge_index.bool()), r"bool; expected torch.int64"),
     ]
     for args, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -650,6 +692,26 @@ def test_bad_graphs():
     for model in (conv, conv.eval(), IGNN(3, 4, 2).double()):
         with pytest.raises(ValueError, match="x holds 1 NaN or infinite"):
             model(x, edge_index)
+
+
+def test_networks_refuse_bad_edges_before_they_normalise():
+    model, x = IGNN(3, 4, 2).double(), features()
+    edge_index, edge_weight = directed_graph()
+    with pytest.raises(ValueError, match="edge_weight holds 4 negative numbers; normalize=True"):
+        model(x, edge_index, edge_weight)
+    with pytest.raises(ValueError, match="edge_index holds 7, but x has 7 nodes"):
+        model(x, edge_index + 7 - edge_index.max())
+    graph = model.prepare(x, edge_index)
+    with pytest.raises(ValueError, match="the Graph has 7 nodes, but x has 6"):
+        model(x[:6], graph)
+
+
+def test_nan_in_a_parameter_is_an_error_of_the_solve():
+    conv = make_conv(grad="upg")
+    with torch.no_grad():
+        conv.omega[0, 0] = torch.nan
+    with pytest.raises(dpp.NonFiniteError, match="NaN or infinite states in 4 iterations"):
+        conv(features(), *directed_graph())
 
 
 @pytest.mark.parametrize(

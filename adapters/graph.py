@@ -1,0 +1,271 @@
+"""Weighted graphs as implicit layers need them: products along edges, and the largest eigenvalue.
+
+A[i, j] is the weight of the edge from node i to node j: nodes collect from those that point at
+them, on directed graphs too. In backward it is the other way round, a product with A; both are
+kept as CSR matrices, made once a graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Edges", "Graph", "LastGraph", "check_edges", "parse_edges"]
+
+_PF_MAX_ITER = 600  # an entry falls to 3^-600 at the least, which float64 still has
+_PF_CHECK_EVERY = 20
+
+
+class Edges(NamedTuple):
+    """The edges of a graph, each a column of three.
+
+    Attributes:
+        source: where edges begin, shape (E,).
+        target: where they end, shape (E,).
+        weight: of each edge, shape (E,); parallel edges add up.
+        num_nodes: how many nodes there are.
+    """
+
+    source: Tensor
+    target: Tensor
+    weight: Tensor
+    num_nodes: int
+
+
+class Graph:
+    """A weighted graph, ready for products with A^T and, in backward, with A.
+
+    Args:
+        source: where edges begin, shape (E,).
+        target: where they end, shape (E,).
+        weight: of each edge, shape (E,); parallel edges add up.
+        num_nodes: how many nodes there are.
+
+    Attributes:
+        weight: as given; where it requires grad, products are differentiated with it.
+
+    Raises:
+        ValueError: if an edge ends outside the nodes, or a weight is NaN or infinite.
+    """
+
+    def __init__(self, source: Tensor, target: Tensor, weight: Tensor, num_nodes: int) -> None:
+        check_edges(Edges(source, target, weight, num_nodes))
+        self.source, self.target, self.weight = source, target, weight
+        self.num_nodes = num_nodes
+        values = weight.detach()
+        self._incoming = _csr(target, source, values, num_nodes)
+        self._outgoing = _csr(source, target, values, num_nodes)
+        self._lambda_pf: list[Tensor] = []  # shared with the graphs of `with_weight`
+
+    def with_weight(self, weight: Tensor) -> Graph:
+        """Return this graph with the same weights in another tensor, one that requires grad."""
+        twin = copy.copy(self)
+        twin.weight = weight
+        return twin
+
+    def propagate(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        """Return A^T x + bias: what nodes collect along their incoming edges.
+
+        Differentiable to any order.
+
+        Args:
+            x: shape (num_nodes, channels); under autocast it may come in a lower precision.
+            bias: shape (num_nodes, channels).
+        """
+        x = x.to(self.weight.dtype)
+        out: Tensor = _Propagate.apply(x, self.weight, bias, self, False)
+        return out
+
+    def _product(self, x: Tensor, bias: Tensor | None, transpose: bool) -> Tensor:
+        """Return A^T x + bias, or A x + bias, without autograd."""
+        matrix = self._outgoing if transpose else self._incoming
+        # Sparse products know no lower precision.
+        with torch.autocast(x.device.type, enabled=False):
+            return matrix @ x if bias is None else torch.addmm(bias, matrix, x)
+
+    @property
+    def lambda_pf(self) -> Tensor:
+        """The Perron-Frobenius eigenvalue of |A|, shape (): from above, by power iteration.
+
+        max_i (|A| x)_i / x_i is no less than the eigenvalue for any positive x (Collatz-Wielandt),
+        and falls to it along the iteration. What is returned therefore keeps the layer well-posed
+        even where the iteration is slow; on acyclic graphs, where the eigenvalue is 0, it is merely
+        small. Adding a multiple of the identity lets it converge on bipartite graphs. Computed
+        once.
+        """
+        if not self._lambda_pf:
+            self._lambda_pf.append(self._power_iteration())
+        return self._lambda_pf[0]
+
+    def _power_iteration(self) -> Tensor:
+        weight = self.weight.detach()
+        if self.num_nodes == 0:
+            return weight.new_zeros(())
+        summed = torch.sparse_coo_tensor(
+            torch.stack([self.target, self.source]),
+            weight.double(),
+            (self.num_nodes, self.num_nodes),
+            check_invariants=False,
+        ).coalesce()  # parallel edges
+        target, source = summed.indices()
+        matrix = _csr(target, source, summed.values().abs(), self.num_nodes)
+        x = summed.values().new_ones(self.num_nodes, 1)
+        bound = last = x.new_full((), torch.inf)
+        for step in range(_PF_MAX_ITER):
+            y = matrix @ x
+            bound = (y / x).amax()
+            x = torch.addcmul(y, bound.clamp_min(1e-30) / 2, x)
+            x /= x.amax()
+            # Looking at the number waits for the device.
+            if step % _PF_CHECK_EVERY == 0:
+                if last - bound <= 1e-6 * bound:
+                    break
+                last = bound
+        return bound.to(weight.dtype)
+
+
+class _Propagate(torch.autograd.Function):
+    """A^T x + bias, or with A."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        graph: Graph,
+        transpose: bool,
+    ) -> Tensor:
+        ctx.graph, ctx.transpose = graph, transpose
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return graph._product(x, bias, transpose)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        graph, transpose = ctx.graph, ctx.transpose
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _Propagate.apply(grad, weight, None, graph, not transpose)
+        if ctx.needs_input_grad[1]:
+            start, end = graph.source, graph.target
+            if transpose:
+                start, end = end, start
+            grad_weight = (grad[end] * x[start]).sum(dim=1)
+        return grad_x, grad_weight, grad if ctx.needs_input_grad[2] else None, None, None
+
+
+def _csr(row: Tensor, column: Tensor, value: Tensor, size: int) -> Tensor:
+    order = torch.argsort(row * size + column)
+    pointers = F.pad(torch.bincount(row, minlength=size).cumsum(0), (1, 0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        # Parallel edges are kept apart, which the invariants forbid and products do not mind.
+        return torch.sparse_csr_tensor(
+            pointers, column[order], value[order], size=(size, size), check_invariants=False
+        )
+
+
+class LastGraph:
+    """Keeps the last graph, so that training on one sorts its edges once.
+
+    It is told by its contents: a tensor that was changed in place is still the same object, and
+    `.data` hides the change from its version.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Edges, Graph] | None = None
+
+    def get(self, edges: Edges, make: Callable[[Edges], Graph]) -> Graph:
+        """Return the graph of these edges: the last one, or what is made of them."""
+        last = self._last  # once: threads of DataParallel share this object
+        if last is None or not _are_equal(last[0], edges):
+            source, target, weight = (tensor.detach().clone() for tensor in edges[:3])
+            own = Edges(source, target, weight, edges.num_nodes)
+            self._last = last = (own, make(own))
+        return last[1]
+
+    def __reduce__(self) -> tuple[type[LastGraph], tuple[()]]:
+        return LastGraph, ()  # copies and pickles start empty
+
+
+def _are_equal(first: Edges, second: Edges) -> bool:
+    return first.num_nodes == second.num_nodes and all(
+        a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+        for a, b in zip(first[:3], second[:3], strict=True)
+    )
+
+
+def parse_edges(edge_index: Any, edge_weight: Tensor | None, x: Tensor) -> Edges:
+    """Return the edges of a graph, however PyG has them.
+
+    Args:
+        edge_index: (2, num_edges), as a tensor or `EdgeIndex`; or the matrix A^T, PyG's `adj_t`
+            (its rows are targets), as a sparse tensor or `torch_sparse.SparseTensor`.
+        edge_weight: shape (num_edges,); ones if None.
+        x: node features, shape (num_nodes, channels), which give the dtype.
+
+    Raises:
+        ValueError: if shapes or types do not fit.
+    """
+    num_nodes = len(x)
+    if isinstance(edge_index, Tensor) and edge_index.layout == torch.strided:
+        if edge_index.dim() != 2 or edge_index.shape[0] != 2:
+            raise ValueError(f"edge_index has shape {tuple(edge_index.shape)}; expected (2, edges)")
+        if edge_index.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"edge_index has dtype {edge_index.dtype}; expected torch.int64")
+        # EdgeIndex is a subclass that would check each operation on it.
+        plain = edge_index.as_tensor() if hasattr(edge_index, "as_tensor") else edge_index
+        source, target = plain.long()
+    else:
+        if edge_weight is not None:
+            raise ValueError("edge_weight beside a sparse matrix; its values are the weights")
+        if isinstance(edge_index, Tensor):
+            size = edge_index.shape
+            matrix = edge_index.to_sparse_coo().coalesce()
+            (target, source), edge_weight = matrix.indices(), matrix.values()
+        else:
+            try:
+                size = edge_index.sizes()
+                target, source, edge_weight = edge_index.coo()  # torch_sparse.SparseTensor
+            except AttributeError:
+                raise ValueError(
+                    f"edge_index is a {type(edge_index).__name__}; expected a tensor of shape "
+                    "(2, edges), an EdgeIndex, or the sparse matrix adj_t"
+                ) from None
+        if list(size) != [num_nodes] * 2:
+            raise ValueError(f"adj_t is {size[0]} x {size[1]}, but x has {num_nodes} nodes")
+    if edge_weight is None:
+        edge_weight = x.new_ones(len(source))
+    if edge_weight.shape != source.shape:
+        raise ValueError(
+            f"edge_weight has shape {tuple(edge_weight.shape)}; expected ({len(source)},), one "
+            "number an edge"
+        )
+    return Edges(source, target, edge_weight.to(x.dtype), num_nodes)
+
+
+def check_edges(edges: Edges) -> None:
+    """Refuse edges that are not between nodes.
+
+    Raises:
+        ValueError: if an edge ends outside the nodes, or a weight is NaN or infinite.
+    """
+    source, target, weight, num_nodes = edges
+    ends = torch.cat([source, target])
+    if len(ends) and (ends.min() < 0 or ends.max() >= num_nodes):
+        wrong = ends[(ends < 0) | (ends >= num_nodes)][0]
+        raise ValueError(
+            f"edge_index holds {int(wrong)}, but x has {num_nodes} nodes; expected 0 to "
+            f"{num_nodes - 1}"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"edge_weight holds {int((~torch.isfinite(weight)).sum())} NaN or infinite numbers"
+        )
