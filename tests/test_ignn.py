@@ -15,7 +15,9 @@ pytest.importorskip("torch_geometric")
 
 import torch_geometric as pyg
 from torch_geometric.data import Batch, Data
+from torch_geometric.loader import NeighborLoader
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.sampler import BaseSampler, SamplerOutput
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin import hosts
@@ -368,17 +370,42 @@ def test_sequential():
     assert dpp.set_grad(model, "npg") == 2
 
 
-def test_neighbour_sampling():
-    from torch_geometric.loader import NeighborLoader
+class EveryNeighbour(BaseSampler):
+    """All nodes within two hops, for a NeighborLoader without pyg-lib."""
 
-    data = Data(x=features(40, dtype=torch.float32), edge_index=directed_graph(40, 200)[0])
-    try:
-        batches = list(NeighborLoader(data, num_neighbors=[4, 4], batch_size=8))
-    except ImportError:
-        pytest.skip("NeighborLoader needs pyg-lib or torch-sparse")
-    conv = IGNNConv(3, 5)
-    for batch in batches:
-        assert conv(batch.x, batch.edge_index)[: batch.batch_size].shape == (8, 5)
+    def __init__(self, edge_index):
+        self.edge_index = edge_index
+
+    def sample_from_nodes(self, index):
+        seeds = index.node
+        nodes = pyg.utils.k_hop_subgraph(seeds, 2, self.edge_index)[0]
+        nodes = torch.cat([seeds, nodes[~torch.isin(nodes, seeds)]])
+        kept = torch.isin(self.edge_index, nodes).all(0)
+        place = torch.full((int(self.edge_index.max()) + 1,), -1)
+        place[nodes] = torch.arange(len(nodes))
+        row, col = place[self.edge_index[:, kept]]
+        return SamplerOutput(
+            nodes, row, col, kept.nonzero().flatten(), metadata=(index.input_id, index.time)
+        )
+
+    def sample_from_edges(self, index, neg_sampling=None):
+        raise NotImplementedError
+
+
+def test_neighbour_sampling():
+    # A reach of two hops in the batches is enough where the state falls fast from hop to hop.
+    data = Data(x=features(40), edge_index=torch.stack([torch.arange(39), torch.arange(1, 40)]))
+    conv = make_conv(lambda_pf=20.0, inside=False).eval()
+    full = conv(data.x, data.edge_index)
+    seen = 0
+    for batch in NeighborLoader(
+        data, [], neighbor_sampler=EveryNeighbour(data.edge_index), batch_size=8, shuffle=True
+    ):
+        assert 8 < batch.num_nodes < 40
+        found = conv(batch.x, batch.edge_index)[: batch.batch_size]
+        torch.testing.assert_close(found, full[batch.n_id[: batch.batch_size]], rtol=0, atol=0.01)
+        seen += len(found)
+    assert seen == 40
 
 
 def test_subgraphs_one_after_another():
