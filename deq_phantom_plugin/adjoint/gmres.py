@@ -37,7 +37,7 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
     batch, size = residual.shape
     norm = torch.linalg.vector_norm(residual, dim=1)
     running = progress.active.clone()
-    basis = residual.new_zeros(batch, length + 1, size)
+    basis = residual.new_empty(batch, length + 1, size)  # written before read: few are needed
     basis[:, 0] = _unit(residual, norm) * running[:, None]
     triangle = residual.new_zeros(batch, length, length)
     cosines, sines = (residual.new_zeros(batch, length) for _ in range(2))
