@@ -60,6 +60,7 @@ class Task:
         weight_decay: Adam's.
         clip: norm to which each parameter's gradient is clipped, infinite for none.
         f_tol: of the forward solve.
+        batch_size: graphs a step, on sets of graphs.
     """
 
     epochs: int
@@ -71,6 +72,7 @@ class Task:
     weight_decay: float = 0.0
     clip: float = float("inf")
     f_tol: float = 3e-6
+    batch_size: int = 128
 
 
 TASKS = {
@@ -304,7 +306,7 @@ def run_folds(args: argparse.Namespace, task: Task, bar: Any) -> Iterable[Run]:
     folds = model_selection.StratifiedKFold(10, shuffle=True, random_state=args.seeds[0])
     for fold, indices in enumerate(folds.split(labels, labels)):
         train, test = (
-            [b.to(args.device) for b in DataLoader(dataset[list(ids)], batch_size=128)]
+            [b.to(args.device) for b in DataLoader(dataset[list(ids)], task.batch_size)]
             for ids in indices
         )
         for method in args.grad:
@@ -446,12 +448,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Task]:
     add("--lr", type=float, help="Adam's learning rate")
     add("--kappa", type=float, help="bound of the contractions, below 1")
     add("--f-tol", type=float, help="of the forward solve")
+    add("--batch-size", type=int, help="graphs a step (128)")
     add("--device", default="cpu", help="where to train (cpu)")
     add("--out", type=Path, default=Path("runs/ignn"), help="folder for results (runs/ignn)")
     args = parser.parse_args(argv)
     if min(args.lengths) * 40 < 320:
         parser.error(f"--lengths {min(args.lengths)}: expected 8 or more; 320 nodes are split")
-    names = ("lam", "epochs", "lr", "kappa", "f_tol")
+    names = ("lam", "epochs", "lr", "kappa", "f_tol", "batch_size")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     task = replace(TASKS[args.data], **given)
     try:  # now, not after the first method's hour

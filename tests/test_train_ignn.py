@@ -95,8 +95,12 @@ def test_a_method_that_learned_nothing_is_not_tried_on_longer_chains(
 def test_folds(example, tmp_path, monkeypatch, capsys):
     data = graphs(40, lambda i: torch.tensor([i % 2]))
     monkeypatch.setattr(example, "load", lambda name, root: data)
-    settings = ["--data", "COX2", "--epochs", "2", "--out", str(tmp_path)]
+    steps = []
+    step = example._step
+    monkeypatch.setattr(example, "_step", lambda *args: steps.append(1) or step(*args))
+    settings = ["--data", "COX2", "--epochs", "2", "--batch-size", "9", "--out", str(tmp_path)]
     runs = example.main([*settings, "--grad", "upg", "npg(k=3)"])
+    assert len(steps) == 10 * 2 * 2 * 4  # folds, methods, epochs, batches of 36 graphs
     assert [run.part["fold"] for run in runs] == [i for i in range(10) for _ in range(2)]
     assert all(0 <= run.last <= run.accuracy <= 1 for run in runs)
     assert (tmp_path / "ignn_cox2.csv").is_file()
