@@ -9,8 +9,10 @@ from ..adjoint import Linearization, Packing, inside_checkpoint
 from ..adjoint.spectrum import leading_eigenvalue, random_start
 from ..memory import Memory
 
-# Between training steps J changes little, so a few products keep the estimate up to date.
-FIRST_VJPS, WARM_VJPS, BASIS = 20, 5, 5
+# An eigenvector of the last step ends the search in the first BASIS products where J changed
+# little, as on a graph. Where the batch is another one it is a start like any other, and the
+# residual tells: without it rho came out too low by half, and the sums grew.
+MAX_VJPS, BASIS, TOL = 20, 5, 0.1
 
 
 def damping(graph: Linearization, batch_dim: int | None, memory: Memory | None) -> list[Tensor]:
@@ -35,8 +37,8 @@ def damping(graph: Linearization, batch_dim: int | None, memory: Memory | None) 
         found = leading_eigenvalue(
             apply,
             start if warm is None else warm,
-            tol=1e-2,
-            max_vjp=FIRST_VJPS if warm is None else WARM_VJPS,
+            tol=TOL,
+            max_vjp=MAX_VJPS,
             basis=BASIS,
         )
         # A checkpointed region runs twice, and must find the same start both times.

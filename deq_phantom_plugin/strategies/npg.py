@@ -30,8 +30,8 @@ class NPG(GradStrategy):
     Args:
         k: the number of terms.
         lam: the damping factor in (0, 1], or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
-            measured for each sample in backward: 5 vector-Jacobian products a step, 20 the first
-            time (a warm start needs the `Memory` that hosts provide).
+            measured for each sample in backward: 5 vector-Jacobian products where J is nearly that
+            of the last step, up to 20 where it is not (the `Memory` of hosts keeps the start).
 
     Raises:
         ValueError: if an argument is out of range.

@@ -29,8 +29,9 @@ class UPG(GradStrategy):
     Args:
         k: the number of steps.
         lam: the damping factor in (0, 1], or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
-            measured for each sample: one more evaluation of F and 5 vector-Jacobian products a
-            step, 20 the first time (a warm start needs the `Memory` that hosts provide).
+            measured for each sample: one more evaluation of F and 5 vector-Jacobian products where
+            J is nearly that of the last step, up to 20 where it is not (the `Memory` of hosts
+            keeps the start).
         checkpoint: whether to recompute each step's graph in backward.
 
     Raises:
