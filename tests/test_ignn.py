@@ -588,12 +588,6 @@ def test_switching_and_stepping():
     assert model.state_dict()["convs.0.equilibrium.memory.step"] == 10
 
 
-def test_adaptive_damping_is_warm_started():
-    conv = make_conv("npg(lam='adaptive')")
-    conv(features(), *directed_graph()).sum().backward()
-    assert any("warm_start" in key for key in conv.state_dict())
-
-
 def test_model_report():
     model = IGNN(3, 4, 2, num_layers=2, f_tol=1e-12, f_max_iter=1000).double()
     args = {"x": features(), "edge_index": directed_graph()[0]}

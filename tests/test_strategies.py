@@ -287,36 +287,22 @@ def test_adaptive_damping_is_one_over_the_spectral_radius_of_each_sample(method)
     torch.testing.assert_close(grad, (1 / scales.clamp(min=1))[:, None].expand(3, 2))
 
 
-def test_adaptive_damping_starts_warm():
+def test_adaptive_damping_costs_what_the_docstring_states():
     problem = make_equilibrium([(4, 30)], norm=3.0, seed=5)
-    truth = dpp.spectral_radius(problem.func, problem.state, tol=1e-9, max_iter=2000)
-    memory = dpp.Memory()
-    counts, errors = [], []
-    for _ in range(8):
-        calls = []
-        reports = dpp.Context(memory=memory)
+    calls = []
 
-        def func(h, calls=calls):
-            out = problem.func(h)
-            if out.requires_grad:
-                out.register_hook(lambda grad: calls.append(1))
-            return out
+    def func(h):
+        out = problem.func(h)
+        if out.requires_grad:
+            out.register_hook(lambda grad: calls.append(1))
+        return out
 
-        out = dpp.attach(func, problem.state, "npg(k=1, lam='adaptive')", reports)
-        ratio = torch.autograd.grad(out.sum(), problem.params[1])[0]
-        calls.pop()  # the last is the backward pass itself
-        counts.append(len(calls))
-        plain = dpp.attach(problem.func, problem.state, "npg(k=1, lam=1)")
-        lam = (ratio / torch.autograd.grad(plain.sum(), problem.params[1])[0])[:, 0]
-        errors.append(float((1 / lam / truth.clamp(min=1) - 1).abs().max()))
-    assert counts[0] == 20  # the costs that the docstring states
-    assert counts[-1] == 5
-    assert counts == sorted(counts, reverse=True)
-    assert errors[-1] < 0.02
-    assert errors[-1] <= errors[0]
+    dpp.attach(func, problem.state, "npg(k=1, lam='adaptive')").sum().backward()
+    assert len(calls) == 10 + 1  # and the backward pass itself
 
 
-def test_adaptive_damping_is_not_misled_by_another_batch():
+def test_adaptive_damping_in_training_follows_the_batch():
+    """Started from the last batch's eigenvectors, rho came out 42 % too low here."""
     memory = dpp.Memory()
     values = torch.linspace(-2.5, 2.5, 60, dtype=torch.float64)
     values[-1] = 4  # rho, with leading eigenvectors that differ from batch to batch
@@ -334,22 +320,18 @@ def test_adaptive_damping_is_not_misled_by_another_batch():
         context = dpp.Context(memory=memory)
         out = dpp.attach(func, state, "npg(k=1, lam='adaptive')", context)
         (lam,) = torch.autograd.grad(out.sum(), inject)
-        torch.testing.assert_close(1 / lam, torch.full_like(lam, 4), rtol=0.02, atol=0)
+        torch.testing.assert_close(1 / lam, torch.full_like(lam, 4), rtol=0.05, atol=0)
 
 
-def test_adaptive_damping_is_kept_from_step_to_step_in_the_state_dict():
-    problem = make_equilibrium([(2, 5)])
+def test_warm_starts_are_kept_in_the_state_dict():
     memory = dpp.Memory()
-    out = dpp.attach(problem.func, problem.state, "upg(lam='adaptive')", dpp.Context(memory=memory))
-    assert out.requires_grad
+    vector = torch.randn(2, 5, dtype=torch.float64)
+    memory.keep("adjoint", vector)
     other = dpp.Memory()
     other.load_state_dict(memory.state_dict())
-    like = torch.empty(2, 5, dtype=torch.float64)
-    assert torch.equal(other.warm_start("x", like) or like, like)
-    assert torch.equal(
-        other.warm_start("eigenvector", like), memory.warm_start("eigenvector", like)
-    )
-    assert memory.warm_start("eigenvector", torch.empty(3, 5)) is None  # another batch size
+    assert other.warm_start("x", vector) is None
+    assert torch.equal(other.warm_start("adjoint", vector), vector)
+    assert other.warm_start("adjoint", torch.empty(3, 5)) is None  # another batch size
 
 
 # --- memory -----------------------------------------------------------------------------------

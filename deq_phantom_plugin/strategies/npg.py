@@ -30,8 +30,7 @@ class NPG(GradStrategy):
     Args:
         k: the number of terms.
         lam: the damping factor in (0, 1], or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
-            measured for each sample in backward: 5 vector-Jacobian products where J is nearly that
-            of the last step, up to 20 where it is not (the `Memory` of hosts keeps the start).
+            measured for each sample in backward with 10 vector-Jacobian products.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -47,12 +46,12 @@ class NPG(GradStrategy):
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         graph = Linearization(func, equilibrium)
-        batch_dim, memory, monitor = context.batch_dim, context.memory, context.monitor
+        batch_dim, monitor = context.batch_dim, context.monitor
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             factors: Sequence[float | Tensor]
             if isinstance(self.lam, str):
-                factors = damping(graph, batch_dim, memory)
+                factors = damping(graph, batch_dim)
             else:
                 factors = [self.lam] * len(v)
             g = v

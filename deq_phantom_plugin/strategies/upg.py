@@ -29,9 +29,7 @@ class UPG(GradStrategy):
     Args:
         k: the number of steps.
         lam: the damping factor in (0, 1], or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
-            measured for each sample: one more evaluation of F and 5 vector-Jacobian products where
-            J is nearly that of the last step, up to 20 where it is not (the `Memory` of hosts
-            keeps the start).
+            measured for each sample: one more evaluation of F and 10 vector-Jacobian products.
         checkpoint: whether to recompute each step's graph in backward.
 
     Raises:
@@ -60,7 +58,7 @@ class UPG(GradStrategy):
         """Yield the k states h_1 ... h_k."""
         lam: float | list[Tensor]
         if isinstance(self.lam, str):
-            lam = damping(Linearization(func, equilibrium), context.batch_dim, context.memory)
+            lam = damping(Linearization(func, equilibrium), context.batch_dim)
         else:
             lam = self.lam
         state = equilibrium
