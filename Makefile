@@ -9,9 +9,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 demo: $(VENV)/.installed  ## train a tiny MDEQ on handwritten digits, once per gradient method
 	$(BIN)/deq-phantom compare --out runs/demo
 
-figures: $(VENV)/.installed  ## every figure of examples/figures, and the numbers in them
+figures: $(VENV)/.installed  ## the figures of examples/figures that need no data, and the numbers in them
 	$(BIN)/python examples/synthetic.py
 	$(BIN)/python examples/sgd_convergence.py
+	$(BIN)/python examples/train_ignn.py --out examples/figures --epochs 300 \
+		--lengths 10 20 30 40 60 80 100 --grad "ift(max_iter=100)" "upg(k=5, lam=0.5)" \
+		"upg(k=5, lam=0.8)" "upg(k=20, lam=1.0)" "npg(k=50, lam=1.0)" "bptt(steps=50)" jfb
 
 test: $(VENV)/.installed  ## the test suite
 	$(BIN)/python -m pytest -n auto -m "not slow and not hosts"
