@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -21,6 +22,11 @@ from transformers import PreTrainedConfig  # noqa: E402
 from transformers.masking_utils import create_causal_mask  # noqa: E402
 
 __all__ = ["EquilibriumLayer", "deq_from_layer"]
+
+# What Transformers calls the cache, in arguments and in outputs; 5.24 renamed it.
+CACHE = (
+    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+)
 
 
 def _rotary(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
@@ -172,8 +178,8 @@ class EquilibriumLayer(nn.Module):
                 config=self.config,
                 inputs_embeds=x,
                 attention_mask=attention_mask,
-                past_key_values=None,
                 position_ids=position_ids,
+                **{CACHE: None},
             )
         }
         if self.rotary is not None:

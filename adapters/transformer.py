@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.extras import require
 
-from .deq_layer import EquilibriumLayer, deq_from_layer
+from .deq_layer import CACHE, EquilibriumLayer, deq_from_layer
 from .equilibrium import EquilibriumInfo, check_settings, make_equilibrium, solve
 from .transformer_block import DEQTransformerBlock, ScaledLinear, Surroundings, dropout_mask
 
@@ -99,7 +99,7 @@ class DEQTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "deq_transformer"
-    keys_to_ignore_at_inference = ["past_key_values", "equilibrium_info", "jac_loss"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [CACHE, "equilibrium_info", "jac_loss"]  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -203,7 +203,7 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
     config_class = DEQTransformerConfig
     base_model_prefix = "model"
     _no_split_modules = ["DEQTransformerBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
     # The step and warm starts of training; `load_state_dict` takes them, and so does a Trainer.
@@ -269,10 +269,11 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> DEQModelOutput:
         """Solve for the states of all tokens.
@@ -285,10 +286,11 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             input_ids: tokens, shape (B, L).
             attention_mask: 1 for tokens and 0 for padding, shape (B, P + L), P tokens in the cache.
             position_ids: shape (B, L); counted from the cache's length if None.
-            past_key_values: a `DynamicCache` from an earlier call.
+            cache: a `DynamicCache` from an earlier call.
             inputs_embeds: in place of `input_ids`, shape (B, L, hidden_size).
             use_cache: whether to return a cache; `config.use_cache` if None, but not in training.
             output_hidden_states: whether to return embeddings and states, as `hidden_states`.
+            past_key_values: the name of `cache` before Transformers 5.24.
             **kwargs: ignored.
 
         Raises:
@@ -301,14 +303,14 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if not isinstance(past_key_values, DynamicCache | None):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; expected a DynamicCache"
-            )
-        real = self._real(inputs_embeds, attention_mask, past_key_values)
-        around = self._surroundings(inputs_embeds, attention_mask, position_ids, past_key_values)
+        if cache is None:
+            cache = past_key_values
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if not isinstance(cache, DynamicCache | None):
+            raise ValueError(f"the cache is a {type(cache).__name__}; expected a DynamicCache")
+        real = self._real(inputs_embeds, attention_mask, cache)
+        around = self._surroundings(inputs_embeds, attention_mask, position_ids, cache)
 
         def func(state: Tensor) -> Tensor:
             image = self.block(state.to(inputs_embeds.dtype), around).to(state.dtype)
@@ -319,13 +321,13 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
         state, info = solve(self.deq, func, torch.zeros_like(inputs_embeds, dtype=dtype))
         jac_loss = self._jac_loss(func, state, real)
-        if use_cache and past_key_values is not None:
+        if use_cache and cache is not None:
             _, key, value = self.block.heads(state.detach().to(inputs_embeds.dtype), around)
-            past_key_values.update(key.detach(), value.detach(), 0)
+            cache.update(key.detach(), value.detach(), 0)
         states = self._dropped(state.to(inputs_embeds.dtype))
         return DEQModelOutput(
             last_hidden_state=states,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: cache if use_cache else None},
             hidden_states=(inputs_embeds, states) if output_hidden_states else None,
             jac_loss=jac_loss,
             equilibrium_info=info,
@@ -394,8 +396,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             config=self.config,
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         past = None
         if before:
@@ -452,7 +454,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -466,7 +468,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             input_ids: tokens, shape (B, L).
             attention_mask: see `DEQTransformerModel.forward`.
             position_ids: see there.
-            past_key_values: see there.
+            cache: see there.
             inputs_embeds: see there.
             labels: `input_ids` again, with -100 where there is nothing to predict, shape (B, L).
                 Predictions of padding, and from padding, are left out anyway.
@@ -479,7 +481,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -505,7 +507,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         return DEQCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
+            **{CACHE: output.get(CACHE)},
             hidden_states=output.hidden_states,
             jac_loss=jac_loss,
             equilibrium_info=output.equilibrium_info,

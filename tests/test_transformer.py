@@ -26,6 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from deq_phantom_plugin.adapters.deq_layer import CACHE
 from deq_phantom_plugin.adapters.transformer import (
     DEQTransformerConfig,
     DEQTransformerForCausalLM,
@@ -372,8 +373,8 @@ def test_cached_tokens_stay_at_equilibrium(pre):
     whole = model(ids, attention_mask=mask).logits
     cache, parts = None, []
     for begin, end in ((0, 4), (4, 5), (5, 9)):
-        out = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
-        cache = out.past_key_values
+        out = model(ids[:, begin:end], attention_mask=mask[:, :end], **{CACHE: cache})
+        cache = out[CACHE]
         parts.append(out.logits)
     assert cache.get_seq_length() == 9
     torch.testing.assert_close(torch.cat(parts, 1)[mask == 1], whole[mask == 1], atol=1e-5, rtol=0)
@@ -382,9 +383,9 @@ def test_cached_tokens_stay_at_equilibrium(pre):
 def test_there_is_no_cache_in_training():
     model = make(tight=False)
     ids = tokens()
-    assert model(ids).past_key_values is None
-    assert model.eval()(ids).past_key_values is not None
-    assert model(ids, use_cache=False).past_key_values is None
+    assert CACHE not in model(ids)
+    assert CACHE in model.eval()(ids)
+    assert CACHE not in model(ids, use_cache=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
@@ -765,9 +766,9 @@ def test_a_sequence_longer_than_the_limit():
     message = "a sequence of 33 tokens; expected at most 32, config.max_position_embeddings"
     with pytest.raises(ValueError, match=message):
         model(tokens(1, 33))
-    cache = model(tokens(1, 32)).past_key_values
+    cache = model(tokens(1, 32))[CACHE]
     with pytest.raises(ValueError, match=message):
-        model(tokens(1, 1), past_key_values=cache)
+        model(tokens(1, 1), **{CACHE: cache})
     assert model(tokens(1, 32)).logits.shape == (1, 32, VOCAB)
 
 
