@@ -1,4 +1,4 @@
-"""The command line: `deq-phantom list`, `report` and `compare`."""
+"""The command line: `deq-phantom list`, `report`, `compare`, `patch`, `run` and `doctor`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
     except (ImportError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     return status
 
 
@@ -72,7 +74,49 @@ def _parser() -> argparse.ArgumentParser:
     add("--f-max-iter", type=_positive, default=15, help="its iterations")
     add("--f-tol", type=float, default=1e-3, help="its relative tolerance")
     add("--out", type=Path, default=Path("runs/compare"), help="folder for results")
+    _add_patching(commands)
     return parser
+
+
+def _add_patching(commands: Any) -> None:
+    patch = commands.add_parser(
+        "patch", help="make an existing repository take gradient methods by name"
+    )
+    patch.set_defaults(run=_patch)
+    add = patch.add_argument
+    add("repo", type=Path, metavar="REPO", help="its folder, or a part of it")
+    action = patch.add_mutually_exclusive_group(required=True)
+    action.add_argument("--grad", metavar="SPEC", help="the method it has unless told otherwise")
+    action.add_argument("--revert", action="store_true", help="restore the files byte for byte")
+    action.add_argument(
+        "--recover", action="store_true", help="undo a patch or revert that was interrupted"
+    )
+    add("--dry-run", action="store_true", help="show the changes, write nothing")
+    _add_compat(patch)
+    run = commands.add_parser(
+        "run", help="run a command in which a repository has another method; no file is touched"
+    )
+    run.set_defaults(run=_run)
+    add = run.add_argument
+    add("--grad", required=True, metavar="SPEC", help="the method")
+    add("--repo", type=Path, help="the repository; the one around the current folder if left out")
+    _add_compat(run)
+    add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="such as python train.py")
+    doctor = commands.add_parser(
+        "doctor", help="what is installed and hooked, and what a repository is recognised as"
+    )
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("repo", type=Path, nargs="?", metavar="REPO")
+
+
+def _add_compat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compat",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="SHIM,...",
+        help="shims for old code on today's libraries; `--compat help` lists them",
+    )
 
 
 def _positive(text: str) -> int:
@@ -214,3 +258,74 @@ def _compare(args: argparse.Namespace) -> int:
     plot = write(results, args.out, f"MDEQ-{args.preset} on {data.name}")
     print(f"results: {args.out / 'results.json'}\nplot: {plot}")
     return status
+
+
+def _patch(args: argparse.Namespace) -> int:
+    from .patching import patch
+
+    if args.recover or args.revert:
+        if args.dry_run or args.compat:
+            raise ValueError("--dry-run and --compat go with --grad")
+        restored = patch.recover(args.repo) if args.recover else patch.revert(args.repo)
+        print("\n".join(["restored:", *restored]) if restored else "nothing to restore")
+        return 0
+    if _listed_shims(args.compat):
+        return 0
+    matches, steps, manifest = patch.prepare(args.repo, args.grad, args.compat)
+    print("\n".join(f"recognised: {match.project.name}" for match in matches))
+    _print_shims(args.compat)
+    if not steps:
+        print(f"already patched with {args.grad}; nothing to change")
+        return 0
+    print(patch.diff(steps), end="")
+    if args.dry_run:
+        print(f"dry run: {len(steps)} files would change")
+        return 0
+    patch.apply(args.repo, steps, manifest)
+    print(f"patched {len(steps)} files; the default is {args.grad}, other methods by")
+    for match in matches:
+        print(f"  {match.project.name}: {match.project.switch}")
+    print(f"back: deq-phantom patch {args.repo} --revert")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .patching import run
+
+    if _listed_shims(args.compat):
+        return 0
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise ValueError("no command; expected one after --, such as -- python train.py")
+    root = args.repo or run.find_root(Path.cwd())
+    matches, changes = run.prepare(root, args.grad, args.compat)
+    for match in matches:
+        print(f"deq-phantom: {match.project.name} with {args.grad}", file=sys.stderr)
+    _print_shims(args.compat, sys.stderr)
+    return run.run(root, changes, command, args.compat)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .patching.doctor import diagnose
+
+    print(diagnose(args.repo))
+    return 0
+
+
+def _listed_shims(names: Sequence[str]) -> bool:
+    if list(names) == ["help"]:
+        from .patching.compat import SHIMS
+
+        _print_shims(list(SHIMS))
+        return True
+    return False
+
+
+def _print_shims(names: Sequence[str], file: Any = None) -> None:
+    from .patching.compat import SHIMS
+    from .patching.repository import check_shims
+
+    check_shims(names)
+    for name in names:
+        line = (SHIMS[name].__doc__ or "").partition("\n")[0]
+        print(f"shim {name}: {line}", file=file or sys.stdout)

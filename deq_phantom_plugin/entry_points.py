@@ -8,6 +8,7 @@ from typing import Any
 
 STRATEGIES = "deq_phantom_plugin.strategies"
 HOSTS = "deq_phantom_plugin.hosts"
+ADAPTERS = "deq_phantom_plugin.adapters"
 
 
 def names(group: str) -> list[str]:

@@ -1,0 +1,49 @@
+"""locuslab/torchdeq: the deq-zoo (mdeq, deq-seq, deq-lm, ignn, deq-flow, deq-inr, deq-ddim).
+
+Its models call `get_deq(args)` and its scripts `add_deq_args(parser)`, so all they need is TorchDEQ
+with our hook in force; then their own `--grad` takes names. deq-lm reports the integer `--grad` as
+a number of steps, which a name has to be turned into. In memory (`deq-phantom run`) the models are
+switched after they are built instead, whatever `--grad` says.
+"""
+
+from __future__ import annotations
+
+from deq_phantom_plugin.patching.adapter import IMPORT, Adapter, Edit, Project, SeamFile
+
+ENABLE = f"{IMPORT}\ndeq_phantom_plugin.enable('torchdeq')"
+
+ZOO = Project(
+    "locuslab/torchdeq deq-zoo",
+    "`--grad ...`",
+    (
+        SeamFile(
+            "a model",
+            ("self.deq = get_deq(args)",),
+            (
+                Edit(
+                    "self.deq = get_deq(args)",
+                    "deq_phantom_plugin.set_grad(self.deq, {grad})",
+                    mode="run",
+                ),
+                Edit(
+                    "info = solver_stat_from_final_step(z_now, z_next, self.args.grad[-1])",
+                    "info = solver_stat_from_final_step(\n"
+                    "    z_now, z_next, deq_phantom_plugin.patching.steps(self.args.grad[-1]))",
+                    "replace",
+                    mode="patch",
+                    optional=True,
+                ),
+            ),
+            imports=ENABLE,
+        ),
+        SeamFile(
+            "a training script",
+            ("add_deq_args(parser)", "parse_args()"),
+            (Edit("add_deq_args(parser)", "parser.set_defaults(grad=[{grad}])", mode="patch"),),
+            required=False,
+            imports=ENABLE,
+        ),
+    ),
+)
+
+ADAPTER = Adapter("locuslab/torchdeq", ("4f6bd5fa66dd991cad74fcc847c88061764cf8db",), (ZOO,))

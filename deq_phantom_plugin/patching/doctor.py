@@ -1,0 +1,87 @@
+"""What is installed, hooked and patched, and what is missing."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
+from pathlib import Path
+
+from .. import entry_points as groups
+from ..hosts import host_names
+from ..registry import list_strategies, strategy_class
+from .patch import status
+from .repository import check_root, recognise
+
+_PACKAGES = {
+    "torch": "torch",
+    "torchdeq": '"deq-phantom-plugin[torchdeq]"',
+    "torch-geometric": '"deq-phantom-plugin[graph]"',
+    "transformers": '"deq-phantom-plugin[text]"',
+    "libcst": '"deq-phantom-plugin[patch]"',
+}
+
+
+def diagnose(root: Path | None = None) -> str:
+    """Return a report of this installation, and of a repository if one is given.
+
+    Raises:
+        ValueError: if the repository is no folder.
+    """
+    lines = [f"python            {platform.python_version()}  {sys.executable}"]
+    lines.append(f"{'deq-phantom-plugin':17} {version('deq-phantom-plugin')}")
+    missing = []
+    for name, pip in _PACKAGES.items():
+        try:
+            lines.append(f"{name:17} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"{name:17} missing")
+            missing.append(f"{name}: pip install {pip}")
+    with warnings.catch_warnings(record=True) as broken:
+        warnings.simplefilter("always")
+        lines.append(f"hosts             {', '.join(host_names()) or 'none'}")
+        lines.append("strategies")
+        for name in list_strategies():
+            lines.append(f"  {name:15} {_origin(name)}")
+        if root is not None:
+            lines += _repository(check_root(root))
+    lines += [f"warning: {warning.message}" for warning in broken]
+    lines += [f"missing: {line}" for line in missing]
+    return "\n".join(lines)
+
+
+def _origin(name: str) -> str:
+    cls = strategy_class(name)
+    for point in entry_points(group=groups.STRATEGIES):
+        if point.name == name and point.dist is not None:
+            return f"{point.value} of {point.dist.name} {distribution(point.dist.name).version}"
+    return (
+        "built in"
+        if cls.__module__.startswith(f"{__package__.split('.')[0]}.")
+        else (f"registered by {cls.__module__}")
+    )
+
+
+def _repository(root: Path) -> list[str]:
+    lines = [f"repository        {root}"]
+    try:
+        patched = status(root)
+        matches = recognise(root, patched.original(root) if patched else None)
+    except ValueError as error:
+        return [*lines, f"  {error}"]
+    for match in matches:
+        commits = ", ".join(commit[:7] for commit in match.adapter.commits)
+        lines.append(f"  {match.project.name} (known: {commits}); takes {match.project.switch}")
+        lines += [f"    {path}: {kind.what}" for path, kind in match.files.items()]
+    if not matches:
+        lines.append("  not recognised")
+    if patched is None:
+        lines.append("  not patched")
+    else:
+        shims = f", shims {', '.join(patched.compat)}" if patched.compat else ""
+        lines.append(f"  patched with {patched.grad}{shims}")
+        changed = patched.changed(root)
+        if changed:
+            lines.append(f"  changed since: {', '.join(changed)}")
+    return lines

@@ -1,0 +1,97 @@
+"""What a patched model calls in place of its own backward pass."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ..attach import attach
+from ..memory import Memory
+from ..registry import Spec, get_strategy
+from ..state import State
+from ..strategy import Context
+
+
+class Equilibrium(nn.Module):
+    """The gradient of one equilibrium of a patched model, by name.
+
+    A module without parameters, so that `dpp.set_grad` and `dpp.set_step` find it in the model.
+    It adds nothing to the model's `state_dict`: checkpoints fit the model with and without it.
+
+    Args:
+        grad: the strategy's spec, see `get_strategy`.
+        batch_dim: see `Context.batch_dim`.
+
+    Attributes:
+        grad: the strategy.
+        memory: see `Memory`.
+
+    Raises:
+        ValueError: if the spec is invalid.
+    """
+
+    def __init__(self, grad: Spec, batch_dim: int | None = 0) -> None:
+        super().__init__()
+        self.grad = get_strategy(grad)
+        self.batch_dim = batch_dim
+        self.memory = Memory()
+
+    def forward(
+        self,
+        func: Callable[[State], State],
+        equilibrium: State,
+        start: State | None = None,
+        step: int | None = None,
+    ) -> State:
+        """Return the equilibrium attached to autograd; as it was given outside training.
+
+        Args:
+            func: F, from a state to a state like the equilibrium.
+            equilibrium: h* as the model's own solver found it, a tensor or a nesting of tensors.
+            start: where that solve began; zeros if None. A strategy that owns the solve begins
+                there; the model's own solve, which has run by then, is lost on it.
+            step: the training step, None or negative where it is not known.
+        """
+        equilibrium = tree_map(torch.Tensor.detach, equilibrium)
+        if not self.training:
+            return equilibrium
+        if start is None:
+            start = tree_map(torch.zeros_like, equilibrium)
+        context = Context(
+            batch_dim=self.batch_dim,
+            initial_state=start,
+            step=None if step is None or step < 0 else int(step),
+            memory=self.memory,
+        )
+        owns = self.grad.resolve(context).owns_solve
+        begin = tree_map(torch.Tensor.detach, start) if owns else equilibrium
+        return attach(func, begin, self.grad, context)
+
+    def extra_repr(self) -> str:
+        """Show the strategy."""
+        return repr(self.grad)
+
+
+def grad_argument(text: str) -> str:
+    """Check a spec on a command line; a `type` for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is invalid; says what is accepted.
+    """
+    try:
+        get_strategy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def steps(grad: int | Spec) -> int:
+    """Return the steps k of a strategy, 1 where it has none; an integer is itself.
+
+    For scripts that compute with the integer that `grad` was before.
+    """
+    return grad if isinstance(grad, int) else int(getattr(get_strategy(grad), "k", 1))

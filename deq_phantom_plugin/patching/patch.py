@@ -1,0 +1,205 @@
+"""Applies and reverts an adapter on the files of a repository."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import journal
+from .repository import Change, Match, check_root, plan
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What the record of a patched repository says.
+
+    Attributes:
+        grad: the spec that is the default there.
+        compat: the shims that its files apply.
+        projects: the names of the code bases.
+        originals: content before the patch, by path relative to the root.
+        digests: SHA-256 of the patched content, by path.
+    """
+
+    grad: str
+    compat: tuple[str, ...]
+    projects: tuple[str, ...]
+    originals: Mapping[str, bytes]
+    digests: Mapping[str, str]
+
+    def changed(self, root: Path) -> list[str]:
+        """Return the files that are no longer as the patch left them."""
+        return [
+            path
+            for path, digest in self.digests.items()
+            if not (root / path).is_file() or _digest((root / path).read_bytes()) != digest
+        ]
+
+    def original(self, root: Path) -> Callable[[str], bytes]:
+        """Return a reader of files as they were before the patch."""
+        return lambda path: (
+            self.originals[path] if path in self.originals else (root / path).read_bytes()
+        )
+
+
+def status(root: Path) -> Patched | None:
+    """Return what is remembered of a patch, None if there is none.
+
+    Raises:
+        Interrupted: if a patch or its revert was not finished.
+        ValueError: if the record cannot be read.
+    """
+    manifest = journal.read_manifest(root)
+    if manifest is None:
+        return None
+    try:
+        return Patched(
+            grad=manifest["grad"],
+            compat=tuple(manifest["compat"]),
+            projects=tuple(manifest["projects"]),
+            originals={p: base64.b64decode(t) for p, t in manifest["originals"].items()},
+            digests=dict(manifest["digests"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the record of the patch of {root} is damaged: {error!r}") from None
+
+
+def prepare(
+    root: Path, grad: str, compat: Sequence[str] = ()
+) -> tuple[list[Match], list[Change], dict[str, Any]]:
+    """Return what a patch would recognise, change and remember; writes nothing.
+
+    A repository that is patched already is planned anew from its original files, so that another
+    spec takes the place of the first.
+
+    Args:
+        root: the folder of the repository.
+        grad: a spec as text, the default of the patched repository.
+        compat: names of shims that its files apply.
+
+    Raises:
+        ValueError: see `plan`; if files were changed since the last patch, or have uncommitted
+            changes.
+    """
+    root = check_root(root)
+    patched = status(root)
+    if patched is None:
+        matches, changes = plan(root, grad, "patch", compat)
+        _check_unpatched(root, changes)
+        _check_committed(root, [change.path for change in changes])
+        now = {change.path: change.old for change in changes}
+    else:
+        _check_unchanged(root, patched)
+        matches, changes = plan(root, grad, "patch", compat, patched.original(root))
+        # A file of the first patch that the second leaves alone goes back to what it was.
+        planned = {change.path for change in changes}
+        changes += [
+            Change(path, content, content)
+            for path, content in patched.originals.items()
+            if path not in planned
+        ]
+        now = {change.path: (root / change.path).read_bytes() for change in changes}
+    manifest = {
+        "grad": grad,
+        "compat": list(compat),
+        "projects": [match.project.name for match in matches],
+        "originals": {c.path: base64.b64encode(c.old).decode() for c in changes if c.old != c.new},
+        "digests": {c.path: _digest(c.new) for c in changes if c.old != c.new},
+    }
+    steps = [Change(c.path, now[c.path], c.new) for c in changes if now[c.path] != c.new]
+    return matches, steps, manifest
+
+
+def apply(root: Path, steps: Sequence[Change], manifest: Mapping[str, Any]) -> None:
+    """Write what `prepare` returned: all files or none.
+
+    Raises:
+        OSError: if something cannot be written; nothing has changed then.
+    """
+    if steps:
+        journal.commit(check_root(root), {step.path: step.new for step in steps}, manifest)
+
+
+def revert(root: Path) -> list[str]:
+    """Restore the files byte for byte; return their paths, none if nothing was patched.
+
+    Raises:
+        ValueError: if a file was changed since it was patched.
+        OSError: if something cannot be written; nothing has changed then.
+    """
+    root = check_root(root)
+    patched = status(root)
+    if patched is None:
+        return []
+    _check_unchanged(root, patched)
+    journal.commit(root, patched.originals, None)
+    return sorted(patched.originals)
+
+
+def recover(root: Path) -> list[str]:
+    """Undo a patch or revert that was interrupted; return the files that were restored.
+
+    Raises:
+        OSError: if something cannot be written; it can be tried again.
+    """
+    return journal.recover(check_root(root))
+
+
+def diff(steps: Sequence[Change]) -> str:
+    """Return changes as a unified diff."""
+    parts = []
+    for step in steps:
+        old, new = (
+            content.decode("utf-8", "replace").splitlines(keepends=True)
+            for content in (step.old, step.new)
+        )
+        for line in difflib.unified_diff(old, new, f"a/{step.path}", f"b/{step.path}"):
+            whole = line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
+            parts.append(whole)
+    return "".join(parts)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check_unchanged(root: Path, patched: Patched) -> None:
+    changed = patched.changed(root)
+    if changed:
+        raise ValueError(
+            f"changed since {root} was patched with {patched.grad}: {', '.join(changed)}; put "
+            "those changes aside first; nothing was changed"
+        )
+
+
+def _check_unpatched(root: Path, changes: Sequence[Change]) -> None:
+    marked = [change.path for change in changes if b"deq_phantom_plugin" in change.old]
+    if marked:
+        raise ValueError(
+            f"no record of a patch of {root}, but these have parts of one: {', '.join(marked)}; "
+            "restore them by git; nothing was changed"
+        )
+
+
+def _check_committed(root: Path, paths: Sequence[str]) -> None:
+    """Refuse files that git knows to be changed; without git there is nothing to ask."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "-z", "--", *paths],
+            capture_output=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return
+    if answer.returncode == 0 and answer.stdout:
+        lines = [line for line in answer.stdout.decode().split("\0") if line]
+        raise ValueError(
+            f"uncommitted changes in {root}: {', '.join(line[3:] for line in lines)}; commit or "
+            "stash them first; nothing was changed"
+        )

@@ -1,0 +1,200 @@
+"""Recognises a repository by the content of its seam, and works out what would change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..registry import get_strategy
+from .adapter import Adapter, Edit, Mode, Project, SeamFile, known_adapters
+from .compat import SHIMS
+
+RECORD = ".deq-phantom"
+"""The folder in a patched repository that remembers what the files were."""
+
+_SKIPPED = {".git", ".hg", ".svn", RECORD, "__pycache__", "node_modules", ".venv", "venv"}
+_HOW = (
+    "an adapter is a small object that names the seam, see adapters/repos/ in deq-phantom-plugin; "
+    "packages offer theirs through the entry-point group 'deq_phantom_plugin.adapters'"
+)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A code base that was recognised.
+
+    Attributes:
+        adapter: what is known of its repository.
+        project: which of its code bases.
+        files: its seam, by path relative to the root.
+    """
+
+    adapter: Adapter
+    project: Project
+    files: Mapping[str, SeamFile]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One file of a plan: its path relative to the root, as it is, and as it would be."""
+
+    path: str
+    old: bytes
+    new: bytes
+
+
+def check_root(root: Path) -> Path:
+    """Return the resolved root.
+
+    Raises:
+        ValueError: if it is no folder.
+    """
+    if not root.exists():
+        raise ValueError(f"there is no {root}; expected the folder of a repository")
+    if not root.is_dir():
+        raise ValueError(f"{root} is a file; expected the folder of a repository")
+    return root.resolve()
+
+
+def recognise(root: Path, read: Callable[[str], bytes] | None = None) -> list[Match]:
+    """Return the code bases found in a folder.
+
+    Args:
+        root: the folder, resolved.
+        read: returns a file's original content, given its relative path; from disk if None.
+
+    Raises:
+        ValueError: if two code bases claim one file.
+    """
+    read = read or (lambda path: (root / path).read_bytes())
+    adapters = known_adapters()
+    kinds = [
+        (kind, tuple(mark.encode() for mark in kind.marks))
+        for adapter in adapters
+        for project in adapter.projects
+        for kind in project.files
+    ]
+    found: dict[str, list[SeamFile]] = {}
+    for path in _python_files(root):
+        content = read(path)
+        here = [kind for kind, marks in kinds if all(mark in content for mark in marks)]
+        if here:
+            found[path] = here
+    matches = []
+    for adapter in adapters:
+        for project in adapter.projects:
+            files = {p: k for p, ks in found.items() for k in project.files if k in ks}
+            if all(kind in files.values() for kind in project.files if kind.required):
+                matches.append(Match(adapter, project, files))
+    _check_claims(matches)
+    return matches
+
+
+def plan(
+    root: Path,
+    grad: str,
+    mode: Mode,
+    compat: Sequence[str] = (),
+    read: Callable[[str], bytes] | None = None,
+) -> tuple[list[Match], list[Change]]:
+    """Return what was recognised in a folder and what would change there; writes nothing.
+
+    Args:
+        root: the folder, resolved.
+        grad: a spec as text.
+        mode: for files on disk, or for modules as they load.
+        compat: names of shims that patched files apply.
+        read: see `recognise`.
+
+    Raises:
+        ValueError: if the spec or a shim's name is invalid, nothing is recognised, a seam is of an
+            unknown version, or a file lies outside the folder.
+    """
+    from .rewrite import SeamError, fingerprint, rewrite
+
+    get_strategy(grad)
+    check_shims(compat)
+    read = read or (lambda path: (root / path).read_bytes())
+    matches = recognise(root, read)
+    if not matches:
+        known = "\n".join(
+            f"  {project.name}" for adapter in known_adapters() for project in adapter.projects
+        )
+        raise ValueError(f"{root} is none of the repositories known:\n{known}\n{_HOW}")
+    changes: dict[str, Change] = {}
+    unknown = []
+    for match in matches:
+        for path, kind in match.files.items():
+            if path in changes:
+                continue
+            _check_inside(root, path)
+            old = read(path)
+            for function, versions in kind.known.items():
+                version = fingerprint(old, function)
+                if version not in versions:
+                    unknown.append(f"  {path}: {function} is {version or 'not there'}")
+            edits = [_filled(edit, grad) for edit in kind.edits if edit.mode in (None, mode)]
+            try:
+                new = rewrite(old, edits, _imports(kind, compat if mode == "patch" else ()))
+            except SeamError as error:
+                unknown.append(f"  {path}: {error}")
+                continue
+            changes[path] = Change(path, old, new)
+    if unknown:
+        names = ", ".join(match.project.name for match in matches)
+        commits = ", ".join(c[:7] for match in matches for c in match.adapter.commits)
+        raise ValueError(
+            f"{root} looks like {names}, but its seam is of an unknown version:\n"
+            + "\n".join(unknown)
+            + f"\nknown are commits {commits}; nothing was changed"
+        )
+    return matches, [change for change in changes.values() if change.old != change.new]
+
+
+def check_shims(names: Sequence[str]) -> None:
+    """Raise a ValueError if a name is no shim's; lists those there are."""
+    for name in names:
+        if name not in SHIMS:
+            raise ValueError(f"unknown compatibility shim {name!r}; there are {', '.join(SHIMS)}")
+
+
+def _python_files(root: Path) -> Iterator[str]:
+    for folder, folders, names in os.walk(root):  # does not follow links to folders
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED)
+        for name in sorted(names):
+            path = Path(folder, name)
+            if name.endswith(".py") and path.is_file():
+                if path.is_symlink() and not path.resolve().is_relative_to(root):
+                    continue
+                yield path.relative_to(root).as_posix()
+
+
+def _check_inside(root: Path, path: str) -> None:
+    if (root / path).is_symlink():
+        raise ValueError(f"{path} is a symbolic link, which is not followed; nothing was changed")
+
+
+def _check_claims(matches: list[Match]) -> None:
+    claims: dict[str, tuple[SeamFile, Match]] = {}
+    for match in matches:
+        for path, kind in match.files.items():
+            other = claims.setdefault(path, (kind, match))
+            if other[0] != kind:
+                raise ValueError(
+                    f"{path} is claimed by {other[1].project.name} and {match.project.name}; "
+                    "name the folder of one of them"
+                )
+
+
+def _filled(edit: Edit, grad: str) -> Edit:
+    return replace(edit, new=edit.new.replace("{grad}", repr(grad)))
+
+
+def _imports(kind: SeamFile, compat: Sequence[str]) -> str:
+    if not compat or not kind.imports:
+        return kind.imports
+    names = ", ".join(repr(name) for name in compat)
+    shims = "deq_phantom_plugin.patching.compat"
+    return f"import {shims}\n\n{shims}.apply({names})\n{kind.imports}"

@@ -1,0 +1,178 @@
+"""Edits applied to source, with LibCST: comments, spacing and line endings stay."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..extras import require
+from .adapter import Edit
+
+cst = require("libcst", "patch")
+
+
+class SeamError(ValueError):
+    """A seam that is not as an adapter knows it."""
+
+
+def rewrite(source: bytes, edits: Sequence[Edit], imports: str = "") -> bytes:
+    """Return source with edits applied.
+
+    Args:
+        source: a file's bytes.
+        edits: what to change.
+        imports: statements for the top, below the docstring and `from __future__`.
+
+    Raises:
+        SeamError: if the source does not parse, or an anchor is not there exactly once.
+    """
+    try:
+        module = cst.parse_module(source)
+    except (cst.ParserSyntaxError, UnicodeDecodeError, SyntaxError) as error:
+        raise SeamError(f"it does not parse: {error}") from None
+    if module.bytes != source:
+        raise SeamError("it has characters that would not be kept")
+    rewriter = _Rewriter(module, edits)
+    edited = module.visit(rewriter)
+    for edit, hits in zip(edits, rewriter.hits, strict=True):
+        if hits != 1 and not (edit.optional and hits == 0):
+            where = f" in {edit.scope}" if edit.scope else ""
+            raise SeamError(f"expected one statement {edit.anchor!r}{where}, found {hits}")
+    if imports:
+        body = list(edited.body)
+        place = _after_preamble(body)
+        body[place:place] = rewriter.statements(imports)
+        edited = edited.with_changes(body=body)
+    result: bytes = edited.bytes
+    return result
+
+
+class _Rewriter(cst.CSTTransformer):  # type: ignore[misc,name-defined]
+    def __init__(self, module: Any, edits: Sequence[Edit]) -> None:
+        super().__init__()
+        self.module = module
+        self.edits = edits
+        self.hits = [0] * len(edits)
+        self.scope: list[str] = []
+
+    def statements(self, code: str) -> list[Any]:
+        """Return code as statements in the style of the module."""
+        lines = []
+        for line in code.strip().splitlines():
+            depth = (len(line) - len(line.lstrip(" "))) // 4
+            lines.append(self.module.default_indent * depth + line[4 * depth :])
+        text = self.module.default_newline.join([*lines, ""])
+        return list(cst.parse_module(text, config=self.module.config_for_parsing).body)
+
+    def visit_ClassDef(self, node: Any) -> None:
+        self.scope.append(node.name.value)
+
+    def leave_ClassDef(self, original_node: Any, updated_node: Any) -> Any:
+        self.scope.pop()
+        return updated_node
+
+    def visit_FunctionDef(self, node: Any) -> None:
+        self.scope.append(node.name.value)
+
+    def leave_FunctionDef(self, original_node: Any, updated_node: Any) -> Any:
+        self.scope.pop()
+        return updated_node
+
+    def leave_IndentedBlock(self, original_node: Any, updated_node: Any) -> Any:
+        return self._edited(original_node, updated_node)
+
+    def leave_Module(self, original_node: Any, updated_node: Any) -> Any:
+        return self._edited(original_node, updated_node)
+
+    def _edited(self, original: Any, updated: Any) -> Any:
+        codes = [self._code(statement) for statement in original.body]
+        body = list(updated.body)
+        # From the end, so that earlier places stay right.
+        for number, first, last in sorted(self._places(codes), key=lambda hit: -hit[1]):
+            edit = self.edits[number]
+            self.hits[number] += 1
+            new = self.statements(edit.new)
+            if edit.where == "before":
+                body[first:first] = new
+            elif edit.where == "after":
+                body[first + 1 : first + 1] = new
+            else:
+                new[0] = new[0].with_changes(leading_lines=body[first].leading_lines)
+                body[first : last + 1] = new
+        return updated.with_changes(body=body)
+
+    def _places(self, codes: list[str]) -> Iterator[tuple[int, int, int]]:
+        scope = ".".join(self.scope)
+        for number, edit in enumerate(self.edits):
+            if edit.scope not in ("", scope):
+                continue
+            for first, code in enumerate(codes):
+                if not code.startswith(_squeezed(edit.anchor)):
+                    continue
+                through = _squeezed(edit.through or edit.anchor)
+                ends = [i for i in range(first, len(codes)) if codes[i].startswith(through)]
+                if ends:
+                    yield number, first, ends[0]
+
+    def _code(self, statement: Any) -> str:
+        return _squeezed(self.module.code_for_node(statement.with_changes(leading_lines=[])))
+
+
+def _squeezed(code: str) -> str:
+    return "".join(code.split())
+
+
+def _after_preamble(body: list[Any]) -> int:
+    place = 0
+    for i, statement in enumerate(body):
+        first = statement.body[0] if isinstance(statement, cst.SimpleStatementLine) else None
+        is_text = (
+            i == 0
+            and isinstance(first, cst.Expr)
+            and isinstance(first.value, cst.SimpleString | cst.ConcatenatedString)
+        )
+        is_future = (
+            isinstance(first, cst.ImportFrom)
+            and isinstance(first.module, cst.Name)
+            and first.module.value == "__future__"
+        )
+        if not (is_text or is_future):
+            break
+        place = i + 1
+    return place
+
+
+def fingerprint(source: bytes, function: str) -> str | None:
+    """Return what tells versions of a function apart, None if there is no such function.
+
+    Comments, spacing and line endings do not count.
+
+    Args:
+        source: a file's bytes.
+        function: its qualified name, such as "Net.forward".
+    """
+    try:
+        node: Any = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
+    for name in function.split("."):
+        node = next((n for n in node.body if getattr(n, "name", None) == name), None)
+        if node is None or not hasattr(node, "body"):
+            return None
+    return hashlib.sha256(repr(_plain(node)).encode()).hexdigest()[:16]
+
+
+def _plain(node: Any) -> Any:
+    """Return a syntax tree as nested tuples, the same on every version of Python."""
+    if isinstance(node, ast.AST):
+        fields = [
+            (name, _plain(value))
+            for name, value in ast.iter_fields(node)
+            if name not in ("ctx", "kind", "type_comment") and value not in (None, [])
+        ]
+        return (type(node).__name__, *fields)
+    if isinstance(node, list):
+        return tuple(_plain(item) for item in node)
+    return node
