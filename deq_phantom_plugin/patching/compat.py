@@ -65,14 +65,6 @@ def _numpy() -> None:
             setattr(np, name, meaning)
 
 
-def _pyg() -> None:
-    """`torch_geometric.data.DataLoader` is the one of `torch_geometric.loader`."""
-    import torch_geometric.data
-    import torch_geometric.loader
-
-    torch_geometric.data.DataLoader = torch_geometric.loader.DataLoader
-
-
 def _torch_sparse() -> None:
     """`import torch_sparse` works where it is not installed, for code that never calls it."""
     try:
@@ -85,10 +77,9 @@ SHIMS: dict[str, Callable[[], None]] = {
     "cpu": _cpu,
     "load": _load,
     "numpy": _numpy,
-    "pyg": _pyg,
     "torch_sparse": _torch_sparse,
 }
 """Name -> shim; the first line of its docstring says what it does."""
 
-LIBRARY = {"cpu": "torch", "load": "torch", "numpy": "numpy", "pyg": "torch_geometric"}
+LIBRARY = {"cpu": "torch", "load": "torch", "numpy": "numpy"}
 """The module after whose import a shim can be applied; the others need none."""

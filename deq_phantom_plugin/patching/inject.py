@@ -15,6 +15,7 @@ import json
 import linecache
 import os
 import sys
+import traceback
 from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -36,9 +37,11 @@ class _PatchedLoader(importlib.machinery.SourceFileLoader):
             content = stream.read()
         open(os.path.join(HERE, self.entry["source"] + ".loaded"), "a").close()
         code = compile(content, self.path, "exec", dont_inherit=True)
-        # Tracebacks show the lines that run, not those on disk.
+        # Tracebacks show the lines that run, not those on disk: `traceback` looks here.
         lines = importlib.util.decode_source(content).splitlines(keepends=True)
         linecache.cache[self.path] = (len(content), None, lines, self.path)
+        if sys.excepthook is sys.__excepthook__:
+            sys.excepthook = traceback.print_exception
         return code
 
 
@@ -57,9 +60,7 @@ class _ShimLoader:
     def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        from deq_phantom_plugin.patching import compat
-
-        compat.apply(*self.names)
+        _apply(self.names)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -86,9 +87,14 @@ def _install() -> None:
         plan = json.load(stream)
     sys.meta_path.insert(0, _Finder(plan))
     if plan["stubs"]:
-        from deq_phantom_plugin.patching import compat
+        _apply(plan["stubs"])
 
-        compat.apply(*plan["stubs"])
+
+def _apply(names: list[str]) -> None:
+    # A copy of `compat`, since importing our package would import torch, which may be loading.
+    import _deq_phantom_compat as compat  # type: ignore[import-not-found]
+
+    compat.apply(*names)
 
 
 def _run_hidden() -> None:

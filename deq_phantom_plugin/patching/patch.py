@@ -91,7 +91,6 @@ def prepare(
     patched = status(root)
     if patched is None:
         matches, changes = plan(root, grad, "patch", compat)
-        _check_unpatched(root, changes)
         _check_committed(root, [change.path for change in changes])
         now = {change.path: change.old for change in changes}
     else:
@@ -175,15 +174,6 @@ def _check_unchanged(root: Path, patched: Patched) -> None:
         raise ValueError(
             f"changed since {root} was patched with {patched.grad}: {', '.join(changed)}; put "
             "those changes aside first; nothing was changed"
-        )
-
-
-def _check_unpatched(root: Path, changes: Sequence[Change]) -> None:
-    marked = [change.path for change in changes if b"deq_phantom_plugin" in change.old]
-    if marked:
-        raise ValueError(
-            f"no record of a patch of {root}, but these have parts of one: {', '.join(marked)}; "
-            "restore them by git; nothing was changed"
         )
 
 

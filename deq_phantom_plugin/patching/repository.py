@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..registry import get_strategy
-from .adapter import Adapter, Edit, Mode, Project, SeamFile, known_adapters
+from .adapter import IMPORT, Adapter, Edit, Mode, Project, SeamFile, known_adapters
 from .compat import SHIMS
 
 RECORD = ".deq-phantom"
@@ -117,6 +117,7 @@ def plan(
     get_strategy(grad)
     check_shims(compat)
     read = read or (lambda path: (root / path).read_bytes())
+    _check_unpatched(root, read)
     matches = recognise(root, read)
     if not matches:
         known = "\n".join(
@@ -169,6 +170,15 @@ def _python_files(root: Path) -> Iterator[str]:
                 if path.is_symlink() and not path.resolve().is_relative_to(root):
                     continue
                 yield path.relative_to(root).as_posix()
+
+
+def _check_unpatched(root: Path, read: Callable[[str], bytes]) -> None:
+    marked = [path for path in _python_files(root) if IMPORT.encode() in read(path)]
+    if marked:
+        raise ValueError(
+            f"there is no record of a patch of {root}, but these have parts of one: "
+            f"{', '.join(marked)}; restore them by git; nothing was changed"
+        )
 
 
 def _check_inside(root: Path, path: str) -> None:

@@ -28,11 +28,14 @@ def rewrite(source: bytes, edits: Sequence[Edit], imports: str = "") -> bytes:
     Raises:
         SeamError: if the source does not parse, or an anchor is not there exactly once.
     """
+    # LibCST loses blanks in the last line.
+    kept = source.rstrip(b" \t\f\r\n")
+    tail = source[len(kept) :]
     try:
-        module = cst.parse_module(source)
+        module = cst.parse_module(kept)
     except (cst.ParserSyntaxError, UnicodeDecodeError, SyntaxError) as error:
         raise SeamError(f"it does not parse: {error}") from None
-    if module.bytes != source:
+    if module.bytes != kept:
         raise SeamError("it has characters that would not be kept")
     rewriter = _Rewriter(module, edits)
     edited = module.visit(rewriter)
@@ -45,7 +48,7 @@ def rewrite(source: bytes, edits: Sequence[Edit], imports: str = "") -> bytes:
         place = _after_preamble(body)
         body[place:place] = rewriter.statements(imports)
         edited = edited.with_changes(body=body)
-    result: bytes = edited.bytes
+    result: bytes = edited.bytes + tail
     return result
 
 

@@ -92,7 +92,9 @@ def _write(folder: Path, root: Path, changes: Sequence[Change], compat: Sequence
     stubs = [name for name in compat if name not in LIBRARY]
     content: dict[str, Any] = {"files": files, "shims": shims, "stubs": stubs}
     (folder / "plan.json").write_text(json.dumps(content), encoding="utf-8")
-    shutil.copyfile(Path(__file__).with_name("inject.py"), folder / "sitecustomize.py")
+    here = Path(__file__).parent
+    shutil.copyfile(here / "inject.py", folder / "sitecustomize.py")
+    shutil.copyfile(here / "compat.py", folder / "_deq_phantom_compat.py")
 
 
 def _call(command: Sequence[str], environment: dict[str, str]) -> int:
