@@ -80,7 +80,7 @@ def _residual(state: Any, image: Any, batch_dim: int | None) -> Tensor:
             x.reshape(1, -1) if batch_dim is None else x.movedim(batch_dim, 0).reshape(rows, -1)
             for x in leaves
         ]
-        return torch.linalg.vector_norm(torch.cat(flat, dim=1), dim=1)
+        length: Tensor = torch.linalg.vector_norm(torch.cat(flat, dim=1), dim=1)
+        return length
 
-    residual: Tensor = norm([b - a for a, b in zip(before, after, strict=True)]) / norm(after)
-    return residual
+    return norm([b - a for a, b in zip(before, after, strict=True)]) / norm(after)

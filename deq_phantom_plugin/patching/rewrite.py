@@ -28,12 +28,10 @@ def rewrite(source: bytes, edits: Sequence[Edit], imports: str = "") -> bytes:
     Raises:
         SeamError: if the source does not parse, or an anchor is not there exactly once.
     """
-    # LibCST loses blanks in the last line.
-    kept = source.rstrip(b" \t\f\r\n")
-    tail = source[len(kept) :]
     try:
+        kept, tail = _split_tail(source)
         module = cst.parse_module(kept)
-    except (cst.ParserSyntaxError, UnicodeDecodeError, SyntaxError) as error:
+    except (cst.ParserSyntaxError, ValueError, SyntaxError) as error:
         raise SeamError(f"it does not parse: {error}") from None
     if module.bytes != kept:
         raise SeamError("it has characters that would not be kept")
@@ -121,6 +119,14 @@ class _Rewriter(cst.CSTTransformer):  # type: ignore[misc,name-defined]
 
     def _code(self, statement: Any) -> str:
         return _squeezed(self.module.code_for_node(statement.with_changes(leading_lines=[])))
+
+
+def _split_tail(source: bytes) -> tuple[bytes, bytes]:
+    """Take off what follows the last statement, in which LibCST does not keep every blank."""
+    statements = ast.parse(source).body
+    last = statements[-1].end_lineno if statements else 0
+    lines = source.splitlines(keepends=True)
+    return b"".join(lines[:last]), b"".join(lines[last:])
 
 
 def _squeezed(code: str) -> str:
