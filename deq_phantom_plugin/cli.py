@@ -329,3 +329,7 @@ def _print_shims(names: Sequence[str], file: Any = None) -> None:
     for name in names:
         line = (SHIMS[name].__doc__ or "").partition("\n")[0]
         print(f"shim {name}: {line}", file=file or sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,38 +3,49 @@
 Its models call `get_deq(args)` and its scripts `add_deq_args(parser)`, so all they need is TorchDEQ
 with our hook in force; then their own `--grad` takes names. deq-lm reports the integer `--grad` as
 a number of steps, which a name has to be turned into. In memory (`deq-phantom run`) the models are
-switched after they are built instead, whatever `--grad` says.
+switched after they are built instead, whatever `--grad` says. The state of ignn is one coupled
+system, features x nodes, and no batch.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from deq_phantom_plugin.patching.adapter import IMPORT, Adapter, Edit, Project, SeamFile
 
 ENABLE = f"{IMPORT}\ndeq_phantom_plugin.enable('torchdeq')"
 
+MODEL = SeamFile(
+    "a model",
+    ("self.deq = get_deq(args)",),
+    (
+        Edit(
+            "self.deq = get_deq(args)", "deq_phantom_plugin.set_grad(self.deq, {grad})", mode="run"
+        ),
+        Edit(
+            "info = solver_stat_from_final_step(z_now, z_next, self.args.grad[-1])",
+            "info = solver_stat_from_final_step(\n"
+            "    z_now, z_next, deq_phantom_plugin.patching.steps(self.args.grad[-1]))",
+            "replace",
+            mode="patch",
+            optional=True,
+        ),
+    ),
+    imports=ENABLE,
+)
+COUPLED = Edit("self.deq = get_deq(args)", "self.deq.grad_batch_dim = None")
+
 ZOO = Project(
     "locuslab/torchdeq deq-zoo",
     "`--grad ...`",
     (
-        SeamFile(
-            "a model",
-            ("self.deq = get_deq(args)",),
-            (
-                Edit(
-                    "self.deq = get_deq(args)",
-                    "deq_phantom_plugin.set_grad(self.deq, {grad})",
-                    mode="run",
-                ),
-                Edit(
-                    "info = solver_stat_from_final_step(z_now, z_next, self.args.grad[-1])",
-                    "info = solver_stat_from_final_step(\n"
-                    "    z_now, z_next, deq_phantom_plugin.patching.steps(self.args.grad[-1]))",
-                    "replace",
-                    mode="patch",
-                    optional=True,
-                ),
-            ),
-            imports=ENABLE,
+        MODEL,
+        replace(
+            MODEL,
+            what="a graph layer",
+            marks=(*MODEL.marks, "class ImplicitGraph"),
+            edits=(*MODEL.edits, COUPLED),
+            required=False,
         ),
         SeamFile(
             "a training script",

@@ -371,6 +371,8 @@ class ProduceGrad:
             )
         form = _Form(deq_func, None if call is None else call.z_init)
         context = Context(
+            # Of an equilibrium whose samples are coupled, as a graph's nodes are: None.
+            batch_dim=getattr(deq, "grad_batch_dim", 0),
             initial_state=None if call is None else form.unpack(call.initial_states[self.index]),
             solver_result=None if call is None else call.infos[self.index],
             monitor=None if writer is None else functools.partial(_report, writer),

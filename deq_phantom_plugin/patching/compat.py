@@ -24,17 +24,17 @@ def apply(*names: str) -> None:
 
 
 def _cpu() -> None:
-    """Without CUDA, `.cuda()`, `torch.cuda.synchronize()` and CUDA default types mean the CPU."""
+    """Without CUDA, `.cuda()`, `torch.cuda.synchronize()` and CUDA types and versions do no harm."""
     import torch
 
     if torch.cuda.is_available():
         return
-    stay: Callable[..., Any] = lambda self, *args, **kwargs: self  # noqa: E731
-    torch.Tensor.cuda = stay  # type: ignore[method-assign]
-    torch.nn.Module.cuda = stay  # type: ignore[method-assign]
-    nothing: Callable[..., Any] = lambda *args, **kwargs: None  # noqa: E731
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     for name in ("synchronize", "empty_cache", "manual_seed", "manual_seed_all", "set_device"):
-        setattr(torch.cuda, name, nothing)
+        # One object a name: torch.compile keeps a table of these functions.
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
+    torch.version.cuda = torch.version.cuda or "0.0"  # which scripts take apart
     original = torch.set_default_tensor_type
 
     def set_default_tensor_type(kind: Any) -> None:

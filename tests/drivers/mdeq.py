@@ -1,0 +1,20 @@
+import sys
+
+sys.path[:0] = ["lib"]
+from config import config, update_config  # noqa: E402
+from models import mdeq  # noqa: E402
+from settings import image_loss, merged  # noqa: E402
+
+
+def build():
+    cfg = merged(
+        config,
+        update_config,
+        "experiments/cifar/cls_mdeq_TINY.yaml",
+        "MODEL.DROPOUT",
+        0.0,
+        "TRAIN.PRETRAIN_STEPS",
+        0,
+    )
+    model = mdeq.get_cls_net(cfg)
+    return model, image_loss(model)

@@ -1,0 +1,14 @@
+import sys
+
+sys.path[:0] = ["lib"]
+from config import config, update_config  # noqa: E402
+from models import mdeq  # noqa: E402
+from settings import image_loss, merged  # noqa: E402
+
+
+def build():
+    cfg = merged(
+        config, update_config, "mdeq_SMALL_phantom_grad.yaml", "TRAIN.PG_STEPS", 5, "TRAIN.TAU", 0.5
+    )
+    model = mdeq.get_cls_net(cfg)
+    return model, image_loss(model)
