@@ -672,6 +672,8 @@ CODE = {
     "cpu": "import torch; torch.set_default_tensor_type('torch.cuda.FloatTensor'); "
     "x = torch.nn.Linear(2, 2).cuda()(torch.ones(1, 2).cuda()); torch.cuda.synchronize(); "
     "assert x.device.type == 'cpu'",
+    "linalg": "import torch; a, b = 2 * torch.eye(2), torch.ones(2, 1); "
+    "assert torch.equal(torch.solve(b, a)[0], b / 2)",
     "load": "import io, torch; f = io.BytesIO(); torch.save(torch.nn.Linear(2, 2), f); f.seek(0); "
     "assert torch.load(f).in_features == 2",
     "numpy": "import numpy as np; assert np.zeros(2, np.int).dtype == int; np.Inf; np.float",

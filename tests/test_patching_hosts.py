@@ -59,7 +59,7 @@ BASES = {
     "zoo_flow": Base(f"{ZOO}/deq-flow", ("einops",)),
     "zoo_inr": Base(f"{ZOO}/deq-inr", ("plyfile", "skimage", "configargparse", "tqdm")),
 }
-SHIMS = "cpu,torch_sparse"
+SHIMS = "cpu,linalg,torch_sparse"
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def apply(*names: str) -> None:
 
 
 def _cpu() -> None:
-    """Without CUDA, `.cuda()`, `torch.cuda.synchronize()` and CUDA types and versions do no harm."""
+    """Without CUDA, `.cuda()`, `torch.cuda.synchronize()` and CUDA types mean the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -42,6 +42,16 @@ def _cpu() -> None:
         original(name.replace("torch.cuda.", "torch."))
 
     torch.set_default_tensor_type = set_default_tensor_type
+
+
+def _linalg() -> None:
+    """`torch.solve(B, A)` is back, as `torch.linalg.solve(A, B)`."""
+    import torch
+
+    def solve(right: Any, left: Any) -> tuple[Any, None]:
+        return torch.linalg.solve(left, right), None
+
+    torch.solve = solve  # type: ignore[attr-defined]
 
 
 def _load() -> None:
@@ -75,11 +85,12 @@ def _torch_sparse() -> None:
 
 SHIMS: dict[str, Callable[[], None]] = {
     "cpu": _cpu,
+    "linalg": _linalg,
     "load": _load,
     "numpy": _numpy,
     "torch_sparse": _torch_sparse,
 }
 """Name -> shim; the first line of its docstring says what it does."""
 
-LIBRARY = {"cpu": "torch", "load": "torch", "numpy": "numpy"}
+LIBRARY = {"cpu": "torch", "linalg": "torch", "load": "torch", "numpy": "numpy"}
 """The module after whose import a shim can be applied; the others need none."""

@@ -32,7 +32,7 @@ if args.double:
 if args.own:
     from deq_phantom_plugin.patching import compat
 
-    compat.apply("cpu", "torch_sparse")
+    compat.apply("cpu", "linalg", "torch_sparse")
 calls = []
 if args.name:
     from deq_phantom_plugin.registry import strategy_class
