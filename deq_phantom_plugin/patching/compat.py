@@ -51,7 +51,7 @@ def _linalg() -> None:
     def solve(right: Any, left: Any) -> tuple[Any, None]:
         return torch.linalg.solve(left, right), None
 
-    torch.solve = solve  # type: ignore[attr-defined]
+    torch.solve = solve  # type: ignore[assignment,attr-defined]
 
 
 def _load() -> None:

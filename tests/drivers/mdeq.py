@@ -3,7 +3,7 @@ import sys
 sys.path[:0] = ["lib"]
 from config import config, update_config  # noqa: E402
 from models import mdeq  # noqa: E402
-from settings import image_loss, merged  # noqa: E402
+from settings import contracting, image_loss, merged  # noqa: E402
 
 
 def build():
@@ -15,6 +15,10 @@ def build():
         0.0,
         "TRAIN.PRETRAIN_STEPS",
         0,
+        "MODEL.F_THRES",
+        40,
+        "MODEL.B_THRES",
+        150,
     )
-    model = mdeq.get_cls_net(cfg)
+    model = contracting(mdeq.get_cls_net(cfg))
     return model, image_loss(model)

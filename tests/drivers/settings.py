@@ -29,3 +29,12 @@ def image_loss(model, classes=10, side=32, of=lambda out: out):
     torch.manual_seed(1)
     x, labels = torch.randn(2, 3, side, side), torch.randint(classes, (2,))
     return lambda: F.cross_entropy(of(model(x, train_step=10**6)), labels)
+
+
+def contracting(model):
+    """Return the model with an f that contracts, so that every solver gets to the end."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.GroupNorm) and module.weight is not None:
+                module.weight.mul_(0.3)
+    return model
