@@ -638,6 +638,8 @@ def test_ctrl_c_reaches_the_command(repo, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # A shell's background jobs, such as CI, ignore it, and so would everything they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == b"ready\n"
     os.killpg(process.pid, signal.SIGINT)
