@@ -57,6 +57,7 @@ BASES = {
         f"{ZOO}/ignn/graphclassification", ("networkx", "sklearn", "torch_geometric")
     ),
     "zoo_flow": Base(f"{ZOO}/deq-flow", ("einops",)),
+    "zoo_ddim": Base(f"{ZOO}/deq-ddim", ("yaml",)),
     "zoo_inr": Base(f"{ZOO}/deq-inr", ("plyfile", "skimage", "configargparse", "tqdm")),
 }
 SHIMS = "cpu,linalg,torch_sparse"
@@ -192,8 +193,8 @@ def test_the_repositorys_own_gradient(base, spec, limit, tmp_path):
     assert relative_error(other, expected) > 10 * limit
 
 
-@pytest.mark.parametrize("base", ["zoo_ignn_node", "zoo_ignn_graph"], indirect=True)
-def test_coupled_nodes_are_one_system(base, tmp_path):
+@pytest.mark.parametrize("base", ["zoo_ignn_node", "zoo_ignn_graph", "zoo_ddim"], indirect=True)
+def test_a_coupled_state_is_one_system(base, tmp_path):
     name, root, folder = base
     found, expected = (
         gradients(name, folder, tmp_path / f"{i}.pt", prefix=switched(root, spec))

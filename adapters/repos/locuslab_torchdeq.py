@@ -3,8 +3,8 @@
 Its models call `get_deq(args)` and its scripts `add_deq_args(parser)`, so all they need is TorchDEQ
 with our hook in force; then their own `--grad` takes names. deq-lm reports the integer `--grad` as
 a number of steps, which a name has to be turned into. In memory (`deq-phantom run`) the models are
-switched after they are built instead, whatever `--grad` says. The state of ignn is one coupled
-system, features x nodes, and no batch.
+switched after they are built instead, whatever `--grad` says. The states of ignn (features x nodes)
+and of deq-ddim (denoising steps x image) are one coupled system each, and no batch.
 """
 
 from __future__ import annotations
@@ -33,20 +33,23 @@ MODEL = SeamFile(
     ),
     imports=ENABLE,
 )
-COUPLED = Edit("self.deq = get_deq(args)", "self.deq.grad_batch_dim = None")
+
+
+def coupled(what: str, mark: str) -> SeamFile:
+    """A model whose state is one system, without a batch dimension."""
+    edit = Edit("self.deq = get_deq(args)", "self.deq.grad_batch_dim = None")
+    return replace(
+        MODEL, what=what, marks=(*MODEL.marks, mark), edits=(*MODEL.edits, edit), required=False
+    )
+
 
 ZOO = Project(
     "locuslab/torchdeq deq-zoo",
     "`--grad ...`",
     (
         MODEL,
-        replace(
-            MODEL,
-            what="a graph layer",
-            marks=(*MODEL.marks, "class ImplicitGraph"),
-            edits=(*MODEL.edits, COUPLED),
-            required=False,
-        ),
+        coupled("a graph layer", "class ImplicitGraph"),
+        coupled("a chain of denoising steps", "class DEQLatentSpaceOpt"),
         SeamFile(
             "a training script",
             ("add_deq_args(parser)", "parse_args()"),
