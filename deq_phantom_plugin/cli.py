@@ -113,10 +113,22 @@ def _add_compat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compat",
         type=lambda text: text.split(","),
-        default=[],
+        action=_Shims,
         metavar="SHIM,...",
         help="shims for old code on today's libraries; `--compat help` lists them",
     )
+
+
+class _Shims(argparse.Action):
+    """Names of shims; `help` lists them and ends, as `--help` does."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if values == ["help"]:
+            from .patching.compat import SHIMS
+
+            _print_shims(list(SHIMS))
+            parser.exit()
+        setattr(namespace, self.dest, values)
 
 
 def _positive(text: str) -> int:
@@ -262,6 +274,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _patch(args: argparse.Namespace) -> int:
     from .patching import patch
+    from .patching.repository import check_root, outside_links
 
     if args.recover or args.revert:
         if args.dry_run or args.compat:
@@ -269,11 +282,11 @@ def _patch(args: argparse.Namespace) -> int:
         restored = patch.recover(args.repo) if args.recover else patch.revert(args.repo)
         print("\n".join(["restored:", *restored]) if restored else "nothing to restore")
         return 0
-    if _listed_shims(args.compat):
-        return 0
     matches, steps, manifest = patch.prepare(args.repo, args.grad, args.compat)
     print("\n".join(f"recognised: {match.project.name}" for match in matches))
-    _print_shims(args.compat)
+    for path in outside_links(check_root(args.repo)):
+        print(f"passed over, a link out of the folder: {path}")
+    _print_shims(manifest["compat"])
     if not steps:
         print(f"already patched with {args.grad}; nothing to change")
         return 0
@@ -292,17 +305,16 @@ def _patch(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from .patching import run
 
-    if _listed_shims(args.compat):
-        return 0
+    compat = args.compat or []
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         raise ValueError("no command; expected one after --, such as -- python train.py")
     root = args.repo or run.find_root(Path.cwd())
-    matches, changes = run.prepare(root, args.grad, args.compat)
+    matches, changes = run.prepare(root, args.grad, compat)
     for match in matches:
         print(f"deq-phantom: {match.project.name} with {args.grad}", file=sys.stderr)
-    _print_shims(args.compat, sys.stderr)
-    return run.run(root, changes, command, args.compat)
+    _print_shims(compat, sys.stderr)
+    return run.run(root, args.grad, changes, command, compat)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -310,15 +322,6 @@ def _doctor(args: argparse.Namespace) -> int:
 
     print(diagnose(args.repo))
     return 0
-
-
-def _listed_shims(names: Sequence[str]) -> bool:
-    if list(names) == ["help"]:
-        from .patching.compat import SHIMS
-
-        _print_shims(list(SHIMS))
-        return True
-    return False
 
 
 def _print_shims(names: Sequence[str], file: Any = None) -> None:

@@ -36,7 +36,11 @@ SCRIPT = SeamFile(
     ("from model import Net", "parse_args()"),
     (
         GRAD_OPTION,
-        Edit("model = Net()", "deq_phantom_plugin.set_grad(model, args.grad)", scope="gradient"),
+        Edit(
+            "model = Net()",
+            "deq_phantom_plugin.patching.switch(model, args.grad)",
+            scope="gradient",
+        ),
     ),
     required=False,
 )

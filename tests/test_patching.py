@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import types
 import warnings
 from pathlib import Path
@@ -225,9 +224,8 @@ def test_a_change_since_the_patch_is_refused(repo, capsys, args):
     command("patch", repo, "--grad", "upg")
     (repo / "train.py").write_text("# mine")
     said = refused(capsys, repo, "patch", repo, *args)
-    assert "changed since" in said
-    assert "train.py" in said
-    assert "model.py" not in said
+    assert "with upg: train.py; put" in said
+    assert "restore all of model.py, train.py by git and delete .deq-phantom" in said
 
 
 def test_a_patch_without_its_record_is_refused(repo, capsys):
@@ -236,6 +234,60 @@ def test_a_patch_without_its_record_is_refused(repo, capsys):
     shutil.rmtree(repo / ".git")
     said = refused(capsys, repo, "patch", repo, "--grad", "upg")
     assert "have parts of one: model.py, train.py" in said
+
+
+@pytest.mark.parametrize("args", [["--revert"], ["--recover"]])
+def test_a_lost_record_is_no_reason_to_say_that_nothing_is_patched(repo, capsys, args):
+    command("patch", repo, "--grad", "upg")
+    shutil.rmtree(repo / RECORD)
+    said = refused(capsys, repo, "patch", repo, *args)
+    assert "have parts of one: model.py, train.py; restore them by git" in said
+    command("doctor", repo)
+    assert "have parts of one: model.py, train.py" in capsys.readouterr().out
+
+
+def test_files_of_ones_own_are_no_parts_of_a_patch(repo):
+    (repo / "mine.py").write_text("import deq_phantom_plugin.patching\n")
+    assert command("patch", repo, "--grad", "upg") == 0
+
+
+def test_a_part_of_a_patched_repository_is_refused_by_name(repo, capsys):
+    (repo / "inner").mkdir()
+    command("patch", repo, "--grad", "upg")
+    for args in (["--grad", "jfb"], ["--revert"], ["--recover"]):
+        said = refused(capsys, repo, "patch", repo / "inner", *args)
+        assert f"is a part of {repo}, which was patched; name that folder" in said
+    assert command("doctor", repo / "inner") == 2
+
+
+def test_a_record_that_is_no_folder_is_refused(repo, tmp_path, capsys):
+    (repo / RECORD).write_text("")
+    for args in (["--grad", "jfb"], ["--revert"], ["--recover"]):
+        assert "is not a folder" in refused(capsys, repo, "patch", repo, *args)
+    (repo / RECORD).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (repo / RECORD).symlink_to(tmp_path / "elsewhere")
+    assert "is not a folder" in refused(capsys, repo, "patch", repo, "--grad", "jfb")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_patch_of_which_a_file_is_missing_does_not_train_with_the_old_method(repo):
+    command("patch", repo, "--grad", "upg")
+    subprocess.run(["git", "-C", repo, "checkout", "-q", "--", "model.py"], check=True)
+    done = python(repo, "train.py")
+    assert done.returncode == 1
+    assert "Net has no equilibrium whose gradient could be switched" in done.stderr
+
+
+def test_another_spec_keeps_the_shims(repo, capsys):
+    command("patch", repo, "--grad", "upg", "--compat", "numpy")
+    once = (repo / "model.py").read_bytes()
+    capsys.readouterr()
+    assert command("patch", repo, "--grad", "jfb") == 0
+    assert "shim numpy:" in capsys.readouterr().out
+    assert (repo / "model.py").read_bytes() == once.replace(b"'upg'", b"'jfb'")
+    command("patch", repo, "--grad", "jfb", "--compat", "linalg")
+    assert b"compat.apply('linalg')" in (repo / "model.py").read_bytes()
 
 
 def test_a_damaged_record_is_refused(repo, capsys):
@@ -272,6 +324,14 @@ def test_symbolic_links_are_not_followed(repo, tmp_path, capsys):
     before = outside.read_bytes()
     said = refused(capsys, repo, "patch", repo, "--grad", "upg")
     assert "none of the repositories known" in said
+    command("doctor", repo)
+    assert "not recognised" in capsys.readouterr().out
+    (repo / "copy.py").write_bytes(outside.read_bytes())
+    git(repo, "add", "-A")
+    git(repo, "commit", "-qm", "2")
+    command("patch", repo, "--grad", "upg", "--dry-run")
+    assert "passed over, a link out of the folder: model.py" in capsys.readouterr().out
+    (repo / "copy.py").unlink()
     (repo / "inner.py").write_bytes(before)
     (repo / "model.py").unlink()
     (repo / "model.py").symlink_to(repo / "inner.py")
@@ -565,12 +625,10 @@ def test_run_covers_a_shell_script(repo):
     check_gradient(done.stdout, "npg(k=3)")
 
 
-def test_run_on_a_patched_repository(repo):
+@pytest.mark.parametrize("args", [[], ["--grad", "upg"]])
+def test_run_wins_over_a_patched_repositorys_own_method(repo, args):
     command("patch", repo, "--grad", "jfb")
-    # The script sets its own --grad there, which is the patch's business.
-    done = run(
-        repo, sys.executable, "-c", "import train, json; print(json.dumps(train.gradient()))"
-    )
+    done = run(repo, sys.executable, "train.py", *args)
     assert done.status == 0, done.stderr
     check_gradient(done.stdout, "npg(k=3)")
 
@@ -620,7 +678,9 @@ def test_a_module_that_changes_under_a_run_is_refused(repo):
     assert "has changed since" in done.stderr
 
 
-def test_ctrl_c_reaches_the_command(repo, tmp_path):
+@pytest.fixture
+def started(repo, tmp_path):
+    """`deq-phantom run` in a process group of its own, asleep in the script."""
     script = tmp_path / "cli.py"
     script.write_text(
         "import sys\n"
@@ -632,23 +692,37 @@ def test_ctrl_c_reaches_the_command(repo, tmp_path):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     args = ["run", "--grad", "upg", "--", sys.executable, "train.py", "--how", "sleep"]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     process = subprocess.Popen(
         [sys.executable, str(script), *args],
         cwd=repo,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
         # A shell's background jobs, such as CI, ignore it, and so would everything they start.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == b"ready\n"
-    os.killpg(process.pid, signal.SIGINT)
-    started = time.monotonic()
-    _, stderr = process.communicate(timeout=30)
-    assert time.monotonic() - started < 30
-    assert process.returncode in (1, 130)
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_ctrl_c_reaches_the_command(started):
+    os.killpg(started.pid, signal.SIGINT)
+    _, stderr = started.communicate(timeout=30)
+    assert started.returncode in (1, 130)
     assert b"KeyboardInterrupt" in stderr
     assert b"cli.py" not in stderr.replace(b"train.py", b"")
+
+
+def test_a_schedulers_signal_reaches_the_command(started, tmp_path):
+    os.kill(started.pid, signal.SIGTERM)
+    started.communicate(timeout=30)  # which the command's end of the pipes would outlast
+    assert started.returncode == 128 + signal.SIGTERM
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_a_sitecustomize_of_the_users_still_runs(repo, tmp_path, monkeypatch):
@@ -711,8 +785,9 @@ def test_shims_in_a_run_and_in_a_patch(repo, capsys):
     assert "patched with upg, shims numpy, torch_sparse" in capsys.readouterr().out
 
 
-def test_shims_are_listed(capsys):
-    assert command("patch", ".", "--grad", "upg", "--compat", "help") == 0
+@pytest.mark.parametrize("name", ["patch", "run"])
+def test_shims_are_listed(name, capsys):
+    assert command(name, "--compat", "help") == 0
     out = capsys.readouterr().out
     assert all(f"shim {name}: " in out for name in compat.SHIMS)
 
@@ -740,6 +815,16 @@ def test_doctor(repo, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "patched with npg(k=3)" in out
     assert "changed since: train.py" in out
+    git(repo, "checkout", "-q", "--", ".")
+    shutil.rmtree(repo / RECORD)
+    (repo / "train.py").write_text((repo / "train.py").read_text() + "# mine")
+    command("doctor", repo)
+    assert "uncommitted changes" in capsys.readouterr().out
+    text = (repo / "model.py").read_text()
+    (repo / "model.py").write_text(text.replace("torch.zeros_like(x)", "torch.ones_like(x)"))
+    git(repo, "commit", "-qam", "2")
+    command("doctor", repo)
+    assert "unknown version" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     command("doctor", tmp_path / "empty")
     assert "not recognised" in capsys.readouterr().out
@@ -820,6 +905,26 @@ def test_bptt_begins_where_the_solve_began():
     for _ in range(3):
         z = torch.tanh(0.5 * model.linear(z) + x)
     torch.testing.assert_close(out, z)
+
+
+def test_the_deq_zoos_own_ift_still_means_itself():
+    import argparse
+
+    from torchdeq.utils import add_deq_args
+
+    from deq_phantom_plugin.patching import default_grad
+
+    with dpp.enabled("torchdeq"):
+        parser = argparse.ArgumentParser()
+        add_deq_args(parser)
+        default_grad(parser, "npg")
+        assert parser.parse_args([]).grad == ["npg"]
+        for option in ("--ift", "--hook_ift"):
+            args = parser.parse_args([option])
+            assert args.grad == [1]
+            assert vars(args)[option.strip("-")] is True
+        assert parser.parse_args(["--grad", "3", "--ift"]).grad == [3]
+        assert parser.parse_args(["--ift", "--grad", "upg"]).grad == ["upg"]
 
 
 def test_steps_and_arguments():

@@ -16,4 +16,4 @@ GRAD_OPTION = Edit(
 
 def set_grad(anchor: str) -> Edit:
     """Return the edit that switches a model once it is built, after the statement `anchor`."""
-    return Edit(anchor, "deq_phantom_plugin.set_grad(model, args.grad)")
+    return Edit(anchor, "deq_phantom_plugin.patching.switch(model, args.grad)")

@@ -83,7 +83,7 @@ SEQUENCE = Project(
                 GRAD_OPTION,
                 Edit(
                     "args.n_all_param = sum(",
-                    "deq_phantom_plugin.set_grad(model, args.grad)",
+                    "deq_phantom_plugin.patching.switch(model, args.grad)",
                     "before",
                 ),
             ),

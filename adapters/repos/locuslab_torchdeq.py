@@ -53,7 +53,13 @@ ZOO = Project(
         SeamFile(
             "a training script",
             ("add_deq_args(parser)", "parse_args()"),
-            (Edit("add_deq_args(parser)", "parser.set_defaults(grad=[{grad}])", mode="patch"),),
+            (
+                Edit(
+                    "add_deq_args(parser)",
+                    "deq_phantom_plugin.patching.default_grad(parser, {grad})",
+                    mode="patch",
+                ),
+            ),
             required=False,
             imports=ENABLE,
         ),

@@ -4,6 +4,6 @@ What is imported here is all that patched code uses; the engine's files are impo
 line when it needs them.
 """
 
-from .equilibrium import Equilibrium, grad_argument, steps
+from .equilibrium import Equilibrium, default_grad, grad_argument, steps, switch
 
-__all__ = ["Equilibrium", "grad_argument", "steps"]
+__all__ = ["Equilibrium", "default_grad", "grad_argument", "steps", "switch"]

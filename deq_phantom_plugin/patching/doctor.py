@@ -5,14 +5,15 @@ from __future__ import annotations
 import platform
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
 from pathlib import Path
 
 from .. import entry_points as groups
 from ..hosts import host_names
 from ..registry import list_strategies, strategy_class
-from .patch import status
-from .repository import check_root, recognise
+from .patch import check_committed, status
+from .repository import Match, check_root, check_unpatched, outside_links, plan, recognise
 
 _PACKAGES = {
     "torch": "torch",
@@ -63,6 +64,21 @@ def _origin(name: str) -> str:
     )
 
 
+def _obstacles(root: Path, matches: Sequence[Match]) -> list[str]:
+    """Return what `patch` would refuse."""
+    try:
+        check_unpatched(root)
+        if not matches:
+            return ["  not recognised"]
+        _, changes = plan(root, "jfb", "patch")
+        check_committed(root, [change.path for change in changes])
+    except ValueError as error:
+        return [f"  {line}" for line in str(error).splitlines()]
+    except ImportError as error:
+        return [f"  cannot say whether its version is known: {error}"]
+    return [f"  a link out of the folder, passed over: {path}" for path in outside_links(root)]
+
+
 def _repository(root: Path) -> list[str]:
     lines = [f"repository        {root}"]
     try:
@@ -74,9 +90,8 @@ def _repository(root: Path) -> list[str]:
         commits = ", ".join(commit[:7] for commit in match.adapter.commits)
         lines.append(f"  {match.project.name} (known: {commits}); takes {match.project.switch}")
         lines += [f"    {path}: {kind.what}" for path, kind in match.files.items()]
-    if not matches:
-        lines.append("  not recognised")
     if patched is None:
+        lines += _obstacles(root, matches)
         lines.append("  not patched")
     else:
         shims = f", shims {', '.join(patched.compat)}" if patched.compat else ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +16,10 @@ from ..memory import Memory
 from ..registry import Spec, get_strategy
 from ..state import State
 from ..strategy import Context
+from ..switch import set_grad
+
+RUN_GRAD = "DEQ_PHANTOM_RUN_GRAD"
+"""The environment variable in which `deq-phantom run` has its spec."""
 
 
 class Equilibrium(nn.Module):
@@ -87,6 +93,37 @@ def grad_argument(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def switch(model: nn.Module, grad: Spec) -> None:
+    """Switch a patched model; under `deq-phantom run` to that command's method.
+
+    Raises:
+        ValueError: if the model has no equilibrium, since a part of the patch is missing then; or
+            the spec is invalid.
+    """
+    if set_grad(model, os.environ.get(RUN_GRAD, grad)) == 0:
+        raise ValueError(
+            f"{type(model).__name__} has no equilibrium whose gradient could be switched: a file "
+            "of the patched repository is missing or was put back. `deq-phantom doctor` says which"
+        )
+
+
+def default_grad(parser: argparse.ArgumentParser, grad: Spec) -> None:
+    """Make a spec the default of TorchDEQ's `--grad`; its own `--ift` alone still means itself."""
+    default = [grad]
+    parser.set_defaults(grad=default)
+
+    class Own(argparse._StoreTrueAction):
+        def __call__(
+            self, parser: Any, namespace: Any, values: Any, option_string: Any = None
+        ) -> None:
+            super().__call__(parser, namespace, values, option_string)
+            if namespace.grad is default:
+                namespace.grad = [1]
+
+    for option in ("--ift", "--hook_ift"):
+        parser._option_string_actions[option].__class__ = Own
 
 
 def steps(grad: int | Spec) -> int:

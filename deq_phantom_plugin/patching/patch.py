@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import journal
-from .repository import Change, Match, check_root, plan
+from .repository import RECORD, Change, Match, check_root, check_unpatched, plan
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def status(root: Path) -> Patched | None:
 
 
 def prepare(
-    root: Path, grad: str, compat: Sequence[str] = ()
+    root: Path, grad: str, compat: Sequence[str] | None = None
 ) -> tuple[list[Match], list[Change], dict[str, Any]]:
     """Return what a patch would recognise, change and remember; writes nothing.
 
@@ -81,7 +81,7 @@ def prepare(
     Args:
         root: the folder of the repository.
         grad: a spec as text, the default of the patched repository.
-        compat: names of shims that its files apply.
+        compat: names of shims that its files apply; those of an earlier patch if None.
 
     Raises:
         ValueError: see `plan`; if files were changed since the last patch, or have uncommitted
@@ -89,9 +89,11 @@ def prepare(
     """
     root = check_root(root)
     patched = status(root)
+    if compat is None:
+        compat = () if patched is None else patched.compat
     if patched is None:
         matches, changes = plan(root, grad, "patch", compat)
-        _check_committed(root, [change.path for change in changes])
+        check_committed(root, [change.path for change in changes])
         now = {change.path: change.old for change in changes}
     else:
         _check_unchanged(root, patched)
@@ -129,12 +131,13 @@ def revert(root: Path) -> list[str]:
     """Restore the files byte for byte; return their paths, none if nothing was patched.
 
     Raises:
-        ValueError: if a file was changed since it was patched.
+        ValueError: if a file was changed since it was patched, or the record of the patch is gone.
         OSError: if something cannot be written; nothing has changed then.
     """
     root = check_root(root)
     patched = status(root)
     if patched is None:
+        check_unpatched(root)
         return []
     _check_unchanged(root, patched)
     journal.commit(root, patched.originals, None)
@@ -145,9 +148,14 @@ def recover(root: Path) -> list[str]:
     """Undo a patch or revert that was interrupted; return the files that were restored.
 
     Raises:
+        ValueError: if the record of a patch is gone or damaged.
         OSError: if something cannot be written; it can be tried again.
     """
-    return journal.recover(check_root(root))
+    root = check_root(root)
+    restored = journal.recover(root)
+    if not restored and status(root) is None:
+        check_unpatched(root)
+    return restored
 
 
 def diff(steps: Sequence[Change]) -> str:
@@ -173,11 +181,12 @@ def _check_unchanged(root: Path, patched: Patched) -> None:
     if changed:
         raise ValueError(
             f"changed since {root} was patched with {patched.grad}: {', '.join(changed)}; put "
-            "those changes aside first; nothing was changed"
+            f"those changes aside first, or restore all of {', '.join(patched.digests)} by git and "
+            f"delete {RECORD}; nothing was changed"
         )
 
 
-def _check_committed(root: Path, paths: Sequence[str]) -> None:
+def check_committed(root: Path, paths: Sequence[str]) -> None:
     """Refuse files that git knows to be changed; without git there is nothing to ask."""
     try:
         answer = subprocess.run(

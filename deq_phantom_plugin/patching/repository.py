@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,13 +50,20 @@ def check_root(root: Path) -> Path:
     """Return the resolved root.
 
     Raises:
-        ValueError: if it is no folder.
+        ValueError: if it is no folder, or lies in a repository that was patched as a whole.
     """
     if not root.exists():
         raise ValueError(f"there is no {root}; expected the folder of a repository")
     if not root.is_dir():
         raise ValueError(f"{root} is a file; expected the folder of a repository")
-    return root.resolve()
+    root = root.resolve()
+    for folder in root.parents:
+        if (folder / RECORD).is_dir():
+            raise ValueError(f"{root} is a part of {folder}, which was patched; name that folder")
+    record = root / RECORD
+    if record.is_symlink() or (record.exists() and not record.is_dir()):
+        raise ValueError(f"{record} is not a folder; patches are remembered there: move it away")
+    return root
 
 
 def recognise(root: Path, read: Callable[[str], bytes] | None = None) -> list[Match]:
@@ -117,7 +125,7 @@ def plan(
     get_strategy(grad)
     check_shims(compat)
     read = read or (lambda path: (root / path).read_bytes())
-    _check_unpatched(root, read)
+    check_unpatched(root, read)
     matches = recognise(root, read)
     if not matches:
         known = "\n".join(
@@ -149,7 +157,8 @@ def plan(
         raise ValueError(
             f"{root} looks like {names}, but its seam is of an unknown version:\n"
             + "\n".join(unknown)
-            + f"\nknown are commits {commits}; nothing was changed"
+            + f"\nknown are commits {commits} (`git diff` against one shows what differs); nothing "
+            "was changed"
         )
     return matches, [change for change in changes.values() if change.old != change.new]
 
@@ -172,13 +181,41 @@ def _python_files(root: Path) -> Iterator[str]:
                 yield path.relative_to(root).as_posix()
 
 
-def _check_unpatched(root: Path, read: Callable[[str], bytes]) -> None:
-    marked = [path for path in _python_files(root) if IMPORT.encode() in read(path)]
+def outside_links(root: Path) -> list[str]:
+    """Return the Python files that lie elsewhere and are passed over, by path relative to root."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        links = (Path(folder, name) for name in names if name.endswith(".py"))
+        found += [p for p in links if p.is_symlink() and not p.resolve().is_relative_to(root)]
+    return sorted(path.relative_to(root).as_posix() for path in found)
+
+
+def check_unpatched(root: Path, read: Callable[[str], bytes] | None = None) -> None:
+    """Refuse a repository without a record of a patch that has parts of one.
+
+    Raises:
+        ValueError: names the files.
+    """
+    read = read or (lambda path: (root / path).read_bytes())
+    marked = {path for path in _python_files(root) if IMPORT.encode() in read(path)}
+    marked -= _untracked(root) if marked else set()  # somebody's own
     if marked:
         raise ValueError(
             f"there is no record of a patch of {root}, but these have parts of one: "
-            f"{', '.join(marked)}; restore them by git; nothing was changed"
+            f"{', '.join(sorted(marked))}; restore them by git (git checkout -- FILES); nothing "
+            "was changed"
         )
+
+
+def _untracked(root: Path) -> set[str]:
+    """Return the files that git does not know, none where there is no git."""
+    command = ["git", "-C", str(root), "ls-files", "-z", "--others", "--", "*.py"]
+    try:
+        answer = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        return set()
+    return set(answer.stdout.decode().split("\0")) if answer.returncode == 0 else set()
 
 
 def _check_inside(root: Path, path: str) -> None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .compat import LIBRARY
+from .equilibrium import RUN_GRAD
 from .patch import status
-from .repository import Change, Match, check_root, plan
+from .repository import RECORD, Change, Match, check_root, plan
 
 
 def find_root(start: Path) -> Path:
     """Return the innermost folder around `start` that is a repository, `start` if none is."""
     for folder in (start, *start.parents):
-        if (folder / ".git").exists():
+        if (folder / ".git").exists() or (folder / RECORD).is_dir():
             return folder
     return start
 
@@ -43,7 +47,11 @@ def prepare(root: Path, grad: str, compat: Sequence[str] = ()) -> tuple[list[Mat
 
 
 def run(
-    root: Path, changes: Sequence[Change], command: Sequence[str], compat: Sequence[str] = ()
+    root: Path,
+    grad: str,
+    changes: Sequence[Change],
+    command: Sequence[str],
+    compat: Sequence[str] = (),
 ) -> int:
     """Run a command in which the modules of a repository load with their changes.
 
@@ -52,6 +60,7 @@ def run(
 
     Args:
         root: the folder of the repository.
+        grad: the spec; it also wins over what scripts of a patched repository have themselves.
         changes: see `prepare`.
         command: the command and its arguments.
         compat: names of shims.
@@ -64,7 +73,7 @@ def run(
     try:
         _write(folder, root, changes, compat)
         paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), RUN_GRAD: grad}
         code = _call(command, environment)
         if code == 0 and changes and not list(folder.glob("*.loaded")):
             files = ", ".join(change.path for change in changes)
@@ -103,10 +112,29 @@ def _call(command: Sequence[str], environment: dict[str, str]) -> int:
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         print(f"deq-phantom: error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
         return 127
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:  # the command has it too, and decides
-            continue
+    with _passed_on(process):
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:  # the command has it too, and decides
+                continue
     return 128 - code if code < 0 else code
+
+
+@contextlib.contextmanager
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass signals on that schedulers send to one process alone; a terminal's Ctrl-C is not."""
+    names = [name for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in names:
+            number = getattr(signal, name)
+            before[number] = signal.signal(
+                number, lambda received, frame: process.send_signal(received)
+            )
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
