@@ -20,7 +20,7 @@ from .registry import get_strategy, list_strategies, register_strategy
 from .regularization import JacobianRegularization
 from .schedule import Schedule
 from .state import State
-from .strategies import BPTT, IFT, JFB, NPG, UPG, Exact
+from .strategies import BPTT, IFT, JFB, NPG, NPGRR, SHINE, UPG, Exact, Reversible
 from .strategy import BackwardStats, Context, GradStrategy
 from .switch import set_grad, set_step
 
@@ -31,6 +31,8 @@ __all__ = [
     "IFT",
     "JFB",
     "NPG",
+    "NPGRR",
+    "SHINE",
     "UPG",
     "BackwardStats",
     "Context",
@@ -40,6 +42,7 @@ __all__ = [
     "JacobianRegularization",
     "Memory",
     "NonFiniteError",
+    "Reversible",
     "Schedule",
     "State",
     "attach",

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from . import entry_points
 from .state import State
-from .strategies import BPTT, IFT, JFB, NPG, UPG, Exact
+from .strategies import BPTT, IFT, JFB, NPG, NPGRR, SHINE, UPG, Exact, Reversible
 from .strategy import Context, GradStrategy
 
 Spec: TypeAlias = str | Mapping[str, Any] | GradStrategy | type[GradStrategy] | Callable[..., State]
@@ -66,6 +66,9 @@ register_strategy("exact")(Exact)
 register_strategy("ift")(IFT)
 register_strategy("jfb")(JFB)
 register_strategy("npg")(NPG)
+register_strategy("shine")(SHINE)
+register_strategy("npg_rr")(NPGRR)
+register_strategy("reversible")(Reversible)
 register_strategy("upg")(UPG)
 
 
@@ -156,6 +159,11 @@ def parse_spec(spec: str) -> tuple[str, list[Any], dict[str, Any]]:
         node = ast.parse(spec.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"the spec {spec!r} does not parse; {expected}") from None
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        raise ValueError(
+            f"the spec {spec!r} is a number; {expected}. {spec} undamped steps, as TorchDEQ's "
+            f"grad={spec}, are 'upg(k={spec}, lam=1.0)'"
+        )
     if isinstance(node, ast.Name):
         return node.id, [], {}
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):

@@ -73,11 +73,14 @@ class GradStrategy(ABC):
         name: the name in specs; set by `register_strategy`.
         owns_solve: whether it finds the equilibrium itself; then hosts skip their solve and
             hand over the initial state in place of the equilibrium.
+        wants_inverse_jacobian: whether it works on what a quasi-Newton solve learned of the
+            inverse Jacobian; hosts then see that `context.solver_result` has it, where they can.
         hands_out_states: whether `states` is there.
     """
 
     name: ClassVar[str] = ""
     owns_solve: ClassVar[bool] = False
+    wants_inverse_jacobian: ClassVar[bool] = False
 
     @property
     def hands_out_states(self) -> bool:

@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin import registry
 
-BUILT_IN = ["bptt", "exact", "ift", "jfb", "npg", "schedule", "upg"]
+BUILT_IN = [
+    "bptt",
+    "exact",
+    "ift",
+    "jfb",
+    "npg",
+    "npg_rr",
+    "reversible",
+    "schedule",
+    "shine",
+    "upg",
+]
 
 
 @pytest.fixture
@@ -33,7 +44,13 @@ leaves = st.one_of(
     st.just(dpp.Exact()),
     st.builds(dpp.UPG, st.integers(1, 10**9), lams, st.booleans()),
     st.builds(dpp.NPG, st.integers(1, 10**9), lams),
+    st.builds(dpp.NPGRR, st.floats(0, 1, exclude_min=True, exclude_max=True), lams),
     st.builds(dpp.BPTT, st.integers(1, 10**9)),
+    st.builds(
+        dpp.Reversible,
+        st.integers(1, 10**9),
+        st.floats(0, 2, exclude_min=True, exclude_max=True).filter(lambda beta: beta != 1),
+    ),
     st.builds(
         dpp.IFT,
         st.sampled_from(["gmres", "anderson", "broyden", "bicgstab", "fixed_point"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -24,9 +25,11 @@ from .progress import Apply, Solution
 
 __all__ = [
     "SOLVERS",
+    "Apply",
     "Linearization",
     "Packing",
     "Solution",
+    "broyden",
     "check_solver",
     "inside_checkpoint",
     "mixes_samples",
@@ -63,10 +66,11 @@ def solve(
     vjp: Callable[[Sequence[Tensor]], list[Tensor]],
     cotangents: Sequence[Tensor],
     *,
-    solver: str,
+    solver: str | AdjointSolver,
     tol: float,
     max_vjp: int,
     batch_dim: int | None,
+    start: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Solution]:
     """Solve (I - J^T) g = v for each sample.
 
@@ -75,10 +79,12 @@ def solve(
     Args:
         vjp: from the leaves of a state to the leaves of J^T times it.
         cotangents: the leaves of v.
-        solver: a name in `SOLVERS`.
+        solver: a name in `SOLVERS`, or a function like those.
         tol: ||v - (I - J^T) g|| / ||v|| to reach in every sample.
         max_vjp: the most calls of `vjp`.
         batch_dim: see `Context.batch_dim`.
+        start: the leaves of a first guess of g; taken for one more call of `vjp`, in the samples
+            where it is better than none.
 
     Returns:
         The leaves of g, and the solver's result for v scaled to norm one.
@@ -97,6 +103,30 @@ def solve(
     def apply(x: Tensor) -> Tensor:
         return packing.pack(vjp(packing.unpack(x)))
 
-    solution = SOLVERS[solver](apply, unit / length, tol, max_vjp)
+    function = SOLVERS[solver] if isinstance(solver, str) else solver
+    unit = unit / length
+    if start is None or max_vjp < 2:
+        solution = function(apply, unit, tol, max_vjp)
+    else:
+        solution = _from_start(
+            function,
+            apply,
+            unit,
+            tol,
+            max_vjp,
+            packing.pack(start) / (torch.where(usable, length * largest, 1)),
+        )
     g = torch.where(usable, solution.x * length * largest, rhs)
     return packing.unpack(g), solution
+
+
+def _from_start(
+    solver: AdjointSolver, apply: Apply, rhs: Tensor, tol: float, max_vjp: int, start: Tensor
+) -> Solution:
+    """Solve for what is missing from a first guess."""
+    missing = rhs - start + apply(start)
+    better = torch.linalg.vector_norm(missing, dim=1) < torch.linalg.vector_norm(rhs, dim=1)
+    start = torch.where(better[:, None], start, 0)
+    missing = torch.where(better[:, None], missing, rhs)
+    found = solver(apply, missing, tol, max_vjp - 1)
+    return replace(found, x=start + found.x, n_vjp=found.n_vjp + 1)

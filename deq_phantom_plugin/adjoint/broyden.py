@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from .inverse_estimate import InverseEstimate, Product
 from .progress import Apply, Progress, Solution
 
 
-def broyden(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
+def broyden(
+    apply: Apply,
+    rhs: Tensor,
+    tol: float,
+    max_vjp: int,
+    start: Tensor | None = None,
+    inverse: Product | None = None,
+) -> Solution:
     """Solve (I - J^T) x = rhs by Broyden's first method (Broyden 1965).
 
-    Takes one product an iteration and keeps two vectors for each. The inverse Jacobian of
-    r(x) = rhs + J^T x - x is held as -I + sum_i u_i v_i^T.
+    Takes one product an iteration and keeps one vector for each, see `InverseEstimate`.
+
+    Args:
+        apply: the product with J^T.
+        rhs: the right-hand side, shape (B, D).
+        tol: the residual to reach.
+        max_vjp: the most products to take.
+        start: where to begin, shape (B, D); at `rhs` if None.
+        inverse: a first estimate of (I - J^T)^-1, on (B, D) matrices; the identity if None.
     """
     progress = Progress(apply, rhs, tol, max_vjp)
-    batch, size = rhs.shape
-    us, vs = (rhs.new_zeros(batch, max_vjp, size) for _ in range(2))
-    tiny = torch.finfo(rhs.dtype).tiny
-
-    def inverse(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        # Row vectors from the left: the same products as column vectors take five times as long.
-        return ((y[:, None] @ right.mT) @ left).squeeze(1) - y
-
-    x = rhs
+    estimate = InverseEstimate(rhs, max_vjp, initial=inverse)
+    x = rhs if start is None else start
     residual = rhs + progress.apply(x) - x
     done = progress.record(x, residual)
-    rank = 0
     while not done and not progress.exhausted:
-        step = -inverse(residual, us[:, :rank], vs[:, :rank]) * progress.active[:, None]
-        x = x + step
-        old, residual = residual, rhs + progress.apply(x) - x
+        x = x + estimate.step(residual, progress.active)
+        residual = rhs + progress.apply(x) - x
         done = progress.record(x, residual)
-        change = residual - old
-        v = inverse(step, vs[:, :rank], us[:, :rank])
-        denominator = (v * change).sum(dim=1, keepdim=True)
-        usable = denominator.abs() > tiny
-        u = step - inverse(change, us[:, :rank], vs[:, :rank])
-        us[:, rank] = torch.where(usable, u / torch.where(usable, denominator, 1), 0)
-        vs[:, rank] = v
-        rank += 1
     return progress.solution()

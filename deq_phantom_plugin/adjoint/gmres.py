@@ -40,33 +40,28 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
     basis = residual.new_empty(batch, length + 1, size)  # written before read: few are needed
     basis[:, 0] = _unit(residual, norm) * running[:, None]
     triangle = residual.new_zeros(batch, length, length)
-    cosines, sines = (residual.new_zeros(batch, length) for _ in range(2))
+    # The rotations so far, as one matrix: a product with it stands for a loop over them.
+    rotation = torch.eye(length + 1, dtype=residual.dtype, device=residual.device)
+    rotation = rotation.repeat(batch, 1, 1)
     target = residual.new_zeros(batch, length + 1)
     target[:, 0] = norm * running
     used = 0
     for j in range(length):
         vector = basis[:, j] - progress.apply(basis[:, j])
-        # Gram-Schmidt twice: as stable as the modified one, in two products instead of j.
-        column = residual.new_zeros(batch, j + 1)
-        for _ in range(2):
-            # Row vectors from the left, which is several times faster than column vectors.
-            part = vector[:, None] @ basis[:, : j + 1].mT
-            vector = vector - (part @ basis[:, : j + 1]).squeeze(1)
-            column = column + part.squeeze(1)
-        below = torch.linalg.vector_norm(vector, dim=1)
+        vector, column, below = _orthogonalised(vector, basis[:, : j + 1], progress, running)
         finite = torch.isfinite(below) | ~running
-        for i in range(j):
-            upper = cosines[:, i] * column[:, i] + sines[:, i] * column[:, i + 1]
-            column[:, i + 1] = cosines[:, i] * column[:, i + 1] - sines[:, i] * column[:, i]
-            column[:, i] = upper
+        column = (rotation[:, : j + 1, : j + 1] @ column[:, :, None]).squeeze(2)
         diagonal = torch.hypot(column[:, j], below)
         regular = running & (diagonal > 0)
-        cosines[:, j] = torch.where(regular, column[:, j] / diagonal, 1)
-        sines[:, j] = torch.where(regular, below / diagonal, 0)
+        cosine = torch.where(regular, column[:, j] / diagonal, 1)
+        sine = torch.where(regular, below / diagonal, 0)
         triangle[:, : j + 1, j] = column * regular[:, None]
         triangle[:, j, j] = torch.where(regular, diagonal, 1)
-        target[:, j + 1] = torch.where(regular, -sines[:, j] * target[:, j], 0)
-        target[:, j] = torch.where(regular, cosines[:, j] * target[:, j], 0)
+        row = rotation[:, j].clone()
+        rotation[:, j], rotation[:, j + 1] = cosine[:, None] * row, -sine[:, None] * row
+        rotation[:, j, j + 1], rotation[:, j + 1, j + 1] = sine, cosine
+        target[:, j + 1] = torch.where(regular, -sine * target[:, j], 0)
+        target[:, j] = torch.where(regular, cosine * target[:, j], 0)
         used = j + 1
         running = regular & ~(target[:, j + 1].abs() <= progress.tol)
         basis[:, j + 1] = _unit(vector, below) * running[:, None]
@@ -76,6 +71,33 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
         triangle[:, :used, :used], target[:, :used, None], upper=True
     )
     return (weights.mT @ basis[:, :used]).squeeze(1)
+
+
+def _orthogonalised(
+    vector: Tensor, basis: Tensor, progress: Progress, running: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a vector without its part in a basis, its coefficients there, and what is left of it.
+
+    By classical Gram-Schmidt, whose two products read the basis once each. What rounding leaves in
+    the basis grows by the factor that the vector shrinks by; where that would count against the
+    tolerance, a second pass removes it.
+    """
+    before = torch.linalg.vector_norm(vector, dim=1)
+    vector, column = _projected(vector, basis)
+    below = torch.linalg.vector_norm(vector, dim=1)
+    error = torch.finfo(vector.dtype).eps * before / below
+    # On other devices to look would be to wait, which takes longer than a second pass.
+    if vector.device.type != "cpu" or bool((running & (error > 0.01 * progress.tol)).any()):
+        vector, rest = _projected(vector, basis)
+        column = column + rest
+        below = torch.linalg.vector_norm(vector, dim=1)
+    return vector, column, below
+
+
+def _projected(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    # Row vectors from the left, which is several times faster than column vectors.
+    part = vector[:, None] @ basis.mT
+    return torch.baddbmm(vector[:, None], part, basis, alpha=-1).squeeze(1), part.squeeze(1)
 
 
 def _unit(vectors: Tensor, norm: Tensor) -> Tensor:

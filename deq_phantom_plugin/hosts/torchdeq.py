@@ -22,7 +22,9 @@ from ..memory import Memory
 from ..registry import get_strategy
 from ..state import State
 from ..strategy import BackwardStats, Context, GradStrategy
+from . import torchdeq_solvers
 from .host import Host, Solve
+from .torchdeq_form import Form, evaluate
 
 # TorchDEQ's setting -> our argument, the value at which the setting says nothing (TorchDEQ's own
 # default, which argparse always sets), and how to translate any other.
@@ -51,12 +53,13 @@ class TorchDEQ(Host):
         return bool(self._undo)
 
     def enable(self) -> None:
-        """Hook TorchDEQ's two cores and its argument parser."""
+        """Hook TorchDEQ's two cores and its argument parser, and add our solvers to its table."""
         if self.is_enabled:
             return
         from torchdeq import core
         from torchdeq.utils import arg_utils
 
+        self._undo.append(torchdeq_solvers.register())
         for cls in (core.DEQSliced, core.DEQIndexing):
             self._replace(cls, "__init__", _hook_init)
             self._replace(cls, "forward", _hook_forward)
@@ -294,7 +297,8 @@ class _Call:
 
 def _hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or not any(isinstance(p, ProduceGrad) for p in self.produce_grad):
+        named = self.training and any(isinstance(p, ProduceGrad) for p in self.produce_grad)
+        if not named and not torchdeq_solvers.sees_states(self.f_solver):
             return original(self, *args, **kwargs)
         self.__dict__["_grad_call"] = _Call(_func_and_start(args, kwargs)[1])
         try:
@@ -318,6 +322,11 @@ def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
         call: _Call | None = self.__dict__.get("_grad_call")
         if call is None:
             return original(self, deq_func, z_init, *args, **kwargs)
+        Form.remember(deq_func, call.z_init)
+        if not self.training:
+            solved = original(self, deq_func, z_init, *args, **kwargs)
+            torchdeq_solvers.take_inverse_jacobian(solved[-1])
+            return solved
         from torchdeq.core import DEQIndexing
         from torchdeq.solver.stat import SolverStat
 
@@ -325,15 +334,19 @@ def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
         at_once = isinstance(self, DEQIndexing)
         producers = self.produce_grad if at_once else [self.produce_grad[call.solves]]
         call.solves += 1
-        if torch.is_grad_enabled() and all(
-            isinstance(p, ProduceGrad) and p.owns_solve(self) for p in producers
-        ):
-            info = SolverStat()  # TorchDEQ's own "not known": -1 throughout
+        strategies = [p.current(self) if isinstance(p, ProduceGrad) else None for p in producers]
+        known = info = SolverStat()  # TorchDEQ's own "not known": -1 throughout
+        if torch.is_grad_enabled() and all(s is not None and s.owns_solve for s in strategies):
             solved = (z_init, [z_init] * len(producers), info) if at_once else (z_init, info)
         else:
+            wanted = any(s is not None and s.wants_inverse_jacobian for s in strategies)
+            if wanted and torchdeq_solvers.keeps_inverse_jacobian(self.f_solver):
+                options = kwargs.get("solver_kwargs") or {}
+                kwargs["solver_kwargs"] = {**options, "keep_inverse": True}
             solved = original(self, deq_func, z_init, *args, **kwargs)
+            known = torchdeq_solvers.take_inverse_jacobian(solved[-1])
         call.initial_states += [z_init] * len(producers)
-        call.infos += [solved[-1]] * len(producers)
+        call.infos += [known] * len(producers)
         return solved
 
     return _solve_fixed_point
@@ -355,21 +368,21 @@ class ProduceGrad:
     sup_gap: int
     sup_loc: tuple[int, ...]
 
-    def owns_solve(self, deq: Any) -> bool:
-        """Whether the strategy of the current step finds the equilibrium itself."""
-        return self.strategy.resolve(Context(memory=deq.grad_memory[self.index])).owns_solve
+    def current(self, deq: Any) -> GradStrategy:
+        """Return the strategy of the current step."""
+        return self.strategy.resolve(Context(memory=deq.grad_memory[self.index]))
 
     def __call__(
         self, deq: Any, deq_func: Any, z: State, writer: Any = None, **kwargs: Any
     ) -> list[Any]:
         """Return the sampled state, or states, attached; in the form that TorchDEQ solves in."""
         call: _Call | None = deq.__dict__.get("_grad_call")
-        if call is None and self.owns_solve(deq):
+        if call is None and self.current(deq).owns_solve:
             raise RuntimeError(
                 f"{self.strategy!r} owns the solve, which TorchDEQ leaves to it only while the "
                 "host is enabled: call dpp.enable()"
             )
-        form = _Form(deq_func, None if call is None else call.z_init)
+        form = Form(deq_func)
         context = Context(
             # Of an equilibrium whose samples are coupled, as a graph's nodes are: None.
             batch_dim=getattr(deq, "grad_batch_dim", 0),
@@ -397,55 +410,9 @@ class ProduceGrad:
             yield state
 
 
-class _Form:
-    """Between the form in which TorchDEQ solves, perhaps one flat vector, and the user's state.
-
-    A flat vector loses the memory format of its parts, which costs a convolutional F more than the
-    copies do; the parts get that of the initial state back.
-    """
-
-    def __init__(self, deq_func: Any, z_init: State) -> None:
-        from torchdeq.utils.layer_utils import MDEQWrapper
-
-        self._deq_func = deq_func
-        self._z_init = z_init
-        self._flat = isinstance(deq_func, MDEQWrapper)
-
-    def unpack(self, z: Any) -> State:
-        """Return the user's state: a tensor or a list of tensors."""
-        if not self._flat:
-            return z if isinstance(z, Tensor) else list(z)
-        leaves = self._deq_func.vec2list(z)
-        if self._z_init is None:
-            return leaves
-        return [_like(leaf, model) for leaf, model in zip(leaves, self._z_init, strict=True)]
-
-    def pack(self, state: State) -> Any:
-        """Return a state in TorchDEQ's form."""
-        return self._deq_func.list2vec(state) if self._flat else state
-
-    def func(self, state: State) -> State:
-        """Evaluate the user's function on the user's state."""
-        return _evaluate(self._deq_func.func, state)
-
-
-def _evaluate(func: Callable[..., Any], state: State) -> State:
-    """Evaluate the user's function, which takes a list of tensors one by one."""
-    return func(state) if isinstance(state, Tensor) else list(func(*state))
-
-
 def _map(function: Callable[[Tensor], Tensor], state: State) -> State:
     """Return a tensor, or a list of tensors, changed."""
     return function(state) if isinstance(state, Tensor) else [function(leaf) for leaf in state]
-
-
-def _like(leaf: Tensor, model: Tensor) -> Tensor:
-    """Return a leaf in channels_last where the model is in it."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(model.dim())
-    if wanted is None or model.is_contiguous() or not model.is_contiguous(memory_format=wanted):
-        return leaf
-    return leaf.contiguous(memory_format=wanted)
 
 
 def _report(writer: Callable[[Any], None], stats: BackwardStats) -> None:
@@ -480,7 +447,7 @@ def _solve(deq: Any, producer: Any, args: Any, kwargs: Any, attached: State, inf
     steps = [m.step for m in deq.modules() if isinstance(m, Memory) and m.step is not None]
     residual = info["rel_lowest"]
     return Solve(
-        func=functools.partial(_evaluate, counted.func),
+        func=functools.partial(evaluate, counted.func),
         initial_state=start if isinstance(start, Tensor) else list(start),
         equilibrium=_map(Tensor.detach, attached),
         attached=attached,

@@ -24,6 +24,20 @@ def positive_int(name: str, value: Any) -> int:
     return number
 
 
+def whole_number(name: str, value: Any) -> int:
+    """Return `value` as an int of at least 0.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    if isinstance(value, int) and value == 0 and not isinstance(value, bool):
+        return 0
+    try:
+        return positive_int(name, value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r}; expected a whole number of at least 0") from None
+
+
 def positive_float(name: str, value: Any) -> float:
     """Return `value` as a finite float above 0.
 
@@ -33,6 +47,33 @@ def positive_float(name: str, value: Any) -> float:
     number = _as_float(value)
     if number is None or not 0 < number < math.inf:
         raise ValueError(f"{name}={value!r}; expected a finite number above 0")
+    return number
+
+
+def probability(name: str, value: Any) -> float:
+    """Return `value` as a float in (0, 1).
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    number = _as_float(value)
+    if number is None or not 0 < number < 1:
+        raise ValueError(f"{name}={value!r}; expected a number in (0, 1)")
+    return number
+
+
+def relaxation(value: Any) -> float:
+    """Return `value` as a relaxation factor that can be undone: a float in (0, 2) other than 1.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    number = _as_float(value)
+    if number is None or not 0 < number < 2 or number == 1:
+        raise ValueError(
+            f"beta={value!r}; expected a number in (0, 1) or (1, 2). At 1 a step forgets where it "
+            "came from and cannot be undone: use bptt"
+        )
     return number
 
 

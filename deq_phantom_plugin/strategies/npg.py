@@ -49,20 +49,39 @@ class NPG(GradStrategy):
         batch_dim, monitor = context.batch_dim, context.monitor
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
-            factors: Sequence[float | Tensor]
-            if isinstance(self.lam, str):
-                factors = damping(graph, batch_dim)
-            else:
-                factors = [self.lam] * len(v)
-            g = v
-            for _ in range(self.k - 1):
-                image = graph.vjp(g)
-                g = [
-                    vi + torch.lerp(gi, ji, lam)
-                    for vi, gi, ji, lam in zip(v, g, image, factors, strict=True)
-                ]
+            g = neumann(graph, v, self.k, self.lam, batch_dim)
             if monitor is not None:
                 monitor(BackwardStats(strategy=repr(self), n_vjp=self.k - 1))
-            return [lam * gi for lam, gi in zip(factors, g, strict=True)]
+            return g
 
         return graph.attach(flatten(equilibrium)[0], adjoint)
+
+
+def neumann(
+    graph: Linearization,
+    v: list[Tensor],
+    k: int,
+    lam: float | str,
+    batch_dim: int | None,
+    weight: float = 1.0,
+) -> list[Tensor]:
+    """Return lam * sum_{t<k} (weight * B)^t v with B = lam J^T + (1 - lam) I, by Horner's rule.
+
+    Args:
+        graph: F at the equilibrium.
+        v: the incoming gradient, a tensor a leaf.
+        k: the number of terms.
+        lam: the damping factor, "adaptive" to measure it.
+        batch_dim: see `Context.batch_dim`.
+        weight: what each term weighs relative to the one before.
+    """
+    factors: Sequence[float | Tensor]
+    factors = damping(graph, batch_dim) if isinstance(lam, str) else [lam] * len(v)
+    g = v
+    for _ in range(k - 1):
+        image = graph.vjp(g)
+        g = [
+            torch.add(vi, torch.lerp(gi, ji, factor), alpha=weight)
+            for vi, gi, ji, factor in zip(v, g, image, factors, strict=True)
+        ]
+    return [factor * gi for factor, gi in zip(factors, g, strict=True)]

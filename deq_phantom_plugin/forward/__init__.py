@@ -1,0 +1,12 @@
+"""Solvers of the equilibrium itself, h = F(h), on any state; one file each.
+
+The host hooks register them with their frameworks, as `broyden_fast`, `anderson_fast` and
+`fixed_point_fast`; without a framework they are called as functions.
+"""
+
+from .anderson import anderson
+from .broyden import broyden
+from .fixed_point import fixed_point
+from .tracking import ForwardSolution, InverseJacobian
+
+__all__ = ["ForwardSolution", "InverseJacobian", "anderson", "broyden", "fixed_point"]

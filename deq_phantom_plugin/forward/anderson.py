@@ -1,0 +1,124 @@
+"""Anderson acceleration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..state import State
+from .tracking import ForwardSolution, Rows, Tracker
+
+
+@torch.no_grad()
+def anderson(
+    func: Callable[[State], State],
+    start: State,
+    *,
+    max_iter: int = 50,
+    tol: float = 1e-3,
+    stop_mode: str = "abs",
+    m: int = 6,
+    lam: float = 1e-4,
+    tau: float = 1.0,
+    sample_at: Sequence[int] = (),
+    return_final: bool = False,
+) -> ForwardSolution:
+    """Solve h = F(h) by Anderson acceleration (Anderson 1965; Walker & Ni 2011), sample by sample.
+
+    The iterates are those of TorchDEQ's `anderson` up to rounding, until a sample reaches the
+    tolerance, where it stops. Takes one evaluation an iteration, `max_iter` in all; keeps 2 `m`
+    vectors and reads each once an iteration, since only a row of their Gram matrix is new.
+
+    Args:
+        func: F.
+        start: the initial state; samples along dimension 0 of every leaf.
+        max_iter: the most evaluations, the two before the first mixing included.
+        tol: the residual to reach in every sample.
+        stop_mode: "abs" for ||F(h) - h||, "rel" for that over ||F(h)||.
+        m: the states that are mixed.
+        lam: what is added to the diagonal of the Gram matrix.
+        tau: how much of F(h) there is in the mixture; the rest is h.
+        sample_at: evaluations after which the best state so far is kept as well.
+        return_final: whether to take all iterations and return the last state.
+
+    Raises:
+        ValueError: if the stop mode is unknown, or `m` is below 2 or `max_iter` below 3.
+    """
+    if m < 2 or max_iter < 3:
+        raise ValueError(f"m={m}, max_iter={max_iter}; expected at least m=2 and max_iter=3")
+    rows = Rows(func, start)
+    x = rows.start
+    tracker = Tracker(
+        [x],
+        x.new_zeros(len(x)),
+        max_iter=max_iter - 2,
+        first_step=3,
+        tol=tol,
+        stop_mode=stop_mode,
+        sample_at=sample_at,
+        return_final=return_final,
+    )
+    mixer = _Mixer(x, m, lam, tau)
+    image = rows(x)
+    mixer.keep(0, image, image - x)
+    x, image = image, rows(image)
+    mixer.keep(1, image, image - x)
+    held: Tensor | None = None  # the samples in `mixer`, all if None
+    for k in range(2, max_iter):
+        kept = tracker.shrink(held)
+        if kept is not None:
+            mixer.select(kept)
+            held = kept if held is None else held[kept]
+        mixture = mixer.mixture()
+        active = tracker.active
+        if held is None:
+            x = torch.where(active[:, None], mixture, x)
+        else:
+            x = x.index_copy(0, held, torch.where(active[held, None], mixture, x[held]))
+        image = rows(x)
+        residual = image - x
+        mixer.keep(
+            k % m,
+            image if held is None else image[held],
+            residual if held is None else residual[held],
+        )
+        norms = torch.linalg.vector_norm(residual, dim=1), torch.linalg.vector_norm(image, dim=1)
+        if tracker.record([image], *norms, k + 1):
+            break
+    return tracker.solution(rows.state)
+
+
+class _Mixer:
+    """The last states, and the combination of least residual that adds up to one."""
+
+    def __init__(self, like: Tensor, m: int, lam: float, tau: float) -> None:
+        batch, size = like.shape
+        self._images = like.new_empty(batch, m, size)  # written before read
+        self._residuals = like.new_empty(batch, m, size)
+        self._gram = like.new_zeros(batch, m, m)
+        self._lam, self._tau = lam, tau
+        self._count = 0
+
+    def keep(self, slot: int, image: Tensor, residual: Tensor) -> None:
+        self._images[:, slot], self._residuals[:, slot] = image, residual
+        self._count = max(self._count, slot + 1)
+        row = (residual[:, None] @ self._residuals[:, : self._count].mT).squeeze(1)
+        self._gram[:, slot, : self._count] = self._gram[:, : self._count, slot] = row
+
+    def mixture(self) -> Tensor:
+        n = self._count
+        ridge = self._lam * torch.eye(n, dtype=self._gram.dtype, device=self._gram.device)
+        ones = torch.ones_like(self._gram[:, :n, :1])
+        # The variant that does not wait for the device to report singular matrices.
+        solved, _ = torch.linalg.solve_ex(self._gram[:, :n, :n] + ridge, ones)
+        weights = (solved / solved.sum(dim=1, keepdim=True)).mT
+        mixture: Tensor = (weights @ self._images[:, :n]).squeeze(1)
+        if self._tau != 1:
+            mixture = mixture - (1 - self._tau) * (weights @ self._residuals[:, :n]).squeeze(1)
+        return mixture
+
+    def select(self, rows: Tensor) -> None:
+        self._images, self._residuals = self._images[rows], self._residuals[rows]
+        self._gram = self._gram[rows]

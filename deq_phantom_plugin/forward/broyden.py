@@ -1,0 +1,87 @@
+"""Broyden's method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..adjoint.inverse_estimate import InverseEstimate
+from ..state import State
+from .tracking import ForwardSolution, InverseJacobian, Rows, Tracker
+
+
+@torch.no_grad()
+def broyden(
+    func: Callable[[State], State],
+    start: State,
+    *,
+    max_iter: int = 50,
+    tol: float = 1e-3,
+    stop_mode: str = "abs",
+    memory: int | None = None,
+    keep_inverse: bool = False,
+    sample_at: Sequence[int] = (),
+    return_final: bool = False,
+) -> ForwardSolution:
+    """Solve h = F(h) by Broyden's first method with full steps (Broyden 1965), sample by sample.
+
+    The iterates are those of TorchDEQ's `broyden` up to rounding, until a sample reaches the
+    tolerance, where it stops. Takes one evaluation an iteration and one at the start; keeps one
+    vector an iteration and reads each twice an iteration, see `InverseEstimate`.
+
+    Args:
+        func: F.
+        start: the initial state; samples along dimension 0 of every leaf.
+        max_iter: the most iterations.
+        tol: the residual to reach in every sample.
+        stop_mode: "abs" for ||F(h) - h||, "rel" for that over ||F(h)||.
+        memory: the vectors to keep, all if None; when they are used up the estimate of the
+            Jacobian begins anew (Kelley 1995, section 7.4).
+        keep_inverse: whether the solution has the estimate of the inverse Jacobian; all samples go
+            on then until the last has converged.
+        sample_at: evaluations after which the best state so far is kept as well.
+        return_final: whether to take all iterations and return the last state.
+
+    Raises:
+        ValueError: if the stop mode is unknown.
+    """
+    rows = Rows(func, start)
+    x = rows.start
+    image = rows(x)
+    residual = image - x
+    tracker = Tracker(
+        [x],
+        x.new_zeros(len(x)),
+        max_iter=max_iter,
+        tol=tol,
+        stop_mode=stop_mode,
+        sample_at=sample_at,
+        keep_going=keep_inverse,
+        return_final=return_final,
+    )
+    estimate = InverseEstimate(residual, max_iter + 1 if memory is None else memory)
+    held: Tensor | None = None  # the samples in `estimate`, all if None
+    for iteration in range(max_iter):
+        if estimate.is_full:
+            estimate.forget()
+        kept = None if keep_inverse else tracker.shrink(held)
+        if kept is not None:
+            estimate.select(kept)
+            held = kept if held is None else held[kept]
+        if held is None:
+            x = x + estimate.step(residual, tracker.active)
+        else:
+            x = x.index_add(0, held, estimate.step(residual[held], tracker.active[held]))
+        image = rows(x)
+        residual = image - x
+        norms = torch.linalg.vector_norm(residual, dim=1), torch.linalg.vector_norm(image, dim=1)
+        if tracker.record([x], *norms, iteration + 2):
+            break
+    inverse = None
+    if keep_inverse:
+        if not estimate.is_full:
+            estimate.step(residual, tracker.active)  # which takes the last change into account
+        inverse = InverseJacobian(estimate, rows.packing)
+    return tracker.solution(rows.state, inverse)

@@ -1,0 +1,80 @@
+"""Fixed-point iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..adjoint import Packing
+from ..state import State, damped_step, flatten, unflatten
+from .tracking import ForwardSolution, Tracker
+
+
+@torch.no_grad()
+def fixed_point(
+    func: Callable[[State], State],
+    start: State,
+    *,
+    max_iter: int = 50,
+    tol: float = 1e-3,
+    stop_mode: str = "abs",
+    tau: float = 1.0,
+    sample_at: Sequence[int] = (),
+    return_final: bool = False,
+) -> ForwardSolution:
+    """Solve h = F(h) by h <- (1 - tau) h + tau F(h).
+
+    The iterates are those of TorchDEQ's `fixed_point_iter` up to rounding. Leaves stay as they
+    are, since nothing mixes them. Takes one evaluation an iteration.
+
+    Args:
+        func: F.
+        start: the initial state; samples along dimension 0 of every leaf.
+        max_iter: the most iterations.
+        tol: the residual of the damped map to reach in every sample.
+        stop_mode: "abs" for ||F(h) - h||, "rel" for that over ||F(h)||.
+        tau: the damping factor in (0, 1].
+        sample_at: evaluations after which the best state so far is kept as well.
+        return_final: whether to take all iterations and return the last state.
+
+    Raises:
+        ValueError: if the stop mode is unknown.
+    """
+    leaves, structure = flatten(start)
+    packing = Packing(leaves, 0)
+    like = torch.zeros(packing.rows, dtype=packing.dtype, device=packing.device)
+    tracker = Tracker(
+        leaves,
+        like,
+        max_iter=max_iter,
+        tol=tol,
+        stop_mode=stop_mode,
+        sample_at=sample_at,
+        keep_going=True,  # there is no linear algebra to leave
+        return_final=return_final,
+    )
+    state = start
+    for iteration in range(max_iter):
+        image = damped_step(func, state, tau)
+        new, old = flatten(image)[0], flatten(state)[0]
+        residual = _norm([a - b for a, b in zip(new, old, strict=True)], like)
+        state = image
+        if tracker.record(new, residual, _norm(new, like), iteration + 1):
+            break
+    return tracker.solution(lambda tensors: unflatten(list(tensors), structure))
+
+
+def _norm(leaves: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return the norm over all leaves of each sample, shape (B,)."""
+    squares = []
+    for leaf in leaves:
+        if len(like) == 1:
+            norm = torch.linalg.vector_norm(leaf)
+        elif leaf.dim() == 1:
+            norm = leaf.abs()
+        else:  # over dimensions, since a reshape would copy leaves that are in channels_last
+            norm = torch.linalg.vector_norm(leaf, dim=tuple(range(1, leaf.dim())))
+        squares.append(norm.to(like.dtype).reshape(like.shape).square())
+    return torch.stack(squares).sum(dim=0).sqrt()

@@ -1,0 +1,242 @@
+"""What all forward solvers share: residuals, the best state so far, and when to stop."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adjoint import Packing
+from ..adjoint.inverse_estimate import InverseEstimate
+from ..state import State, flatten, unflatten
+
+STOP_MODES = ("abs", "rel")
+
+
+@dataclass(frozen=True)
+class InverseJacobian:
+    """What a quasi-Newton solve learned of (I - J)^-1 on its way.
+
+    Attributes:
+        estimate: for rows of a packing.
+        packing: between rows and the leaves of the state.
+    """
+
+    estimate: InverseEstimate
+    packing: Packing
+
+    def transposed(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Return an estimate of (I - J^T)^-1 v, for and as the leaves of a state."""
+        return self.packing.unpack(self.estimate.transposed(self.packing.pack(leaves)))
+
+
+@dataclass(frozen=True)
+class ForwardSolution:
+    """What a forward solver found.
+
+    Attributes:
+        state: the state of lowest residual, sample by sample; like the one that was given.
+        sampled: the best states after the evaluations that were asked for.
+        abs_lowest: ||F(h) - h|| of each sample, shape (B,).
+        rel_lowest: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,).
+        abs_trace: the residual after each iteration, shape (B, N + 1); 1e8 before the first.
+        rel_trace: the same, relative.
+        n_steps: the iteration in which the lowest residual was found, shape (B,).
+        inverse_jacobian: of a quasi-Newton solve that was asked to keep it.
+    """
+
+    state: State
+    sampled: list[State]
+    abs_lowest: Tensor
+    rel_lowest: Tensor
+    abs_trace: Tensor
+    rel_trace: Tensor
+    n_steps: Tensor
+    inverse_jacobian: InverseJacobian | None = None
+
+
+class Rows:
+    """F on a matrix of a row a sample, for solvers that mix states by inner products.
+
+    Attributes:
+        packing: between rows and leaves.
+        start: the initial state, shape (B, D).
+    """
+
+    def __init__(self, func: Callable[[State], State], start: State) -> None:
+        leaves, self._structure = flatten(start)
+        self._func = func
+        self.packing = Packing(leaves, 0)
+        self.start = self.packing.pack(leaves)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return F(h) as rows, for h as rows."""
+        return self.packing.pack(flatten(self._func(self.state([rows])))[0])
+
+    def state(self, rows: Sequence[Tensor]) -> State:
+        """Return rows, a matrix alone in a sequence, as a state."""
+        return unflatten(self.packing.unpack(rows[0]), self._structure)
+
+
+class Tracker:
+    """Follows a solve sample by sample, and remembers the best.
+
+    Samples that reach the tolerance stop, unless told otherwise; those that became NaN or infinite
+    stop at their best. The host learns of it one iteration late where it would have to wait for the
+    device, so that there is always work queued.
+
+    Args:
+        start: the tensors of the initial state.
+        like: a number a sample, of the dtype and device of the norms.
+        max_iter: the iterations that a solve may take; traces are filled up to it.
+        tol: the residual to reach in every sample.
+        stop_mode: whether that is "abs", ||F(h) - h||, or "rel", that over ||F(h)||.
+        sample_at: evaluations after which the best state so far is kept as well.
+        first_step: the number of the first iteration.
+        keep_going: whether converged samples go on while others do.
+        return_final: whether the last state is taken for the best, and nothing stops early.
+
+    Attributes:
+        active: the samples that still move, shape (B,).
+        best: the tensors of the best state.
+
+    Raises:
+        ValueError: if the stop mode is unknown.
+    """
+
+    def __init__(
+        self,
+        start: Sequence[Tensor],
+        like: Tensor,
+        *,
+        max_iter: int,
+        tol: float,
+        stop_mode: str,
+        sample_at: Sequence[int] = (),
+        first_step: int = 1,
+        keep_going: bool = False,
+        return_final: bool = False,
+    ) -> None:
+        if stop_mode not in STOP_MODES:
+            raise ValueError(f"stop_mode={stop_mode!r}; expected 'abs' or 'rel'")
+        self._max_iter, self._tol, self._stop_mode = max_iter, tol, stop_mode
+        self._sample_at, self._sampled = frozenset(sample_at), list[list[Tensor]]()
+        self._keep_going, self._return_final = keep_going or return_final, return_final
+        first = torch.full_like(like, 1e8)
+        self._lowest = dict.fromkeys(STOP_MODES, first)
+        self._trace = {mode: [first] for mode in STOP_MODES}
+        self._first_step, self._n_steps = first_step, torch.zeros_like(first)
+        self._flags = _Flags(like.device)
+        self.best = list(start)
+        self.active = torch.ones_like(like, dtype=torch.bool)
+        self.n_active = len(like)
+
+    def record(
+        self, state: Sequence[Tensor], residual: Tensor, image: Tensor, n_evaluations: int
+    ) -> bool:
+        """Take note of an iterate; return whether the solve is over.
+
+        Args:
+            state: its tensors, samples along dimension 0; not changed afterwards.
+            residual: ||F(h) - h|| of each sample, shape (B,).
+            image: ||F(h)|| of each sample, shape (B,).
+            n_evaluations: evaluations of F so far.
+        """
+        step = float(self._first_step + len(self._trace["abs"]) - 1)
+        found = {"abs": residual, "rel": residual / (image + 1e-9)}
+        for mode, value in found.items():
+            self._trace[mode].append(value)
+            better = value < self._lowest[mode]
+            if self._return_final:
+                better = torch.ones_like(better)
+            if mode == self._stop_mode:
+                self.best = [
+                    _where(better, x, old) for x, old in zip(state, self.best, strict=True)
+                ]
+                self._n_steps = torch.where(better, step, self._n_steps)
+            self._lowest[mode] = torch.where(better, value, self._lowest[mode])
+        if n_evaluations in self._sample_at:
+            self._sampled.append(self.best)
+        short = ~(self._lowest[self._stop_mode] < self._tol)
+        finite = torch.isfinite(residual)
+        self.active = self.active & finite & (short | self._keep_going)
+        counts = self._flags.read(torch.stack([(short & finite).sum(), self.active.sum()]))
+        if counts is not None:
+            self.n_active = counts[1]
+            return counts[0] == 0 and not self._return_final
+        return False
+
+    def shrink(self, held: Tensor | None) -> Tensor | None:
+        """Return which of the samples held to keep once half of them are done, else None.
+
+        Args:
+            held: indices of the samples that a solver's linear algebra works on; all if None.
+        """
+        moving = self.active if held is None else self.active[held]
+        if self.n_active > len(moving) // 2:
+            return None
+        # Sorted rather than searched for: how many there are, the host knows already.
+        return torch.argsort(moving, descending=True, stable=True)[: self.n_active]
+
+    def solution(
+        self,
+        restore: Callable[[Sequence[Tensor]], State],
+        inverse_jacobian: InverseJacobian | None = None,
+    ) -> ForwardSolution:
+        """Return what was found.
+
+        Args:
+            restore: from the tensors of a state to the state.
+            inverse_jacobian: what the solver learned of it.
+        """
+        if self._sample_at and not self._sampled:
+            self._sampled.append(self.best)
+        traces = {}
+        for mode, trace in self._trace.items():
+            missing = self._max_iter + 1 - len(trace)
+            traces[mode] = torch.stack([*trace, *[self._lowest[mode]] * missing], dim=1)
+        return ForwardSolution(
+            state=restore(self.best),
+            sampled=[restore(tensors) for tensors in self._sampled],
+            abs_lowest=self._lowest["abs"],
+            rel_lowest=self._lowest["rel"],
+            abs_trace=traces["abs"],
+            rel_trace=traces["rel"],
+            n_steps=self._n_steps,
+            inverse_jacobian=inverse_jacobian,
+        )
+
+
+class _Flags:
+    """Small tensors of a device, read by the host without waiting for the latest."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._waiting: deque[tuple[Tensor, Any]] | None = deque() if device.type == "cuda" else None
+
+    def read(self, flags: Tensor) -> list[int] | None:
+        """Return the flags; on CUDA those of the call before, None in the first."""
+        if self._waiting is None:
+            found: list[int] = flags.tolist()
+            return found
+        copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        copy.copy_(flags, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._waiting.append((copy, event))
+        if len(self._waiting) < 2:
+            return None
+        earlier, event = self._waiting.popleft()
+        event.synchronize()
+        found = earlier.tolist()
+        return found
+
+
+def _where(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    if better.device.type == "cpu" and bool(better.all()):
+        return new  # no copy; elsewhere to ask would be to wait
+    shape = (-1, *[1] * (new.dim() - 1)) if new.dim() > 0 else ()
+    return torch.where(better.reshape(shape), new, old)

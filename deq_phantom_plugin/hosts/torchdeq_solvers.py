@@ -1,0 +1,113 @@
+"""Our forward solvers in TorchDEQ's table: `f_solver="broyden_fast"` and the like.
+
+They see the user's state where TorchDEQ's own see one flat vector, and fill in the same statistics.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from ..forward import ForwardSolution, anderson, broyden, fixed_point
+from ..state import State
+from .torchdeq_form import Form
+
+
+def take_inverse_jacobian(info: Any) -> Any:
+    """Take what a solve learned of the inverse Jacobian away from its statistics.
+
+    Users keep statistics, and the vectors behind an estimate are many.
+
+    Returns:
+        The same statistics, still with `inverse_jacobian` as an attribute.
+    """
+    known = type(info)(info)
+    known.inverse_jacobian = info.__dict__.pop("inverse_jacobian", None)
+    return known
+
+
+def _broyden(
+    func: Any, start: State, *, LBFGS_thres: int | None = None, ls: bool = False, **options: Any
+) -> ForwardSolution:
+    if ls:
+        raise ValueError(
+            "ls=True: broyden_fast takes full steps; use f_solver='broyden' for a line search"
+        )
+    return broyden(func, start, memory=LBFGS_thres, **options)
+
+
+def _solver(
+    solve: Callable[..., ForwardSolution],
+    accepted: Sequence[str],
+    func: Any,
+    x0: State,
+    max_iter: int = 50,
+    tol: float = 1e-3,
+    stop_mode: str = "abs",
+    indexing: Sequence[int] | None = None,
+    return_final: bool = False,
+    **options: Any,
+) -> tuple[State, list[State], Any]:
+    """Solve in TorchDEQ's form; options that a solver has no use for are ignored, as there."""
+    from torchdeq.solver.stat import SolverStat
+
+    form = Form(func)
+    solution = solve(
+        form.func,
+        form.unpack(x0),
+        max_iter=int(max_iter),
+        tol=tol,
+        stop_mode=stop_mode,
+        sample_at=indexing or (),
+        return_final=return_final,
+        **{name: value for name, value in options.items() if name in accepted},
+    )
+    info = SolverStat(
+        abs_lowest=solution.abs_lowest,
+        rel_lowest=solution.rel_lowest,
+        abs_trace=solution.abs_trace,
+        rel_trace=solution.rel_trace,
+        nstep=solution.n_steps,
+    )
+    info.inverse_jacobian = solution.inverse_jacobian
+    return form.pack(solution.state), [form.pack(state) for state in solution.sampled], info
+
+
+SOLVERS: Mapping[str, Callable[..., tuple[State, list[State], Any]]] = MappingProxyType(
+    {
+        "anderson_fast": functools.partial(_solver, anderson, ("m", "lam", "tau")),
+        "broyden_fast": functools.partial(_solver, _broyden, ("LBFGS_thres", "ls", "keep_inverse")),
+        "fixed_point_fast": functools.partial(_solver, fixed_point, ("tau",)),
+    }
+)
+"""TorchDEQ's name -> a solver of its signature."""
+
+
+def register() -> Callable[[], None]:
+    """Add the solvers to TorchDEQ's table; return what takes them out again."""
+    from torchdeq import solver
+
+    before = dict(solver._solvers)
+    for name, function in SOLVERS.items():
+        solver.register_solver(name, function)
+
+    def restore() -> None:
+        for name, function in SOLVERS.items():
+            if solver._solvers.get(name) is function:
+                del solver._solvers[name]
+                if name in before:
+                    solver._solvers[name] = before[name]
+
+    return restore
+
+
+def keeps_inverse_jacobian(solver: Any) -> bool:
+    """Whether a solver can hand out what it learned of the inverse Jacobian."""
+    return solver is SOLVERS["broyden_fast"]
+
+
+def sees_states(solver: Any) -> bool:
+    """Whether a solver is one of ours."""
+    return any(solver is known for known in SOLVERS.values())

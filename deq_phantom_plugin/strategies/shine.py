@@ -1,0 +1,109 @@
+"""SHINE: the inverse-Jacobian estimate of the forward solve, used in backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..adjoint import Apply, Linearization, Solution, broyden, solve
+from ..state import State
+from ..strategy import BackwardStats, Context, GradStrategy
+from .arguments import positive_float, whole_number
+
+
+@dataclass(frozen=True, repr=False)
+class SHINE(GradStrategy):
+    """g = B v, with the estimate B of (I - J^T)^-1 that the forward solve already has.
+
+    Ramzi et al. 2022, "SHINE: SHaring the INverse Estimate from the forward pass for bi-level
+    optimization and implicit models". Needs a quasi-Newton forward solve that hands out its
+    estimate: TorchDEQ's `f_solver="broyden_fast"`, or `context.solver_result` from
+    `deq_phantom_plugin.forward.broyden(..., keep_inverse=True)`. The value is F(h*).
+
+    Where the estimate is poor, which shows in a g much longer than v, a sample falls back to g = v
+    (their section 3, "fallback"); refinement begins from either (their "refine").
+
+    Costs one evaluation of F, one backward pass and, where refined, `refine` + 1 vector-Jacobian
+    products; memory holds one graph and the solver's steps, one vector an iteration.
+
+    Args:
+        refine: Broyden iterations on (I - J^T) g = v that begin with that g and that estimate.
+        fallback: the largest ||g|| / ||v|| of a sample that is trusted; None trusts all.
+
+    Raises:
+        ValueError: if an argument is out of range; in `attach`, if the forward solve has no
+            estimate to share, or samples depend on one another, which it takes for independent.
+    """
+
+    wants_inverse_jacobian: ClassVar[bool] = True
+
+    refine: int = 0
+    fallback: float | None = 1.3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "refine", whole_number("refine", self.refine))
+        if self.fallback is not None:
+            object.__setattr__(self, "fallback", positive_float("fallback", self.fallback))
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        if context.batch_dim != 0:
+            raise ValueError(
+                f"{self!r} in a context with batch_dim={context.batch_dim}: the forward solver's "
+                "estimate takes the samples along dimension 0 for independent; use ift or npg"
+            )
+        inverse = getattr(context.solver_result, "inverse_jacobian", None)
+        if inverse is None:
+            raise ValueError(
+                f"{self!r} needs the inverse-Jacobian estimate of a quasi-Newton forward solve, "
+                "and this one has none to share; use f_solver='broyden_fast' with TorchDEQ, or "
+                "deq_phantom_plugin.forward.broyden(..., keep_inverse=True) as the context's "
+                "solver_result"
+            )
+        graph = Linearization(func, equilibrium)
+        monitor, packing, estimate = context.monitor, inverse.packing, inverse.estimate
+
+        def adjoint(v: list[Tensor]) -> list[Tensor]:
+            rows = packing.pack(v)
+            first = estimate.transposed(rows)
+            trusted = self._trusted(rows, first)[:, None]
+
+            def guess(rows: Tensor) -> Tensor:
+                return torch.where(trusted, estimate.transposed(rows), rows)
+
+            g: list[Tensor]
+            n_vjp, residual = 0, None
+            if self.refine == 0:
+                g = packing.unpack(torch.where(trusted, first, rows))
+            else:
+                g, solution = solve(
+                    graph.vjp,
+                    v,
+                    solver=functools.partial(_refined, guess),
+                    tol=0.0,
+                    max_vjp=self.refine + 1,
+                    batch_dim=0,
+                )
+                n_vjp, residual = solution.n_vjp, solution.residual
+            if monitor is not None:
+                monitor(BackwardStats(repr(self), n_vjp, residual))
+            return g
+
+        return graph.attach(graph.outputs, adjoint)
+
+    def _trusted(self, v: Tensor, g: Tensor) -> Tensor:
+        """Return which samples' g to trust, shape (B,); never one that is not finite."""
+        length = torch.linalg.vector_norm(g, dim=1)
+        trusted = torch.isfinite(length)
+        if self.fallback is not None:
+            trusted = trusted & (length <= self.fallback * torch.linalg.vector_norm(v, dim=1))
+        return trusted
+
+
+def _refined(guess: Any, apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
+    return broyden(apply, rhs, tol, max_vjp, start=guess(rhs), inverse=guess)

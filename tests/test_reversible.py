@@ -1,0 +1,675 @@
+"""Reversible: the gradient of the coupled iteration, its memory, precision and manners."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+import deq_phantom_plugin as dpp
+from conftest import NESTINGS, equilibria, make_equilibrium
+from deq_phantom_plugin.strategies.reversible import _Tape
+
+
+def coupled(func, start, steps, beta):
+    """The iteration as the paper writes it, through autograd."""
+    y = z = start
+    for _ in range(steps):
+        y = tree_map(lambda old, f: (1 - beta) * old + beta * f, y, func(z))
+        z = tree_map(lambda old, f: (1 - beta) * old + beta * f, z, func(y))
+    return z
+
+
+def zeros(problem):
+    return tree_map(torch.zeros_like, problem.state)
+
+
+def nested():
+    return make_equilibrium([(2, 3), (2, 2), (2, 2, 1)], NESTINGS[-1][2])
+
+
+def assert_close(got, want, rtol):
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.linalg.vector_norm(a - b) <= rtol * torch.linalg.vector_norm(b)
+
+
+class Encoded(nn.Module):
+    """A map whose injection comes from an encoder: no leaf of the graph."""
+
+    def __init__(self, dtype=torch.float64) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.to(dtype)
+        with torch.no_grad():
+            self.layer.parametrizations.weight.original0.mul_(0.5)
+
+    def forward(self, x, solve):
+        inject = self.encoder(x)
+        return solve(lambda h: torch.tanh(self.layer(h) + inject), torch.zeros_like(inject))
+
+
+def solved_by(spec):
+    return lambda func, start: dpp.attach(func, start, grad=spec)
+
+
+# --- value and gradient -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.5, 0.8, 1.2, 1.7])
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_gradient_is_backprop_through_the_iteration(steps, beta):
+    problem = nested()
+    got = dpp.attach(problem.func, zeros(problem), dpp.Reversible(steps, beta))
+    want = coupled(problem.func, zeros(problem), steps, beta)
+    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert_close(
+        torch.autograd.grad(problem.probe(got), problem.params),
+        torch.autograd.grad(problem.probe(want), problem.params),
+        1e-10,
+    )
+
+
+@given(drawn=equilibria(), steps=st.integers(1, 8), beta=st.floats(0.1, 0.8) | st.floats(1.2, 1.9))
+def test_gradient_on_any_contraction(drawn, steps, beta):
+    problem, context = drawn
+    got = problem.gradient(dpp.Reversible(steps, beta), context, start=zeros(problem))
+    attached = coupled(problem.func, zeros(problem), steps, beta)
+    want = torch.autograd.grad(problem.linear_loss(attached), problem.params)
+    assert_close([got], [torch.cat([g.flatten() for g in want])], 1e-8)
+
+
+@pytest.mark.parametrize("how", ["backward", "grad"])
+def test_an_injection_from_an_encoder(how):
+    model, x = Encoded(), torch.randn(3, 5, dtype=torch.float64)
+
+    def gradients(solve):
+        loss = model(x, solve).square().sum()
+        if how == "grad":
+            return torch.autograd.grad(loss, list(model.parameters()))
+        model.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    got = gradients(solved_by("reversible(steps=5)"))
+    assert_close(got, gradients(lambda func, start: coupled(func, start, 5, 0.8)), 1e-9)
+
+
+def test_many_steps_give_the_exact_gradient():
+    problem = make_equilibrium([(2, 3)], norm=0.5)
+    got = problem.gradient("reversible(steps=25, beta=0.5)", start=zeros(problem))
+    # 0.5 + 0.5 * 0.5 bounds what is left after each update.
+    assert_close([got], [problem.gradient("exact")], 0.75**25)
+
+
+def test_an_initial_state_with_a_graph():
+    problem = make_equilibrium([(2, 3)])
+    initial = torch.full((2, 3), 0.1, dtype=torch.float64, requires_grad=True)
+    context = dpp.Context(initial_state=initial * 2)
+    got = dpp.attach(problem.func, problem.state, "reversible(steps=3)", context)
+    want = coupled(problem.func, initial * 2, 3, 0.8)
+    torch.testing.assert_close(got, want)
+    assert_close(
+        torch.autograd.grad(problem.probe(got), [initial, *problem.params]),
+        torch.autograd.grad(problem.probe(want), [initial, *problem.params]),
+        1e-10,
+    )
+
+
+def test_second_derivatives():
+    weight = (0.3 * torch.randn(3, 3, dtype=torch.float64)).requires_grad_()
+    inject = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def loss(weight, inject):
+        func = lambda h: torch.tanh(h @ weight + inject)  # noqa: E731
+        start = torch.zeros(2, 3, dtype=torch.float64)
+        return dpp.attach(func, start, "reversible(steps=4, beta=0.5)").square().sum()
+
+    assert torch.autograd.gradcheck(loss, (weight, inject))
+    assert torch.autograd.gradgradcheck(loss, (weight, inject))
+
+
+def test_states_along_the_way():
+    problem = make_equilibrium([(2, 3)])
+    strategy, context = dpp.Reversible(steps=4), dpp.Context()
+    states = list(strategy.states(problem.func, zeros(problem), context))
+    want = [coupled(problem.func, zeros(problem), n, 0.8) for n in range(1, 5)]
+    torch.testing.assert_close(states, want, rtol=1e-12, atol=1e-14)
+    assert_close(
+        torch.autograd.grad(sum(map(problem.probe, states)), problem.params),
+        torch.autograd.grad(sum(map(problem.probe, want)), problem.params),
+        1e-10,
+    )
+
+
+def test_a_backward_pass_between_the_states():
+    problem = make_equilibrium([(2, 3)])
+    states = dpp.Reversible(steps=3).states(problem.func, zeros(problem), dpp.Context())
+    for n, state in enumerate(states, start=1):
+        assert_close(
+            torch.autograd.grad(problem.probe(state), problem.params, retain_graph=True),
+            torch.autograd.grad(
+                problem.probe(coupled(problem.func, zeros(problem), n, 0.8)), problem.params
+            ),
+            1e-10,
+        )
+
+
+# --- what F may be ----------------------------------------------------------------------------
+
+
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad * weight, grad * x
+
+
+@pytest.mark.parametrize("kind", ["function", "script", "checkpoint", "in place", "energy"])
+def test_f_of_any_kind(kind):
+    """Captured tensors are found by autograd itself, wherever they enter."""
+    layer = nn.Linear(3, 3).double()
+    weight = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+    inject = weight * torch.arange(3.0).double()
+    scripted = torch.jit.script(layer) if kind == "script" else layer
+
+    def func(h):
+        if kind == "function":
+            return torch.tanh(Scale.apply(h, inject) + layer(h))
+        if kind == "checkpoint":
+            return checkpoint(lambda x: torch.tanh(layer(x) + inject), h, use_reentrant=False)
+        if kind == "in place":
+            out = torch.zeros_like(h)
+            out[:, 1:] = layer(h)[:, 1:]
+            return out.add_(inject).tanh_()
+        if kind == "energy":  # the gradient of a scalar, taken inside F
+            with torch.enable_grad():
+                x = h if h.requires_grad else h.detach().requires_grad_()
+                energy = (torch.tanh(x @ layer.weight) * inject).sum()
+                return torch.autograd.grad(energy, x, create_graph=True)[0] * 0.3
+        return torch.tanh(scripted(h) + inject)
+
+    start = torch.full((2, 3), 0.1, dtype=torch.float64)
+    params = [weight, layer.weight]
+    got = dpp.attach(func, start, "reversible(steps=3)").square().sum()
+    want = coupled(func, start, 3, 0.8).square().sum()
+    got = torch.autograd.grad(got, params, retain_graph=True)  # of the injection
+    assert_close(got, torch.autograd.grad(want, params), 1e-10)
+
+
+def test_hooks_of_captured_tensors_run_once():
+    problem = make_equilibrium([(2, 3)])
+    plain = problem.gradient("reversible(steps=3)", start=zeros(problem))
+    inject = problem.params[1]
+    handle = inject.register_hook(lambda grad: 2 * grad)
+    hooked = problem.gradient("reversible(steps=3)", start=zeros(problem))
+    handle.remove()
+    weight = problem.params[0].numel()
+    torch.testing.assert_close(hooked[:weight], plain[:weight], rtol=0, atol=0)
+    torch.testing.assert_close(hooked[weight:], 2 * plain[weight:], rtol=0, atol=0)
+
+
+def test_f_that_captures_nothing():
+    out = dpp.attach(lambda h: torch.tanh(h + 1), torch.zeros(2, 3), grad="reversible")
+    assert not out.requires_grad
+    initial = torch.zeros(2, 3, requires_grad=True)
+    context = dpp.Context(initial_state=initial)
+    func = lambda h: torch.tanh(0.5 * h + 1)  # noqa: E731
+    dpp.attach(func, torch.zeros(2, 3), "reversible(steps=2)", context).sum().backward()
+    assert initial.grad.abs().min() > 0
+
+
+def test_f_that_ignores_some_leaves_or_is_constant():
+    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    state = [torch.tensor([[2.0]]).double(), torch.tensor([[5.0]]).double()]
+    func = lambda s: [weight * torch.ones_like(s[0]), torch.full_like(s[1], 5.0)]  # noqa: E731
+    out = dpp.attach(func, state, grad="reversible(steps=2, beta=0.5)")
+    (grad,) = torch.autograd.grad(sum(leaf.sum() for leaf in out), weight)
+    assert grad == pytest.approx(1 - 0.5**2)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 1)])
+def test_scalar_and_empty_states(shape):
+    shift = torch.tensor(0.3, requires_grad=True)
+    dpp.attach(
+        lambda h: torch.sin(h) * shift, torch.full(shape, 0.6), "reversible"
+    ).sum().backward()
+    assert shift.grad is not None
+
+
+def test_complex_states():
+    matrix = 0.4 * torch.tensor([[1 + 1j, 0.5], [-0.3j, 0.7]], dtype=torch.complex128)
+    inject = torch.tensor([[1 + 2j, -1j]], dtype=torch.complex128, requires_grad=True)
+    func = lambda h: torch.tanh(h @ matrix.mT + inject)  # noqa: E731
+    start = torch.zeros(1, 2, dtype=torch.complex128)
+    weight = torch.tensor([[0.3 - 1j, 2.0]], dtype=torch.complex128)
+    got = (dpp.attach(func, start, "reversible(steps=4)") * weight).real.sum()
+    want = (coupled(func, start, 4, 0.8) * weight).real.sum()
+    assert_close(torch.autograd.grad(got, inject), torch.autograd.grad(want, inject), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_states(dtype):
+    problem = make_equilibrium([(2, 4), (2, 3)], list, dtype=dtype, norm=0.5)
+    double = make_equilibrium([(2, 4), (2, 3)], list, norm=0.5)
+    got = problem.gradient("reversible", start=zeros(problem))
+    want = double.gradient("reversible", start=zeros(double))
+    assert got.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(got.double(), want, dim=0) > 0.999
+
+
+def test_structure_dtype_and_memory_format_are_kept():
+    conv = nn.Conv2d(3, 3, 3, padding=1).to(memory_format=torch.channels_last)
+    nn.init.normal_(conv.weight, std=0.05)
+    seen = []
+
+    def func(state):
+        seen.append(state["x"].is_contiguous(memory_format=torch.channels_last))
+        return {"x": torch.tanh(conv(state["x"]))}
+
+    state = {"x": torch.randn(2, 3, 6, 5).to(memory_format=torch.channels_last)}
+    attached = dpp.attach(func, state, grad="reversible(steps=3)")
+    assert attached["x"].is_contiguous(memory_format=torch.channels_last)
+    assert attached["x"].dtype == torch.float32
+    attached["x"].sum().backward()
+    assert len(seen) == 12  # 2 * steps evaluations, forwards and backwards
+    assert all(seen)
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+def tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+
+
+def held_bytes(steps: int) -> int:
+    """Bytes that are held between forward and backward, each storage counted once."""
+    problem = make_equilibrium([(64, 50)])
+    start = zeros(problem)
+    before = {id(x) for x in tensors()}
+    packed = []  # tensors held by nodes have no Python object of their own
+
+    def pack(tensor):
+        packed.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        attached = dpp.attach(problem.func, start, dpp.Reversible(steps))
+    held = [x for x in tensors() if id(x) not in before]
+    assert any(x is attached for x in held)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+    return sum(storages.values())
+
+
+def test_bytes_held_do_not_grow_with_steps():
+    state = 64 * 50 * 8
+    # The start, the last y and z, and the result.
+    assert held_bytes(2) == held_bytes(20) == 4 * state
+
+
+def test_one_graph_at_a_time():
+    """Counts the tensors alive that F saves in its middle."""
+    problem = make_equilibrium([(2, 3)])
+
+    def peak(steps):
+        alive, counts = [], []
+
+        def func(h):
+            middle = torch.sin(h * 1.0)
+            alive.append(weakref.ref(middle))
+            counts.append(sum(ref() is not None for ref in alive))
+            return problem.func(middle)
+
+        attached = dpp.attach(func, zeros(problem), dpp.Reversible(steps, 0.5))
+        assert [ref() for ref in alive if ref() is not None] == []
+        attached.sum().backward()
+        assert len(counts) == 4 * steps
+        return max(counts)
+
+    assert peak(3) == peak(20) <= 2
+
+
+@pytest.mark.usefixtures("no_gc")
+@pytest.mark.parametrize("ending", ["never", "once", "twice", "raises"])
+def test_nothing_leaks(ending):
+    problem, refs = make_equilibrium([(2, 3)]), []
+
+    def func(h):
+        middle = h * 1.0
+        out = problem.func(middle)
+        refs.extend([weakref.ref(middle), weakref.ref(out)])
+        return out
+
+    attached = dpp.attach(func, zeros(problem), grad="reversible(steps=3)")
+    refs.append(weakref.ref(attached))
+    if ending == "once":
+        attached.sum().backward()
+    elif ending == "twice":
+        attached.sum().backward(retain_graph=True)
+        attached.sum().backward()
+    elif ending == "raises":
+        problem.params[1].register_hook(lambda grad: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            attached.sum().backward()
+    del attached
+    assert [ref() for ref in refs if ref() is not None] == []
+
+
+# --- precision --------------------------------------------------------------------------------
+
+
+def errors(monkeypatch, dtype, steps, beta):
+    """Relative errors of the recovered start and of the gradient, as in the docstring's table."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    weight = draw(256, 256)
+    weight = (weight * 0.9 / torch.linalg.matrix_norm(weight, 2)).to(dtype)
+    inject, v = draw(64, 256).to(dtype), draw(64, 256).to(dtype)
+
+    def gradient(dtype, solve):
+        w = weight.to(dtype).requires_grad_()
+        func = lambda h: torch.relu(h @ w.mT + inject.to(dtype))  # noqa: E731
+        out = solve(func, torch.zeros(64, 256, dtype=dtype))
+        return torch.autograd.grad(out, w, v.to(dtype))[0].double()
+
+    lost = []
+
+    def check(tape):
+        norm = torch.linalg.vector_norm
+        recovered, last = [*tape._other, *tape._new], tape._end[1][0]
+        lost.append(max(float(norm(x - tape._start[0]) / norm(last)) for x in recovered))
+
+    monkeypatch.setattr(_Tape, "_check_start", check)
+    got = gradient(dtype, solved_by(dpp.Reversible(steps, beta)))
+    want = gradient(torch.float64, lambda func, start: coupled(func, start, steps, beta))
+    return lost[0], float(torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beta", "steps", "start", "gradient"),
+    [
+        (torch.float32, 0.5, 10, 0, 1e-7),
+        (torch.float32, 0.5, 20, 0, 2e-7),
+        (torch.float32, 0.8, 10, 5e-10, 1e-7),
+        (torch.float32, 0.8, 20, 1e2, 2e-7),
+        (torch.float32, 1.5, 20, 0, 5e-7),
+        (torch.float64, 0.5, 10, 4e-13, 2e-15),
+        (torch.float64, 0.5, 20, 3e-9, 1e-13),
+        (torch.float64, 0.8, 10, 1e-7, 1e-12),
+        (torch.float64, 0.8, 20, 3e2, 2e-7),
+        (torch.float64, 1.5, 20, 2e-5, 2e-6),
+    ],
+)
+def test_errors_are_those_of_the_docstring(dtype, beta, steps, start, gradient, monkeypatch):
+    """Within a factor of 30: which elements round the other way depends on the machine."""
+    got_start, got_gradient = errors(monkeypatch, dtype, steps, beta)
+    assert got_start <= 30 * max(start, 1e-9 if dtype == torch.float32 else 0)
+    assert got_gradient <= 30 * gradient
+
+
+def test_too_many_steps_warn_once():
+    problem = make_equilibrium([(2, 8)], norm=0.9)
+    with pytest.warns(dpp.ConvergenceWarning) as record:
+        for _ in range(3):
+            attached = dpp.attach(problem.func, zeros(problem), "reversible(steps=60, beta=0.9)")
+            attached.sum().backward()
+    assert len(record) == 1
+    message = str(record[0].message)
+    assert "reversible(steps=60, beta=0.9)" in message
+    assert "fewer steps" in message
+
+
+def test_the_estimated_error_of_the_gradient_is_about_right(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "deq_phantom_plugin.strategies.reversible.warn_once",
+        lambda key, message: found.append(float(message.split("estimated ")[1].split()[0])),
+    )
+    monkeypatch.setattr("deq_phantom_plugin.strategies.reversible._TOLERANCE", 0)
+    for norm, steps, beta in [(0.9, 12, 0.8), (0.9, 25, 1.5), (0.5, 12, 1.2), (0.7, 40, 0.5)]:
+        problem = make_equilibrium([(4, 20)], norm=norm)
+        got = problem.gradient(dpp.Reversible(steps, beta), start=zeros(problem))
+        attached = coupled(problem.func, zeros(problem), steps, beta)
+        want = torch.autograd.grad(problem.linear_loss(attached), problem.params)
+        want = torch.cat([g.flatten() for g in want])
+        error = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want)
+        assert error / 10 <= found[-1] <= error * 100
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_a_random_f_is_noticed(steps):
+    layer = nn.Linear(20, 20)
+    func = lambda h: torch.tanh(nn.functional.dropout(layer(h), 0.3) + 1)  # noqa: E731
+    attached = dpp.attach(func, torch.zeros(8, 20), dpp.Reversible(steps))
+    with pytest.warns(dpp.ConvergenceWarning, match="deterministic"):
+        attached.sum().backward()
+
+
+def test_numbers_that_are_not_finite_raise():
+    weight = torch.tensor(0.1, requires_grad=True)  # float16 overflows on the way back
+    func = lambda h: (1e3 * (h - weight).square()).sin() * weight  # noqa: E731
+    attached = dpp.attach(func, torch.ones(4, dtype=torch.float16), "reversible(99, 0.99)")
+    with pytest.raises(dpp.NonFiniteError, match="fewer steps"):
+        attached.sum().backward()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_non_finite_incoming_gradients_pass_through(bad):
+    problem = make_equilibrium([(3, 4)])
+    attached = dpp.attach(problem.func, zeros(problem), grad="reversible")
+    v = torch.ones(3, 4, dtype=torch.float64)
+    v[1, 2] = bad
+    (grad,) = torch.autograd.grad(attached, problem.params[1], v)
+    assert not grad[1].isfinite().all()
+    assert grad[[0, 2]].isfinite().all()
+
+
+# --- surroundings -----------------------------------------------------------------------------
+
+
+def test_no_grad_returns_what_was_given():
+    problem = nested()
+    with torch.no_grad():
+        attached = dpp.attach(lambda h: 1 / 0, problem.state, grad="reversible")
+    for got, want in zip(tree_leaves(attached), problem.leaves, strict=True):
+        assert torch.equal(got, want)
+        assert not got.requires_grad
+
+
+def test_autocast_in_backward_as_in_forward():
+    model, x, dtypes = Encoded(torch.float32), torch.randn(3, 5), []
+    model.layer.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+
+    def gradients(solve):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(x, solve)
+        return torch.autograd.grad(out.float().sum(), list(model.parameters()))
+
+    got = gradients(solved_by("reversible(steps=3)"))
+    assert set(dtypes) == {torch.bfloat16}
+    assert len(dtypes) == 12
+    want = gradients(lambda func, start: coupled(func, start.float(), 3, 0.8))
+    assert_close(got, want, 0.05)  # bfloat16 rounds the iterates to 4e-3
+
+    # And none in backward where there was none.
+    dtypes.clear()
+    out = model(x, solved_by("reversible(steps=3)"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out.sum().backward()
+    assert set(dtypes) == {torch.float32}
+
+
+def test_backward_twice_over_a_retained_graph():
+    problem = make_equilibrium([(2, 3)])
+    loss = problem.probe(dpp.attach(problem.func, zeros(problem), grad="reversible"))
+    first = torch.autograd.grad(loss, problem.params, retain_graph=True)
+    assert_close(torch.autograd.grad(loss, problem.params), first, 0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, problem.params)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_activation_checkpointing(reentrant):
+    problem = make_equilibrium([(2, 3)])
+    region = lambda gate: (  # noqa: E731
+        dpp.attach(problem.func, zeros(problem), grad="reversible(steps=3)") * gate.sum()
+    )
+    gate = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    # Under reentrant checkpointing the first pass has no grad, and returns the start.
+    loss = lambda out: problem.linear_loss(out)  # noqa: E731
+    plain = torch.autograd.grad(loss(region(gate)), [*problem.params, gate])
+    loss(checkpoint(region, gate, use_reentrant=reentrant)).backward()
+    assert_close([problem.params[0].grad, problem.params[1].grad, gate.grad], plain, 1e-12)
+
+
+def test_a_head_may_work_in_place():
+    problem = make_equilibrium([(2, 3)])
+    start = zeros(problem)
+    apart = problem.probe(dpp.attach(problem.func, start, grad="reversible").relu())
+    within = problem.probe(dpp.attach(problem.func, start, grad="reversible").relu_())
+    start.add_(1)  # nor is the start read again
+    within = torch.autograd.grad(within, problem.params)
+    assert_close(within, torch.autograd.grad(apart, problem.params), 0)
+
+
+def test_parameters_changed_before_backward_are_noticed():
+    problem = make_equilibrium([(2, 3)])
+    loss = problem.probe(dpp.attach(problem.func, zeros(problem), grad="reversible"))
+    with torch.no_grad():
+        problem.params[0].mul_(1.001)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+def test_tensors_that_f_itself_changes_in_place_are_noticed():
+    weight = torch.ones(2, requires_grad=True)
+    func = lambda h: (0.1 * h * weight).exp().add_(1)  # noqa: E731
+    loss = dpp.attach(func, torch.zeros(2), grad="reversible").sum()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+def test_an_f_that_changes_between_evaluations_is_noticed():
+    problem, calls = make_equilibrium([(2, 3)]), []
+
+    def func(h):
+        calls.append(1)
+        return problem.func(h) if len(calls) <= 4 else 0.5 * h
+
+    loss = dpp.attach(func, zeros(problem), grad="reversible(steps=2)").sum()
+    with pytest.raises(RuntimeError, match="fewer tensors"):
+        loss.backward()
+
+
+def test_inference_mode_starts():
+    problem = make_equilibrium([(2, 3)])
+    with torch.inference_mode():
+        start = problem.func(problem.state)
+    assert problem.gradient("reversible", start=start).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("func", "match"),
+    [
+        (lambda h: [h], "structure"),
+        (lambda h: h[:1], "shape"),
+        (lambda h: h.float(), "dtype"),
+        (lambda h: h.add_(1), "in place"),
+    ],
+)
+def test_func_must_return_what_it_was_given(func, match):
+    with pytest.raises(ValueError, match=match):
+        dpp.attach(func, torch.ones(2, 3, dtype=torch.float64), grad="reversible")
+
+
+# --- TorchDEQ ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("core", ["sliced", "indexing"])
+@pytest.mark.parametrize("several", [False, True])
+def test_through_torchdeq(core, several):
+    torchdeq = pytest.importorskip("torchdeq")
+    dpp.enable()
+    shapes = [(3, 4), (3, 2, 3)] if several else [(3, 4)]
+    problem = make_equilibrium(shapes, list if several else lambda leaves: leaves[0])
+    evaluations = []
+
+    def func(*state):
+        evaluations.append(1)
+        return problem.func(list(state) if several else state[0])
+
+    deq = torchdeq.get_deq(core=core, grad="reversible(steps=20, beta=0.8)", f_max_iter=99)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (out,), _ = deq(func, zeros(problem))
+        assert len(evaluations) == 40
+        got = torch.autograd.grad(problem.probe(out), problem.params)
+    want = coupled(problem.func, zeros(problem), 20, 0.8)
+    assert_close(got, torch.autograd.grad(problem.probe(want), problem.params), 1e-4)
+
+    (out,), _ = deq.eval()(func, zeros(problem))
+    for a, b in zip(tree_leaves(out), problem.leaves, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+    sampled = torchdeq.get_deq(core=core, grad="reversible(steps=6)", sup_gap=2)
+    outs, _ = sampled(func, zeros(problem))
+    assert len(outs) == 3
+    torch.testing.assert_close(
+        tree_leaves(outs[1]), tree_leaves(coupled(problem.func, zeros(problem), 4, 0.8))
+    )
+
+
+# --- declarative ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["reversible", "reversible(steps=3)", "reversible(9, beta=1.5)"])
+def test_values(spec):
+    strategy = dpp.get_strategy(spec)
+    assert isinstance(strategy, dpp.Reversible)
+    assert strategy.owns_solve
+    assert strategy == dpp.get_strategy(repr(strategy))
+    assert hash(strategy) == hash(copy.deepcopy(strategy))
+    assert pickle.loads(pickle.dumps(strategy)) == strategy
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        ("reversible(steps=0)", "steps=0; expected a whole number of at least 1"),
+        ("reversible(steps=1.5)", "steps=1.5"),
+        ("reversible(beta=1)", r"beta=1; expected .* cannot be undone: use bptt"),
+        ("reversible(beta=1.0)", "beta=1.0"),
+        ("reversible(beta=0)", r"beta=0; expected a number in \(0, 1\) or \(1, 2\)"),
+        ("reversible(beta=2)", "beta=2"),
+        ("reversible(beta=-0.5)", "beta=-0.5"),
+        ("reversible(beta='half')", "beta='half'"),
+        ("reversible(beta=True)", "beta=True"),
+    ],
+)
+def test_arguments_out_of_range(spec, match):
+    with pytest.raises(ValueError, match=match):
+        dpp.get_strategy(spec)
+
+
+def test_beta_nan_is_refused():
+    with pytest.raises(ValueError, match="beta=nan"):
+        dpp.Reversible(beta=float("nan"))
