@@ -35,8 +35,23 @@ types: $(VENV)/.installed
 wheel: $(VENV)/.installed  ## install the built wheel into an empty environment and use it there
 	bash .ci/wheel $(BIN)/python
 
+.PHONY: bench bench-silva
+bench: $(VENV)/.installed  ## ours against TorchDEQ and floors; BENCH="--images F.npz --graphs DIR"
+	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+bench-silva: .venv-silva/.installed  ## the same with silva-networks, which needs numpy < 2
+	.venv-silva/bin/python benchmarks/bench.py --only forward step synthetic $(BENCH)
+
+.venv-silva/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-silva
+	echo '*' > .venv-silva/.gitignore
+	.venv-silva/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-silva/bin/python -m pip install --quiet -c constraints.txt \
+		"numpy<2" silva-networks==1.2.2 -e ".[vision,text]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info
+	rm -rf $(VENV) .venv-silva build dist runs *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -21,7 +21,7 @@ from .fixed_point import fixed_point
 from .gmres import gmres
 from .linearization import Linearization, inside_checkpoint, mixes_samples
 from .packing import Packing
-from .progress import Apply, Solution
+from .progress import Apply, Solution, choose
 
 __all__ = [
     "SOLVERS",
@@ -95,7 +95,9 @@ def solve(
     packing = Packing(cotangents, batch_dim)
     rhs = packing.pack(cotangents)
     # Scaled before the norm is taken, which would overflow for large and vanish for tiny v.
-    largest = rhs.abs().amax(dim=1, keepdim=True) if rhs.shape[1] else rhs.new_zeros(len(rhs), 1)
+    largest = rhs.new_zeros(len(rhs), 1)
+    if rhs.shape[1]:
+        largest = torch.linalg.vector_norm(rhs, ord=torch.inf, dim=1, keepdim=True)
     usable = (largest > 0) & torch.isfinite(largest)
     unit = torch.where(usable, rhs / torch.where(usable, largest, 1), 0)
     length = torch.where(usable, torch.linalg.vector_norm(unit, dim=1, keepdim=True), 1)
@@ -116,7 +118,7 @@ def solve(
             max_vjp,
             packing.pack(start) / (torch.where(usable, length * largest, 1)),
         )
-    g = torch.where(usable, solution.x * length * largest, rhs)
+    g = choose(usable.squeeze(1), solution.x * (length * largest), rhs)
     return packing.unpack(g), solution
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .progress import Apply, Progress, Solution
+from .progress import Apply, Progress, Solution, choose
 
 
 def anderson(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, window: int = 8) -> Solution:
@@ -45,6 +45,6 @@ def anderson(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, window: int = 
             mix, _ = torch.linalg.solve_ex(gram[:, :kept, :kept] + ridge[:kept, :kept], projected)
             update = residual - (mix.mT @ moves[:, :kept]).squeeze(1)
         old_x, old_residual = x, residual
-        x = torch.where(progress.active[:, None], x + update, x)
+        x = choose(progress.active, x + update, x)
         iteration += 1
     return progress.solution()

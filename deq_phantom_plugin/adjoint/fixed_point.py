@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .progress import Apply, Progress, Solution
+from .progress import Apply, Progress, Solution, choose
 
 
 def fixed_point(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
@@ -20,5 +19,5 @@ def fixed_point(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution
         image = rhs + progress.apply(x)
         if progress.record(x, image - x):
             break
-        x = torch.where(progress.active[:, None], image, x)
+        x = choose(progress.active, image, x)
     return progress.solution()

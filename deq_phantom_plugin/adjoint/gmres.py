@@ -38,7 +38,7 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
     norm = torch.linalg.vector_norm(residual, dim=1)
     running = progress.active.clone()
     basis = residual.new_empty(batch, length + 1, size)  # written before read: few are needed
-    basis[:, 0] = _unit(residual, norm) * running[:, None]
+    _put_unit(basis[:, 0], residual, norm, running)
     triangle = residual.new_zeros(batch, length, length)
     # The rotations so far, as one matrix: a product with it stands for a loop over them.
     rotation = torch.eye(length + 1, dtype=residual.dtype, device=residual.device)
@@ -64,7 +64,7 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
         target[:, j] = torch.where(regular, cosine * target[:, j], 0)
         used = j + 1
         running = regular & ~(target[:, j + 1].abs() <= progress.tol)
-        basis[:, j + 1] = _unit(vector, below) * running[:, None]
+        _put_unit(basis[:, j + 1], vector, below, running)
         if not progress.go_on(running, finite):
             break
     weights: Tensor = torch.linalg.solve_triangular(
@@ -100,5 +100,9 @@ def _projected(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return torch.baddbmm(vector[:, None], part, basis, alpha=-1).squeeze(1), part.squeeze(1)
 
 
-def _unit(vectors: Tensor, norm: Tensor) -> Tensor:
-    return torch.where((norm > 0)[:, None], vectors / norm[:, None], 0)
+def _put_unit(place: Tensor, vectors: Tensor, norm: Tensor, running: Tensor) -> None:
+    """Write vectors of norm one, zero where a sample has stopped."""
+    kept = running & (norm > 0)
+    torch.mul(vectors, torch.where(kept, 1 / torch.where(kept, norm, 1), 0)[:, None], out=place)
+    if place.device.type != "cpu" or not bool(kept.all()):
+        place.masked_fill_(~kept[:, None], 0)  # infinity times zero is NaN

@@ -34,6 +34,23 @@ class Solution:
     converged: bool
 
 
+def choose(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Return `new` in the chosen samples and `old` in the others; one of them itself if it can be.
+
+    Args:
+        chosen: shape (B,).
+        new: shape (B, ...), or of no dimension where there is one sample.
+        old: of the same shape.
+    """
+    if chosen.device.type == "cpu":  # elsewhere to ask would be to wait for the device
+        if bool(chosen.all()):
+            return new
+        if not bool(chosen.any()):
+            return old
+    shape = (-1, *[1] * (new.dim() - 1)) if new.dim() > 0 else ()
+    return torch.where(chosen.reshape(shape), new, old)
+
+
 class Progress:
     """Follows a solve of (I - J^T) x = rhs sample by sample.
 
@@ -80,6 +97,8 @@ class Progress:
     def record(self, x: Tensor, residual: Tensor) -> bool:
         """Take note of an iterate and its residual vector; return whether all are solved.
 
+        The iterate is kept as it is, and must not be changed afterwards.
+
         The one place where the host waits for the device: one flag for "go on" and one for
         "non-finite" travel together.
 
@@ -88,7 +107,7 @@ class Progress:
         """
         norm = torch.linalg.vector_norm(residual, dim=1)
         better = self.active & (norm < self._best_residual)
-        self._best = torch.where(better[:, None], x, self._best)
+        self._best = choose(better, x, self._best)
         self._best_residual = torch.where(better, norm, self._best_residual)
         self._trace.append(self._best_residual)
         finite = torch.isfinite(norm) | ~self.active

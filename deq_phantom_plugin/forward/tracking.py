@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adjoint import Packing
 from ..adjoint.inverse_estimate import InverseEstimate
+from ..adjoint.progress import choose
 from ..state import State, flatten, unflatten
 
 STOP_MODES = ("abs", "rel")
@@ -155,7 +156,7 @@ class Tracker:
                 better = torch.ones_like(better)
             if mode == self._stop_mode:
                 self.best = [
-                    _where(better, x, old) for x, old in zip(state, self.best, strict=True)
+                    choose(better, x, old) for x, old in zip(state, self.best, strict=True)
                 ]
                 self._n_steps = torch.where(better, step, self._n_steps)
             self._lowest[mode] = torch.where(better, value, self._lowest[mode])
@@ -233,10 +234,3 @@ class _Flags:
         event.synchronize()
         found = earlier.tolist()
         return found
-
-
-def _where(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    if better.device.type == "cpu" and bool(better.all()):
-        return new  # no copy; elsewhere to ask would be to wait
-    shape = (-1, *[1] * (new.dim() - 1)) if new.dim() > 0 else ()
-    return torch.where(better.reshape(shape), new, old)
