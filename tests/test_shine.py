@@ -197,3 +197,27 @@ def test_the_spec_parses_back():
     for spec in ("shine", "shine(refine=3)", "shine(fallback=None)"):
         strategy = dpp.get_strategy(spec)
         assert dpp.get_strategy(repr(strategy)) == strategy
+
+
+def test_reports_and_monitors_of_a_model_that_uses_it():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+            self.deq = get_deq(grad="shine", f_solver="broyden_fast", f_max_iter=30)
+
+        def forward(self, x):
+            states, _ = self.deq(
+                lambda h: torch.tanh(0.5 * self.linear(h) + x), torch.zeros_like(x)
+            )
+            return states[-1]
+
+    seen = []
+    with dpp.enabled("torchdeq"):
+        model, x = Model(), torch.randn(4, 8)
+        report = dpp.model_report(model, x, lambda out: out.square().mean(), ["shine", "jfb"])
+        shine, jfb = report.reports[0].results
+        assert 1 - shine.cosine < 1 - jfb.cosine
+        with dpp.monitor(model, lambda numbers, step: seen.append(numbers), every=1):
+            model(x).square().mean().backward()
+    assert seen[0]["deq/cosine"] == pytest.approx(shine.cosine, abs=1e-3)

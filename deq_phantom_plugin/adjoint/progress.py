@@ -39,7 +39,7 @@ def choose(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
     Args:
         chosen: shape (B,).
-        new: shape (B, ...), or of no dimension where there is one sample.
+        new: shape (B, ...), or of no dimension if there is one sample.
         old: of the same shape.
     """
     if chosen.device.type == "cpu":  # elsewhere to ask would be to wait for the device

@@ -20,7 +20,6 @@ from ..output import write_whole
 from ..registry import Spec, get_strategy
 from ..state import flatten
 from ..strategies.arguments import positive_int
-from ..strategy import Context
 from .derivatives import check_params
 from .equilibria import named_equilibria
 from .problem import Problem, check_scalar, inner_product
@@ -121,7 +120,7 @@ def model_report(
                 solve.equilibrium,
                 partial(inner_product, v),
                 params,
-                Context(solve.batch_dim, solve.initial_state, step=solve.step),
+                solve.context,
             )
             current = [] if solve.strategy in strategies else [solve.strategy]
             reports.append(

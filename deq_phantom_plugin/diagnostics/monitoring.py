@@ -118,7 +118,7 @@ class _Watch:
             solve.func,
             solve.equilibrium,
             solve.strategy,
-            Context(solve.batch_dim, solve.initial_state, step=solve.step),
+            solve.context,
             {"forward_residual": solve.residual.mean(), "nfe": solve.nfe},
             _autocast(leaves[0].device.type),
         )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..state import State
-from ..strategy import GradStrategy
+from ..strategy import Context, GradStrategy
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,7 @@ class Solve:
             know it.
         nfe: evaluations of F that the solve took.
         batch_dim: see `Context.batch_dim`.
+        solver_result: see `Context.solver_result`.
     """
 
     func: Callable[[State], State]
@@ -40,6 +41,14 @@ class Solve:
     residual: Tensor
     nfe: int
     batch_dim: int | None = 0
+    solver_result: Any = None
+
+    @property
+    def context(self) -> Context:
+        """What a strategy may know of it."""
+        return Context(
+            self.batch_dim, self.initial_state, solver_result=self.solver_result, step=self.step
+        )
 
 
 class Host(ABC):

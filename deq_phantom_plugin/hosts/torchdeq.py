@@ -345,6 +345,8 @@ def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
                 kwargs["solver_kwargs"] = {**options, "keep_inverse": True}
             solved = original(self, deq_func, z_init, *args, **kwargs)
             known = torchdeq_solvers.take_inverse_jacobian(solved[-1])
+        if isinstance(deq_func.func, _Counted):
+            deq_func.func.solver_result = known
         call.initial_states += [z_init] * len(producers)
         call.infos += [known] * len(producers)
         return solved
@@ -429,11 +431,12 @@ def _report(writer: Callable[[Any], None], stats: BackwardStats) -> None:
 
 
 class _Counted:
-    """A function, and how often it was called without and with autograd."""
+    """A function, how often it was called without and with autograd, and how its solve ended."""
 
     def __init__(self, func: Callable[..., Any]) -> None:
         self.func = func
         self.calls = {False: 0, True: 0}
+        self.solver_result: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls[torch.is_grad_enabled()] += 1
@@ -457,6 +460,7 @@ def _solve(deq: Any, producer: Any, args: Any, kwargs: Any, attached: State, inf
         residual=torch.where(residual < 0, torch.nan, residual),
         # Solvers run without autograd; a strategy that owns the solve runs with it.
         nfe=counted.calls[False] or counted.calls[True],
+        solver_result=counted.solver_result,
     )
 
 
