@@ -24,8 +24,8 @@ class InverseEstimate:
     (Kelley 1995, "Iterative Methods for Linear and Nonlinear Equations", section 7.3), so that one
     vector an iteration is kept where the two factors of a sum of outer products would be two, and a
     product with H reads them twice: once for inner products and once for their combination, whose
-    coefficients solve a small triangular system in the steps' Gram matrix. That matrix is found
-    from the same inner products.
+    coefficients solve a small triangular system in the steps' Gram matrix. A row of that matrix
+    comes out of the same pass. (From a recurrence it could be had without, but not in float32.)
 
     Args:
         rows: the shape, dtype and device of r, a (B, D) matrix.
@@ -73,15 +73,12 @@ class InverseEstimate:
         """
         n = self._count
         step = residual if self._initial is None else self._initial(residual)
-        products = step[:, :0]  # of this step with s_j
         scale = torch.ones_like(step[:, 0])
         if n > 0:
-            inner = products = self._inner(step, n)
-            coefficients = self._forward(inner, n)
+            coefficients = self._forward(self._inner(step, n), n)
             if n > 1:
                 mixed = coefficients[:, None, :-1]
                 step = torch.baddbmm(step[:, None], mixed, self._steps[:, 1:n]).squeeze(1)
-                products = inner + (mixed @ self._gram[:, 1:n, :n]).squeeze(1)
         square = torch.linalg.vector_norm(step, dim=1).square()
         if n > 0:
             # With w = -H_{n-1} r, the update gives -H_n r = w / (1 - s . w / |s|^2).
@@ -91,7 +88,7 @@ class InverseEstimate:
             usable = (1 - last).abs() > _SKIP * relative
             self._weights[:, n - 1] = torch.where(usable, weight, 0)
             scale = scale / torch.where(usable, 1 - last, 1)
-        return self._keep(step, torch.where(active, scale, 0), square, products, active)
+        return self._keep(step, torch.where(active, scale, 0), square, active)
 
     def transposed(self, vectors: Tensor) -> Tensor:
         """Return -H^T x for the last H, shape (B, D): an estimate of (I - J^T)^-1 x."""
@@ -103,8 +100,12 @@ class InverseEstimate:
         return combined if self._initial_transposed is None else self._initial_transposed(combined)
 
     def _inner(self, vectors: Tensor, n: int) -> Tensor:
-        # A row vector from the left: a column vector from the right takes several times as long.
-        return (vectors[:, None] @ self._steps[:, :n].mT).squeeze(1)
+        """Return the inner products with all steps, and fill in those of the last step."""
+        # Row vectors from the left: column vectors from the right take several times as long.
+        pair = torch.stack([vectors, self._steps[:, n - 1]], dim=1)
+        products = pair @ self._steps[:, :n].mT
+        self._gram[:, n - 1, :n] = self._gram[:, :n, n - 1] = products[:, 1]
+        return products[:, 0]
 
     def _forward(self, inner: Tensor, n: int) -> Tensor:
         """Return c with c_j = (s_j . x + sum_{i<j} (s_j . s_{i+1}) c_i) / |s_j|^2, for j < n."""
@@ -127,16 +128,12 @@ class InverseEstimate:
         )
         return coefficients.squeeze(2)
 
-    def _keep(
-        self, step: Tensor, scale: Tensor, square: Tensor, products: Tensor, active: Tensor
-    ) -> Tensor:
+    def _keep(self, step: Tensor, scale: Tensor, square: Tensor, active: Tensor) -> Tensor:
         n = self._count
         kept = torch.mul(step, scale[:, None], out=self._steps[:, n])
         square = square * scale.square()
         if active.device.type != "cpu" or not bool(active.all()):
             kept.masked_fill_(~active[:, None], 0)  # NaN times zero is NaN
-        self._gram[:, n, :n] = self._gram[:, :n, n] = products * scale[:, None]
-        self._gram[:, n, n] = square
         usable = (square > 0) & torch.isfinite(square)
         self._weights[:, n] = torch.where(usable, 1 / torch.where(usable, square, 1), 0)
         self._count = n + 1

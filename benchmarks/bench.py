@@ -1,0 +1,129 @@
+"""Ours against TorchDEQ, silva-networks and hand-written floors, in one process, taken in turn.
+
+    python benchmarks/bench.py [--only GROUP ...] [--out benchmarks/results/cpu-DATE.json]
+
+Writes JSON, and a Markdown table beside it, and prints the table. What is not installed is
+marked "not available" in its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from suite import contest
+from suite.data import load_images
+from suite.report import Results
+
+import deq_phantom_plugin as dpp
+
+GROUPS = ("backward", "forward", "step", "ift", "ignn", "memory", "overhead", "synthetic")
+GROUPS += ("scaling", "device")
+
+
+def environment(args: argparse.Namespace, settings: contest.Settings) -> dict[str, object]:
+    """Return what the numbers depend on besides the code."""
+    gpu = None
+    if settings.device.type == "cuda":
+        gpu = torch.cuda.get_device_name(settings.device)
+    versions = {}
+    for package in ("torchdeq", "silva-networks", "transformers", "torch-geometric", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": str(settings.device),
+        "gpu": gpu,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load average at start": os.getloadavg()[0],
+        "threads": torch.get_num_threads(),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "repeats": settings.repeats,
+        "quick": settings.quick,
+        "images": load_images(settings.images).name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deq-phantom-plugin": dpp.__version__,
+        **versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text().splitlines() if info.is_file() else [])
+        if line.startswith("model name")
+    ]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _file_name(about: dict[str, object]) -> str:
+    """Return DEVICE-DATE.json, and say that silva-networks was there: it has its own versions."""
+    device = str(about["gpu"] or "cpu").replace(" ", "-").lower()
+    silva = "" if about["silva-networks"] == "not installed" else "-silva"
+    return f"{device}{silva}-{datetime.date.today().isoformat()}.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the groups that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
+    parser.add_argument("--out", type=Path, help="JSON; default benchmarks/results/DEVICE-DATE")
+    parser.add_argument("--repeats", type=int, default=11, help="rounds of each contest")
+    parser.add_argument(
+        "--work", default="", metavar="TEXT", help="only work that has it in its name"
+    )
+    parser.add_argument("--threads", type=int, help="of PyTorch; its own default")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: tests the suite itself")
+    parser.add_argument("--images", type=Path, help=".npz of JPEGs; else scikit-learn's digits")
+    parser.add_argument("--graphs", type=Path, help="root of PyG's data sets, for group ignn")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--cache", type=Path, default=Path("runs/bench"), help="trained weights")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # A solve that is cut short on purpose is no news here.
+    warnings.filterwarnings("ignore", category=dpp.ConvergenceWarning)
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+    settings = contest.Settings(
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        repeats=min(args.repeats, 2) if args.quick else args.repeats,
+        quick=args.quick,
+        images=args.images,
+        graphs=args.graphs,
+        cache=args.cache,
+    )
+    results = Results(environment(args, settings))
+    out = args.out or Path(__file__).parent / "results" / _file_name(results.environment)
+    start = time.monotonic()
+    for name in args.only:
+        group = importlib.import_module(f"suite.groups.{name}")
+        try:
+            for item in group.contests(settings):
+                if args.work in item.work:
+                    contest.hold(item, settings, results)
+        except contest.Unavailable as reason:
+            results.notes.append(f"Group `{name}` or the rest of it: not available: {reason}.")
+        results.environment["minutes"] = round((time.monotonic() - start) / 60, 1)
+        results.write(out)  # after each group: a run that is cut short leaves what it has
+    print(results.markdown())
+    print(f"written: {out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

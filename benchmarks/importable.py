@@ -1,0 +1,42 @@
+"""Make this package importable from the checkout without installing it, or pip, or a network.
+
+    export PYTHONPATH=$(python benchmarks/importable.py FOLDER)
+
+Lays out in FOLDER what an installation would: the package with `adapters/` inside it, as links
+into the checkout, and the metadata that its entry points are read from. Prints the folder.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def lay_out(folder: Path) -> None:
+    """Fill an empty folder."""
+    package = folder / "deq_phantom_plugin"
+    package.mkdir(parents=True)
+    for source in (ROOT / "deq_phantom_plugin").iterdir():
+        (package / source.name).symlink_to(source)
+    (package / "adapters").symlink_to(ROOT / "adapters")
+    project = (ROOT / "pyproject.toml").read_text()
+    # Not tomllib: Python has it from 3.11 on, and all that is wanted are lines of two kinds.
+    version = re.search(r'^version = "(.+)"', project, re.MULTILINE)
+    assert version is not None, "pyproject.toml has no version"
+    info = folder / f"deq_phantom_plugin-{version[1]}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: deq-phantom-plugin\nVersion: {version[1]}\n"
+    )
+    groups = re.findall(r'^\[project\.entry-points\."(.+)"\]\n((?:.+\n)+)', project, re.MULTILINE)
+    (info / "entry_points.txt").write_text(
+        "\n".join(f"[{group}]\n" + points.replace('"', "") for group, points in groups)
+    )
+
+
+if __name__ == "__main__":
+    lay_out(Path(sys.argv[1]))
+    print(Path(sys.argv[1]).resolve())

@@ -1,0 +1,142 @@
+"""What code spends besides time: evaluations of f, products with its Jacobian, bytes, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from deq_phantom_plugin.diagnostics.cost import _storages
+
+MIB = 2**20
+
+
+class Counted:
+    """A map f that can be made to count its evaluations and the backward passes through it.
+
+    Attributes:
+        counting: whether it does; off while times are taken.
+        evaluations: of f.
+        backwards: passes of a gradient through an evaluation of f.
+    """
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = func
+        self.counting = False
+        self.evaluations = self.backwards = 0
+
+    def __call__(self, *state: Any) -> Any:
+        """Evaluate f."""
+        if not self.counting:
+            return self.func(*state)
+        self.evaluations += 1
+        leaves, structure = tree_flatten(self.func(*state))
+        if not torch.is_grad_enabled():
+            return tree_unflatten(leaves, structure)
+        return tree_unflatten(list(_CountBackward.apply(self, *leaves)), structure)
+
+    @contextmanager
+    def count(self) -> Iterator[None]:
+        """Count from zero inside a `with` block."""
+        self.counting, self.evaluations, self.backwards = True, 0, 0
+        try:
+            yield
+        finally:
+            self.counting = False
+
+
+class _CountBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, counted: Counted, *leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.counted = counted
+        return tuple(leaf.view_as(leaf) for leaf in leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.counted.backwards += 1
+        return (None, *grads)
+
+
+def saved_bytes(run: Callable[[], Any], known: Iterable[Tensor]) -> int:
+    """Return the most bytes that autograd held for backward at once while `run` ran.
+
+    Exact and the same every time. A storage counts once, however often it is saved.
+
+    Args:
+        run: builds graphs and goes back through them.
+        known: tensors that would be there anyway, such as parameters; these do not count.
+    """
+    ledger = _Ledger({storage.data_ptr() for storage in _storages(list(known))})
+    with torch.autograd.graph.saved_tensors_hooks(ledger.hold, lambda held: held.tensor):
+        run()
+    return ledger.peak
+
+
+class _Ledger:
+    def __init__(self, known: set[int]) -> None:
+        self._known = known
+        self._holders: dict[int, int] = {}
+        self._now = self.peak = 0
+
+    def hold(self, tensor: Tensor) -> _Held:
+        # A sparse tensor has several places.
+        return _Held(self, tensor, [(s.data_ptr(), s.nbytes()) for s in _storages(tensor)])
+
+    def add(self, key: int, size: int, holders: int) -> None:
+        if key in self._known:
+            return
+        before = self._holders.get(key, 0)
+        self._holders[key] = before + holders
+        if before == 0 or before + holders == 0:
+            self._now += size * holders
+            self.peak = max(self.peak, self._now)
+
+
+class _Held:
+    """What autograd keeps in a tensor's place; gone when the graph lets go of it."""
+
+    def __init__(self, ledger: _Ledger, tensor: Tensor, places: list[tuple[int, int]]) -> None:
+        self.tensor = tensor
+        self._ledger, self._places = ledger, places
+        for key, size in places:
+            ledger.add(key, size, +1)
+
+    def __del__(self) -> None:
+        for key, size in self._places:
+            self._ledger.add(key, size, -1)
+
+
+# Names of the profiler's events. The last is how a number gets from a tensor to Python on any
+# device, so that host-device syncs can be counted on a machine without one.
+_EVENTS = {
+    "kernel_launches": (
+        "cudaLaunchKernel",
+        "cudaLaunchKernelExC",
+        "cuLaunchKernel",
+        "cuLaunchKernelEx",
+    ),
+    "graph_launches": ("cudaGraphLaunch",),
+    "syncs": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+    "host_reads": ("aten::_local_scalar_dense",),
+}
+
+
+def profiled(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Return how often `run` calls operators, launches kernels and waits for the device."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()  # the profiler's own synchronisation at the end is counted: one more for everybody
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    found: dict[str, float] = {
+        "operators": sum(n for name, n in counts.items() if name.startswith("aten::"))
+    }
+    for what, names in _EVENTS.items():
+        found[what] = sum(counts.get(name, 0) for name in names)
+    return found

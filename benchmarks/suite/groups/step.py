@@ -1,0 +1,165 @@
+"""A whole training step: solve, attach, backward, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+import deq_phantom_plugin as dpp
+
+from .. import work
+from ..accounting import Counted
+from ..contest import Contender, Contest, Ratio, Settings, available
+from ..peers import Silva, evaluations, torchdeq
+from ..timing import Run
+from ..work import Training, residuals
+
+FORWARD, BACKWARD = 22, 24  # evaluations of f, of the solve and of TorchDEQ's adjoint solve
+PG, IFT = "broyden + phantom gradient (5, 0.5)", "broyden + ift (broyden, 24)"
+AS_IN_ZOO = ", f as in the deq-zoo"
+OURS = {
+    "broyden_fast + upg": "upg(k=5, lam=0.5)",
+    "broyden_fast + npg": "npg(k=5, lam=0.5)",
+    "broyden_fast + ift, 24 VJPs": f"ift(tol=1e-12, max_iter={BACKWARD})",
+    "broyden_fast + ift, as it comes": "ift",
+    "broyden_fast + shine": "shine",
+    "broyden_fast + jfb": "jfb",
+}
+SILVA: dict[str, dict[str, Any]] = {
+    "broyden + phantom": {"backward_mode": "phantom", "phantom_steps": 5, "phantom_tau": 0.5},
+    "broyden + neumann": {"backward_mode": "neumann", "neumann_terms": 5},
+    "broyden + implicit (gmres, 24)": {"backward_mode": "implicit", "backward_max_iter": BACKWARD},
+    "broyden + shine": {"backward_mode": "shine"},
+}
+
+
+def contests(settings: Settings) -> Iterator[Contest]:
+    """Yield one contest a model; the learning rate is zero, so that all see the same weights."""
+    for training in trainings(settings):
+        contenders = list(_contenders(training, settings))
+        upg = "broyden_fast + upg"
+        ratios = [Ratio(upg, f"torchdeq: {PG}", 0.68), Ratio(upg, f"torchdeq: {IFT}", 0.36)]
+        if any(c.method.endswith(AS_IN_ZOO) for c in contenders):
+            ratios.insert(1, Ratio(upg, f"torchdeq: {PG}{AS_IN_ZOO}", 0.68))
+            ratios.append(Ratio(upg, f"torchdeq: {IFT}{AS_IN_ZOO}", 0.36))
+        ratios += [Ratio(name, f"torchdeq: {IFT}") for name in OURS if name != upg]
+        ratios += [
+            Ratio("broyden_fast + upg", "silva: broyden + phantom", 1.0),
+            Ratio("broyden_fast + npg", "silva: broyden + neumann", 1.0),
+            Ratio("broyden_fast + ift, 24 VJPs", "silva: broyden + implicit (gmres, 24)", 1.0),
+            Ratio("broyden_fast + shine", "silva: broyden + shine", 1.0),
+        ]
+        yield Contest(
+            "step", training.name, contenders, ratios, known=training.parameters, repeats=7
+        )
+
+
+def trainings(settings: Settings) -> Iterator[Training]:
+    """Yield the models, those that can be had."""
+    builders: list[Callable[[], Training]] = [
+        lambda: work.synthetic_training(*(16, 4) if settings.quick else (512, 64), settings)
+    ]
+    for layout in work.FORMATS:
+        builders.append(lambda layout=layout: work.mdeq_training("tiny", settings, layout))
+    if not settings.quick:
+        builders.append(lambda: work.mdeq_training("small", settings, "channels_last"))
+        builders.append(lambda: work.transformer_training(512, 4, 64, settings))
+    builders.append(lambda: work.transformer_training(128, 16, 64, settings))
+    yield from available(builders)
+
+
+def _contenders(training: Training, settings: Settings) -> Iterator[Contender]:
+    solve: dict[str, Any] = {"f_tol": 0.0, "f_stop_mode": "rel"}
+
+    def peer(solver: str, **more: Any) -> Any:
+        return lambda: torchdeq(
+            f_solver=solver, f_max_iter=evaluations(solver, FORWARD), **solve, **more
+        )
+
+    phantom = peer("broyden", grad=5, tau=0.5)
+    implicit = peer("broyden", ift=True, b_solver="broyden", b_max_iter=BACKWARD - 1, b_tol=0.0)
+    yield _contender(f"torchdeq: {PG}", "torchdeq", phantom, training)
+    yield _contender(f"torchdeq: {IFT}", "torchdeq", implicit, training)
+    # Only with an MDEQ in channels_last does it matter who restores the memory format.
+    if "channels_last" in training.name:
+        for name, make in ((PG, phantom), (IFT, implicit)):
+            yield _contender(f"torchdeq: {name}{AS_IN_ZOO}", "torchdeq", make, training, False)
+    for name, spec in OURS.items():
+        yield _contender(name, "ours", peer("broyden_fast", grad=spec), training)
+    for name, options in SILVA.items():
+        # Its `max_iter` are Broyden updates, each with one evaluation after the first.
+        yield _contender(
+            f"silva: {name}",
+            "silva",
+            lambda options=options: Silva(
+                training.parameters,
+                solver="broyden",
+                max_iter=FORWARD - 1,
+                history=FORWARD,
+                **options,
+            ),
+            training,
+        )
+
+
+def _contender(
+    method: str,
+    peer: str,
+    make_deq: Callable[[], Any],
+    training: Training,
+    restores_format: bool = True,
+) -> Contender:
+    made: list[Run] = []
+
+    def make() -> Run:
+        made.append(step(training, make_deq(), restores_format))
+        return made[0]
+
+    return Contender(method, peer, make, measure=lambda: counts(training, made[0]) if made else {})
+
+
+def step(training: Training, deq: Any, restores_format: bool = True) -> Run:
+    """Return a training step in which a module solves and attaches."""
+    optimizer = torch.optim.Adam(training.parameters, lr=0.0)
+    if not any(isinstance(module, dpp.Memory) for module in deq.modules()):
+        deq.memory = dpp.Memory()  # the transformer adapter looks for the training step in one
+
+    def run() -> None:
+        training.holder.deq = deq
+        training.holder.restores_format = restores_format
+        optimizer.zero_grad()
+        training.loss().backward()
+        optimizer.step()
+
+    return run
+
+
+def counts(training: Training, run: Run) -> dict[str, float]:
+    """Return how often a step evaluates f and goes back through it, and where its solve ends."""
+    counted: list[Counted] = []
+    found: dict[str, float] = {}
+
+    def before(module: Any, args: Any) -> Any:
+        counted.append(Counted(args[0]))
+        counted[0].counting = True
+        return (counted[0], *args[1:])
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        func, state = counted[0].func, tree_map(torch.Tensor.detach, output[0][-1])
+        # The returned state: phantom gradients have taken their damped steps from the solve's.
+        single = isinstance(state, torch.Tensor)
+        residual = residuals(func if single else lambda leaves: list(func(*leaves)), state)
+        found["residual, worst"] = float(residual.max())
+
+    run()  # puts its module in place
+    deq = training.holder.deq
+    handles = [deq.register_forward_pre_hook(before), deq.register_forward_hook(after)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {"f": counted[0].evaluations, "VJPs": counted[0].backwards, **found}
