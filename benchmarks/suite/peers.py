@@ -155,7 +155,8 @@ def npg_floor(problem: Problem, k: int, lam: float) -> Run:
             g = [vi + torch.lerp(gi, ji, lam) for vi, gi, ji in zip(v, g, images, strict=True)]
         for tensor in problem.tensors:
             tensor.grad = None
-        torch.autograd.backward(outputs, [lam * gi for gi in g], inputs=problem.tensors)
+        # Into the state as well, as a training step's `loss.backward()` does.
+        torch.autograd.backward(outputs, [lam * gi for gi in g])
 
     return run
 

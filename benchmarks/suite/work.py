@@ -223,10 +223,13 @@ def mdeq(
     pixels = images.batch(batch, side, FORMATS[layout]).to(settings.device, settings.dtype)
     labels = images.labels[:batch].to(settings.device)
     equilibrium = _solved(model, pixels, 5 if settings.quick else 60)
-    leaves = [h.requires_grad_() for h in equilibrium]
+    # TorchDEQ's solver hands back views of a flat vector.
+    kept = FORMATS[layout]
+    leaves = [h.clone(memory_format=kept).requires_grad_() for h in equilibrium]
     loss = F.cross_entropy(model.head(leaves), labels)
     cotangents = list(torch.autograd.grad(loss, leaves))
     leaves = [h.detach() for h in leaves]
+    cotangents = [v.contiguous(memory_format=kept) for v in cotangents]
     injection = model.last.injection.requires_grad_()
     shared = [t if t is None else t.clone().requires_grad_() for t in model.last.shared]
     model.restores_format = False
@@ -266,7 +269,8 @@ def _solved(model: Any, pixels: Tensor, iterations: int) -> list[Tensor]:
     with torch.no_grad():
         model(pixels)
     model.deq = before
-    return [h.clone(memory_format=torch.preserve_format) for h in model.last.equilibrium]
+    equilibrium: list[Tensor] = model.last.equilibrium
+    return equilibrium
 
 
 # --- whole models -----------------------------------------------------------------------------

@@ -94,19 +94,12 @@ def solve(
     """
     packing = Packing(cotangents, batch_dim)
     rhs = packing.pack(cotangents)
-    # Scaled before the norm is taken, which would overflow for large and vanish for tiny v.
-    largest = rhs.new_zeros(len(rhs), 1)
-    if rhs.shape[1]:
-        largest = torch.linalg.vector_norm(rhs, ord=torch.inf, dim=1, keepdim=True)
-    usable = (largest > 0) & torch.isfinite(largest)
-    unit = torch.where(usable, rhs / torch.where(usable, largest, 1), 0)
-    length = torch.where(usable, torch.linalg.vector_norm(unit, dim=1, keepdim=True), 1)
+    unit, length, usable = _normalised(rhs)
 
     def apply(x: Tensor) -> Tensor:
         return packing.pack(vjp(packing.unpack(x)))
 
     function = SOLVERS[solver] if isinstance(solver, str) else solver
-    unit = unit / length
     if start is None or max_vjp < 2:
         solution = function(apply, unit, tol, max_vjp)
     else:
@@ -116,10 +109,31 @@ def solve(
             unit,
             tol,
             max_vjp,
-            packing.pack(start) / (torch.where(usable, length * largest, 1)),
+            packing.pack(start) / length,
         )
-    g = choose(usable.squeeze(1), solution.x * (length * largest), rhs)
+    g = choose(usable, solution.x * length, rhs)
     return packing.unpack(g), solution
+
+
+def _normalised(rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows of norm one, their norms, shape (B, 1), and which could be scaled, shape (B,).
+
+    Rows that are zero or not finite become zero, with a norm of one.
+    """
+    info = torch.finfo(rhs.dtype)
+    length = torch.linalg.vector_norm(rhs, dim=1, keepdim=True)
+    safe = (length > 1e4 * info.tiny**0.5) & (length < 1e-4 * info.max**0.5)
+    if rhs.device.type == "cpu" and bool(safe.all()):  # elsewhere to ask would be to wait
+        return rhs * (1 / length), length, safe.squeeze(1)
+    # Scaled before the norm is taken, whose squares overflow for large and vanish for tiny rows.
+    largest = rhs.new_zeros(len(rhs), 1)
+    if rhs.shape[1]:
+        largest = torch.linalg.vector_norm(rhs, ord=torch.inf, dim=1, keepdim=True)
+    usable = (largest > 0) & torch.isfinite(largest)
+    largest = torch.where(usable, largest, 1)
+    unit = torch.where(usable, rhs / largest, 0)
+    length = torch.where(usable, torch.linalg.vector_norm(unit, dim=1, keepdim=True), 1)
+    return unit / length, length * largest, usable.squeeze(1)
 
 
 def _from_start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .progress import Apply, Progress, Solution, choose
@@ -14,10 +15,10 @@ def fixed_point(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution
     backpropagation").
     """
     progress = Progress(apply, rhs, tol, max_vjp)
-    x = rhs
+    x, residual = rhs, torch.empty_like(rhs)
     while not progress.exhausted:
         image = rhs + progress.apply(x)
-        if progress.record(x, image - x):
+        if progress.record(x, torch.sub(image, x, out=residual)):
             break
         x = choose(progress.active, image, x)
     return progress.solution()

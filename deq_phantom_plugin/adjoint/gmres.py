@@ -39,6 +39,7 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
     running = progress.active.clone()
     basis = residual.new_empty(batch, length + 1, size)  # written before read: few are needed
     _put_unit(basis[:, 0], residual, norm, running)
+    vector = torch.empty_like(residual)
     triangle = residual.new_zeros(batch, length, length)
     # The rotations so far, as one matrix: a product with it stands for a loop over them.
     rotation = torch.eye(length + 1, dtype=residual.dtype, device=residual.device)
@@ -47,8 +48,8 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
     target[:, 0] = norm * running
     used = 0
     for j in range(length):
-        vector = basis[:, j] - progress.apply(basis[:, j])
-        vector, column, below = _orthogonalised(vector, basis[:, : j + 1], progress, running)
+        torch.sub(basis[:, j], progress.apply(basis[:, j]), out=vector)
+        column, below = _orthogonalise(vector, basis[:, : j + 1], progress, running)
         finite = torch.isfinite(below) | ~running
         column = (rotation[:, : j + 1, : j + 1] @ column[:, :, None]).squeeze(2)
         diagonal = torch.hypot(column[:, j], below)
@@ -73,31 +74,37 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
     return (weights.mT @ basis[:, :used]).squeeze(1)
 
 
-def _orthogonalised(
+def _orthogonalise(
     vector: Tensor, basis: Tensor, progress: Progress, running: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a vector without its part in a basis, its coefficients there, and what is left of it.
+) -> tuple[Tensor, Tensor]:
+    """Take from a vector its part in a basis; return the coefficients there, and what is left.
 
     By classical Gram-Schmidt, whose two products read the basis once each. What rounding leaves in
     the basis grows by the factor that the vector shrinks by; where that would count against the
     tolerance, a second pass removes it.
+
+    Args:
+        vector: changed in place, shape (B, D).
+        basis: shape (B, n, D).
+        progress: of the solve.
+        running: the samples that count, shape (B,).
     """
     before = torch.linalg.vector_norm(vector, dim=1)
-    vector, column = _projected(vector, basis)
+    column = _subtract_projection(vector, basis)
     below = torch.linalg.vector_norm(vector, dim=1)
     error = torch.finfo(vector.dtype).eps * before / below
     # On other devices to look would be to wait, which takes longer than a second pass.
     if vector.device.type != "cpu" or bool((running & (error > 0.01 * progress.tol)).any()):
-        vector, rest = _projected(vector, basis)
-        column = column + rest
+        column = column + _subtract_projection(vector, basis)
         below = torch.linalg.vector_norm(vector, dim=1)
-    return vector, column, below
+    return column, below
 
 
-def _projected(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def _subtract_projection(vector: Tensor, basis: Tensor) -> Tensor:
     # Row vectors from the left, which is several times faster than column vectors.
     part = vector[:, None] @ basis.mT
-    return torch.baddbmm(vector[:, None], part, basis, alpha=-1).squeeze(1), part.squeeze(1)
+    vector[:, None].baddbmm_(part, basis, alpha=-1)
+    return part.squeeze(1)
 
 
 def _put_unit(place: Tensor, vectors: Tensor, norm: Tensor, running: Tensor) -> None:
