@@ -254,6 +254,9 @@ def test_bad_options_are_refused_by_name():
             solver(func, start, stop_mode="relative")
     with pytest.raises(ValueError, match="m=1"):
         anderson(func, start, m=1)
+    for solver in (broyden, fixed_point):
+        with pytest.raises(ValueError, match="max_iter allows for 0 iterations"):
+            solver(func, start, max_iter=0)
     with pytest.raises(ValueError, match="max_iter=2"):
         anderson(func, start, max_iter=2)
     with pytest.raises(ValueError, match="broyden_fast takes full steps"):

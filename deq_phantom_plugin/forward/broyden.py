@@ -45,7 +45,7 @@ def broyden(
         return_final: whether to take all iterations and return the last state.
 
     Raises:
-        ValueError: if the stop mode is unknown.
+        ValueError: if the stop mode is unknown, or `max_iter` below 1.
     """
     rows = Rows(func, start)
     x = rows.start

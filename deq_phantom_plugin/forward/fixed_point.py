@@ -40,7 +40,7 @@ def fixed_point(
         return_final: whether to take all iterations and return the last state.
 
     Raises:
-        ValueError: if the stop mode is unknown.
+        ValueError: if the stop mode is unknown, or `max_iter` below 1.
     """
     leaves, structure = flatten(start)
     packing = Packing(leaves, 0)
@@ -68,13 +68,19 @@ def fixed_point(
 
 def _norm(leaves: Sequence[Tensor], like: Tensor) -> Tensor:
     """Return the norm over all leaves of each sample, shape (B,)."""
-    squares = []
-    for leaf in leaves:
-        if len(like) == 1:
-            norm = torch.linalg.vector_norm(leaf)
-        elif leaf.dim() == 1:
-            norm = leaf.abs()
-        else:  # over dimensions, since a reshape would copy leaves that are in channels_last
-            norm = torch.linalg.vector_norm(leaf, dim=tuple(range(1, leaf.dim())))
-        squares.append(norm.to(like.dtype).reshape(like.shape).square())
-    return torch.stack(squares).sum(dim=0).sqrt()
+    norms = [_norm_of(leaf, like) for leaf in leaves]
+    total: Tensor = norms[0]
+    if len(norms) > 1:
+        total = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return total
+
+
+def _norm_of(leaf: Tensor, like: Tensor) -> Tensor:
+    norm: Tensor
+    if len(like) == 1:
+        norm = torch.linalg.vector_norm(leaf)
+    elif leaf.dim() == 1:
+        norm = leaf.abs()
+    else:  # over dimensions, since a reshape would copy leaves that are in channels_last
+        norm = torch.linalg.vector_norm(leaf, dim=tuple(range(1, leaf.dim())))
+    return norm.to(like.dtype).reshape(like.shape)

@@ -86,8 +86,8 @@ class Rows:
 class Tracker:
     """Follows a solve sample by sample, and remembers the best.
 
-    Samples that reach the tolerance stop, unless told otherwise; those that became NaN or infinite
-    stop at their best. The host learns of it one iteration late where it would have to wait for the
+    Samples that reach the tolerance stop, unless told otherwise, and so do those that became NaN or
+    infinite. The host learns of it one iteration late where it would have to wait for the
     device, so that there is always work queued.
 
     Args:
@@ -98,7 +98,7 @@ class Tracker:
         stop_mode: whether that is "abs", ||F(h) - h||, or "rel", that over ||F(h)||.
         sample_at: evaluations after which the best state so far is kept as well.
         first_step: the number of the first iteration.
-        keep_going: whether converged samples go on while others do.
+        keep_going: whether samples go on for as long as others do.
         return_final: whether the last state is taken for the best, and nothing stops early.
 
     Attributes:
@@ -106,7 +106,7 @@ class Tracker:
         best: the tensors of the best state.
 
     Raises:
-        ValueError: if the stop mode is unknown.
+        ValueError: if the stop mode is unknown, or no iteration allowed.
     """
 
     def __init__(
@@ -124,14 +124,15 @@ class Tracker:
     ) -> None:
         if stop_mode not in STOP_MODES:
             raise ValueError(f"stop_mode={stop_mode!r}; expected 'abs' or 'rel'")
+        if max_iter < 1:
+            raise ValueError(f"max_iter allows for {max_iter} iterations; expected at least 1")
         self._max_iter, self._tol, self._stop_mode = max_iter, tol, stop_mode
         self._sample_at, self._sampled = frozenset(sample_at), list[list[Tensor]]()
         self._keep_going, self._return_final = keep_going or return_final, return_final
-        first = torch.full_like(like, 1e8)
-        self._lowest = dict.fromkeys(STOP_MODES, first)
-        self._trace = {mode: [first] for mode in STOP_MODES}
-        self._first_step, self._n_steps = first_step, torch.zeros_like(first)
-        self._flags = _Flags(like.device)
+        self._start = torch.full_like(like, 1e8)
+        self._lowest, self._norms = self._start, list[tuple[Tensor, Tensor]]()
+        self._first_step = first_step
+        self._count = _Count(like.device)
         self.best = list(start)
         self.active = torch.ones_like(like, dtype=torch.bool)
         self.n_active = len(like)
@@ -147,29 +148,25 @@ class Tracker:
             image: ||F(h)|| of each sample, shape (B,).
             n_evaluations: evaluations of F so far.
         """
-        step = float(self._first_step + len(self._trace["abs"]) - 1)
-        found = {"abs": residual, "rel": residual / (image + 1e-9)}
-        for mode, value in found.items():
-            self._trace[mode].append(value)
-            better = value < self._lowest[mode]
-            if self._return_final:
-                better = torch.ones_like(better)
-            if mode == self._stop_mode:
-                self.best = [
-                    choose(better, x, old) for x, old in zip(state, self.best, strict=True)
-                ]
-                self._n_steps = torch.where(better, step, self._n_steps)
-            self._lowest[mode] = torch.where(better, value, self._lowest[mode])
+        self._norms.append((residual, image))
+        value = residual if self._stop_mode == "abs" else _relative(residual, image)
+        better = value < self._lowest
+        self._lowest = torch.where(better, value, self._lowest)
+        if self._return_final:
+            self.best = list(state)
+        else:
+            self.best = [choose(better, x, old) for x, old in zip(state, self.best, strict=True)]
         if n_evaluations in self._sample_at:
             self._sampled.append(self.best)
-        short = ~(self._lowest[self._stop_mode] < self._tol)
-        finite = torch.isfinite(residual)
-        self.active = self.active & finite & (short | self._keep_going)
-        counts = self._flags.read(torch.stack([(short & finite).sum(), self.active.sum()]))
-        if counts is not None:
-            self.n_active = counts[1]
-            return counts[0] == 0 and not self._return_final
-        return False
+        short = self._lowest >= self._tol
+        if not self._keep_going:
+            self.active = self.active & short & torch.isfinite(residual)
+        left = self._count.read(short if self._keep_going else self.active)
+        if left is None:
+            return False
+        if not self._keep_going:
+            self.n_active = left
+        return left == 0 and not self._return_final
 
     def shrink(self, held: Tensor | None) -> Tensor | None:
         """Return which of the samples held to keep once half of them are done, else None.
@@ -196,35 +193,47 @@ class Tracker:
         """
         if self._sample_at and not self._sampled:
             self._sampled.append(self.best)
-        traces = {}
-        for mode, trace in self._trace.items():
-            missing = self._max_iter + 1 - len(trace)
-            traces[mode] = torch.stack([*trace, *[self._lowest[mode]] * missing], dim=1)
+        residuals, images = (torch.stack(norms, dim=1) for norms in zip(*self._norms, strict=True))
+        traces = {"abs": residuals, "rel": _relative(residuals, images)}
+        lowest = {
+            mode: trace[:, -1] if self._return_final else _without_nan(trace).amin(dim=1)
+            for mode, trace in traces.items()
+        }
+        when = _without_nan(traces[self._stop_mode]).argmin(dim=1)
+        if self._return_final:
+            when = torch.full_like(when, len(self._norms) - 1)
+        missing = self._max_iter - len(self._norms)
+        filled = {
+            mode: torch.cat(
+                [self._start[:, None], trace, lowest[mode][:, None].expand(-1, missing)], dim=1
+            )
+            for mode, trace in traces.items()
+        }
         return ForwardSolution(
             state=restore(self.best),
             sampled=[restore(tensors) for tensors in self._sampled],
-            abs_lowest=self._lowest["abs"],
-            rel_lowest=self._lowest["rel"],
-            abs_trace=traces["abs"],
-            rel_trace=traces["rel"],
-            n_steps=self._n_steps,
+            abs_lowest=lowest["abs"],
+            rel_lowest=lowest["rel"],
+            abs_trace=filled["abs"],
+            rel_trace=filled["rel"],
+            n_steps=(when + self._first_step).to(self._start.dtype),
             inverse_jacobian=inverse_jacobian,
         )
 
 
-class _Flags:
-    """Small tensors of a device, read by the host without waiting for the latest."""
+class _Count:
+    """How many samples are left, known to the host without waiting for the latest."""
 
     def __init__(self, device: torch.device) -> None:
         self._waiting: deque[tuple[Tensor, Any]] | None = deque() if device.type == "cuda" else None
 
-    def read(self, flags: Tensor) -> list[int] | None:
-        """Return the flags; on CUDA those of the call before, None in the first."""
+    def read(self, left: Tensor) -> int | None:
+        """Return the number of True; on CUDA that of the call before, None in the first."""
+        count = torch.count_nonzero(left)
         if self._waiting is None:
-            found: list[int] = flags.tolist()
-            return found
-        copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        copy.copy_(flags, non_blocking=True)
+            return int(count)
+        copy = torch.empty(count.shape, dtype=count.dtype, pin_memory=True)
+        copy.copy_(count, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._waiting.append((copy, event))
@@ -232,5 +241,12 @@ class _Flags:
             return None
         earlier, event = self._waiting.popleft()
         event.synchronize()
-        found = earlier.tolist()
-        return found
+        return int(earlier)
+
+
+def _relative(residual: Tensor, image: Tensor) -> Tensor:
+    return residual / (image + 1e-9)
+
+
+def _without_nan(trace: Tensor) -> Tensor:
+    return torch.nan_to_num(trace, nan=torch.inf, posinf=torch.inf)

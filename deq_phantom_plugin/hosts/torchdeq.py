@@ -335,8 +335,8 @@ def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
         producers = self.produce_grad if at_once else [self.produce_grad[call.solves]]
         call.solves += 1
         strategies = [p.current(self) if isinstance(p, ProduceGrad) else None for p in producers]
-        known = info = SolverStat()  # TorchDEQ's own "not known": -1 throughout
         if torch.is_grad_enabled() and all(s is not None and s.owns_solve for s in strategies):
+            known = info = SolverStat()  # TorchDEQ's own "not known": -1 throughout
             solved = (z_init, [z_init] * len(producers), info) if at_once else (z_init, info)
         else:
             wanted = any(s is not None and s.wants_inverse_jacobian for s in strategies)

@@ -21,10 +21,13 @@ def take_inverse_jacobian(info: Any) -> Any:
     Users keep statistics, and the vectors behind an estimate are many.
 
     Returns:
-        The same statistics, still with `inverse_jacobian` as an attribute.
+        The same statistics, with `inverse_jacobian` as an attribute if there is one.
     """
+    inverse = info.__dict__.pop("inverse_jacobian", None)
+    if inverse is None:
+        return info
     known = type(info)(info)
-    known.inverse_jacobian = info.__dict__.pop("inverse_jacobian", None)
+    known.inverse_jacobian = inverse
     return known
 
 
@@ -71,7 +74,8 @@ def _solver(
         rel_trace=solution.rel_trace,
         nstep=solution.n_steps,
     )
-    info.inverse_jacobian = solution.inverse_jacobian
+    if solution.inverse_jacobian is not None:
+        info.inverse_jacobian = solution.inverse_jacobian
     return form.pack(solution.state), [form.pack(state) for state in solution.sampled], info
 
 
