@@ -421,7 +421,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     ) -> Tensor | None:
         if not (self.training and torch.is_grad_enabled()):
             return None
-        step = next(m.step for m in self.deq.modules() if isinstance(m, dpp.Memory))
+        memories = (m for m in self.deq.modules() if isinstance(m, dpp.Memory))
+        step = next((m.step for m in memories), None)
         # The fused kernels of scaled_dot_product_attention have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
             term = self.config.jacobian_regularization()(func, state.detach(), step)

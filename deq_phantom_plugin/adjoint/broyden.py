@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .inverse_estimate import InverseEstimate, Product
@@ -31,10 +32,8 @@ def broyden(
     progress = Progress(apply, rhs, tol, max_vjp)
     estimate = InverseEstimate(rhs, max_vjp, initial=inverse)
     x = rhs if start is None else start
-    residual = rhs + progress.apply(x) - x
-    done = progress.record(x, residual)
-    while not done and not progress.exhausted:
-        x = x + estimate.step(residual, progress.active)
-        residual = rhs + progress.apply(x) - x
-        done = progress.record(x, residual)
-    return progress.solution()
+    while True:
+        residual = torch.sub(rhs + progress.apply(x), x, out=estimate.room)
+        if progress.record(x, residual) or progress.exhausted:
+            return progress.solution()
+        x = x + estimate.step(progress.active)

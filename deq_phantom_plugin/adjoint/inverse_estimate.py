@@ -31,18 +31,11 @@ class InverseEstimate:
         rows: the shape, dtype and device of r, a (B, D) matrix.
         capacity: the most steps.
         initial: x -> -H_0 x on (B, D) matrices; x itself if None.
-        initial_transposed: x -> -H_0^T x; x itself if None.
     """
 
-    def __init__(
-        self,
-        rows: Tensor,
-        capacity: int,
-        initial: Product | None = None,
-        initial_transposed: Product | None = None,
-    ) -> None:
+    def __init__(self, rows: Tensor, capacity: int, initial: Product | None = None) -> None:
         batch, size = rows.shape
-        self._initial, self._initial_transposed = initial, initial_transposed
+        self._initial = initial
         self._steps = rows.new_empty(batch, capacity, size)  # written before read
         self._gram = rows.new_zeros(batch, capacity, capacity)
         # 1 / |s_j|^2, or zero where the update with s_j and s_{j+1} is skipped.
@@ -59,23 +52,30 @@ class InverseEstimate:
         self._count = 0
 
     def select(self, rows: Tensor) -> None:
-        """Keep the samples of these indices only."""
+        """Keep the samples of these indices only, with what `room` holds for them."""
         steps = self._steps.new_empty(len(rows), *self._steps.shape[1:])
-        torch.index_select(self._steps[:, : self._count], 0, rows, out=steps[:, : self._count])
+        used = slice(None, self._count + 1)
+        torch.index_select(self._steps[:, used], 0, rows, out=steps[:, used])
         self._steps, self._gram, self._weights = steps, self._gram[rows], self._weights[rows]
 
-    def step(self, residual: Tensor, active: Tensor) -> Tensor:
+    @property
+    def room(self) -> Tensor:
+        """Where to write r at the current point before `step`, shape (B, D)."""
+        return self._steps[:, self._count]
+
+    def step(self, active: Tensor) -> Tensor:
         """Return the next step -H r, with H updated by the last one; zero where not active.
 
         Args:
-            residual: r at the current point, shape (B, D).
             active: the samples that still move, shape (B,).
         """
         n = self._count
-        step = residual if self._initial is None else self._initial(residual)
+        step = self.room
+        if self._initial is not None:
+            step.copy_(self._initial(step))
         scale = torch.ones_like(step[:, 0])
         if n > 0:
-            coefficients = self._forward(self._inner(step, n), n)
+            coefficients = self._forward(self._inner(self._steps[:, n - 1 : n + 1], n), n)
             if n > 1:
                 mixed = coefficients[:, None, :-1]
                 step = torch.baddbmm(step[:, None], mixed, self._steps[:, 1:n]).squeeze(1)
@@ -91,21 +91,28 @@ class InverseEstimate:
         return self._keep(step, torch.where(active, scale, 0), square, active)
 
     def transposed(self, vectors: Tensor) -> Tensor:
-        """Return -H^T x for the last H, shape (B, D): an estimate of (I - J^T)^-1 x."""
-        n = self._count
-        combined = vectors
-        if n > 1:
-            mixed = self._backward(self._inner(vectors, n)[:, 1:], n)[:, None]
-            combined = torch.baddbmm(vectors[:, None], mixed, self._steps[:, : n - 1]).squeeze(1)
-        return combined if self._initial_transposed is None else self._initial_transposed(combined)
+        """Return -H^T x for the last H, shape (B, D): an estimate of (I - J^T)^-1 x.
 
-    def _inner(self, vectors: Tensor, n: int) -> Tensor:
-        """Return the inner products with all steps, and fill in those of the last step."""
+        For H_0 = -I.
+        """
+        n = self._count
+        if n < 2:
+            return vectors
+        pair = torch.stack([self._steps[:, n - 1], vectors], dim=1)
+        mixed = self._backward(self._inner(pair, n)[:, 1:], n)[:, None]
+        return torch.baddbmm(vectors[:, None], mixed, self._steps[:, : n - 1]).squeeze(1)
+
+    def _inner(self, pair: Tensor, n: int) -> Tensor:
+        """Return the inner products of a vector with all steps, and keep those of the last step.
+
+        Args:
+            pair: the last step and the vector, shape (B, 2, D).
+            n: how many steps there are.
+        """
         # Row vectors from the left: column vectors from the right take several times as long.
-        pair = torch.stack([vectors, self._steps[:, n - 1]], dim=1)
         products = pair @ self._steps[:, :n].mT
-        self._gram[:, n - 1, :n] = self._gram[:, :n, n - 1] = products[:, 1]
-        return products[:, 0]
+        self._gram[:, n - 1, :n] = self._gram[:, :n, n - 1] = products[:, 0]
+        return products[:, 1]
 
     def _forward(self, inner: Tensor, n: int) -> Tensor:
         """Return c with c_j = (s_j . x + sum_{i<j} (s_j . s_{i+1}) c_i) / |s_j|^2, for j < n."""

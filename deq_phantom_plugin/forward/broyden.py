@@ -45,12 +45,13 @@ def broyden(
         return_final: whether to take all iterations and return the last state.
 
     Raises:
-        ValueError: if the stop mode is unknown, or `max_iter` below 1.
+        ValueError: if the stop mode is unknown, or `max_iter` or `memory` below 1.
     """
+    if memory is not None and memory < 1:
+        raise ValueError(f"memory={memory}; expected at least one vector")
     rows = Rows(func, start)
     x = rows.start
     image = rows(x)
-    residual = image - x
     tracker = Tracker(
         [x],
         x.new_zeros(len(x)),
@@ -61,27 +62,31 @@ def broyden(
         keep_going=keep_inverse,
         return_final=return_final,
     )
-    estimate = InverseEstimate(residual, max_iter + 1 if memory is None else memory)
+    estimate = InverseEstimate(x, max_iter + 1 if memory is None else memory)
+    residual = torch.sub(image, x, out=estimate.room)
     held: Tensor | None = None  # the samples in `estimate`, all if None
     for iteration in range(max_iter):
-        if estimate.is_full:
-            estimate.forget()
         kept = None if keep_inverse else tracker.shrink(held)
         if kept is not None:
             estimate.select(kept)
             held = kept if held is None else held[kept]
         if held is None:
-            x = x + estimate.step(residual, tracker.active)
+            x = x + estimate.step(tracker.active)
         else:
-            x = x.index_add(0, held, estimate.step(residual[held], tracker.active[held]))
+            x = x.index_add(0, held, estimate.step(tracker.active[held]))
+        if estimate.is_full:
+            estimate.forget()
         image = rows(x)
-        residual = image - x
+        if held is None:
+            residual = torch.sub(image, x, out=estimate.room)
+        else:
+            residual = image - x
+            torch.index_select(residual, 0, held, out=estimate.room)
         norms = torch.linalg.vector_norm(residual, dim=1), torch.linalg.vector_norm(image, dim=1)
         if tracker.record([x], *norms, iteration + 2):
             break
     inverse = None
     if keep_inverse:
-        if not estimate.is_full:
-            estimate.step(residual, tracker.active)  # which takes the last change into account
+        estimate.step(tracker.active)  # which takes the last change into account
         inverse = InverseJacobian(estimate, rows.packing)
     return tracker.solution(rows.state, inverse)
