@@ -11,6 +11,7 @@ from torch import Tensor
 from .adjoint import Linearization, Packing
 from .adjoint.spectrum import leading_eigenvalue, random_start
 from .errors import warn_once
+from .precision import full_precision
 from .state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from .strategies.arguments import positive_float, positive_int
 
@@ -115,7 +116,7 @@ def spectral_radius(
             image = packing.pack(graph.vjp(packing.unpack(x)))
             return image if factor is None else torch.lerp(x, image, factor)
 
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(packing.device):
             found = leading_eigenvalue(apply, start, tol=tol, max_vjp=max_iter, basis=20)
         if not (found.residual <= tol).all():
             warn_once(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -328,3 +332,85 @@ def test_a_broken_down_update_is_skipped():
     second = estimate.step(everywhere)
     assert torch.isfinite(second).all()
     torch.testing.assert_close(second, first)
+
+
+# -------------------------------------------------------------------- what a review found
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_under_autocast_only_f_is_in_16_bits(solver):
+    # F itself computes in float32, so that only the solver's own algebra could be worse.
+    weight = torch.randn(30, 30)
+    weight *= 0.9 / torch.linalg.matrix_norm(weight, 2)
+    inject = torch.randn(4, 30)
+    inside = []
+
+    def func(h):
+        inside.append(torch.is_autocast_enabled("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return torch.tanh(h @ weight.mT + inject)
+
+    plain = solver(func, torch.zeros(4, 30), max_iter=100, tol=1e-5)
+    inside.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = solver(func, torch.zeros(4, 30), max_iter=100, tol=1e-5)
+    assert all(inside)
+    assert torch.equal(cast.state, plain.state)
+
+
+@pytest.mark.parametrize("options", [{}, {"tau": 0.7}])
+def test_a_state_keeps_its_dtype_under_autocast(options):
+    linear = torch.nn.Linear(8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        solution = fixed_point(
+            lambda h: torch.tanh(0.3 * linear(h)), torch.zeros(2, 8), tol=1e-2, **options
+        )
+    assert solution.state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_f_may_return_the_same_memory_each_time(solver):
+    problem = make_equilibrium([(3, 6)], norm=0.6)
+    buffer = torch.empty(3, 6, dtype=torch.float64)
+
+    def func(h):
+        return buffer.copy_(problem.func(h).detach())
+
+    solution = solver(func, torch.zeros(3, 6, dtype=torch.float64), max_iter=100, tol=1e-9)
+    torch.testing.assert_close(solution.state, problem.state, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_empty_batch(solver):
+    assert solver(lambda h: 0.5 * h, torch.zeros(0, 5)).state.shape == (0, 5)
+
+
+def test_limited_memory_keeps_no_estimate():
+    with pytest.raises(ValueError, match="memory=4 with keep_inverse=True"):
+        broyden(torch.cos, torch.zeros(2, 3), memory=4, keep_inverse=True)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_models_know_their_solver(copied):
+    problem = make_equilibrium([(3, 6)], norm=0.6)
+    with dpp.enabled("torchdeq"):
+        deq = copied(get_deq(f_solver="broyden_fast", grad="shine", f_max_iter=40, f_tol=1e-9))
+        (state,), _ = deq(problem.func, torch.zeros(3, 6, dtype=torch.float64))
+        problem.linear_loss(state).backward()
+
+
+def test_threads_may_run_one_model_at_once():
+    func, start, _ = two_scales()
+    with dpp.enabled("torchdeq"):
+        deq = get_deq(f_solver="broyden_fast", f_max_iter=5).eval()
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: deq(func, start)[0][-1], range(60)))
+    for state in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(state, found[0], strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(NAMES.values()))
+def test_as_the_backward_solver_of_a_named_gradient(name):
+    with dpp.enabled("torchdeq"):
+        deq = get_deq(grad="ift", b_solver=name)
+    assert deq.produce_grad[0].strategy.solver == name.removesuffix("_fast")

@@ -897,6 +897,14 @@ def test_outside_training_it_is_the_equilibrium():
     assert not out.requires_grad
 
 
+@pytest.mark.parametrize("grad", ["bptt(steps=5)", "reversible(steps=5)", "upg"])
+def test_without_autograd_it_is_the_equilibrium_in_training_too(grad):
+    equilibrium = Equilibrium(grad).train()
+    with torch.no_grad():
+        out = equilibrium(lambda h: 0.5 * h + 3.5, torch.full((1, 3), 7.0))
+    assert torch.equal(out, torch.full((1, 3), 7.0))
+
+
 def test_bptt_begins_where_the_solve_began():
     model = Layer("bptt(steps=3)").double()
     x = torch.randn(3, 4, dtype=torch.float64)

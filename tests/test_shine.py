@@ -221,3 +221,36 @@ def test_reports_and_monitors_of_a_model_that_uses_it():
         with dpp.monitor(model, lambda numbers, step: seen.append(numbers), every=1):
             model(x).square().mean().backward()
     assert seen[0]["deq/cosine"] == pytest.approx(shine.cosine, abs=1e-3)
+
+
+def test_refinement_whatever_the_layout_of_the_start():
+    weight = (0.4 * torch.randn(3, 3, 3, 3, dtype=torch.float64)).requires_grad_()
+    inject = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    func = lambda h: torch.tanh(  # noqa: E731
+        0.5 * torch.nn.functional.conv2d(h, weight, padding=1) + inject
+    )
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        start = torch.zeros(2, 3, 5, 5, dtype=torch.float64).contiguous(memory_format=layout)
+        result = broyden(func, start, max_iter=40, tol=1e-6, keep_inverse=True)
+        context = dpp.Context(solver_result=result)
+        attached = dpp.attach(func, result.state.contiguous(), "shine(refine=3)", context)
+        found.append(torch.autograd.grad(attached.square().sum(), weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
+def test_steps_that_were_not_taken_take_no_memory():
+    problem = make_equilibrium([(3, 8)], norm=0.6)
+    context = solved(problem, max_iter=500, tol=1e-6)
+    estimate = context.solver_result.inverse_jacobian.estimate
+    assert estimate._steps.untyped_storage().nbytes() < 100 * 3 * 8 * 8
+    problem.gradient("shine", context)
+
+
+def test_limited_memory_is_refused():
+    problem = make_equilibrium([(3, 8)])
+    with dpp.enabled("torchdeq"):
+        deq = get_deq(f_solver="broyden_fast", grad="shine")
+        start = torch.zeros(3, 8, dtype=torch.float64)
+        with pytest.raises(ValueError, match="LBFGS_thres"):
+            deq(problem.func, start, solver_kwargs={"LBFGS_thres": 5})

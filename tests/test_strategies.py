@@ -798,3 +798,23 @@ def test_exact_refuses_large_states():
     attached = dpp.attach(lambda h: h * 0.5 * weight, torch.ones(2, 20_000), grad="exact")
     with pytest.raises(ValueError, match="GiB"):
         attached.sum().backward()
+
+
+@pytest.mark.parametrize("spec", [*ONE_GRAPH, *(f"ift(solver={name!r})" for name in SOLVERS)])
+def test_backward_inside_autocast(spec):
+    problem = make_equilibrium([(3, 12)], norm=0.5, dtype=torch.float32)
+    plain = problem.gradient(spec)
+    attached = dpp.attach(problem.func, problem.state, spec)
+    loss = problem.linear_loss(attached)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grads = torch.autograd.grad(loss, problem.params)
+    got = torch.cat([grad.flatten() for grad in grads])
+    assert (got - plain).norm() < 2e-2 * plain.norm()  # F's own last pass is in 16 bits
+    assert torch.isfinite(got).all()
+
+
+def test_adaptive_damping_of_an_empty_batch():
+    weight = torch.randn(4, 4, requires_grad=True)
+    for spec in ("npg(lam='adaptive')", "upg(lam='adaptive')"):
+        out = dpp.attach(lambda h: torch.tanh(h @ weight), torch.zeros(0, 4), spec)
+        out.sum().backward()

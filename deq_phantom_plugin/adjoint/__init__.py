@@ -71,6 +71,7 @@ def solve(
     max_vjp: int,
     batch_dim: int | None,
     start: Sequence[Tensor] | None = None,
+    packing: Packing | None = None,
 ) -> tuple[list[Tensor], Solution]:
     """Solve (I - J^T) g = v for each sample.
 
@@ -85,6 +86,7 @@ def solve(
         batch_dim: see `Context.batch_dim`.
         start: the leaves of a first guess of g; taken for one more call of `vjp`, in the samples
             where it is better than none.
+        packing: of the rows that the solver sees; made for the cotangents if None.
 
     Returns:
         The leaves of g, and the solver's result for v scaled to norm one.
@@ -92,7 +94,7 @@ def solve(
     Raises:
         NonFiniteError: if the solve makes a NaN or an infinity out of a finite v.
     """
-    packing = Packing(cotangents, batch_dim)
+    packing = Packing(cotangents, batch_dim) if packing is None else packing
     rhs = packing.pack(cotangents)
     unit, length, usable = _normalised(rhs)
 

@@ -58,6 +58,11 @@ class InverseEstimate:
         torch.index_select(self._steps[:, used], 0, rows, out=steps[:, used])
         self._steps, self._gram, self._weights = steps, self._gram[rows], self._weights[rows]
 
+    def trim(self) -> None:
+        """Give back the memory of steps that were not taken, where that is most of it."""
+        if 2 * self._count < self._steps.shape[1]:
+            self._steps = self._steps[:, : self._count].clone()
+
     @property
     def room(self) -> Tensor:
         """Where to write r at the current point before `step`, shape (B, D)."""
@@ -73,7 +78,7 @@ class InverseEstimate:
         step = self.room
         if self._initial is not None:
             step.copy_(self._initial(step))
-        scale = torch.ones_like(step[:, 0])
+        scale = step.new_ones(len(step))
         if n > 0:
             coefficients = self._forward(self._inner(self._steps[:, n - 1 : n + 1], n), n)
             if n > 1:

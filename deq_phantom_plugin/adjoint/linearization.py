@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
 from ..state import State, flatten, unflatten
 from .packing import Packing
 
@@ -73,7 +74,8 @@ class Linearization:
         inputs = self.inputs
 
         def formatted(v: list[Tensor]) -> list[Tensor]:
-            return adjoint([_in_format(vi, leaf) for vi, leaf in zip(v, inputs, strict=True)])
+            with full_precision(inputs[0].device):
+                return adjoint([_in_format(vi, leaf) for vi, leaf in zip(v, inputs, strict=True)])
 
         attached = _Attach.apply(formatted, len(values), *values, *self.outputs)
         return unflatten(list(attached), self.structure)
@@ -131,10 +133,12 @@ def mixes_samples(graph: Linearization, packing: Packing) -> bool:
     """
     if packing.rows < 2:
         return False
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(packing.rows, packing.columns, generator=generator, dtype=packing.dtype)
-    half = torch.zeros(packing.rows, 1, dtype=torch.bool)
-    half[torch.randperm(packing.rows, generator=generator)[: packing.rows // 2]] = True
+    generator = torch.Generator("cpu").manual_seed(0)
+    size = packing.rows, packing.columns
+    probe = torch.randn(size, generator=generator, dtype=packing.dtype, device="cpu")
+    half = torch.zeros(packing.rows, 1, dtype=torch.bool, device="cpu")
+    order = torch.randperm(packing.rows, generator=generator, device="cpu")
+    half[order[: packing.rows // 2]] = True
     probe, half = probe.to(packing.device), half.to(packing.device)
     leaked = probe.new_zeros(())
     for own in (half, ~half):

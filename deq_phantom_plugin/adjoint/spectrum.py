@@ -97,6 +97,7 @@ def leading_eigenvalue(
 
 def random_start(packing: Packing) -> Tensor:
     """Return Gaussian rows, shape (B, D): the same each time, and off the global generator."""
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(packing.rows, packing.columns, generator=generator, dtype=packing.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    size = packing.rows, packing.columns
+    start = torch.randn(size, generator=generator, dtype=packing.dtype, device="cpu")
     return start.to(packing.device)

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..precision import in_full_precision
 from ..state import State
 from .tracking import ForwardSolution, Rows, Tracker
 
 
+@in_full_precision
 @torch.no_grad()
 def anderson(
     func: Callable[[State], State],
@@ -61,9 +63,9 @@ def anderson(
         return_final=return_final,
     )
     mixer = _Mixer(x, m, lam, tau)
-    image = rows(x)
+    image = rows.kept(x)
     mixer.keep(0, image, image - x)
-    x, image = image, rows(image)
+    x, image = image, rows.kept(image)
     mixer.keep(1, image, image - x)
     held: Tensor | None = None  # the samples in `mixer`, all if None
     for k in range(2, max_iter):
@@ -77,7 +79,7 @@ def anderson(
             x = torch.where(active[:, None], mixture, x)
         else:
             x = x.index_copy(0, held, torch.where(active[held, None], mixture, x[held]))
-        image = rows(x)
+        image = rows.kept(x)
         residual = image - x
         mixer.keep(
             k % m,

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..adjoint.inverse_estimate import InverseEstimate
+from ..precision import in_full_precision
 from ..state import State
 from .tracking import ForwardSolution, InverseJacobian, Rows, Tracker
 
 
+@in_full_precision
 @torch.no_grad()
 def broyden(
     func: Callable[[State], State],
@@ -45,10 +47,16 @@ def broyden(
         return_final: whether to take all iterations and return the last state.
 
     Raises:
-        ValueError: if the stop mode is unknown, or `max_iter` or `memory` below 1.
+        ValueError: if the stop mode is unknown, `max_iter` or `memory` below 1, or
+            `memory` given with `keep_inverse`.
     """
     if memory is not None and memory < 1:
         raise ValueError(f"memory={memory}; expected at least one vector")
+    if memory is not None and keep_inverse:
+        raise ValueError(
+            f"memory={memory} with keep_inverse=True: an estimate that begins anew is none of the "
+            "Jacobian; leave memory out (TorchDEQ's LBFGS_thres)"
+        )
     rows = Rows(func, start)
     x = rows.start
     image = rows(x)
@@ -88,5 +96,6 @@ def broyden(
     inverse = None
     if keep_inverse:
         estimate.step(tracker.active)  # which takes the last change into account
+        estimate.trim()
         inverse = InverseJacobian(estimate, rows.packing)
     return tracker.solution(rows.state, inverse)

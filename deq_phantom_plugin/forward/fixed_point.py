@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..adjoint import Packing
+from ..precision import in_full_precision
 from ..state import State, damped_step, flatten, unflatten
 from .tracking import ForwardSolution, Tracker
 
 
+@in_full_precision
 @torch.no_grad()
 def fixed_point(
     func: Callable[[State], State],
@@ -58,9 +60,10 @@ def fixed_point(
     state = start
     for iteration in range(max_iter):
         image = damped_step(func, state, tau)
-        new, old = flatten(image)[0], flatten(state)[0]
+        # Copied, since F may return the same memory each time, as CUDA graphs do.
+        new, old = [leaf.clone() for leaf in flatten(image)[0]], flatten(state)[0]
         residual = _norm([a - b for a, b in zip(new, old, strict=True)], like)
-        state = image
+        state = unflatten(new, structure)
         if tracker.record(new, residual, _norm(new, like), iteration + 1):
             break
     return tracker.solution(lambda tensors: unflatten(list(tensors), structure))

@@ -71,12 +71,18 @@ class Rows:
     def __init__(self, func: Callable[[State], State], start: State) -> None:
         leaves, self._structure = flatten(start)
         self._func = func
-        self.packing = Packing(leaves, 0)
+        self.packing = Packing([leaf.detach() for leaf in leaves], 0)
         self.start = self.packing.pack(leaves)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Return F(h) as rows, for h as rows."""
+        """Return F(h) as rows, for h as rows; perhaps in the memory that F returned."""
         return self.packing.pack(flatten(self._func(self.state([rows])))[0])
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """Return F(h) in memory of its own: F may return the same each time, as CUDA graphs do."""
+        leaves = flatten(self._func(self.state([rows])))[0]
+        packed = self.packing.pack(leaves)
+        return packed.clone() if packed.data_ptr() == leaves[0].data_ptr() else packed
 
     def state(self, rows: Sequence[Tensor]) -> State:
         """Return rows, a matrix alone in a sequence, as a state."""
@@ -232,10 +238,10 @@ class _Count:
         count = torch.count_nonzero(left)
         if self._waiting is None:
             return int(count)
-        copy = torch.empty(count.shape, dtype=count.dtype, pin_memory=True)
+        copy = torch.empty(count.shape, dtype=count.dtype, device="cpu", pin_memory=True)
         copy.copy_(count, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(left.device))
         self._waiting.append((copy, event))
         if len(self._waiting) < 2:
             return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,13 @@ from .torchdeq_form import Form, evaluate
 
 # TorchDEQ's setting -> our argument, the value at which the setting says nothing (TorchDEQ's own
 # default, which argparse always sets), and how to translate any other.
-_SOLVERS = {"fixed_point_iter": "fixed_point", "simple_fixed_point_iter": "fixed_point"}
+_SOLVERS = {
+    "anderson_fast": "anderson",
+    "broyden_fast": "broyden",
+    "fixed_point_fast": "fixed_point",
+    "fixed_point_iter": "fixed_point",
+    "simple_fixed_point_iter": "fixed_point",
+}
 _SETTINGS: Mapping[str, tuple[str, Any]] = {
     "tau": ("lam", 1.0),
     "b_solver": ("solver", "fixed_point_iter"),
@@ -295,16 +302,30 @@ class _Call:
     infos: list[Any] = field(default_factory=list)
 
 
+class _Calls(threading.local):
+    """The forward passes that this thread is in."""
+
+    def __init__(self) -> None:
+        self.by_deq: dict[int, _Call] = {}
+
+
+_calls = _Calls()
+
+
 def _hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         named = self.training and any(isinstance(p, ProduceGrad) for p in self.produce_grad)
         if not named and not torchdeq_solvers.sees_states(self.f_solver):
             return original(self, *args, **kwargs)
-        self.__dict__["_grad_call"] = _Call(_func_and_start(args, kwargs)[1])
+        # By thread: several may run one model at once.
+        calls, key = _calls.by_deq, id(self)
+        before, calls[key] = calls.get(key), _Call(_func_and_start(args, kwargs)[1])
         try:
             return original(self, *args, **kwargs)
         finally:
-            del self.__dict__["_grad_call"]
+            del calls[key]
+            if before is not None:
+                calls[key] = before
 
     return forward
 
@@ -319,7 +340,7 @@ def _func_and_start(args: Any, kwargs: Any) -> tuple[Callable[..., Any], State]:
 
 def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
     def _solve_fixed_point(self: Any, deq_func: Any, z_init: Any, *args: Any, **kwargs: Any) -> Any:
-        call: _Call | None = self.__dict__.get("_grad_call")
+        call = _calls.by_deq.get(id(self))
         if call is None:
             return original(self, deq_func, z_init, *args, **kwargs)
         Form.remember(deq_func, call.z_init)
@@ -378,7 +399,7 @@ class ProduceGrad:
         self, deq: Any, deq_func: Any, z: State, writer: Any = None, **kwargs: Any
     ) -> list[Any]:
         """Return the sampled state, or states, attached; in the form that TorchDEQ solves in."""
-        call: _Call | None = deq.__dict__.get("_grad_call")
+        call = _calls.by_deq.get(id(deq))
         if call is None and self.current(deq).owns_solve:
             raise RuntimeError(
                 f"{self.strategy!r} owns the solve, which TorchDEQ leaves to it only while the "

@@ -5,14 +5,15 @@ They see the user's state where TorchDEQ's own see one flat vector, and fill in 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..forward import ForwardSolution, anderson, broyden, fixed_point
 from ..state import State
 from .torchdeq_form import Form
+
+_Solved: TypeAlias = tuple[State, list[State], Any]
 
 
 def take_inverse_jacobian(info: Any) -> Any:
@@ -31,17 +32,34 @@ def take_inverse_jacobian(info: Any) -> Any:
     return known
 
 
-def _broyden(
-    func: Any, start: State, *, LBFGS_thres: int | None = None, ls: bool = False, **options: Any
-) -> ForwardSolution:
+# Functions of this module, so that models which hold them can be copied and pickled.
+
+
+def anderson_fast(func: Any, x0: State, **options: Any) -> _Solved:
+    """Solve by Anderson acceleration; for the options see TorchDEQ's `anderson_solver`."""
+    return _solve(anderson, ("m", "lam", "tau"), func, x0, **options)
+
+
+def broyden_fast(func: Any, x0: State, *, ls: bool = False, **options: Any) -> _Solved:
+    """Solve by Broyden's method; for the options see TorchDEQ's `broyden_solver`.
+
+    Raises:
+        ValueError: if a line search is asked for.
+    """
     if ls:
         raise ValueError(
             "ls=True: broyden_fast takes full steps; use f_solver='broyden' for a line search"
         )
-    return broyden(func, start, memory=LBFGS_thres, **options)
+    memory = options.pop("LBFGS_thres", None)
+    return _solve(broyden, ("memory", "keep_inverse"), func, x0, memory=memory, **options)
 
 
-def _solver(
+def fixed_point_fast(func: Any, x0: State, **options: Any) -> _Solved:
+    """Solve by fixed-point iteration; for the options see TorchDEQ's `fixed_point_iter`."""
+    return _solve(fixed_point, ("tau",), func, x0, **options)
+
+
+def _solve(
     solve: Callable[..., ForwardSolution],
     accepted: Sequence[str],
     func: Any,
@@ -52,7 +70,7 @@ def _solver(
     indexing: Sequence[int] | None = None,
     return_final: bool = False,
     **options: Any,
-) -> tuple[State, list[State], Any]:
+) -> _Solved:
     """Solve in TorchDEQ's form; options that a solver has no use for are ignored, as there."""
     from torchdeq.solver.stat import SolverStat
 
@@ -79,11 +97,11 @@ def _solver(
     return form.pack(solution.state), [form.pack(state) for state in solution.sampled], info
 
 
-SOLVERS: Mapping[str, Callable[..., tuple[State, list[State], Any]]] = MappingProxyType(
+SOLVERS: Mapping[str, Callable[..., _Solved]] = MappingProxyType(
     {
-        "anderson_fast": functools.partial(_solver, anderson, ("m", "lam", "tau")),
-        "broyden_fast": functools.partial(_solver, _broyden, ("LBFGS_thres", "ls", "keep_inverse")),
-        "fixed_point_fast": functools.partial(_solver, fixed_point, ("tau",)),
+        "anderson_fast": anderson_fast,
+        "broyden_fast": broyden_fast,
+        "fixed_point_fast": fixed_point_fast,
     }
 )
 """TorchDEQ's name -> a solver of its signature."""
@@ -109,7 +127,7 @@ def register() -> Callable[[], None]:
 
 def keeps_inverse_jacobian(solver: Any) -> bool:
     """Whether a solver can hand out what it learned of the inverse Jacobian."""
-    return solver is SOLVERS["broyden_fast"]
+    return solver is broyden_fast
 
 
 def sees_states(solver: Any) -> bool:

@@ -63,7 +63,7 @@ class Equilibrium(nn.Module):
             step: the training step, None or negative where it is not known.
         """
         equilibrium = tree_map(torch.Tensor.detach, equilibrium)
-        if not self.training:
+        if not (self.training and torch.is_grad_enabled()):
             return equilibrium
         if start is None:
             start = tree_map(torch.zeros_like, equilibrium)

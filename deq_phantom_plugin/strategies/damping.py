@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..adjoint import Linearization, Packing
 from ..adjoint.spectrum import leading_eigenvalue, random_start
+from ..precision import full_precision
 
 # One Krylov space from a fixed random start. The last step's eigenvectors are a worse one wherever
 # the batch changes: nearly blind to its leading eigenvalues, they let rho come out far too low.
@@ -28,7 +29,9 @@ def damping(graph: Linearization, batch_dim: int | None) -> list[Tensor]:
     def apply(x: Tensor) -> Tensor:
         return packing.pack(graph.vjp(packing.unpack(x)))
 
-    with torch.no_grad():
+    if packing.columns == 0:
+        return packing.spread(torch.ones(packing.rows, dtype=packing.dtype, device=packing.device))
+    with torch.no_grad(), full_precision(packing.device):
         start = random_start(packing)
         found = leading_eigenvalue(apply, start, tol=0, max_vjp=N_VJP, basis=N_VJP)
         return packing.spread(1 / found.radius.clamp(min=1))

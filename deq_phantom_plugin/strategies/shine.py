@@ -29,7 +29,8 @@ class SHINE(GradStrategy):
     (their section 3, "fallback"); refinement begins from either (their "refine").
 
     Costs one evaluation of F, one backward pass and, where refined, `refine` + 1 vector-Jacobian
-    products; memory holds one graph and the solver's steps, one vector an iteration.
+    products; memory holds one graph and the solver's steps, a vector an iteration, or up to twice
+    as much where the solve stopped early.
 
     Args:
         refine: Broyden iterations on (I - J^T) g = v that begin with that g and that estimate.
@@ -88,6 +89,7 @@ class SHINE(GradStrategy):
                     tol=0.0,
                     max_vjp=self.refine + 1,
                     batch_dim=0,
+                    packing=packing,
                 )
                 n_vjp, residual = solution.n_vjp, solution.residual
             if monitor is not None:
