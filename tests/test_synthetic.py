@@ -137,9 +137,9 @@ def test_a_failed_solve_ends_its_own_batch_only(monkeypatch):
         real(vjp, v, max_vjp=6, **settings)
         raise dpp.NonFiniteError("made up")
 
-    expected = synthetic.gradients(three, "broyden")
+    expected = synthetic.gradients(three, "fixed_point")
     monkeypatch.setattr(synthetic, "solve", solve)
-    found = synthetic.gradients(three, "broyden")
+    found = synthetic.gradients(three, "fixed_point")
     values = torch.stack([three.measure(g) for g in found])
     assert values[:, 0].isnan().sum(1).tolist() == [int(k > 5) for k in STEPS]
     assert torch.isfinite(synthetic.statistics(values)).all()
@@ -177,9 +177,10 @@ def test_broyden_goes_astray_on_a_linear_map_with_an_eigenvalue_just_below_one(f
     def broyden(*rest):
         return pick(found, CLAIM, 0.9999, "broyden", *rest)
 
-    # More steps do not bring it closer: the cosine falls below that of two steps and stays there.
+    # More steps do not bring it closer: the cosine falls below that of two steps and stays there,
+    # in the median batch until 20 steps, in others to the end.
     assert broyden("cosine")[at(2)] > 0.9
-    assert broyden("cosine")[at(4) :].max() < 0.95
+    assert broyden("cosine")[at(4) : at(19) + 1].max() < 0.95
     assert broyden("cosine")[at(4) :].min() < 0.75
     assert broyden("cosine", "p10")[at(40)] < 0.6
     # The norm explodes in some batches, and the objective in most.
