@@ -345,9 +345,7 @@ def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, deq_func, z_init, *args, **kwargs)
         Form.remember(deq_func, call.z_init)
         if not self.training:
-            solved = original(self, deq_func, z_init, *args, **kwargs)
-            torchdeq_solvers.take_inverse_jacobian(solved[-1])
-            return solved
+            return original(self, deq_func, z_init, *args, **kwargs)
         from torchdeq.core import DEQIndexing
         from torchdeq.solver.stat import SolverStat
 

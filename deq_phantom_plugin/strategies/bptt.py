@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,10 +39,7 @@ class BPTT(GradStrategy):
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
-        state = equilibrium
-        for state in self.states(func, equilibrium, context):  # noqa: B007
-            pass
-        return state
+        return deque(self.states(func, equilibrium, context), maxlen=1).pop()
 
     def states(
         self, func: Callable[[State], State], equilibrium: State, context: Context

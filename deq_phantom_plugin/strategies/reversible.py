@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -72,10 +73,7 @@ class Reversible(GradStrategy):
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
-        state = equilibrium
-        for state in self.states(func, equilibrium, context):  # noqa: B007
-            pass
-        return state
+        return deque(self.states(func, equilibrium, context), maxlen=1).pop()
 
     def states(
         self, func: Callable[[State], State], equilibrium: State, context: Context
