@@ -381,6 +381,59 @@ def test_f_may_return_the_same_memory_each_time(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+def test_leaves_without_a_common_batch_are_one_sample(solver):
+    want = [torch.full((3, 2), 0.7390851), torch.full((4, 2), 0.7390851)]
+    solution = solver(
+        lambda h: [torch.cos(leaf) for leaf in h],
+        [torch.zeros(3, 2), torch.zeros(4, 2)],
+        max_iter=60,
+        tol=1e-5,
+    )
+    assert solution.abs_lowest.shape == (1,)
+    torch.testing.assert_close(solution.state, want, rtol=1e-4, atol=1e-4)
+
+
+def closures_of_a_model():
+    """Maps made anew each step, as models make them, of the same two layers."""
+    torch.manual_seed(0)
+    one, two = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    while True:
+        u = torch.randn(5, 8)
+        yield lambda a, b, u=u: [torch.tanh(0.3 * one(b) + u), torch.tanh(0.3 * two(a) + 0.2 * b)]
+
+
+@pytest.mark.parametrize("solver", sorted(NAMES.values()))
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_f(solver, backend, monkeypatch):
+    modes, compiler = [], torch.compile
+
+    def compile_(func, mode, dynamic):
+        modes.append(mode)
+        return compiler(func, backend=backend, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    start, graphs = [torch.zeros(5, 8), torch.zeros(5, 8)], []
+    with dpp.enabled("torchdeq"):
+        deq = get_deq(f_solver=solver, grad="upg", f_max_iter=12, f_tol=0.0)
+        for _, func in zip(range(3), closures_of_a_model(), strict=False):
+            eager, _ = deq(func, start)
+            assert modes == [None] * len(graphs)
+            compiled, _ = deq(func, start, solver_kwargs={"compile": True})
+            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    # None is compiled anew, though each step has another closure.
+    assert graphs[0] in (1, 2)
+    assert graphs == [graphs[0]] * 3
+
+
+def test_modes_are_torch_compiles():
+    with pytest.raises(RuntimeError, match="reduce-overhead"):
+        fixed_point(torch.cos, torch.zeros(2, 3), compile="reduced-overhead")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_an_empty_batch(solver):
     assert solver(lambda h: 0.5 * h, torch.zeros(0, 5)).state.shape == (0, 5)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -121,6 +125,62 @@ class Silva(nn.Module):
         state = self._engine[0](
             func if single else lambda leaves: list(func(*leaves)), start, tensors=self._tensors
         )
+        return [state], {"rel_lowest": torch.zeros(1)}
+
+
+# --- foreign checkouts ------------------------------------------------------------------------
+
+
+def checkout(repository: str, folder: str) -> Path:
+    """Return a folder of a checkout in `.hosts`, or in the folder that DEQ_PHANTOM_HOSTS names.
+
+    Raises:
+        Unavailable: if it is not there.
+    """
+    hosts = Path(os.environ.get("DEQ_PHANTOM_HOSTS", Path(__file__).parents[2] / ".hosts"))
+    found = hosts / repository.partition("/")[2] / folder
+    if not found.is_dir():
+        raise Unavailable(f"no checkout of {repository} in .hosts or DEQ_PHANTOM_HOSTS")
+    return found
+
+
+class PhantomGrad(nn.Module):
+    """The layer of Gsunshine/phantom_grad, whose paper's code it is, in TorchDEQ's place.
+
+    Args:
+        k: its `pg_steps`.
+        lam: its `tau`.
+        updates: of its Broyden solve; None for a solve that returns where it starts.
+    """
+
+    def __init__(self, k: int, lam: float, updates: int | None) -> None:
+        super().__init__()
+        lib = checkout("Gsunshine/phantom_grad", "MDEQ/MDEQ_CIFAR/lib")
+        if str(lib) not in sys.path:
+            sys.path.append(str(lib))
+        # Not as a part of its package, which imports the models too.
+        spec = importlib.util.spec_from_file_location(
+            "phantom_grad_layer", lib / "models" / "mdeq_forward_backward.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        layer = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(layer)
+        except ImportError as error:
+            raise Unavailable(f"Gsunshine/phantom_grad: {error}") from None
+        if updates is None:
+            layer.DEQFunc2d = SimpleNamespace(apply=lambda func, leaves, *rest: leaves)
+        self._layer = [layer.MDEQWrapper(None, lam, k)]  # in a list: not part of anybody's model
+        self._updates = updates
+
+    def forward(self, func: Callable[..., Any], start: State) -> tuple[list[State], Any]:
+        """Solve and attach."""
+        if isinstance(start, Tensor):
+            raise Unavailable("a list of images only")
+        layer = self._layer[0].train(self.training)
+        layer.func = lambda leaves, *rest: list(func(*leaves))
+        state = layer(start, start[0], threshold=self._updates)  # any injection: f has its own
         return [state], {"rel_lowest": torch.zeros(1)}
 
 

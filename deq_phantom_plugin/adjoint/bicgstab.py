@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..late_read import LateRead
 from .fixed_point import fixed_point
 from .progress import Apply, Progress, Solution
 
@@ -32,7 +33,7 @@ def bicgstab(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
     while not progress.exhausted:
         shadow = direction = residual
         rho = dot(shadow, residual)
-        running = progress.active.clone()
+        running, flags = progress.active, LateRead(rhs.device)
         # One product is kept back for the true residual at the end.
         while progress.remaining > 2:
             image = direction - progress.apply(direction)
@@ -47,11 +48,11 @@ def bicgstab(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
             direction = residual + beta * (direction - omega * image)
             norm = torch.linalg.vector_norm(residual, dim=1)
             stuck = (omega.squeeze(1) == 0) | (rho.squeeze(1).abs() <= tiny)
-            finite = torch.isfinite(norm) | ~running
-            running = running & ~(norm <= progress.tol) & ~stuck
-            if not progress.go_on(running, finite):
+            counted = running
+            running = running & (norm > progress.tol) & ~stuck
+            if not progress.go_on(running, norm, counted, flags):
                 break
         residual = rhs - x + progress.apply(x)
-        if progress.record(x, residual) or progress.remaining <= 2:
+        if progress.record(x, residual, at_once=True) or progress.remaining <= 2:
             break
     return progress.solution()

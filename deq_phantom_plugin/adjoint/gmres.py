@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..late_read import LateRead
 from .fixed_point import fixed_point
 from .progress import Apply, Progress, Solution
 
@@ -23,7 +24,7 @@ def gmres(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, restart: int = 50
     while progress.remaining > 1:
         x = x + _cycle(progress, residual, min(restart, progress.remaining - 1, rhs.shape[1]))
         residual = rhs - x + progress.apply(x)
-        if progress.record(x, residual):
+        if progress.record(x, residual, at_once=True):
             break
     return progress.solution()
 
@@ -31,53 +32,56 @@ def gmres(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, restart: int = 50
 def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
     """Return the correction that minimises the residual over `length` Krylov vectors.
 
+    The least-squares problem in the Hessenberg matrix H needs no rotations: the least residual is
+    the part of its right-hand side along the u with u^T H = 0, which grows by one number a column,
+    and H without its first row is triangular.
+
     Solved samples are frozen: their new basis vectors and columns are zero, with a one on the
     diagonal, so the triangular solve at the end leaves their coefficients alone.
     """
     batch, size = residual.shape
     norm = torch.linalg.vector_norm(residual, dim=1)
-    running = progress.active.clone()
+    running = progress.active
     basis = residual.new_empty(batch, length + 1, size)  # written before read: few are needed
     _put_unit(basis[:, 0], residual, norm, running)
     vector = torch.empty_like(residual)
     triangle = residual.new_zeros(batch, length, length)
-    # The rotations so far, as one matrix: a product with it stands for a loop over them.
-    rotation = torch.eye(length + 1, dtype=residual.dtype, device=residual.device)
-    rotation = rotation.repeat(batch, 1, 1)
-    target = residual.new_zeros(batch, length + 1)
-    target[:, 0] = norm * running
+    u = residual.new_zeros(batch, length + 1)
+    u[:, 0] = 1
+    square = torch.ones_like(norm)  # |u|^2
+    # A cycle can tell no more of the residual; the next one begins with the true one.
+    eps = torch.finfo(residual.dtype).eps
+    flags = LateRead(residual.device)
     used = 0
     for j in range(length):
         torch.sub(basis[:, j], progress.apply(basis[:, j]), out=vector)
-        column, below = _orthogonalise(vector, basis[:, : j + 1], progress, running)
-        finite = torch.isfinite(below) | ~running
-        column = (rotation[:, : j + 1, : j + 1] @ column[:, :, None]).squeeze(2)
-        diagonal = torch.hypot(column[:, j], below)
-        regular = running & (diagonal > 0)
-        cosine = torch.where(regular, column[:, j] / diagonal, 1)
-        sine = torch.where(regular, below / diagonal, 0)
-        triangle[:, : j + 1, j] = column * regular[:, None]
-        triangle[:, j, j] = torch.where(regular, diagonal, 1)
-        row = rotation[:, j].clone()
-        rotation[:, j], rotation[:, j + 1] = cosine[:, None] * row, -sine[:, None] * row
-        rotation[:, j, j + 1], rotation[:, j + 1, j + 1] = sine, cosine
-        target[:, j + 1] = torch.where(regular, -sine * target[:, j], 0)
-        target[:, j] = torch.where(regular, cosine * target[:, j], 0)
-        used = j + 1
-        running = regular & ~(target[:, j + 1].abs() <= progress.tol)
-        _put_unit(basis[:, j + 1], vector, below, running)
-        if not progress.go_on(running, finite):
+        column, below, exhausted = _orthogonalise(vector, basis[:, : j + 1], progress, running)
+        counted, used = running, j + 1
+        triangle[:, :j, j], triangle[:, j, j] = column[:, 1:], torch.where(counted, below, 1)
+        products = column * u[:, :used]
+        new = products.sum(dim=1) / triangle[:, j, j]
+        if exhausted is not None:
+            # Rounding over rounding: H is singular, and J has an eigenvalue of one.
+            singular = products.sum(dim=1).abs() <= 1e3 * eps * products.abs().sum(dim=1)
+            new = torch.where(exhausted & singular, 0, new)
+        u[:, used] = -new
+        square = square + new * new
+        reduction = square.sqrt()  # of the residual
+        running = counted & (norm > progress.tol * reduction) & (reduction < 1 / eps)
+        _put_unit(basis[:, used], vector, below, running)
+        if not progress.go_on(running, below, counted, flags):
             break
+    least = -(norm / square)[:, None] * u[:, 1 : used + 1]
     weights: Tensor = torch.linalg.solve_triangular(
-        triangle[:, :used, :used], target[:, :used, None], upper=True
+        triangle[:, :used, :used], least[:, :, None], upper=True
     )
     return (weights.mT @ basis[:, :used]).squeeze(1)
 
 
 def _orthogonalise(
     vector: Tensor, basis: Tensor, progress: Progress, running: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Take from a vector its part in a basis; return the coefficients there, and what is left.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Take from a vector its part in a basis.
 
     By classical Gram-Schmidt, whose two products read the basis once each. What rounding leaves in
     the basis grows by the factor that the vector shrinks by; where that would count against the
@@ -88,16 +92,23 @@ def _orthogonalise(
         basis: shape (B, n, D).
         progress: of the solve.
         running: the samples that count, shape (B,).
+
+    Returns:
+        The coefficients in the basis; the norm of what is left, at least that of the rounding; and
+        in which samples nothing but rounding is left, None if surely in none.
     """
-    before = torch.linalg.vector_norm(vector, dim=1)
+    info = torch.finfo(vector.dtype)
+    rounding = torch.linalg.vector_norm(vector, dim=1) * info.eps
     column = _subtract_projection(vector, basis)
     below = torch.linalg.vector_norm(vector, dim=1)
-    error = torch.finfo(vector.dtype).eps * before / below
     # On other devices to look would be to wait, which takes longer than a second pass.
-    if vector.device.type != "cpu" or bool((running & (error > 0.01 * progress.tol)).any()):
-        column = column + _subtract_projection(vector, basis)
-        below = torch.linalg.vector_norm(vector, dim=1)
-    return column, below
+    look = vector.device.type == "cpu"
+    if look and not bool((running & (rounding >= 0.01 * progress.tol * below)).any()):
+        return column, below, None
+    column = column + _subtract_projection(vector, basis)
+    below = torch.linalg.vector_norm(vector, dim=1)
+    exhausted = below <= 10 * rounding
+    return column, torch.maximum(below, rounding.clamp(min=info.tiny)), exhausted
 
 
 def _subtract_projection(vector: Tensor, basis: Tensor) -> Tensor:

@@ -34,6 +34,11 @@ class Packing:
         for leaf in like:
             real = leaf.real.dtype if leaf.is_complex() else leaf.dtype
             self.dtype = torch.promote_types(self.dtype, real)
+        # One tensor whose dimensions are in order is a matrix but for its shape.
+        self._only: torch.Size | None = None
+        in_order = [list(range(leaf.dim())) for leaf in like] == self._orders
+        if len(like) == 1 and in_order and like[0].dtype == self.dtype:
+            self._only = like[0].shape
 
     @property
     def rows(self) -> int:
@@ -52,6 +57,9 @@ class Packing:
 
     def pack(self, leaves: Sequence[Tensor]) -> Tensor:
         """Return the leaves as a (B, D) matrix."""
+        if self._only is not None:
+            only = leaves[0].reshape(self.rows, self._widths[0])
+            return only if only.dtype == self.dtype else only.to(self.dtype)
         columns = []
         for leaf, order, width in zip(leaves, self._orders, self._widths, strict=True):
             ordered = leaf.permute(order)
@@ -62,6 +70,8 @@ class Packing:
 
     def unpack(self, matrix: Tensor) -> list[Tensor]:
         """Return a (B, D) matrix as leaves of the like leaves' shapes, dtypes and formats."""
+        if self._only is not None:
+            return [matrix.to(self.dtype).reshape(self._only)]
         leaves = []
         for part, like, order in zip(
             torch.split(matrix, self._widths, dim=1), self._like, self._orders, strict=True

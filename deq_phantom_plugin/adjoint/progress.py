@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..late_read import LateRead
 
 Apply = Callable[[Tensor], Tensor]
 """x -> J^T x on (B, D) matrices."""
@@ -42,13 +44,21 @@ def choose(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
         new: shape (B, ...), or of no dimension if there is one sample.
         old: of the same shape.
     """
+    return choose_leaves(chosen, [new], [old])[0]
+
+
+def choose_leaves(chosen: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+    """Choose in each leaf of a state."""
     if chosen.device.type == "cpu":  # elsewhere to ask would be to wait for the device
         if bool(chosen.all()):
-            return new
+            return list(new)
         if not bool(chosen.any()):
-            return old
-    shape = (-1, *[1] * (new.dim() - 1)) if new.dim() > 0 else ()
-    return torch.where(chosen.reshape(shape), new, old)
+            return list(old)
+    mixed = []
+    for a, b in zip(new, old, strict=True):
+        shape = (-1, *[1] * (a.dim() - 1)) if a.dim() > 0 else ()
+        mixed.append(torch.where(chosen.reshape(shape), a, b))
+    return mixed
 
 
 class Progress:
@@ -77,7 +87,7 @@ class Progress:
         # Any iterate is better than none: a gradient of zero trains nothing.
         self._best_residual = torch.where(self.active, torch.inf, norm)
         self._trace: list[Tensor] = []
-        self._converged = False
+        self._late = LateRead(rhs.device)
 
     @property
     def remaining(self) -> int:
@@ -94,49 +104,78 @@ class Progress:
         self.n_vjp += 1
         return self._apply(x)
 
-    def record(self, x: Tensor, residual: Tensor) -> bool:
+    def record(self, x: Tensor, residual: Tensor, at_once: bool = False) -> bool:
         """Take note of an iterate and its residual vector; return whether all are solved.
 
         The iterate is kept as it is, and must not be changed afterwards.
 
-        The one place where the host waits for the device: one flag for "go on" and one for
-        "non-finite" travel together.
+        Args:
+            x: the iterate, shape (B, D).
+            residual: rhs - (I - J^T) x.
+            at_once: whether the host must not learn of it late.
 
         Raises:
             NonFiniteError: if a residual is NaN or infinite.
         """
         norm = torch.linalg.vector_norm(residual, dim=1)
-        better = self.active & (norm < self._best_residual)
+        counted = self.active
+        better = counted & (norm < self._best_residual)
         self._best = choose(better, x, self._best)
         self._best_residual = torch.where(better, norm, self._best_residual)
         self._trace.append(self._best_residual)
-        finite = torch.isfinite(norm) | ~self.active
-        self.active = self.active & ~(self._best_residual <= self.tol)
-        self._converged = not self.go_on(self.active, finite)
-        return self._converged
+        self.active = counted & (self._best_residual > self.tol)
+        late = None if at_once else self._late
+        return not self.go_on(self.active, norm, counted, late)
 
-    def go_on(self, active: Tensor, finite: Tensor) -> bool:
-        """Return whether any sample is active.
+    def go_on(
+        self, active: Tensor, norm: Tensor, counted: Tensor, late: LateRead | None = None
+    ) -> bool:
+        """Return whether any sample is active; the one place where the host looks at the device.
+
+        Args:
+            active: the samples that are still to be solved, shape (B,).
+            norm: what was computed of each, shape (B,).
+            counted: the samples in which that must be finite, shape (B,).
+            late: how to read both late, if that may be.
 
         Raises:
-            NonFiniteError: if not all are finite.
+            NonFiniteError: if not all that count are finite.
         """
-        any_active, all_finite = torch.stack([active.any(), finite.all()]).tolist()
-        if not all_finite:
-            where = torch.nonzero(~finite).flatten().tolist()
+        if norm.device.type == "cpu" and (late is None or not late.is_late(norm.device)):
+            if not math.isfinite(norm.sum()):
+                self._check_finite((~torch.isfinite(norm) & counted).tolist())
+            return bool(active.any())
+        broken = ~torch.isfinite(norm) & counted
+        flags = torch.cat([active.any()[None], broken])
+        found = flags.tolist() if late is None else late.read(flags)
+        return self._evaluate(found)
+
+    def _evaluate(self, flags: list[bool] | None) -> bool:
+        if flags is None:
+            return True
+        self._check_finite(flags[1:])
+        return flags[0]
+
+    def _check_finite(self, broken: list[bool]) -> None:
+        where = [index for index, flag in enumerate(broken) if flag]
+        if where:
             raise NonFiniteError(
                 f"the residual became NaN or infinite after {self.n_vjp} vector-Jacobian products, "
-                f"in {len(where)} of {finite.numel()} samples (the first: {where[0]})"
+                f"in {len(where)} of {len(broken)} samples (the first: {where[0]})"
             )
-        return bool(any_active)
 
     def solution(self) -> Solution:
-        """Return the best iterate that was recorded for each sample."""
+        """Return the best iterate that was recorded for each sample.
+
+        Raises:
+            NonFiniteError: if a residual is NaN or infinite.
+        """
+        self._evaluate(self._late.last())
         trace = self._trace or [self._best_residual]
         return Solution(
             self._best,
             self._best_residual,
             self.n_vjp,
             torch.stack(trace, dim=1),
-            self._converged,
+            not bool(self.active.any()),
         )

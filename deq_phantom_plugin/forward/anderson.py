@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..precision import in_full_precision
 from ..state import State
+from .compilation import may_compile
 from .tracking import ForwardSolution, Rows, Tracker
 
 
+@may_compile
 @in_full_precision
 @torch.no_grad()
 def anderson(
@@ -44,6 +46,8 @@ def anderson(
         tau: how much of F(h) there is in the mixture; the rest is h.
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
+        compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
+            graphs); False by default.
 
     Raises:
         ValueError: if the stop mode is unknown, or `m` is below 2 or `max_iter` below 3.

@@ -10,9 +10,11 @@ from torch import Tensor
 from ..adjoint.inverse_estimate import InverseEstimate
 from ..precision import in_full_precision
 from ..state import State
+from .compilation import may_compile
 from .tracking import ForwardSolution, InverseJacobian, Rows, Tracker
 
 
+@may_compile
 @in_full_precision
 @torch.no_grad()
 def broyden(
@@ -45,6 +47,8 @@ def broyden(
             on then until the last has converged.
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
+        compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
+            graphs); False by default.
 
     Raises:
         ValueError: if the stop mode is unknown, `max_iter` or `memory` below 1, or

@@ -10,9 +10,11 @@ from torch import Tensor
 from ..adjoint import Packing
 from ..precision import in_full_precision
 from ..state import State, damped_step, flatten, unflatten
+from .compilation import may_compile
 from .tracking import ForwardSolution, Tracker
 
 
+@may_compile
 @in_full_precision
 @torch.no_grad()
 def fixed_point(
@@ -40,6 +42,8 @@ def fixed_point(
         tau: the damping factor in (0, 1].
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
+        compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
+            graphs); False by default.
 
     Raises:
         ValueError: if the stop mode is unknown, or `max_iter` below 1.
@@ -80,10 +84,11 @@ def _norm(leaves: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def _norm_of(leaf: Tensor, like: Tensor) -> Tensor:
     norm: Tensor
-    if len(like) == 1:
-        norm = torch.linalg.vector_norm(leaf)
-    elif leaf.dim() == 1:
-        norm = leaf.abs()
-    else:  # over dimensions, since a reshape would copy leaves that are in channels_last
+    if leaf.dim() > 1 and len(leaf) == len(like):
+        # Over dimensions, since a reshape would copy leaves that are in channels_last.
         norm = torch.linalg.vector_norm(leaf, dim=tuple(range(1, leaf.dim())))
-    return norm.to(like.dtype).reshape(like.shape)
+    elif len(like) == 1:
+        norm = torch.linalg.vector_norm(leaf).reshape(1)
+    else:
+        norm = leaf.abs()
+    return norm if norm.dtype == like.dtype else norm.to(like.dtype)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adjoint import Packing
 from ..adjoint.inverse_estimate import InverseEstimate
-from ..adjoint.progress import choose
+from ..adjoint.progress import choose_leaves
+from ..late_read import LateRead
 from ..state import State, flatten, unflatten
 
 STOP_MODES = ("abs", "rel")
@@ -138,7 +137,7 @@ class Tracker:
         self._start = torch.full_like(like, 1e8)
         self._lowest, self._norms = self._start, list[tuple[Tensor, Tensor]]()
         self._first_step = first_step
-        self._count = _Count(like.device)
+        self._late = LateRead(like.device)
         self.best = list(start)
         self.active = torch.ones_like(like, dtype=torch.bool)
         self.n_active = len(like)
@@ -157,17 +156,14 @@ class Tracker:
         self._norms.append((residual, image))
         value = residual if self._stop_mode == "abs" else _relative(residual, image)
         better = value < self._lowest
-        self._lowest = torch.where(better, value, self._lowest)
-        if self._return_final:
-            self.best = list(state)
-        else:
-            self.best = [choose(better, x, old) for x, old in zip(state, self.best, strict=True)]
+        self._lowest, *best = choose_leaves(better, [value, *state], [self._lowest, *self.best])
+        self.best = list(state) if self._return_final else best
         if n_evaluations in self._sample_at:
             self._sampled.append(self.best)
         short = self._lowest >= self._tol
         if not self._keep_going:
             self.active = self.active & short & torch.isfinite(residual)
-        left = self._count.read(short if self._keep_going else self.active)
+        left = self._late.read(torch.count_nonzero(short if self._keep_going else self.active))
         if left is None:
             return False
         if not self._keep_going:
@@ -225,29 +221,6 @@ class Tracker:
             n_steps=(when + self._first_step).to(self._start.dtype),
             inverse_jacobian=inverse_jacobian,
         )
-
-
-class _Count:
-    """How many samples are left, known to the host without waiting for the latest."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._waiting: deque[tuple[Tensor, Any]] | None = deque() if device.type == "cuda" else None
-
-    def read(self, left: Tensor) -> int | None:
-        """Return the number of True; on CUDA that of the call before, None in the first."""
-        count = torch.count_nonzero(left)
-        if self._waiting is None:
-            return int(count)
-        copy = torch.empty(count.shape, dtype=count.dtype, device="cpu", pin_memory=True)
-        copy.copy_(count, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(left.device))
-        self._waiting.append((copy, event))
-        if len(self._waiting) < 2:
-            return None
-        earlier, event = self._waiting.popleft()
-        event.synchronize()
-        return int(earlier)
 
 
 def _relative(residual: Tensor, image: Tensor) -> Tensor:

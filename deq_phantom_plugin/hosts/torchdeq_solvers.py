@@ -1,6 +1,7 @@
 """Our forward solvers in TorchDEQ's table: `f_solver="broyden_fast"` and the like.
 
 They see the user's state where TorchDEQ's own see one flat vector, and fill in the same statistics.
+`solver_kwargs={"compile": True}`, or a mode of `torch.compile`, compiles F for the solve.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def _solve(
     stop_mode: str = "abs",
     indexing: Sequence[int] | None = None,
     return_final: bool = False,
+    compile: bool | str = False,
     **options: Any,
 ) -> _Solved:
     """Solve in TorchDEQ's form; options that a solver has no use for are ignored, as there."""
@@ -83,6 +85,7 @@ def _solve(
         stop_mode=stop_mode,
         sample_at=indexing or (),
         return_final=return_final,
+        compile=compile,
         **{name: value for name, value in options.items() if name in accepted},
     )
     info = SolverStat(

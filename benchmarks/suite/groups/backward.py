@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 from .. import work
 from ..contest import Contender, Contest, Ratio, Settings
-from ..peers import attached, npg_floor, seam, upg_floor
+from ..peers import PhantomGrad, attached, npg_floor, seam, upg_floor
+from ..timing import Run
 
 K, LAM = 5, 0.5
 PEER = "phantom gradient (grad=5, tau=0.5)"
+LAYER = "MDEQWrapper (pg_steps=5, tau=0.5)"
 UPG, NPG = "upg(k=5, lam=0.5)", "npg(k=5, lam=0.5)"
 
 
@@ -41,6 +43,7 @@ def _contest(preset: str, layout: str, settings: Settings) -> Contest:
             "torchdeq",
             lambda: seam(problem, no_stat=True, **peer),
         ),
+        Contender(LAYER, "Gsunshine/phantom_grad", lambda: _layer(problem)),
         Contender(f"{UPG} in TorchDEQ", "ours", lambda: seam(problem, grad=UPG)),
         Contender(f"{UPG} attach", "ours", lambda: attached(problem, UPG)),
         Contender("upg floor", "floor", lambda: upg_floor(problem, K, LAM)),
@@ -54,6 +57,7 @@ def _contest(preset: str, layout: str, settings: Settings) -> Contest:
         Ratio(f"{UPG} attach", PEER, 0.82),
         Ratio(f"{UPG} attach", f"{PEER}, f restores format"),
         Ratio(f"{UPG} attach", f"{PEER}, no_stat=True (list, no flat vector)"),
+        Ratio(f"{UPG} attach", LAYER),
         Ratio(f"{UPG} in TorchDEQ", "upg floor", 1.05),
         Ratio(f"{UPG} attach", "upg floor", 1.05),
         Ratio(f"{NPG} attach", "npg floor", 1.05),
@@ -63,3 +67,14 @@ def _contest(preset: str, layout: str, settings: Settings) -> Contest:
     ]
     title = f"{problem.name}, forward residual {problem.residual:.1e}"
     return Contest("backward", title, contenders, ratios, problem.func, problem.known)
+
+
+def _layer(problem: work.Problem) -> Run:
+    """Attach in phantom_grad's layer, and go back."""
+    layer = PhantomGrad(K, LAM, updates=None)
+
+    def run() -> None:
+        states, _ = layer(problem.spread, problem.equilibrium)
+        problem.backward(states[-1])
+
+    return run

@@ -43,7 +43,7 @@ def _problems(settings: Settings) -> Iterator[Problem]:
     for width in (16,) if settings.quick else (512, 128, 2048):
         yield work.synthetic(width, 4 if settings.quick else 32, settings, **linear)
     for layout in work.FORMATS:
-        yield work.mdeq("tiny", settings, layout)
+        yield work.mdeq("tiny", settings, layout, regularised=True)
 
 
 def _contest(problem: Problem, adjoint: Adjoint, tol: float) -> Contest:

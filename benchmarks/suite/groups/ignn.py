@@ -9,7 +9,6 @@ downloads them to, or in the zip file there that holds their text files.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import tempfile
 import types
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..contest import Contender, Contest, Ratio, Settings, Unavailable
+from ..peers import checkout
 from ..timing import Run
 
 CHANNELS, N_GRAPHS = 64, 128
@@ -99,10 +99,7 @@ def _pass(layer: Callable[[], Tensor], setting: _Setting) -> Run:
 
 
 def _official_layer() -> Any:
-    hosts = Path(os.environ.get("DEQ_PHANTOM_HOSTS", Path(__file__).parents[3] / ".hosts"))
-    folder = hosts / "IGNN" / "graphclassification"
-    if not folder.is_dir():
-        raise Unavailable("no checkout of SwiftieH/IGNN in .hosts or DEQ_PHANTOM_HOSTS")
+    folder = checkout("SwiftieH/IGNN", "graphclassification")
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     sys.modules.setdefault("torch_sparse", types.ModuleType("torch_sparse"))  # imported, not used

@@ -13,12 +13,13 @@ import deq_phantom_plugin as dpp
 from .. import work
 from ..accounting import Counted
 from ..contest import Contender, Contest, Ratio, Settings, available
-from ..peers import Silva, evaluations, torchdeq
+from ..peers import PhantomGrad, Silva, evaluations, torchdeq
 from ..timing import Run
 from ..work import Training, residuals
 
 FORWARD, BACKWARD = 22, 24  # evaluations of f, of the solve and of TorchDEQ's adjoint solve
 PG, IFT = "broyden + phantom gradient (5, 0.5)", "broyden + ift (broyden, 24)"
+LAYER = "phantom_grad: its layer (Broyden, pg_steps=5, tau=0.5)"
 AS_IN_ZOO = ", f as in the deq-zoo"
 OURS = {
     "broyden_fast + upg": "upg(k=5, lam=0.5)",
@@ -45,6 +46,8 @@ def contests(settings: Settings) -> Iterator[Contest]:
         if any(c.method.endswith(AS_IN_ZOO) for c in contenders):
             ratios.insert(1, Ratio(upg, f"torchdeq: {PG}{AS_IN_ZOO}", 0.68))
             ratios.append(Ratio(upg, f"torchdeq: {IFT}{AS_IN_ZOO}", 0.36))
+        if any(c.method == LAYER for c in contenders):
+            ratios.append(Ratio(upg, LAYER))
         ratios += [Ratio(name, f"torchdeq: {IFT}") for name in OURS if name != upg]
         ratios += [
             Ratio("broyden_fast + upg", "silva: broyden + phantom", 1.0),
@@ -87,6 +90,10 @@ def _contenders(training: Training, settings: Settings) -> Iterator[Contender]:
     if "channels_last" in training.name:
         for name, make in ((PG, phantom), (IFT, implicit)):
             yield _contender(f"torchdeq: {name}{AS_IN_ZOO}", "torchdeq", make, training, False)
+    if "MDEQ" in training.name:
+        # Its solver, too, counts its Broyden updates, one evaluation less than it takes.
+        layer = lambda: PhantomGrad(5, 0.5, updates=FORWARD - 1)  # noqa: E731
+        yield _contender(LAYER, "Gsunshine/phantom_grad", layer, training)
     for name, spec in OURS.items():
         yield _contender(name, "ours", peer("broyden_fast", grad=spec), training)
     for name, options in SILVA.items():
