@@ -23,6 +23,8 @@ def contests(settings: Settings) -> Iterator[Contest]:
     specs += [f"upg(k={k}, checkpoint=True)" for k in steps]
     specs += [f"ift(solver={name!r}, tol=1e-12, max_iter=20)" for name in ("gmres", "broyden")]
     specs += ["ift(solver='bicgstab', tol=1e-12, max_iter=20)", "jfb"]
+    # 20 evaluations of f in each.
+    specs += ["bptt(steps=20)", "reversible(steps=10)"]
     contenders = [Contender(spec, "ours", lambda s=spec: attached(problem, s)) for spec in specs]
     for k in steps:
         contenders.append(
@@ -42,7 +44,9 @@ def contests(settings: Settings) -> Iterator[Contest]:
                     lambda s=settings_of: seam(problem, **s),
                 )
             )
-    ratios = [Ratio("upg(k=5, checkpoint=True)", "upg(k=5)")] if 5 in steps else []
+    ratios = [Ratio("reversible(steps=10)", "bptt(steps=20)")]
+    if 5 in steps:
+        ratios.append(Ratio("upg(k=5, checkpoint=True)", "upg(k=5)"))
     yield Contest(
         "memory", problem.name, contenders, ratios, problem.func, problem.known, repeats=3
     )
