@@ -25,7 +25,7 @@ class IFT(GradStrategy):
     infinity that the solve makes is an error, one that comes in passes through.
 
     Costs one evaluation of F, and one vector-Jacobian product an iteration on the one graph that
-    memory holds, besides the solver's own vectors (gmres: one a product, at most 50, ten at a time).
+    memory holds, besides the solver's own vectors (gmres: one a product, at most 50).
 
     Args:
         solver: "gmres", "bicgstab", "anderson", "broyden" or "fixed_point". The default
