@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from .state import State, flatten, unflatten
 
@@ -19,6 +20,29 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[An
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+class AutocastState:
+    """Autocast as it is now, for evaluations of F later.
+
+    Args:
+        leaves: of a state; the settings of their devices are kept, and the CPU's.
+    """
+
+    def __init__(self, leaves: Iterable[Tensor]) -> None:
+        self._settings = [
+            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+            for device in sorted({"cpu", *(leaf.device.type for leaf in leaves)})
+            if torch.amp.is_autocast_available(device)
+        ]
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Go back to it inside a `with` block."""
+        with contextlib.ExitStack() as stack:
+            for device, dtype, enabled in self._settings:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            yield
 
 
 def in_full_precision(solver: Callable[..., R]) -> Callable[..., R]:

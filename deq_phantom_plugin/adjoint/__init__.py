@@ -19,18 +19,21 @@ from .bicgstab import bicgstab
 from .broyden import broyden
 from .fixed_point import fixed_point
 from .gmres import gmres
+from .implicit import VJP, implicit
 from .linearization import Linearization, inside_checkpoint, mixes_samples
 from .packing import Packing
 from .progress import Apply, Solution, choose
 
 __all__ = [
     "SOLVERS",
+    "VJP",
     "Apply",
     "Linearization",
     "Packing",
     "Solution",
     "broyden",
     "check_solver",
+    "implicit",
     "inside_checkpoint",
     "mixes_samples",
     "solve",

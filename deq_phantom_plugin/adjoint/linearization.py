@@ -75,13 +75,13 @@ class Linearization:
 
         def formatted(v: list[Tensor]) -> list[Tensor]:
             with full_precision(inputs[0].device):
-                return adjoint([_in_format(vi, leaf) for vi, leaf in zip(v, inputs, strict=True)])
+                return adjoint([in_format(vi, leaf) for vi, leaf in zip(v, inputs, strict=True)])
 
         attached = _Attach.apply(formatted, len(values), *values, *self.outputs)
         return unflatten(list(attached), self.structure)
 
 
-def _in_format(gradient: Tensor, like: Tensor) -> Tensor:
+def in_format(gradient: Tensor, like: Tensor) -> Tensor:
     """Return a gradient in the memory format of the state.
 
     The loss decides its layout (a sum's is expanded from one number), and every product with J^T
@@ -119,7 +119,7 @@ class _Attach(torch.autograd.Function):
             raise RuntimeError(
                 "a second derivative was asked for (create_graph=True) through an equilibrium "
                 "whose strategy gives first derivatives only: its graph holds the equilibrium "
-                "fixed, so the second would be silently wrong. Unrolled strategies (bptt) "
+                "fixed, so the second would be silently wrong. ift(higher_order=True) and bptt "
                 "differentiate to any order."
             )
         return (None, None, *(None,) * ctx.n, *ctx.adjoint(list(grads)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adjoint import Linearization, Solution, check_solver, solve
+from ..adjoint import VJP, Linearization, Solution, check_solver, implicit, solve
 from ..errors import NonFiniteError, warn_once
 from ..memory import Memory
 from ..state import State
@@ -37,6 +37,10 @@ class IFT(GradStrategy):
         warm_start: whether to begin with the last step's g, for one more product and where that is
             better than to begin without. For training on one and the same batch, such as a single
             graph; needs a host, whose memory keeps g (and saves it with the model).
+        higher_order: whether the gradient can be differentiated again, to any order, for gradient
+            penalties and MAML. Memory then holds h* and what F captures, and no graph; backward
+            evaluates F once more, so F must do the same each time, and what it captures must be
+            used in ordinary operations of PyTorch.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -46,44 +50,54 @@ class IFT(GradStrategy):
     tol: float = 1e-4
     max_iter: int = 50
     warm_start: bool = False
+    higher_order: bool = False
 
     def __post_init__(self) -> None:
         check_solver(self.solver)
         object.__setattr__(self, "tol", positive_float("tol", self.tol))
         object.__setattr__(self, "max_iter", positive_int("max_iter", self.max_iter))
         boolean("warm_start", self.warm_start)
+        boolean("higher_order", self.higher_order)
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
+
+        def adjoint(vjp: VJP, v: list[Tensor]) -> list[Tensor]:
+            return self._solved(vjp, v, told)
+
+        # A strategy that knows less of the context keeps it alive no longer than needed.
+        told = Context(context.batch_dim, monitor=context.monitor, memory=context.memory)
+        if self.higher_order:
+            alone = Context(context.batch_dim)
+            inner = lambda vjp, v: self._solved(vjp, v, alone)  # noqa: E731
+            return implicit(func, equilibrium, adjoint, inner)
         graph = Linearization(func, equilibrium)
-        batch_dim, monitor = context.batch_dim, context.monitor
+        return graph.attach(graph.outputs, lambda v: adjoint(graph.vjp, v))
+
+    def _solved(self, vjp: VJP, v: list[Tensor], context: Context) -> list[Tensor]:
         memory = context.memory if self.warm_start else None
-
-        def adjoint(v: list[Tensor]) -> list[Tensor]:
-            try:
-                g, solution = solve(
-                    graph.vjp,
-                    v,
-                    solver=self.solver,
-                    tol=self.tol,
-                    max_vjp=self.max_iter,
-                    batch_dim=batch_dim,
-                    start=None if memory is None else _last(memory, v),
-                )
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{self!r}, adjoint solve: {error}") from None
-            if not solution.converged:
-                self._warn(solution)
-            if memory is not None:
-                for name, leaf in zip(_names(g), g, strict=True):
-                    memory.keep(name, leaf)
-            if monitor is not None:
-                monitor(
-                    BackwardStats(repr(self), solution.n_vjp, solution.residual, solution.trace)
-                )
-            return g
-
-        return graph.attach(graph.outputs, adjoint)
+        try:
+            g, solution = solve(
+                vjp,
+                v,
+                solver=self.solver,
+                tol=self.tol,
+                max_vjp=self.max_iter,
+                batch_dim=context.batch_dim,
+                start=None if memory is None else _last(memory, v),
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{self!r}, adjoint solve: {error}") from None
+        if not solution.converged:
+            self._warn(solution)
+        if memory is not None:
+            for name, leaf in zip(_names(g), g, strict=True):
+                memory.keep(name, leaf)
+        if context.monitor is not None:
+            context.monitor(
+                BackwardStats(repr(self), solution.n_vjp, solution.residual, solution.trace)
+            )
+        return g
 
     def _warn(self, solution: Solution) -> None:
         short = int((solution.residual > self.tol).sum())

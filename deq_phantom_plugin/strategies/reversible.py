@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import NonFiniteError, warn_once
+from ..precision import AutocastState
 from ..state import State, flatten, unflatten
 from ..strategy import Context, GradStrategy
 from .arguments import positive_int, relaxation
@@ -105,11 +105,7 @@ class _Tape:
         self._strategy, self._func = strategy, func
         leaves, self._structure = flatten(start)
         self._dtypes = [leaf.dtype for leaf in leaves]
-        self._autocast = [
-            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-            for device in sorted({"cpu", *(leaf.device.type for leaf in leaves)})
-            if torch.amp.is_autocast_available(device)
-        ]
+        self._autocast = AutocastState(leaves)
         self._requires_grad: list[list[bool]] = []  # of F's input in each evaluation
         self._saved: list[Tensor] = []  # what autograd saves in evaluation `_number`
         # Held detached: graphs hold the tape, and must not hold themselves through it.
@@ -185,10 +181,7 @@ class _Tape:
             leaf.detach().requires_grad_(flag)
             for leaf, flag in zip(self._other, self._requires_grad[number - 1], strict=True)
         ]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            for device, dtype, enabled in self._autocast:
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        with torch.enable_grad(), self._autocast():
             image = self._evaluate(number, inputs)
         with torch.no_grad():
             # Not in place: `_unpack` compares versions with those of the forward pass.

@@ -1,0 +1,114 @@
+"""The tensors that a function captures: found, and replaced by others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+R = TypeVar("R")
+
+
+def find_captured(
+    func: Callable[[], R], outputs: Callable[[R], Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> tuple[R, list[Tensor]]:
+    """Call a function, and find the tensors that it captures and its result's gradient reaches.
+
+    Args:
+        func: what to call.
+        outputs: from its result to the tensors in it.
+        inputs: leaves that require grad, which it gets and does not capture.
+
+    Returns:
+        The result, whose graph ends at copies of the captured tensors, and these.
+
+    Raises:
+        ValueError: if it captures one in a way that cannot be seen.
+    """
+    with _Find(inputs) as found:
+        result = func()
+    captured = []
+    for leaf in _leaves_of_graph(outputs(result)):
+        if id(leaf) in found.originals:
+            captured.append(found.originals[id(leaf)])
+        elif not any(leaf is known for known in inputs):
+            raise ValueError(
+                f"func uses a tensor of shape {tuple(leaf.shape)} that requires grad where PyTorch "
+                "does not tell (in a custom autograd.Function, or a graph built before), so that "
+                "it cannot be told apart; make it an input of an ordinary operation"
+            )
+    return result, captured
+
+
+def call_with(func: Callable[[], R], replacements: Mapping[int, Tensor]) -> R:
+    """Call a function that finds other tensors in place of those that it captures.
+
+    Args:
+        func: what to call.
+        replacements: by the `id` of the tensor to replace.
+    """
+    with _Replace(replacements):
+        return func()
+
+
+class _Replace(TorchFunctionMode):
+    def __init__(self, replacements: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._replacements = replacements
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(id(tensor) in self._replacements for tensor in _tensors((args, kwargs))):
+            args, kwargs = tree_map_only(
+                Tensor, lambda t: self._replacements.get(id(t), t), (args, kwargs)
+            )
+        return func(*args, **kwargs)
+
+
+class _Find(_Replace):
+    """Replaces what it has not seen before by copies without history."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.originals: dict[int, Tensor] = {}  # by the id of the copy
+        self._copies: dict[int, Tensor] = {}  # by the id of the original
+        super().__init__(self._copies)
+        # Held, so that none is freed and its id given to another tensor.
+        self._known = {id(tensor): tensor for tensor in inputs}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Without autograd tensors are used, as in the forward of a custom Function, whose graph
+        # is built by its caller.
+        if torch.is_grad_enabled():
+            for tensor in _tensors((args, kwargs)):
+                if id(tensor) not in self._known:
+                    self._known[id(tensor)] = tensor
+                    if tensor.requires_grad:
+                        copy = tensor.detach().requires_grad_()
+                        self._copies[id(tensor)] = copy
+                        self.originals[id(copy)] = tensor
+        result = super().__torch_function__(func, types, args, kwargs)
+        for tensor in _tensors(result):
+            self._known.setdefault(id(tensor), tensor)
+        return result
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _leaves_of_graph(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors where a backward pass from the outputs would accumulate gradients."""
+    waiting = [output.grad_fn for output in outputs]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += [following for following, _ in node.next_functions]

@@ -1,0 +1,146 @@
+"""An equilibrium as a differentiable function of what F captures, to any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..precision import AutocastState, full_precision
+from ..state import State, flatten, unflatten
+from .captured import call_with, find_captured
+from .linearization import in_format
+
+Leaves = Sequence[Tensor]
+VJP = Callable[[Leaves], list[Tensor]]
+AdjointSolve = Callable[[VJP, list[Tensor]], list[Tensor]]
+"""From J^T and v to the g with (I - J^T) g = v."""
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """x = G(x, a), solved for x.
+
+    Attributes:
+        func: G, from the leaves of x and the a to leaves like x.
+        solve: solves its adjoint system.
+        inner: solves the adjoint systems of that system, and so on.
+    """
+
+    func: Callable[[Leaves, Leaves], list[Tensor]]
+    solve: AdjointSolve
+    inner: AdjointSolve
+
+    def adjoint(self) -> System:
+        """Return g = v + J^T g as a system for g, where a is (v, x, the a of this system)."""
+        return System(self._adjoint_map, self.inner, self.inner)
+
+    def _adjoint_map(self, g: Leaves, arguments: Leaves) -> list[Tensor]:
+        n = len(g)
+        v, x, rest = arguments[:n], arguments[n : 2 * n], arguments[2 * n :]
+        inputs = _aliases(x)
+        images = _vjp(self.func(inputs, rest), inputs, g, create_graph=True)
+        return [vi + image for vi, image in zip(v, images, strict=True)]
+
+
+def implicit(
+    func: Callable[[State], State], equilibrium: State, solve: AdjointSolve, inner: AdjointSolve
+) -> State:
+    """Return F(h*) attached to all that F captures, by a gradient that is differentiable itself.
+
+    The gradient of an equilibrium is a linear function of the g that solves g = v + J^T g, which is
+    an equilibrium too: its own gradient is had in the same way, and so on.
+
+    Costs one evaluation of F now and one in each backward pass, and where that is differentiated
+    again two for each adjoint system behind it. Memory holds what F captures and h*.
+
+    Args:
+        func: F; must do the same each time.
+        equilibrium: h*, detached.
+        solve: solves the adjoint system of F.
+        inner: solves those behind it.
+
+    Raises:
+        ValueError: if `func` captures a tensor in a way that cannot be seen.
+    """
+    leaves, structure = flatten(equilibrium)
+    autocast = AutocastState(leaves)
+    inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.enable_grad():
+        image, captured = find_captured(
+            lambda: func(unflatten(inputs, structure)), lambda state: flatten(state)[0], inputs
+        )
+    values = [leaf.detach() for leaf in flatten(image)[0]]
+
+    def explicit(x: Leaves, arguments: Leaves) -> list[Tensor]:
+        replacements = {id(old): new for old, new in zip(captured, arguments, strict=True)}
+        with autocast():
+            state = call_with(lambda: func(unflatten(list(x), structure)), replacements)
+        return flatten(state)[0]
+
+    system = System(explicit, solve, inner)
+    attached = _Implicit.apply(system, len(leaves), *values, *leaves, *captured)
+    return unflatten(list(attached), structure)
+
+
+class _Implicit(torch.autograd.Function):
+    """(values, x, a) -> values, with the gradient of the x that solves the system at a."""
+
+    @staticmethod
+    def forward(ctx: Any, system: System, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.system, ctx.n = system, n
+        ctx.save_for_backward(*tensors[n:])
+        return tuple(value.clone() for value in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        system, n = ctx.system, ctx.n
+        saved = ctx.saved_tensors
+        x, arguments = [leaf.detach() for leaf in saved[:n]], saved[n:]
+        differentiable = torch.is_grad_enabled()
+        v = [in_format(gradient, leaf) for gradient, leaf in zip(grads, x, strict=True)]
+        with torch.enable_grad():
+            if differentiable:
+                x = list(_Implicit.apply(system, n, *x, *x, *arguments))
+            inputs, parameters = _aliases(x), _aliases(arguments)
+            outputs = system.func(inputs, parameters)
+        with torch.no_grad(), full_precision(inputs[0].device):
+            g = system.solve(lambda w: _vjp(outputs, inputs, w), [leaf.detach() for leaf in v])
+        if differentiable:
+            g = list(_Implicit.apply(system.adjoint(), n, *g, *g, *v, *x, *arguments))
+        needed = ctx.needs_input_grad[2 + 2 * n :]
+        wanted = [p for p, flag in zip(parameters, needed, strict=True) if flag]
+        found = iter(_vjp(outputs, wanted, g, create_graph=differentiable, zeros=False))
+        parts = [next(found) if flag else None for flag in needed]
+        return (None, None, *(None,) * (2 * n), *parts)
+
+
+def _aliases(tensors: Leaves) -> list[Tensor]:
+    """Return the same tensors as ends of a graph; from those of a graph one can go further back."""
+    return [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+
+
+def _vjp(
+    outputs: Leaves,
+    inputs: Leaves,
+    cotangents: Leaves,
+    create_graph: bool = False,
+    zeros: bool = True,
+) -> list[Tensor]:
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not pairs or not inputs:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            inputs,
+            [c for _, c in pairs],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=zeros,
+        )
+    )
