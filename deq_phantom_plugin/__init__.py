@@ -12,7 +12,8 @@ or without any framework:
 
 from .attach import attach
 from .diagnostics import gradient_report, model_report, monitor
-from .errors import ConvergenceWarning, NonFiniteError
+from .errors import ConvergenceError, ConvergenceWarning, NonFiniteError
+from .guard import Guard
 from .hosts import disable, enable, enabled
 from .jacobian import jacobian_reg, spectral_radius
 from .memory import Memory
@@ -22,7 +23,7 @@ from .schedule import Schedule
 from .state import State
 from .strategies import BPTT, IFT, JFB, NPG, NPGRR, SHINE, UPG, Exact, Reversible
 from .strategy import BackwardStats, Context, GradStrategy
-from .switch import set_grad, set_step
+from .switch import failures, set_grad, set_step
 
 __version__ = "0.1.0"
 
@@ -36,9 +37,11 @@ __all__ = [
     "UPG",
     "BackwardStats",
     "Context",
+    "ConvergenceError",
     "ConvergenceWarning",
     "Exact",
     "GradStrategy",
+    "Guard",
     "JacobianRegularization",
     "Memory",
     "NonFiniteError",
@@ -49,6 +52,7 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "failures",
     "get_strategy",
     "gradient_report",
     "jacobian_reg",

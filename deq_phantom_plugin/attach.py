@@ -38,7 +38,7 @@ def attach(
     """
     strategy = get_strategy(grad)
     context = Context() if context is None else context
-    check_equilibrium(equilibrium)
+    check_equilibrium(equilibrium, finite=not strategy.accepts_nonfinite)
     if not torch.is_grad_enabled():
         return equilibrium
     state = _ordinary(equilibrium)

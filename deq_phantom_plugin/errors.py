@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 
 class ConvergenceWarning(RuntimeWarning):
@@ -10,7 +11,17 @@ class ConvergenceWarning(RuntimeWarning):
 
 
 class NonFiniteError(FloatingPointError, RuntimeError):
-    """A solve that started from finite numbers made a NaN or an infinity."""
+    """A solve that started from finite numbers made a NaN or an infinity.
+
+    Attributes:
+        samples: in which, where they are known.
+    """
+
+    samples: Sequence[int] = ()
+
+
+class ConvergenceError(RuntimeError):
+    """A solve failed, and that was to be an error."""
 
 
 _given: dict[str, object] = {}

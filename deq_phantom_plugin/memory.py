@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ class Memory(nn.Module):
 
     Attributes:
         step: the training step, None until `dpp.set_step` or a host has told it.
+        failures: samples in which a solve failed, "forward" and "adjoint"; see `guard`. Not saved.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.step: int | None = None
+        self.failures: Counter[str] = Counter()
         self._warm_starts: dict[str, Tensor] = {}
 
     def warm_start(self, name: str, like: Tensor) -> Tensor | None:
@@ -53,4 +56,5 @@ class Memory(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what is held."""
-        return f"step={self.step}, warm_starts={sorted(self._warm_starts)}"
+        failures = f", failures={dict(self.failures)}" if self.failures else ""
+        return f"step={self.step}, warm_starts={sorted(self._warm_starts)}{failures}"

@@ -34,8 +34,12 @@ def unflatten(leaves: list[Tensor], structure: TreeSpec) -> State:
     return tree_unflatten(leaves, structure)
 
 
-def check_equilibrium(equilibrium: State) -> None:
+def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
     """Refuse what no strategy can start from.
+
+    Args:
+        equilibrium: a state.
+        finite: whether it must be.
 
     Raises:
         ValueError: if the state has no leaves, a leaf is not a floating-point or complex
@@ -58,6 +62,8 @@ def check_equilibrium(equilibrium: State) -> None:
                 f"{where} carries an autograd graph (requires_grad=True); solve it under "
                 "torch.no_grad() or pass equilibrium.detach()"
             )
+        if not finite:
+            continue
         # A sum is read several times faster, but can overflow.
         if not math.isfinite(abs(leaf.sum())) and not torch.isfinite(leaf).all():
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .failure import FailurePolicy
 from .memory import Memory
 from .state import State
 
@@ -46,6 +47,7 @@ class Context:
         step: the training step; falls back to the memory's.
         monitor: called with `BackwardStats` in each backward pass that has something to tell.
         memory: what this equilibrium keeps between steps.
+        on_failure: what to do where a solve fails; see `guard`.
     """
 
     batch_dim: int | None = 0
@@ -54,6 +56,7 @@ class Context:
     step: int | None = None
     monitor: Callable[[BackwardStats], None] | None = None
     memory: Memory | None = None
+    on_failure: FailurePolicy | None = None
 
     @property
     def current_step(self) -> int | None:
@@ -75,12 +78,14 @@ class GradStrategy(ABC):
             hand over the initial state in place of the equilibrium.
         wants_inverse_jacobian: whether it works on what a quasi-Newton solve learned of the
             inverse Jacobian; hosts then see that `context.solver_result` has it, where they can.
+        accepts_nonfinite: whether it can begin at a state that holds NaN or infinity.
         hands_out_states: whether `states` is there.
     """
 
     name: ClassVar[str] = ""
     owns_solve: ClassVar[bool] = False
     wants_inverse_jacobian: ClassVar[bool] = False
+    accepts_nonfinite: ClassVar[bool] = False
 
     @property
     def hands_out_states(self) -> bool:

@@ -1,4 +1,4 @@
-"""Switch and step every equilibrium inside a model."""
+"""Switch, step and ask every equilibrium inside a model."""
 
 from __future__ import annotations
 
@@ -46,6 +46,19 @@ def set_step(module: nn.Module, step: int) -> None:
     for memory in module.modules():
         if isinstance(memory, Memory):
             memory.step = int(step)
+
+
+def failures(module: nn.Module) -> dict[str, int]:
+    """Return in how many samples solves have failed so far, as `guard` counted them.
+
+    Args:
+        module: the model; all its equilibria are counted together.
+
+    Returns:
+        The numbers of "forward" and "adjoint" failures.
+    """
+    counts = [memory.failures for memory in module.modules() if isinstance(memory, Memory)]
+    return {kind: sum(count[kind] for count in counts) for kind in ("forward", "adjoint")}
 
 
 def _whole(step: Any) -> bool:

@@ -66,7 +66,7 @@ from torch import Tensor
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.adjoint import solve
-from deq_phantom_plugin.diagnostics.probe import with_probe
+from deq_phantom_plugin.adjoint.probe import with_probe
 from deq_phantom_plugin.extras import require
 from deq_phantom_plugin.output import text_table, write_whole
 

@@ -14,6 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from .anderson import anderson
 from .bicgstab import bicgstab
 from .broyden import broyden
@@ -75,6 +76,7 @@ def solve(
     batch_dim: int | None,
     start: Sequence[Tensor] | None = None,
     packing: Packing | None = None,
+    without_broken: bool = False,
 ) -> tuple[list[Tensor], Solution]:
     """Solve (I - J^T) g = v for each sample.
 
@@ -90,12 +92,15 @@ def solve(
         start: the leaves of a first guess of g; taken for one more call of `vjp`, in the samples
             where it is better than none.
         packing: of the rows that the solver sees; made for the cotangents if None.
+        without_broken: whether a sample in which the solve makes a NaN or an infinity gets zero
+            and an infinite residual, and the others are solved again without it.
 
     Returns:
         The leaves of g, and the solver's result for v scaled to norm one.
 
     Raises:
-        NonFiniteError: if the solve makes a NaN or an infinity out of a finite v.
+        NonFiniteError: if the solve makes a NaN or an infinity out of a finite v, and is not to go
+            on without that sample.
     """
     packing = Packing(cotangents, batch_dim) if packing is None else packing
     rhs = packing.pack(cotangents)
@@ -105,19 +110,37 @@ def solve(
         return packing.pack(vjp(packing.unpack(x)))
 
     function = SOLVERS[solver] if isinstance(solver, str) else solver
-    if start is None or max_vjp < 2:
-        solution = function(apply, unit, tol, max_vjp)
-    else:
-        solution = _from_start(
-            function,
-            apply,
-            unit,
-            tol,
-            max_vjp,
-            packing.pack(start) / length,
-        )
+
+    def solved(unit: Tensor) -> Solution:
+        if start is None or max_vjp < 2:
+            return function(apply, unit, tol, max_vjp)
+        return _from_start(function, apply, unit, tol, max_vjp, packing.pack(start) / length)
+
+    solution = _without_broken(solved, unit) if without_broken else solved(unit)
     g = choose(usable, solution.x * length, rhs)
     return packing.unpack(g), solution
+
+
+def _without_broken(solved: Callable[[Tensor], Solution], rhs: Tensor) -> Solution:
+    """Solve again, without the samples in which that made a NaN or an infinity."""
+    broken = rhs.new_zeros(len(rhs), dtype=torch.bool)
+    while True:
+        try:
+            found = solved(rhs.masked_fill(broken[:, None], 0))
+        except NonFiniteError as error:
+            new = [sample for sample in error.samples if not broken[sample]]
+            if not new:  # somebody else's, or in a sample that is out already
+                raise
+            broken[new] = True
+            continue
+        if not bool(broken.any()):
+            return found
+        return replace(
+            found,
+            x=found.x.masked_fill(broken[:, None], 0),
+            residual=found.residual.masked_fill(broken, torch.inf),
+            converged=False,
+        )
 
 
 def _normalised(rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

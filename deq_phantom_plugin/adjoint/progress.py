@@ -159,10 +159,12 @@ class Progress:
     def _check_finite(self, broken: list[bool]) -> None:
         where = [index for index, flag in enumerate(broken) if flag]
         if where:
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"the residual became NaN or infinite after {self.n_vjp} vector-Jacobian products, "
                 f"in {len(where)} of {len(broken)} samples (the first: {where[0]})"
             )
+            error.samples = where
+            raise error
 
     def solution(self) -> Solution:
         """Return the best iterate that was recorded for each sample.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adjoint import Linearization
+from ..adjoint.probe import with_probe
 from ..attach import attach
 from ..errors import NonFiniteError
 from ..registry import Spec
@@ -18,7 +19,6 @@ from ..strategies import IFT
 from ..strategies.arguments import positive_float
 from ..strategy import BackwardStats, Context
 from .derivatives import as_vector, check_params, reached, vjp
-from .probe import with_probe
 
 _BYTE_LIMIT = 2**30  # that all dense matrices may take
 _STATE_LIMIT = 2**12  # elements of the state: each costs a backward pass of F and of the strategy

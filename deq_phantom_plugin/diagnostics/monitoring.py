@@ -19,6 +19,7 @@ from ..state import State, flatten
 from ..strategies import IFT
 from ..strategies.arguments import positive_int
 from ..strategy import Context, GradStrategy
+from ..switch import failures
 from .equilibria import named_equilibria
 from .problem import Problem, inner_product
 
@@ -41,7 +42,9 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
     - `adjoint_residual`: ||v - (I - J^T) g|| / ||v|| of the g behind the model's own gradient;
     - `spectral_radius`: rho(J), the largest of the batch, from at most 20 products;
     - `cosine`: of the model's own dL/dtheta to that of a better reference, GMRES with at most 30
-      products, whose own residual is `reference_residual`.
+      products, whose own residual is `reference_residual`;
+    - `forward_failures`, `adjoint_failures`: samples in which solves have failed so far, as `guard`
+      counted them, once there is one.
 
     The model, its gradients and random state are not touched. The step is that of
     `dpp.set_step`; where it was never called, training forward passes are counted instead.
@@ -63,7 +66,8 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
     return Monitor(
         [
             host.observe(
-                module, _Watch(name, model, _as_callable(writer), positive_int("every", every))
+                module,
+                _Watch(name, module, model, _as_callable(writer), positive_int("every", every)),
             )
             for name, host, module in found
         ]
@@ -94,6 +98,7 @@ class _Watch:
     """Logs one equilibrium."""
 
     name: str
+    module: nn.Module
     model: nn.Module
     write: Writer
     every: int
@@ -154,6 +159,9 @@ class _Watch:
             warnings.warn(
                 f"monitor: {self.name}, step {step}: {type(error).__name__}: {error}", stacklevel=2
             )
+        counts = failures(self.module)
+        if any(counts.values()):
+            numbers |= {f"{kind}_failures": float(n) for kind, n in counts.items()}
         # TorchDEQ's residual may be unknown.
         finite = {f"{self.name}/{key}": x for key, x in numbers.items() if x == x}
         self.write(finite, step)

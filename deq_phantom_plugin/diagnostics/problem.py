@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..adjoint import Linearization, Packing, mixes_samples
+from ..adjoint.probe import with_probe
 from ..attach import attach
 from ..state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from ..strategy import Context, GradStrategy
 from .derivatives import as_vector, check_params, reached, vjp
-from .probe import with_probe
 
 
 @dataclass(frozen=True, eq=False)

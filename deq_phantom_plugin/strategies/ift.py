@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adjoint import VJP, Linearization, Solution, check_solver, implicit, solve
+from ..adjoint import VJP, Linearization, Packing, Solution, check_solver, implicit, solve
 from ..errors import NonFiniteError, warn_once
 from ..memory import Memory
-from ..state import State
+from ..precision import AutocastState
+from ..state import State, flatten
 from ..strategy import BackwardStats, Context, GradStrategy
 from .arguments import boolean, positive_float, positive_int
 
@@ -61,20 +62,28 @@ class IFT(GradStrategy):
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
+        # Only what backward needs to know is kept until then.
+        told = Context(
+            context.batch_dim,
+            monitor=context.monitor,
+            memory=context.memory,
+            on_failure=context.on_failure,
+        )
+        rescue = _Rescue(func, equilibrium, context) if context.on_failure else None
 
         def adjoint(vjp: VJP, v: list[Tensor]) -> list[Tensor]:
-            return self._solved(vjp, v, told)
+            return self._solved(vjp, v, told, rescue)
 
-        # A strategy that knows less of the context keeps it alive no longer than needed.
-        told = Context(context.batch_dim, monitor=context.monitor, memory=context.memory)
         if self.higher_order:
             alone = Context(context.batch_dim)
-            inner = lambda vjp, v: self._solved(vjp, v, alone)  # noqa: E731
+            inner = lambda vjp, v: self._solved(vjp, v, alone, None)  # noqa: E731
             return implicit(func, equilibrium, adjoint, inner)
         graph = Linearization(func, equilibrium)
         return graph.attach(graph.outputs, lambda v: adjoint(graph.vjp, v))
 
-    def _solved(self, vjp: VJP, v: list[Tensor], context: Context) -> list[Tensor]:
+    def _solved(
+        self, vjp: VJP, v: list[Tensor], context: Context, rescue: _Rescue | None
+    ) -> list[Tensor]:
         memory = context.memory if self.warm_start else None
         try:
             g, solution = solve(
@@ -85,10 +94,13 @@ class IFT(GradStrategy):
                 max_vjp=self.max_iter,
                 batch_dim=context.batch_dim,
                 start=None if memory is None else _last(memory, v),
+                without_broken=rescue is not None and rescue.goes_on,
             )
         except NonFiniteError as error:
             raise NonFiniteError(f"{self!r}, adjoint solve: {error}") from None
-        if not solution.converged:
+        if rescue is not None:
+            g = rescue(self, v, g, solution)
+        elif not solution.converged:
             self._warn(solution)
         if memory is not None:
             for name, leaf in zip(_names(g), g, strict=True):
@@ -110,6 +122,40 @@ class IFT(GradStrategy):
             "one another (graphs, batch norm inside F), pass batch_dim=None in the context. "
             "This warning is given once.",
         )
+
+
+class _Rescue:
+    """Does what a policy says where an adjoint solve fails."""
+
+    def __init__(
+        self, func: Callable[[State], State], equilibrium: State, context: Context
+    ) -> None:
+        assert context.on_failure is not None
+        self._policy = context.on_failure
+        self._func, self._equilibrium, self._context = func, equilibrium, context
+        self._autocast = AutocastState(flatten(equilibrium)[0])
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether samples that become NaN are not to stop the others."""
+        return self._policy.action != "raise"
+
+    def __call__(
+        self, strategy: IFT, v: list[Tensor], g: list[Tensor], solution: Solution
+    ) -> list[Tensor]:
+        """Return g, where the solve failed as the policy says."""
+        tol = max(strategy.tol, self._policy.tol)
+        failed = ~(solution.residual <= tol)
+        if not bool(failed.any()):
+            return g
+        message = f"{strategy!r}: the adjoint solve left a relative residual above {tol:.1e}"
+        self._policy.note("adjoint", failed, self._context.memory, message)
+        if self._policy.fallback is None:
+            return g
+        with self._autocast():
+            other = self._policy.gradient(self._func, self._equilibrium, v, self._context)
+        masks = Packing(v, self._context.batch_dim).spread(failed)
+        return [torch.where(mask.bool(), b, a) for mask, a, b in zip(masks, g, other, strict=True)]
 
 
 def _names(leaves: list[Tensor]) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from deq_phantom_plugin.adjoint import SOLVERS
-from deq_phantom_plugin.diagnostics.probe import with_probe
+from deq_phantom_plugin.adjoint.probe import with_probe
 
 from .. import work
 from ..accounting import Counted
