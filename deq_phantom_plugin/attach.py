@@ -38,8 +38,10 @@ def attach(
     """
     strategy = get_strategy(grad)
     context = Context() if context is None else context
-    check_equilibrium(equilibrium, finite=not strategy.accepts_nonfinite)
-    if not torch.is_grad_enabled():
+    attaching = torch.is_grad_enabled()
+    # To look at numbers is to wait for the device, and cannot be exported.
+    check_equilibrium(equilibrium, finite=attaching and not strategy.accepts_nonfinite)
+    if not attaching:
         return equilibrium
     state = _ordinary(equilibrium)
     attached = strategy.resolve(context).attach(CheckedFunc(func, state), state, context)

@@ -50,19 +50,37 @@ def call_with(func: Callable[[], R], replacements: Mapping[int, Tensor]) -> R:
     Args:
         func: what to call.
         replacements: by the `id` of the tensor to replace.
+
+    Raises:
+        RuntimeError: if it does not use one of these.
     """
-    with _Replace(replacements):
-        return func()
+    with _Replace(replacements) as mode:
+        result = func()
+    if mode.missed:
+        raise RuntimeError(
+            f"func uses other tensors in backward than in the forward pass ({len(mode.missed)} of "
+            f"{len(replacements)} are not there any more); it must do the same each time. Under "
+            "torch.func.functional_call take a strategy that evaluates it in the forward pass only"
+        )
+    return result
 
 
 class _Replace(TorchFunctionMode):
     def __init__(self, replacements: Mapping[int, Tensor]) -> None:
         super().__init__()
         self._replacements = replacements
+        self._used: set[int] = set()
+
+    @property
+    def missed(self) -> set[int]:
+        """What was to be replaced and was not there."""
+        return set(self._replacements) - self._used
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(id(tensor) in self._replacements for tensor in _tensors((args, kwargs))):
+        found = {id(tensor) for tensor in _tensors((args, kwargs))} & self._replacements.keys()
+        if found:
+            self._used |= found
             args, kwargs = tree_map_only(
                 Tensor, lambda t: self._replacements.get(id(t), t), (args, kwargs)
             )

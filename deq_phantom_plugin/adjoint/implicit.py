@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compilation import never_compiled
 from ..precision import AutocastState, full_precision
 from ..state import State, flatten, unflatten
 from .captured import call_with, find_captured
@@ -46,6 +47,7 @@ class System:
         return [vi + image for vi, image in zip(v, images, strict=True)]
 
 
+@never_compiled
 def implicit(
     func: Callable[[State], State], equilibrium: State, solve: AdjointSolve, inner: AdjointSolve
 ) -> State:

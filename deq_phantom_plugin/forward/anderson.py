@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..compilation import may_compile
 from ..precision import in_full_precision
 from ..state import State
-from .compilation import may_compile
 from .tracking import ForwardSolution, Rows, Tracker
 
 

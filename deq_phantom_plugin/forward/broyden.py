@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..adjoint.inverse_estimate import InverseEstimate
+from ..compilation import may_compile
 from ..precision import in_full_precision
 from ..state import State
-from .compilation import may_compile
 from .tracking import ForwardSolution, InverseJacobian, Rows, Tracker
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..adjoint import Packing
+from ..compilation import may_compile
 from ..precision import in_full_precision
 from ..state import State, damped_step, flatten, unflatten
-from .compilation import may_compile
 from .tracking import ForwardSolution, Tracker
 
 

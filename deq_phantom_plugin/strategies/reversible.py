@@ -6,12 +6,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..compilation import never_compiled
 from ..errors import NonFiniteError, warn_once
 from ..precision import AutocastState
 from ..state import State, flatten, unflatten
@@ -88,6 +89,38 @@ class Reversible(GradStrategy):
             yield tape.narrowed(z)
 
 
+class _Key(NamedTuple):
+    """What is saved in a tensor's place.
+
+    Attributes:
+        number: of the evaluation.
+        place: of the tensor among those of the evaluation.
+        version: of the tensor then.
+        address: of its memory.
+    """
+
+    number: int
+    place: int
+    version: int
+    address: int
+
+
+class _Saved(NamedTuple):
+    """What autograd saves in an evaluation.
+
+    Attributes:
+        tensor: detached.
+        is_parameter: whether it is one, or a view of one, whose memory is the same each time.
+    """
+
+    tensor: Tensor
+    is_parameter: bool
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+
+
 class _Tape:
     """What autograd saves along the iteration, made again when backward asks for it.
 
@@ -107,7 +140,7 @@ class _Tape:
         self._dtypes = [leaf.dtype for leaf in leaves]
         self._autocast = AutocastState(leaves)
         self._requires_grad: list[list[bool]] = []  # of F's input in each evaluation
-        self._saved: list[Tensor] = []  # what autograd saves in evaluation `_number`
+        self._saved: list[_Saved] = []  # what autograd saves in evaluation `_number`
         # Held detached: graphs hold the tape, and must not hold themselves through it.
         self._start = [leaf.detach().to(_wide(leaf), copy=True) for leaf in leaves]
         self._end = (self._start, self._start)
@@ -124,6 +157,7 @@ class _Tape:
         ]
         return unflatten(narrow, self._structure)
 
+    @never_compiled
     def update(self, old: list[Tensor], other: list[Tensor]) -> list[Tensor]:
         """Return (1 - beta) old + beta F(other)."""
         self._requires_grad.append([leaf.requires_grad for leaf in other])
@@ -141,26 +175,33 @@ class _Tape:
         self._saved.clear()  # the graph holds `pack`, and through it the list
         self._number, self._saved = number, (saved := [])
 
-        def pack(tensor: Tensor) -> tuple[int, int, int]:
-            saved.append(tensor.detach())
-            return number, len(saved) - 1, tensor._version
+        def pack(tensor: Tensor) -> _Key:
+            base = tensor if tensor._base is None else tensor._base
+            saved.append(_Saved(tensor.detach(), isinstance(base, torch.nn.Parameter)))
+            return _Key(number, len(saved) - 1, tensor._version, _address(tensor))
 
         narrow = [leaf.to(dtype) for leaf, dtype in zip(leaves, self._dtypes, strict=True)]
         with saved_tensors_hooks(pack, self._unpack):
             return flatten(self._func(unflatten(narrow, self._structure)))[0]
 
-    def _unpack(self, key: tuple[int, int, int]) -> Tensor:
-        number, index, version = key
+    def _unpack(self, key: _Key) -> Tensor:
+        number, place, version, address = key
         if number > self._number:  # a second backward pass
             self._restart()
         while number < self._number:
             self._step_back()
-        if index >= len(self._saved):
+        if place >= len(self._saved):
             raise RuntimeError(
                 f"{self._strategy!r}: func saved fewer tensors when evaluated again in backward; "
                 "it must do the same each time"
             )
-        tensor = self._saved[index]
+        tensor, is_parameter = self._saved[place]
+        if is_parameter and _address(tensor) != address:
+            raise RuntimeError(
+                f"{self._strategy!r}: func uses other parameters in backward than in the forward "
+                "pass; it must do the same each time. Under torch.func.functional_call take a "
+                "strategy that evaluates it in the forward pass only"
+            )
         if tensor._version != version:
             raise RuntimeError(
                 f"{self._strategy!r}: a tensor that the gradient of func needs, of shape "
