@@ -42,6 +42,25 @@ def test_it_is_nearer_to_the_exact_gradient_than_jfb():
         assert shine < 0.9 * error(problem.gradient("jfb"), exact)
 
 
+def test_a_sample_does_not_depend_on_the_others():
+    # The injection of the first is tiny: it converges long before the others.
+    torch.manual_seed(0)
+    weight = torch.randn(20, 20, dtype=torch.float64)
+    weight *= 0.95 / torch.linalg.matrix_norm(weight, 2)
+    inject = torch.randn(4, 20, dtype=torch.float64)
+    inject[0] *= 1e-4
+    v = torch.randn(4, 20, dtype=torch.float64)
+
+    def estimate(rows):
+        func = lambda h: torch.tanh(h @ weight.mT + inject[rows])  # noqa: E731
+        found = broyden(func, torch.zeros_like(inject[rows]), tol=1e-6, keep_inverse=True)
+        return found.inverse_jacobian.transposed([v[rows]])[0]
+
+    together = estimate(slice(None))
+    for i in range(4):
+        torch.testing.assert_close(together[i : i + 1], estimate(slice(i, i + 1)))
+
+
 def test_refinement_goes_to_the_exact_gradient_and_faster_than_from_nothing():
     problem = make_equilibrium([(3, 16)], norm=0.9)
     exact, context = problem.gradient("exact"), solved(problem)

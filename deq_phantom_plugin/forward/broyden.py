@@ -43,8 +43,8 @@ def broyden(
         stop_mode: "abs" for ||F(h) - h||, "rel" for that over ||F(h)||.
         memory: the vectors to keep, all if None; when they are used up the estimate of the
             Jacobian begins anew (Kelley 1995, section 7.4).
-        keep_inverse: whether the solution has the estimate of the inverse Jacobian; all samples go
-            on then until the last has converged.
+        keep_inverse: whether the solution has the estimate of the inverse Jacobian; samples that
+            have converged then stay in the linear algebra, where nothing more is learned of them.
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
@@ -71,7 +71,6 @@ def broyden(
         tol=tol,
         stop_mode=stop_mode,
         sample_at=sample_at,
-        keep_going=keep_inverse,
         return_final=return_final,
     )
     estimate = InverseEstimate(x, max_iter + 1 if memory is None else memory)

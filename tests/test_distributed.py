@@ -1,0 +1,76 @@
+"""Two processes give the gradients of one on the joint batch: DDP and FSDP2, on gloo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed
+
+DRIVER = Path(__file__).parent / "drivers" / "distributed.py"
+sys.path.append(str(DRIVER.parent))
+
+from distributed import CASES, SPECS, STEPS  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this PyTorch has no gloo",
+)
+HOSTED = [*SPECS, "shine"]
+# With F's weights sharded apart from the model's, a backward pass frees them, and what evaluates F
+# again afterwards finds them gone.
+REFUSED = {"reversible(steps=3)", "upg(lam='adaptive')"}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp("distributed") / "found.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    ended = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(DRIVER), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def assert_same(apart):
+    assert isinstance(apart, dict), apart
+    assert apart["after 1"] <= 1e-6
+    assert apart[f"after {STEPS}"] <= 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("host", "spec"), [("own", s) for s in SPECS] + [("torchdeq", s) for s in HOSTED]
+)
+def test_ddp(found, host, spec, case):
+    assert_same(found["ddp"][f"{host} | {spec} | {case}"])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_parameters_that_f_uses_often_are_reduced_once(found, spec):
+    assert found["reductions"][spec] == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "spec"), [("own", s) for s in SPECS] + [("torchdeq", s) for s in HOSTED]
+)
+def test_fsdp2_of_the_whole_model(found, host, spec):
+    assert_same(found["fsdp"][f"{host} | {spec} | whole"])
+
+
+@pytest.mark.parametrize("spec", sorted({*SPECS} - REFUSED))
+def test_fsdp2_with_f_sharded_apart(found, spec):
+    assert_same(found["fsdp"][f"own | {spec} | F apart"])
+
+
+@pytest.mark.parametrize("spec", sorted(REFUSED))
+def test_fsdp2_with_f_sharded_apart_is_an_error_where_it_cannot_work(found, spec):
+    assert found["fsdp"][f"own | {spec} | F apart"].startswith("RuntimeError: ")
