@@ -9,9 +9,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 demo: $(VENV)/.installed  ## train a tiny MDEQ on handwritten digits, once per gradient method
 	$(BIN)/deq-phantom compare --out runs/demo
 
-figures: $(VENV)/.installed  ## the figures of examples/figures that need no data, and the numbers in them
+figures: $(VENV)/.installed  ## the figures that need no data to be fetched, and the numbers in them
 	$(BIN)/python examples/synthetic.py
 	$(BIN)/python examples/sgd_convergence.py
+	$(BIN)/python examples/report_figures.py
 	$(BIN)/python examples/train_ignn.py --out examples/figures --epochs 300 \
 		--lengths 10 20 30 40 60 80 100 --grad "ift(max_iter=100)" "upg(k=5, lam=0.5)" \
 		"upg(k=5, lam=0.8)" "upg(k=20, lam=1.0)" "npg(k=50, lam=1.0)" "bptt(steps=50)" jfb
@@ -50,8 +51,26 @@ bench-silva: .venv-silva/.installed  ## the same with silva-networks, which need
 		"numpy<2" silva-networks==1.2.2 -e ".[vision,text]"
 	touch $@
 
+.PHONY: docs docs-links
+docs: .venv-docs/.installed  ## the documentation, into site/; warnings, such as a broken link, are errors
+	rm -rf .venv-docs/package
+	$(PYTHON) benchmarks/importable.py .venv-docs/package
+	@# The variable silences what the theme says about its own future.
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+docs-links: docs  ## ask every external link of the documentation whether it is there
+	$(PYTHON) docs/check_links.py site
+
+# The extra `docs` without the package itself: sources are read, not imported, and need no PyTorch.
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	echo '*' > .venv-docs/.gitignore
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-silva build dist runs *.egg-info
+	rm -rf $(VENV) .venv-silva .venv-docs site build dist runs *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
