@@ -236,9 +236,17 @@ def mdeq(
         batch, side = min(batch, 2), 8
     model = trained_mdeq(preset, settings, regularised)
     images = load_images(settings.images)
-    pixels = images.batch(batch, side, FORMATS[layout]).to(settings.device, settings.dtype)
-    labels = images.labels[:batch].to(settings.device)
-    equilibrium = _solved(model, pixels, 5 if settings.quick else 60)
+    pixels = images.batch(2 * batch if regularised else batch, side, FORMATS[layout])
+    pixels = pixels.to(settings.device, settings.dtype)
+    labels = images.labels[: len(pixels)].to(settings.device)
+    iterations = 5 if settings.quick else 60
+    equilibrium = _solved(model, pixels, iterations)
+    if regularised:
+        # Of these many, those with an equilibrium.
+        func = model.equilibrium_func(model.last.injection, model.last.shared)
+        chosen = residuals(func, equilibrium).argsort()[:batch].sort().values
+        pixels, labels = pixels[chosen].contiguous(memory_format=FORMATS[layout]), labels[chosen]
+        equilibrium = _solved(model, pixels, iterations)
     # TorchDEQ's solver hands back views of a flat vector.
     kept = FORMATS[layout]
     leaves = [h.clone(memory_format=kept).requires_grad_() for h in equilibrium]
@@ -257,7 +265,8 @@ def mdeq(
     if regularised:
         radii = dpp.spectral_radius(func, leaves, tol=1e-2).sort().values
         low, middle, high = (float(radii[i]) for i in (0, len(radii) // 2, -1))
-        name += f", regularised, rho(J) {low:.2f} to {high:.2f}, median {middle:.2f}"
+        name += f" (of {2 * batch} those with an equilibrium), regularised, "
+        name += f"rho(J) {low:.2f} to {high:.2f}, median {middle:.2f}"
     start = [torch.zeros_like(h) for h in leaves]
     residual = float(residuals(func, leaves).max())
     return Problem(name, Counted(func), start, leaves, cotangents, tensors, residual)
