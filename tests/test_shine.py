@@ -8,6 +8,7 @@ from torchdeq import get_deq
 
 import deq_phantom_plugin as dpp
 from conftest import NESTINGS, make_equilibrium
+from deq_phantom_plugin import registry
 from deq_phantom_plugin.adjoint import Linearization
 from deq_phantom_plugin.forward import broyden
 
@@ -183,7 +184,8 @@ def test_a_forward_solve_without_an_estimate_is_refused_by_name():
         problem.gradient("shine", dpp.Context(batch_dim=None))
 
 
-def test_nothing_is_kept_for_other_strategies_or_outside_training():
+def test_nothing_is_kept_for_other_strategies_or_outside_training(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     problem = make_equilibrium([(3, 8)])
     seen = []
 

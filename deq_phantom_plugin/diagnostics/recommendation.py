@@ -64,7 +64,7 @@ def _about_damping(report: GradientReport) -> str:
     told = f"{plain}; with lam={lam:g} the damped map's radius is {radius:.3g}"
     if steps > _MANY_STEPS:
         return (
-            f"{told}, so a phantom gradient needs about {steps} steps to come within 10 %: too "
+            f"{told}, so a phantom gradient may need up to {steps} steps to come within 10 %: too "
             "close to 1 for few steps. Compare ift, or regularise with dpp.jacobian_reg."
         )
     return (
