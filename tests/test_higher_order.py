@@ -345,6 +345,50 @@ def test_the_others_say_who_can():
         torch.autograd.grad(loss, problem.params, create_graph=True)
 
 
+def test_a_report_measures_how_far_second_derivatives_are_off():
+    """That of a phantom gradient is the surrogate's, and far from the true one."""
+    problem = make_equilibrium([(3, 8)], norm=0.8)
+    grads = [
+        "upg(k=5, lam=0.5)",
+        "upg(k=60, lam=1.0)",
+        "jfb",
+        "bptt(steps=200)",
+        SPEC,
+        "npg",
+        "ift",
+    ]
+    report = dpp.gradient_report(
+        problem.func, problem.state, problem.probe, problem.params, grads, second_order=True
+    )
+    upg, long, jfb, bptt, own, npg, ift = (row.second_order_error for row in report.results)
+    assert 0.15 < upg < 0.5
+    assert jfb > 0.15
+    # With many steps it forgets that the equilibrium is held fixed.
+    assert long < 1e-7
+    assert bptt < 1e-7
+    assert own < 1e-7
+    assert npg is None
+    assert ift is None
+    assert "2nd order" in str(report)
+    assert report.to_dict()["results"][0]["second_order_error"] == upg
+
+    # Against a second derivative by hand, of backprop through a long iteration.
+    def second(make):
+        loss = problem.probe(make())
+        generator = torch.Generator().manual_seed(0)
+        grads = torch.autograd.grad(loss, problem.params, create_graph=True)
+        w = [torch.randn(g.shape, generator=generator, dtype=torch.float64) for g in grads]
+        total = sum((g * wi).sum() for g, wi in zip(grads, w, strict=True))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(total, problem.params)])
+
+    want = second(lambda: unrolled(problem.func, problem.state))
+    got = second(lambda: dpp.attach(problem.func, problem.state, "upg(k=5, lam=0.5)"))
+    assert upg == pytest.approx(float((got - want).norm() / want.norm()), rel=1e-6)
+    plain = dpp.gradient_report(problem.func, problem.state, problem.probe, problem.params, ["upg"])
+    assert plain.results[0].second_order_error is None
+    assert "2nd order" not in str(plain)
+
+
 def test_leaves_of_the_result_are_like_the_state():
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(3, 3, 3, padding=1).to(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require
-from .render import HEADER, cells, facts
+from .render import HEADER, cells, facts, n_columns
 
 if TYPE_CHECKING:
     from .report import GradientReport, StrategyResult
@@ -61,8 +61,8 @@ def _section(report: GradientReport) -> str:
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
         for name, value in facts(report)
     )
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADER)
-    rows = "".join(_row(result) for result in report.results)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADER[: n_columns(report)])
+    rows = "".join(_row(result, n_columns(report)) for result in report.results)
     advice = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in report.recommendation)
     return (
         f'<h2>{html.escape(report.name)}</h2>\n<table class="facts">{known}</table>\n'
@@ -71,13 +71,13 @@ def _section(report: GradientReport) -> str:
     )
 
 
-def _row(result: StrategyResult) -> str:
+def _row(result: StrategyResult, n: int) -> str:
     name = html.escape(result.strategy)
     if result.error is not None:
-        span = len(HEADER) - 1
+        span = n - 1
         error = html.escape(result.error)
         return f'<tr><td>{name}</td><td class="error" colspan="{span}">{error}</td></tr>'
-    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(result)) + "</tr>"
+    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(result)[:n]) + "</tr>"
 
 
 def _figures(report: GradientReport) -> str:

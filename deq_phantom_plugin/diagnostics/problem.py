@@ -89,6 +89,29 @@ class Problem:
             counted.n_vjp,
         )
 
+    def second_derivative(self, strategy: GradStrategy) -> Tensor | None:
+        """Return the gradient of <dL/dtheta, w> for a fixed random w, as one vector of float64.
+
+        None if the strategy, or the loss, has no second derivative.
+        """
+        generator = torch.Generator("cpu").manual_seed(0)
+        with torch.enable_grad():
+            loss = self.loss(self.attach(strategy))
+            try:
+                first = torch.autograd.grad(
+                    loss, self.params, create_graph=True, allow_unused=True, materialize_grads=True
+                )
+                total = loss.new_zeros(())
+                for grad in first:
+                    w = torch.randn(grad.shape, generator=generator, dtype=torch.float64)
+                    total = total + (grad * w.to(grad)).real.sum()
+                second = torch.autograd.grad(
+                    total, self.params, allow_unused=True, materialize_grads=True
+                )
+            except RuntimeError:  # whose graph has an end there
+                return None
+        return as_vector(second)
+
     def linearize(self) -> Linearization:
         """Return F on one graph at the equilibrium."""
         return Linearization(CheckedFunc(self.func, self.equilibrium), self.equilibrium)

@@ -22,6 +22,7 @@ HEADER = (
     "VJP",
     "peak MiB",
     "rho damped",
+    "2nd order",
 )
 
 
@@ -43,7 +44,14 @@ def cells(result: StrategyResult) -> list[str]:
         number(result.n_vjp, "d", 1),
         number(result.peak_bytes, ".3g", 2**-20),
         number(result.damped_radius, ".3f"),
+        number(result.second_order_error, ".1e"),
     ]
+
+
+def n_columns(report: GradientReport) -> int:
+    """Return how many columns there are: the last only where it was measured."""
+    measured = any(result.second_order_error is not None for result in report.results)
+    return len(HEADER) if measured else len(HEADER) - 1
 
 
 def facts(report: GradientReport) -> list[tuple[str, str]]:
@@ -80,7 +88,8 @@ def as_text(report: GradientReport) -> str:
     lines += [f"{name:{width}}  {value}" for name, value in known]
     working = [cells(result) for result in report.results if result.error is None]
     if working:
-        lines += ["", text_table(HEADER, working)]
+        n = n_columns(report)
+        lines += ["", text_table(HEADER[:n], [row[:n] for row in working])]
     for result in report.results:
         if result.error is not None:
             lines += ["", f"{result.strategy} failed: {result.error}"]

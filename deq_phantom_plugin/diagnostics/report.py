@@ -53,6 +53,8 @@ class StrategyResult:
         n_vjp: backward passes through F, the one to the parameters included.
         peak_bytes: most memory it held, forward and backward, above what was there before.
         damped_radius: rho(lam J + (1 - lam) I), the largest of the batch, where it has a `lam`.
+        second_order_error: relative error of a second derivative of L, where that was asked for
+            and the strategy has one.
         error: what went wrong, and then everything above but `strategy` is None.
     """
 
@@ -67,6 +69,7 @@ class StrategyResult:
     n_vjp: int | None = None
     peak_bytes: int | None = None
     damped_radius: float | None = None
+    second_order_error: float | None = None
     error: str | None = None
 
 
@@ -143,6 +146,7 @@ def gradient_report(
     *,
     context: Context | None = None,
     repeats: int = 3,
+    second_order: bool = False,
 ) -> GradientReport:
     """Measure strategies on your own equilibrium against a reference gradient.
 
@@ -160,6 +164,9 @@ def gradient_report(
         grads: specs of the strategies.
         context: what the strategies may know, such as `batch_dim`.
         repeats: timed runs of each strategy, interleaved; their medians are reported.
+        second_order: whether to compare second derivatives as well: the gradient of <dL/dtheta, w>
+            for a random w, with that of `ift(higher_order=True)`. Not all strategies have one, and
+            that of `upg` and `jfb` is the surrogate's.
 
     Returns:
         The report: a table when printed, `save_json`, `save_html`.
@@ -170,7 +177,8 @@ def gradient_report(
     """
     problem = Problem(func, equilibrium, loss, check_params(params), context or Context())
     strategies = [get_strategy(spec) for spec in grads]
-    return measure(problem, strategies, positive_int("repeats", repeats), name="equilibrium")
+    report = measure(problem, strategies, positive_int("repeats", repeats), name="equilibrium")
+    return _with_second_order(report, problem, strategies) if second_order else report
 
 
 def measure(
@@ -293,6 +301,28 @@ def _results(
         else row
         for row, own in zip(rows, times, strict=True)
     ]
+
+
+def _with_second_order(
+    report: GradientReport, problem: Problem, strategies: Sequence[GradStrategy]
+) -> GradientReport:
+    problem = replace(problem, params=problem.reached())
+    whole = problem.coupled() if report.samples_are_coupled else problem
+    tol = max(
+        _REFERENCE_TOL, float(f"{10 * torch.finfo(flatten(whole.equilibrium)[0][0].dtype).eps:.0e}")
+    )
+    exact = IFT(tol=tol, max_iter=_REFERENCE_VJPS, higher_order=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        reference = whole.second_derivative(exact)
+        rows = []
+        for strategy, row in zip(strategies, report.results, strict=True):
+            own = None if row.error else problem.second_derivative(strategy)
+            if own is not None and reference is not None:
+                error = float((own - reference).norm() / reference.norm())
+                row = replace(row, second_order_error=error)
+            rows.append(row)
+    return replace(report, results=rows)
 
 
 def _run(problem: Problem, strategy: GradStrategy) -> tuple[float, float]:
