@@ -13,13 +13,16 @@ import torch.distributed
 DRIVER = Path(__file__).parent / "drivers" / "distributed.py"
 sys.path.append(str(DRIVER.parent))
 
-from distributed import CASES, SPECS, STEPS  # noqa: E402
+from distributed import CASES, HOSTED, HOSTS, SPECS, STEPS  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this PyTorch has no gloo",
-)
-HOSTED = [*SPECS, "shine"]
+pytestmark = [
+    pytest.mark.skipif(
+        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+        reason="this PyTorch has no gloo",
+    ),
+    pytest.mark.xdist_group("distributed"),  # one launch for all of them
+]
+MODELS = [(host, spec) for host in HOSTS for spec in (SPECS if host == "own" else HOSTED)]
 # With F's weights sharded apart from the model's, a backward pass frees them, and what evaluates F
 # again afterwards finds them gone.
 REFUSED = {"reversible(steps=3)", "upg(lam='adaptive')"}
@@ -47,9 +50,7 @@ def assert_same(apart):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("host", "spec"), [("own", s) for s in SPECS] + [("torchdeq", s) for s in HOSTED]
-)
+@pytest.mark.parametrize(("host", "spec"), MODELS)
 def test_ddp(found, host, spec, case):
     assert_same(found["ddp"][f"{host} | {spec} | {case}"])
 
@@ -59,9 +60,7 @@ def test_parameters_that_f_uses_often_are_reduced_once(found, spec):
     assert found["reductions"][spec] == 1
 
 
-@pytest.mark.parametrize(
-    ("host", "spec"), [("own", s) for s in SPECS] + [("torchdeq", s) for s in HOSTED]
-)
+@pytest.mark.parametrize(("host", "spec"), MODELS)
 def test_fsdp2_of_the_whole_model(found, host, spec):
     assert_same(found["fsdp"][f"{host} | {spec} | whole"])
 
