@@ -117,10 +117,12 @@ def main(argv: list[str] | None = None) -> None:
             for item in group.contests(settings):
                 if args.work in item.work:
                     contest.hold(item, settings, results)
+                    # After each, so that a run that is cut short leaves what it has.
+                    results.environment["minutes"] = round((time.monotonic() - start) / 60, 1)
+                    results.write(out)
         except contest.Unavailable as reason:
             results.notes.append(f"Group `{name}` or the rest of it: not available: {reason}.")
-        results.environment["minutes"] = round((time.monotonic() - start) / 60, 1)
-        results.write(out)  # after each group: a run that is cut short leaves what it has
+    results.write(out)
     print(results.markdown())
     print(f"written: {out}", file=sys.stderr)
 
