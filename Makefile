@@ -36,6 +36,12 @@ types: $(VENV)/.installed
 wheel: $(VENV)/.installed  ## install the built wheel into an empty environment and use it there
 	bash .ci/wheel $(BIN)/python
 
+.PHONY: compat
+compat:  ## the oldest and the newest packages that are admitted; COMPAT="tests/test_ignn.py -x"
+	@# An environment is made once: remove it to see what is the newest today.
+	PYTHON=$(PYTHON) bash .ci/compat oldest $(COMPAT)
+	PYTHON=$(PYTHON) bash .ci/compat newest $(COMPAT)
+
 .PHONY: bench bench-silva
 bench: $(VENV)/.installed  ## ours against TorchDEQ and floors; BENCH="--images F.npz --graphs DIR"
 	$(BIN)/python benchmarks/bench.py $(BENCH)
@@ -70,7 +76,7 @@ docs-links: docs  ## ask every external link of the documentation whether it is 
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-silva .venv-docs site build dist runs *.egg-info
+	rm -rf $(VENV) .venv-silva .venv-docs .venv-compat-* site build dist runs *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
