@@ -124,6 +124,13 @@ def get_strategy(spec: Spec, defaults: Mapping[str, Any] | None = None) -> GradS
             is out of range; says what is accepted.
         ImportError: if the strategy's entry point is broken.
     """
+    try:
+        return _strategy(spec, defaults)
+    except RecursionError:
+        raise ValueError("the spec is nested too deeply") from None
+
+
+def _strategy(spec: Spec, defaults: Mapping[str, Any] | None) -> GradStrategy:
     if isinstance(spec, GradStrategy):
         return spec
     if isinstance(spec, str):
@@ -155,8 +162,9 @@ def parse_spec(spec: str) -> tuple[str, list[Any], dict[str, Any]]:
         ValueError: if it is not a name, or a name with literals in brackets.
     """
     expected = "expected a name, or a name with literal arguments such as 'upg(k=5, lam=0.5)'"
+    spec = spec.strip()
     try:
-        node = ast.parse(spec.strip(), mode="eval").body
+        node = ast.parse(spec, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"the spec {spec!r} does not parse; {expected}") from None
     if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -172,6 +180,8 @@ def parse_spec(spec: str) -> tuple[str, list[Any], dict[str, Any]]:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise ValueError(f"the spec {spec!r} unpacks with **; {expected}")
+        if keyword.arg in named:
+            raise ValueError(f"the spec {spec!r} gives {keyword.arg!r} twice; {expected}")
         named[keyword.arg] = _literal(keyword.value, spec)
     return node.func.id, [_literal(arg, spec) for arg in node.args], named
 
@@ -249,9 +259,9 @@ def _literal(node: ast.expr, spec: str) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise ValueError(
-            f"{ast.unparse(node)!r} in the spec {spec!r} is not a literal; arguments are parsed, "
-            "never evaluated: expected numbers, strings, True, False, None, or lists and dicts "
-            "of them"
+            f"{ast.get_source_segment(spec, node)!r} in the spec {spec!r} is not a literal; "
+            "arguments are parsed, never evaluated: expected numbers, strings, True, False, None, "
+            "or lists and dicts of them"
         ) from None
 
 

@@ -19,6 +19,7 @@ from deq_phantom_plugin import registry
 BUILT_IN = [
     "bptt",
     "exact",
+    "guard",
     "ift",
     "jfb",
     "npg",
@@ -134,12 +135,17 @@ def test_a_callable_is_a_spec():
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        ("upq", "unknown strategy 'upq' .did you mean 'upg'.*'bptt', 'exact', 'ift', 'jfb'"),
+        ("upq", "unknown strategy 'upq' .did you mean 'upg'.*'bptt', 'exact', 'guard', 'ift', 'jfb'"),
         ("UPG", "unknown strategy 'UPG'"),
         ("nothing_like_it", "there are 'bptt'"),
         ("upg(kk=3)", "upg has no argument 'kk' .did you mean 'k'.*it takes k:.*lam:"),
         ("upg(5, 0.5, False, 3)", "too many positional"),
         ("upg(3, k=4)", "multiple values"),
+        ("upg(k=3, k=4)", "gives 'k' twice"),
+        ("upg(lam=1" + "0" * 400 + ")", "number in .0, 1"),
+        ("upg(k=0x1" + "0" * 16 + ")", "k=18446744073709551616; expected a whole number"),
+        ("upg(k=" + "+".join(["x"] * 900) + ")", "not a literal"),
+        ("upg(k=" + "not " * 900 + "1)", "not a literal"),
         ("jfb(k=1)", "jfb has no argument 'k'; it takes no arguments"),
         ("schedule", "missing a required argument: 'stages'"),
         ("upg(", "does not parse"),
@@ -163,6 +169,13 @@ def test_a_callable_is_a_spec():
 )
 def test_invalid_specs(spec, match):
     with pytest.raises(ValueError, match=match):
+        dpp.get_strategy(spec)
+
+
+def test_a_spec_inside_itself_is_refused():
+    spec = {"name": "guard"}
+    spec["grad"] = spec
+    with pytest.raises(ValueError, match="nested too deeply"):
         dpp.get_strategy(spec)
 
 
