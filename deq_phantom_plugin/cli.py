@@ -146,7 +146,7 @@ def _list(args: argparse.Namespace) -> int:
     for name in names:
         try:
             shown = repr(get_strategy(name))
-        except ValueError:  # has arguments without a default
+        except Exception:  # has arguments without a default, or is somebody's that fails
             shown = f"{name}(...)"
         rows.append((shown, (strategy_class(name).__doc__ or "").strip().partition("\n")[0]))
     width = max(len(shown) for shown, _ in rows)

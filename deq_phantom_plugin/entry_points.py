@@ -35,7 +35,7 @@ def load(group: str, name: str) -> Any:
         )
     try:
         return point.load()
-    except Exception as error:  # whatever a foreign package does on import
+    except (Exception, SystemExit) as error:  # whatever a foreign package does on import
         raise ImportError(
             f"the entry point {point.name} = {point.value} in {group!r} is broken: "
             f"{type(error).__name__}: {error}"

@@ -41,7 +41,7 @@ def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]
 
     Raises:
         ValueError: if the name is taken or no lower-case identifier.
-        TypeError: if what is decorated is not a subclass of `GradStrategy`.
+        TypeError: if what is decorated is not a subclass of `GradStrategy` with an `attach`.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
         raise ValueError(f"name={name!r}; expected a lower-case identifier such as 'my_method'")
@@ -54,6 +54,8 @@ def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]
     def register(cls: _S) -> _S:
         if not (isinstance(cls, type) and issubclass(cls, GradStrategy)):
             raise TypeError(f"{cls!r} is not a subclass of deq_phantom_plugin.GradStrategy")
+        if inspect.isabstract(cls):
+            raise TypeError(f"{cls!r} has no method attach")
         cls.name = name
         _registered[name] = cls
         return cls

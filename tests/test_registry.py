@@ -135,7 +135,10 @@ def test_a_callable_is_a_spec():
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        ("upq", "unknown strategy 'upq' .did you mean 'upg'.*'bptt', 'exact', 'guard', 'ift', 'jfb'"),
+        (
+            "upq",
+            "unknown strategy 'upq' .did you mean 'upg'.*'bptt', 'exact', 'guard', 'ift', 'jfb'",
+        ),
         ("UPG", "unknown strategy 'UPG'"),
         ("nothing_like_it", "there are 'bptt'"),
         ("upg(kk=3)", "upg has no argument 'kk' .did you mean 'k'.*it takes k:.*lam:"),
