@@ -30,6 +30,9 @@ _registered: dict[str, type[GradStrategy]] = {}
 _defaults: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
     "defaults", default=MappingProxyType({})
 )
+# How many specs are around this one. Every level doubles the backslashes of a `repr`.
+_depth: contextvars.ContextVar[int] = contextvars.ContextVar("depth", default=0)
+_DEEPEST = 10
 
 
 def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]:
@@ -126,10 +129,16 @@ def get_strategy(spec: Spec, defaults: Mapping[str, Any] | None = None) -> GradS
             is out of range; says what is accepted.
         ImportError: if the strategy's entry point is broken.
     """
+    depth = _depth.get()
+    token = _depth.set(depth + 1)
     try:
-        return _strategy(spec, defaults)
-    except RecursionError:
-        raise ValueError("the spec is nested too deeply") from None
+        if depth < _DEEPEST:
+            return _strategy(spec, defaults)
+    except RecursionError:  # of lists in lists
+        pass
+    finally:
+        _depth.reset(token)
+    raise ValueError("the spec is nested too deeply")
 
 
 def _strategy(spec: Spec, defaults: Mapping[str, Any] | None) -> GradStrategy:

@@ -238,7 +238,7 @@ def _defaults(args: Mapping[str, Any]) -> dict[str, Any]:
     for setting, (argument, says_nothing) in _SETTINGS.items():
         value = args.get(setting, says_nothing)
         if value != says_nothing:
-            found[argument] = _SOLVERS.get(value, value) if setting == "b_solver" else value
+            found[argument] = _SOLVERS.get(str(value), value) if setting == "b_solver" else value
     return found
 
 
