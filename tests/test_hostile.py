@@ -34,7 +34,7 @@ from deq_phantom_plugin.patching.repository import RECORD, git
 from deq_phantom_plugin.patching.rewrite import SeamError, fingerprint, rewrite
 
 CASES = int(os.environ.get("DEQ_PHANTOM_CASES", 30))
-SECONDS = 20  # for one case; a hang is a failure
+SECONDS = 120  # for one case, on a busy machine; a hang is a failure
 
 # What code does that had better not run. `compile` is what `ast.parse` is made of; the rest of
 # compiling ends in `exec`.
@@ -409,7 +409,7 @@ def test_code_in_a_checkpoint_is_refused(checkpoint):
             return os.system, ("true",)
 
     torch.save({"memory.step": Bomb()}, checkpoint)
-    with harmless(), pytest.raises(pickle.UnpicklingError, match="weights_only|Unsupported"):
+    with harmless(), pytest.raises(pickle.UnpicklingError, match="Unsupported"):
         load_and_go_on(checkpoint)
 
 
