@@ -75,8 +75,26 @@ docs-links: docs  ## ask every external link of the documentation whether it is 
 		mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
+.PHONY: fuzz
+fuzz: .venv-fuzz/.installed  ## coverage-guided fuzzing of the parsers; FUZZ_SECONDS=120 for each
+	@for name in spec record repository; do \
+		.venv-fuzz/bin/python tests/fuzz/fuzz.py $$name -max_total_time=$(FUZZ_SECONDS) \
+			-timeout=30 -rss_limit_mb=4096 -artifact_prefix=.venv-fuzz/ || exit 1; \
+	done
+
+FUZZ_SECONDS ?= 120
+
+# Atheris has wheels for Linux on x86-64.
+.venv-fuzz/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-fuzz
+	echo '*' > .venv-fuzz/.gitignore
+	.venv-fuzz/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-fuzz/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		atheris -e ".[patch]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-silva .venv-docs .venv-compat-* site build dist runs *.egg-info
+	rm -rf $(VENV) .venv-silva .venv-docs .venv-fuzz .venv-compat-* site build dist runs *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

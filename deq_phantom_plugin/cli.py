@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments, those of the process if None.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -146,7 +150,7 @@ def _list(args: argparse.Namespace) -> int:
     for name in names:
         try:
             shown = repr(get_strategy(name))
-        except ValueError:  # has arguments without a default
+        except Exception:  # has arguments without a default, or is somebody's that fails
             shown = f"{name}(...)"
         rows.append((shown, (strategy_class(name).__doc__ or "").strip().partition("\n")[0]))
     width = max(len(shown) for shown, _ in rows)

@@ -26,7 +26,8 @@ def load(group: str, name: str) -> Any:
     found: list[EntryPoint] = list(entry_points(group=group, name=name))
     if not found:
         raise KeyError(name)
-    point = found[0]
+    # Ours first: nobody takes over a name that is built in.
+    point = min(found, key=lambda point: not point.value.startswith(f"{__package__}."))
     if len({other.value for other in found}) > 1:
         warnings.warn(
             f"several packages offer {name!r} in {group!r}: "
@@ -35,7 +36,7 @@ def load(group: str, name: str) -> Any:
         )
     try:
         return point.load()
-    except Exception as error:  # whatever a foreign package does on import
+    except (Exception, SystemExit) as error:  # whatever a foreign package does on import
         raise ImportError(
             f"the entry point {point.name} = {point.value} in {group!r} is broken: "
             f"{type(error).__name__}: {error}"

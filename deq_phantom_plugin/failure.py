@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ from .state import State, flatten
 if TYPE_CHECKING:
     from .memory import Memory
     from .strategy import Context, GradStrategy
+
+
+_counting = threading.Lock()  # replicas in threads share one memory
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class FailurePolicy:
         """
         n = int(failed.sum())
         if memory is not None:
-            memory.failures[kind] += n
+            with _counting:
+                memory.failures[kind] += n
         text = f"{message} in {n} of {failed.numel()} samples"
         if self.action == "raise":
             raise ConvergenceError(f"{text}. Samples: {torch.nonzero(failed).flatten().tolist()}")

@@ -44,17 +44,54 @@ class Memory(nn.Module):
         for name, value in self._warm_starts.items():
             destination[f"{prefix}warm_start.{name}"] = value
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        step = state_dict.get(prefix + "step")
-        self.step = None if step is None else int(step)
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         start = f"{prefix}warm_start."
-        self._warm_starts = {
-            key[len(start) :]: value.detach().clone()
-            for key, value in state_dict.items()
-            if key.startswith(start)
-        }
+        try:
+            step = _step(prefix + "step", state_dict.get(prefix + "step"))
+            kept = {
+                key[len(start) :]: _leaf(key, value).detach().clone()
+                for key, value in state_dict.items()
+                if key.startswith(start)
+            }
+        except ValueError as error:
+            error_msgs.append(str(error))
+        else:
+            self.step, self._warm_starts = step, kept
 
     def extra_repr(self) -> str:
         """Show what is held."""
         failures = f", failures={dict(self.failures)}" if self.failures else ""
         return f"step={self.step}, warm_starts={sorted(self._warm_starts)}{failures}"
+
+
+def _step(key: str, value: Any) -> int | None:
+    """Return the step of a checkpoint."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str | bytes):  # which `int` would take
+            raise TypeError
+        step = int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        step = -1
+    if not 0 <= step < 2**63:
+        raise ValueError(f"{key} is {value!r}; expected a whole number of at least 0")
+    return step
+
+
+def _leaf(key: str, value: Any) -> Tensor:
+    """Return a tensor of a checkpoint, if a gradient could be like it."""
+    if isinstance(value, Tensor):
+        numbers = value.is_floating_point() or value.is_complex()
+        if numbers and value.layout is torch.strided and not (value.is_meta or value.is_nested):
+            return value
+    raise ValueError(f"{key} is {value!r:.60}; expected a dense tensor of floating-point numbers")

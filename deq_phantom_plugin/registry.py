@@ -30,6 +30,9 @@ _registered: dict[str, type[GradStrategy]] = {}
 _defaults: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
     "defaults", default=MappingProxyType({})
 )
+# How many specs are around this one. Every level doubles the backslashes of a `repr`.
+_depth: contextvars.ContextVar[int] = contextvars.ContextVar("depth", default=0)
+_DEEPEST = 10
 
 
 def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]:
@@ -41,7 +44,7 @@ def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]
 
     Raises:
         ValueError: if the name is taken or no lower-case identifier.
-        TypeError: if what is decorated is not a subclass of `GradStrategy`.
+        TypeError: if what is decorated is not a subclass of `GradStrategy` with an `attach`.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
         raise ValueError(f"name={name!r}; expected a lower-case identifier such as 'my_method'")
@@ -54,6 +57,8 @@ def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]
     def register(cls: _S) -> _S:
         if not (isinstance(cls, type) and issubclass(cls, GradStrategy)):
             raise TypeError(f"{cls!r} is not a subclass of deq_phantom_plugin.GradStrategy")
+        if inspect.isabstract(cls):
+            raise TypeError(f"{cls!r} has no method attach")
         cls.name = name
         _registered[name] = cls
         return cls
@@ -124,6 +129,19 @@ def get_strategy(spec: Spec, defaults: Mapping[str, Any] | None = None) -> GradS
             is out of range; says what is accepted.
         ImportError: if the strategy's entry point is broken.
     """
+    depth = _depth.get()
+    token = _depth.set(depth + 1)
+    try:
+        if depth < _DEEPEST:
+            return _strategy(spec, defaults)
+    except RecursionError:  # of lists in lists
+        pass
+    finally:
+        _depth.reset(token)
+    raise ValueError("the spec is nested too deeply")
+
+
+def _strategy(spec: Spec, defaults: Mapping[str, Any] | None) -> GradStrategy:
     if isinstance(spec, GradStrategy):
         return spec
     if isinstance(spec, str):
@@ -155,8 +173,9 @@ def parse_spec(spec: str) -> tuple[str, list[Any], dict[str, Any]]:
         ValueError: if it is not a name, or a name with literals in brackets.
     """
     expected = "expected a name, or a name with literal arguments such as 'upg(k=5, lam=0.5)'"
+    spec = spec.strip()
     try:
-        node = ast.parse(spec.strip(), mode="eval").body
+        node = ast.parse(spec, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"the spec {spec!r} does not parse; {expected}") from None
     if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -172,6 +191,8 @@ def parse_spec(spec: str) -> tuple[str, list[Any], dict[str, Any]]:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise ValueError(f"the spec {spec!r} unpacks with **; {expected}")
+        if keyword.arg in named:
+            raise ValueError(f"the spec {spec!r} gives {keyword.arg!r} twice; {expected}")
         named[keyword.arg] = _literal(keyword.value, spec)
     return node.func.id, [_literal(arg, spec) for arg in node.args], named
 
@@ -249,9 +270,9 @@ def _literal(node: ast.expr, spec: str) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise ValueError(
-            f"{ast.unparse(node)!r} in the spec {spec!r} is not a literal; arguments are parsed, "
-            "never evaluated: expected numbers, strings, True, False, None, or lists and dicts "
-            "of them"
+            f"{ast.get_source_segment(spec, node)!r} in the spec {spec!r} is not a literal; "
+            "arguments are parsed, never evaluated: expected numbers, strings, True, False, None, "
+            "or lists and dicts of them"
         ) from None
 
 

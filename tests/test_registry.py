@@ -141,6 +141,11 @@ def test_a_callable_is_a_spec():
         ("upg(kk=3)", "upg has no argument 'kk' .did you mean 'k'.*it takes k:.*lam:"),
         ("upg(5, 0.5, False, 3)", "too many positional"),
         ("upg(3, k=4)", "multiple values"),
+        ("upg(k=3, k=4)", "gives 'k' twice"),
+        ("upg(lam=1" + "0" * 400 + ")", "number in .0, 1"),
+        ("upg(k=0x1" + "0" * 16 + ")", "k=18446744073709551616; expected a whole number"),
+        ("upg(k=" + "+".join(["x"] * 900) + ")", "not a literal"),
+        ("upg(k=" + "not " * 900 + "1)", "not a literal"),
         ("jfb(k=1)", "jfb has no argument 'k'; it takes no arguments"),
         ("schedule", "missing a required argument: 'stages'"),
         ("upg(", "does not parse"),
@@ -164,6 +169,13 @@ def test_a_callable_is_a_spec():
 )
 def test_invalid_specs(spec, match):
     with pytest.raises(ValueError, match=match):
+        dpp.get_strategy(spec)
+
+
+def test_a_spec_inside_itself_is_refused():
+    spec = {"name": "guard"}
+    spec["grad"] = spec
+    with pytest.raises(ValueError, match="nested too deeply"):
         dpp.get_strategy(spec)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +16,8 @@ from .host import Host
 __all__ = ["Host", "disable", "enable", "enabled", "find_equilibria", "host_names"]
 
 _hosts: dict[str, Host] = {}
+# One thread at a time hooks or restores; reentrant, since loading a package may enable a host.
+_lock = threading.RLock()
 
 
 def enable(host: str | None = None) -> list[str]:
@@ -28,16 +33,17 @@ def enable(host: str | None = None) -> list[str]:
         ValueError: if there is no host of that name.
         ImportError: if the named framework is not installed; gives the pip command.
     """
-    if host is None:
-        for candidate in _all().values():
-            if candidate.installed():
-                candidate.enable()
-    else:
-        chosen = _get(host)
-        if not chosen.installed():
-            raise ImportError(f"{host} is not installed: pip install {chosen.pip}")
-        chosen.enable()
-    return sorted(name for name, known in _hosts.items() if known.is_enabled)
+    with _lock:
+        if host is None:
+            for candidate in _all().values():
+                if candidate.installed():
+                    candidate.enable()
+        else:
+            chosen = _get(host)
+            if not chosen.installed():
+                raise ImportError(f"{host} is not installed: pip install {chosen.pip}")
+            chosen.enable()
+        return sorted(name for name, known in _hosts.items() if known.is_enabled)
 
 
 def disable(host: str | None = None) -> None:
@@ -49,21 +55,24 @@ def disable(host: str | None = None) -> None:
     Raises:
         ValueError: if there is no host of that name.
     """
-    for chosen in list(_hosts.values()) if host is None else [_get(host)]:
-        chosen.disable()
+    with _lock:
+        for chosen in list(_hosts.values()) if host is None else [_get(host)]:
+            chosen.disable()
 
 
 @contextmanager
 def enabled(host: str | None = None) -> Iterator[None]:
     """Enable hosts for the length of a `with` block; those that were enabled before stay so."""
-    before = {name for name, known in _hosts.items() if known.is_enabled}
-    enable(host)
+    with _lock:
+        before = {name for name, known in _hosts.items() if known.is_enabled}
+        enable(host)
     try:
         yield
     finally:
-        for name, known in _hosts.items():
-            if name not in before:
-                known.disable()
+        with _lock:
+            for name, known in _hosts.items():
+                if name not in before:
+                    known.disable()
 
 
 def find_equilibria(module: nn.Module) -> list[tuple[Host, nn.Module]]:
@@ -80,16 +89,40 @@ def host_names() -> list[str]:
 
 
 def _all() -> dict[str, Host]:
-    for name, loaded in entry_points.load_working(entry_points.HOSTS).items():
-        _hosts.setdefault(name, loaded())
-    return _hosts
+    with _lock:
+        for name, loaded in entry_points.load_working(entry_points.HOSTS).items():
+            if name not in _hosts:
+                try:
+                    _hosts[name] = _made(name, loaded)
+                except ImportError as error:
+                    warnings.warn(str(error), stacklevel=2)
+        return dict(_hosts)
 
 
 def _get(name: str) -> Host:
     if name not in _hosts:
         try:
-            _hosts[name] = entry_points.load(entry_points.HOSTS, name)()
+            _hosts[name] = _made(name, entry_points.load(entry_points.HOSTS, name))
         except KeyError:
             valid = ", ".join(repr(known) for known in entry_points.names(entry_points.HOSTS))
             raise ValueError(f"unknown host {name!r}; there are {valid}") from None
     return _hosts[name]
+
+
+def _made(name: str, loaded: Any) -> Host:
+    """Return the host that an entry point stands for.
+
+    Raises:
+        ImportError: if it stands for none.
+    """
+    if not (isinstance(loaded, type) and issubclass(loaded, Host)):
+        raise ImportError(
+            f"the entry point {name} in {entry_points.HOSTS!r}: {loaded!r} is no Host"
+        )
+    try:
+        return loaded()
+    except Exception as error:  # whatever a foreign package does
+        raise ImportError(
+            f"the entry point {name} in {entry_points.HOSTS!r} is broken: "
+            f"{type(error).__name__}: {error}"
+        ) from error

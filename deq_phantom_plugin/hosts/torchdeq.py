@@ -63,6 +63,13 @@ class TorchDEQ(Host):
         """Hook TorchDEQ's two cores and its argument parser, and add our solvers to its table."""
         if self.is_enabled:
             return
+        try:
+            self._hook()
+        except BaseException:  # KeyboardInterrupt too: all of it or nothing
+            self.disable()
+            raise
+
+    def _hook(self) -> None:
         from torchdeq import core
         from torchdeq.utils import arg_utils
 
@@ -74,21 +81,22 @@ class TorchDEQ(Host):
         # Code is swapped rather than the name rebound: `from torchdeq.utils import add_deq_args`
         # in scripts comes before any call of ours.
         original = arg_utils.add_deq_args.__code__
-        arg_utils.add_deq_args.__code__ = _add_deq_args.__code__
-        arg_utils.add_deq_args._deq_phantom_original = types.FunctionType(
-            original, arg_utils.add_deq_args.__globals__
-        )
 
         def restore() -> None:
             arg_utils.add_deq_args.__code__ = original
-            del arg_utils.add_deq_args._deq_phantom_original
+            vars(arg_utils.add_deq_args).pop("_deq_phantom_original", None)
 
         self._undo.append(restore)
+        arg_utils.add_deq_args._deq_phantom_original = types.FunctionType(
+            original, arg_utils.add_deq_args.__globals__
+        )
+        arg_utils.add_deq_args.__code__ = _add_deq_args.__code__
 
     def disable(self) -> None:
         """Restore TorchDEQ."""
-        while self._undo:
-            self._undo.pop()()
+        while self._undo:  # each can be done twice, if it was interrupted
+            self._undo[-1]()
+            self._undo.pop()
 
     def is_equilibrium(self, module: nn.Module) -> bool:
         """Whether a module is a `DEQSliced` or `DEQIndexing`."""
@@ -140,8 +148,8 @@ class TorchDEQ(Host):
 
     def _replace(self, cls: type, name: str, hook: Callable[[Any], Any]) -> None:
         original = cls.__dict__[name]
-        setattr(cls, name, functools.wraps(original)(hook(original)))
         self._undo.append(lambda: setattr(cls, name, original))
+        setattr(cls, name, functools.wraps(original)(hook(original)))
 
 
 # --- construction -----------------------------------------------------------------------------
@@ -230,7 +238,7 @@ def _defaults(args: Mapping[str, Any]) -> dict[str, Any]:
     for setting, (argument, says_nothing) in _SETTINGS.items():
         value = args.get(setting, says_nothing)
         if value != says_nothing:
-            found[argument] = _SOLVERS.get(value, value) if setting == "b_solver" else value
+            found[argument] = _SOLVERS.get(str(value), value) if setting == "b_solver" else value
     return found
 
 
@@ -398,6 +406,8 @@ class ProduceGrad:
     ) -> list[Any]:
         """Return the sampled state, or states, attached; in the form that TorchDEQ solves in."""
         call = _calls.by_deq.get(id(deq))
+        if call is not None and len(call.infos) <= self.index:  # disabled in the middle of it
+            call = None
         if call is None and self.current(deq).owns_solve:
             raise RuntimeError(
                 f"{self.strategy!r} owns the solve, which TorchDEQ leaves to it only while the "

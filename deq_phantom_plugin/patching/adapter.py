@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -92,4 +93,8 @@ class Adapter:
 
 def known_adapters() -> Sequence[Adapter]:
     """Return the adapters of all installed packages; warn of each broken entry point."""
-    return list(entry_points.load_working(entry_points.ADAPTERS).values())
+    loaded = entry_points.load_working(entry_points.ADAPTERS)
+    for name, adapter in loaded.items():
+        if not isinstance(adapter, Adapter):
+            warnings.warn(f"the entry point {name} is {adapter!r}, no Adapter", stacklevel=2)
+    return [adapter for adapter in loaded.values() if isinstance(adapter, Adapter)]

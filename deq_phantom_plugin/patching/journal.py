@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .repository import RECORD
+from .repository import RECORD, SKIPPED
 
 _JOURNAL = "journal.json"
 _MANIFEST = "manifest.json"
@@ -28,19 +28,13 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
         Interrupted: if a change was not finished.
         ValueError: if the record cannot be read.
     """
-    if (root / RECORD / _JOURNAL).exists():
+    if os.path.lexists(root / RECORD / _JOURNAL):
         raise Interrupted(
             f"a change of {root} was interrupted; `deq-phantom patch {root} --recover` restores "
             "the files as they were before it"
         )
     path = root / RECORD / _MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; restore the files by git") from None
-    return manifest
+    return _loaded(path) if os.path.lexists(path) else None
 
 
 def commit(root: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any] | None) -> None:
@@ -89,27 +83,71 @@ def recover(root: Path) -> list[str]:
         The files that were restored, by path relative to the root.
 
     Raises:
+        ValueError: if what there is to undo cannot be read.
         OSError: if something cannot be written; `recover` can be called again.
     """
     record = root / RECORD
     journal = record / _JOURNAL
     restored = []
-    if journal.exists():
-        before = json.loads(journal.read_bytes())
-        for path, text in before["files"].items():
-            content = base64.b64decode(text)
+    if os.path.lexists(journal):
+        files, manifest = _before(root, _loaded(journal))
+        for path, content in files.items():
             if not (root / path).exists() or (root / path).read_bytes() != content:
                 _write(record / "old", content)
                 if (root / path).exists():
                     shutil.copymode(root / path, record / "old")
                 os.replace(record / "old", root / path)
                 restored.append(path)
-        manifest = before["manifest"]
-        _remember(record, None if manifest is None else json.loads(base64.b64decode(manifest)))
+        _remember(record, manifest)
         _forget(journal)
     if record.exists():
         _tidy(record)
     return restored
+
+
+def contents(root: Path, files: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the files of a record, by path relative to the root.
+
+    A record comes with the repository, and may say anything.
+
+    Raises:
+        ValueError: if one is no Python file of the repository, which is all that a patch changes.
+    """
+    for path in files:
+        target = root / path
+        if (
+            not path.endswith(".py")
+            or SKIPPED.intersection(Path(path).parts)
+            or not target.is_relative_to(root)
+            or os.path.realpath(target) != str(target)
+        ):
+            raise ValueError(f"{path!r} is no Python file of the repository")
+    return {path: base64.b64decode(text, validate=True) for path, text in files.items()}
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path} is not a file; restore the files by git")
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; restore the files by git") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no dict; restore the files by git")
+    return found
+
+
+def _before(root: Path, journal: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, Any] | None]:
+    """Return the files and the manifest as they were before a change."""
+    try:
+        manifest = journal["manifest"]
+        if manifest is not None:
+            manifest = dict(json.loads(base64.b64decode(manifest)))
+        return contents(root, journal["files"]), manifest
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"the journal of a change of {root} is damaged: {error!r}; restore the files by git"
+        ) from None
 
 
 def _text(content: bytes) -> str:
@@ -126,7 +164,8 @@ def _remember(record: Path, manifest: Mapping[str, Any] | None) -> None:
 def _write(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all, and stays through a power cut."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as stream:
+    part.unlink(missing_ok=True)  # never through a link that somebody left there
+    with open(part, "xb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
@@ -140,6 +179,8 @@ def _forget(path: Path) -> None:
 def _tidy(record: Path) -> None:
     """Remove what a change leaves behind, and the record if it remembers nothing."""
     for path in record.iterdir():
+        if path.is_dir() and not path.is_symlink():  # not ours
+            continue
         if path.name.startswith("new.") or path.name == "old" or path.name.endswith(".part"):
             _forget(path)
     if not (record / _MANIFEST).exists():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
-import subprocess
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import journal
-from .repository import RECORD, Change, Match, check_root, check_unpatched, plan
+from .repository import RECORD, Change, Match, check_root, check_unpatched, git, plan
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,17 @@ def status(root: Path) -> Patched | None:
     if manifest is None:
         return None
     try:
-        return Patched(
-            grad=manifest["grad"],
-            compat=tuple(manifest["compat"]),
+        patched = Patched(
+            grad=str(manifest["grad"]),
+            compat=tuple(map(str, manifest["compat"])),
             projects=tuple(manifest["projects"]),
-            originals={p: base64.b64decode(t) for p, t in manifest["originals"].items()},
+            originals=journal.contents(root, manifest["originals"]),
             digests=dict(manifest["digests"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        if patched.originals.keys() != patched.digests.keys():
+            raise ValueError("its two lists of files differ")
+        return patched
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the record of the patch of {root} is damaged: {error!r}") from None
 
 
@@ -188,16 +191,10 @@ def _check_unchanged(root: Path, patched: Patched) -> None:
 
 def check_committed(root: Path, paths: Sequence[str]) -> None:
     """Refuse files that git knows to be changed; without git there is nothing to ask."""
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "-z", "--", *paths],
-            capture_output=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        return
-    if answer.returncode == 0 and answer.stdout:
-        lines = [line for line in answer.stdout.decode().split("\0") if line]
+    status = ("status", "--porcelain", "-z", "--ignore-submodules=all", "--", *paths)
+    answer = git(root, "--literal-pathspecs", *status)
+    if answer:
+        lines = [line for line in os.fsdecode(answer).split("\0") if line]
         raise ValueError(
             f"uncommitted changes in {root}: {', '.join(line[3:] for line in lines)}; commit or "
             "stash them first; nothing was changed"

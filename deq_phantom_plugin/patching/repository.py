@@ -15,7 +15,11 @@ from .compat import SHIMS
 RECORD = ".deq-phantom"
 """The folder in a patched repository that remembers what the files were."""
 
-_SKIPPED = {".git", ".hg", ".svn", RECORD, "__pycache__", "node_modules", ".venv", "venv"}
+SKIPPED = {".git", ".hg", ".svn", RECORD, "__pycache__", "node_modules", ".venv", "venv"}
+"""Folders that are no part of the source."""
+
+_PATIENCE = 60  # seconds for git
+_LARGEST = 2**24  # bytes; no source with a seam is that long
 _HOW = (
     "an adapter is a small object that names the seam, see adapters/repos/ in deq-phantom-plugin; "
     "packages offer theirs through the entry-point group 'deq_phantom_plugin.adapters'"
@@ -172,10 +176,10 @@ def check_shims(names: Sequence[str]) -> None:
 
 def _python_files(root: Path) -> Iterator[str]:
     for folder, folders, names in os.walk(root):  # does not follow links to folders
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED)
+        folders[:] = sorted(name for name in folders if name not in SKIPPED)
         for name in sorted(names):
             path = Path(folder, name)
-            if name.endswith(".py") and path.is_file():
+            if name.endswith(".py") and path.is_file() and path.stat().st_size <= _LARGEST:
                 if path.is_symlink() and not path.resolve().is_relative_to(root):
                     continue
                 yield path.relative_to(root).as_posix()
@@ -185,9 +189,14 @@ def outside_links(root: Path) -> list[str]:
     """Return the Python files that lie elsewhere and are passed over, by path relative to root."""
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _SKIPPED]
+        folders[:] = [name for name in folders if name not in SKIPPED]
         links = (Path(folder, name) for name in names if name.endswith(".py"))
-        found += [p for p in links if p.is_symlink() and not p.resolve().is_relative_to(root)]
+        # A link that leads round in a circle has no `resolve`.
+        found += [
+            p
+            for p in links
+            if p.is_symlink() and not Path(os.path.realpath(p)).is_relative_to(root)
+        ]
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 
@@ -210,12 +219,47 @@ def check_unpatched(root: Path, read: Callable[[str], bytes] | None = None) -> N
 
 def _untracked(root: Path) -> set[str]:
     """Return the files that git does not know, none where there is no git."""
-    command = ["git", "-C", str(root), "ls-files", "-z", "--others", "--", "*.py"]
+    answer = git(root, "ls-files", "-z", "--others", "--", "*.py")
+    return set(os.fsdecode(answer or b"").split("\0"))
+
+
+def git(root: Path, *args: str) -> bytes | None:
+    """Return what git prints, None where there is no git or no repository.
+
+    A repository's configuration can name programs that git runs when it looks at files
+    (`core.fsmonitor`, hooks, filters); none of them is run. The index is not written.
+
+    Raises:
+        ValueError: if git does not answer.
+    """
+    settings = {"core.fsmonitor": "false", "core.hooksPath": os.devnull}
+    filters = ["config", "--includes", "--show-scope", "--name-only", "-z", "--get-regexp"]
+    fields = os.fsdecode(_git(root, {}, *filters, r"^filter\.") or b"").split("\0")
+    for scope, key in zip(fields[::2], fields[1::2], strict=False):
+        if scope in ("local", "worktree"):
+            settings[key] = ""
+            settings[f"{key.rpartition('.')[0]}.required"] = "false"
+    return _git(root, settings, *args)
+
+
+def _git(root: Path, settings: Mapping[str, str], *args: str) -> bytes | None:
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1"}
+    environment["GIT_ALLOW_PROTOCOL"] = "none"
+    first = int(environment.get("GIT_CONFIG_COUNT") or 0)
+    for number, (key, value) in enumerate(settings.items(), start=first):
+        environment[f"GIT_CONFIG_KEY_{number}"] = key
+        environment[f"GIT_CONFIG_VALUE_{number}"] = value
+    environment["GIT_CONFIG_COUNT"] = str(first + len(settings))
+    command = ["git", "-C", str(root), *args]
     try:
-        answer = subprocess.run(command, capture_output=True, check=False)
+        answer = subprocess.run(
+            command, env=environment, capture_output=True, check=False, timeout=_PATIENCE
+        )
     except FileNotFoundError:
-        return set()
-    return set(answer.stdout.decode().split("\0")) if answer.returncode == 0 else set()
+        return None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"git does not answer in {root}; nothing was changed") from None
+    return answer.stdout if answer.returncode == 0 else None
 
 
 def _check_inside(root: Path, path: str) -> None:

@@ -29,6 +29,13 @@ def rewrite(source: bytes, edits: Sequence[Edit], imports: str = "") -> bytes:
         SeamError: if the source does not parse, or an anchor is not there exactly once.
     """
     try:
+        return _rewritten(source, edits, imports)
+    except (RecursionError, MemoryError):
+        raise SeamError("it is nested too deeply") from None
+
+
+def _rewritten(source: bytes, edits: Sequence[Edit], imports: str) -> bytes:
+    try:
         kept, tail = _split_tail(source)
         module = cst.parse_module(kept)
     except (cst.ParserSyntaxError, ValueError, SyntaxError) as error:
@@ -154,7 +161,7 @@ def _after_preamble(body: list[Any]) -> int:
 
 
 def fingerprint(source: bytes, function: str) -> str | None:
-    """Return what tells versions of a function apart, None if there is no such function.
+    """Return what tells versions of a function apart, None if no such function can be read.
 
     Comments, spacing and line endings do not count.
 
@@ -164,13 +171,13 @@ def fingerprint(source: bytes, function: str) -> str | None:
     """
     try:
         node: Any = ast.parse(source)
-    except (SyntaxError, ValueError):
+        for name in function.split("."):
+            node = next((n for n in node.body if getattr(n, "name", None) == name), None)
+            if node is None or not hasattr(node, "body"):
+                return None
+        return hashlib.sha256(repr(_plain(node)).encode()).hexdigest()[:16]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    for name in function.split("."):
-        node = next((n for n in node.body if getattr(n, "name", None) == name), None)
-        if node is None or not hasattr(node, "body"):
-            return None
-    return hashlib.sha256(repr(_plain(node)).encode()).hexdigest()[:16]
 
 
 def _plain(node: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from typing import Any
 
 
@@ -19,7 +20,7 @@ def positive_int(name: str, value: Any) -> int:
         number = operator.index(value)
     except TypeError:
         raise ValueError(f"{name}={value!r}; expected a whole number of at least 1") from None
-    if number < 1:
+    if not 1 <= number <= sys.maxsize:  # a larger one could not even be printed
         raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
     return number
 
@@ -107,5 +108,5 @@ def _as_float(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ class _Tape:
         # Held detached: graphs hold the tape, and must not hold themselves through it.
         self._start = [leaf.detach().to(_wide(leaf), copy=True) for leaf in leaves]
         self._end = (self._start, self._start)
+        self._lock = threading.RLock()  # threads may go back through one graph at once
         self._restart()
 
     def widened(self, state: State) -> list[Tensor]:
@@ -185,6 +187,10 @@ class _Tape:
             return flatten(self._func(unflatten(narrow, self._structure)))[0]
 
     def _unpack(self, key: _Key) -> Tensor:
+        with self._lock:
+            return self._found(key)
+
+    def _found(self, key: _Key) -> Tensor:
         number, place, version, address = key
         if number > self._number:  # a second backward pass
             self._restart()
