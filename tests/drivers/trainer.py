@@ -99,7 +99,7 @@ def by_trainer(spec, accumulate, folder):
 def by_accelerate(spec, accumulate, folder):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     assert accelerator.num_processes == WORLD
-    model = Model(spec, "torchdeq")
+    model = Model(spec, "sliced")
     batches = [batch_of_step(step) for step in range(STEPS)]
     inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     model, optimizer, loader = accelerator.prepare(
