@@ -18,7 +18,7 @@ figures: $(VENV)/.installed  ## the figures that need no data to be fetched, and
 		"upg(k=5, lam=0.8)" "upg(k=20, lam=1.0)" "npg(k=50, lam=1.0)" "bptt(steps=50)" jfb
 
 test: $(VENV)/.installed  ## the test suite
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not hosts"
+	$(BIN)/python -m pytest -n auto -m "not slow and not hosts"
 
 test-slow: $(VENV)/.installed  ## tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not hosts"

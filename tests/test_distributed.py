@@ -20,7 +20,7 @@ pytestmark = [
         not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
         reason="this PyTorch has no gloo",
     ),
-    pytest.mark.xdist_group("distributed"),  # one launch for all of them
+    pytest.mark.slow,
 ]
 MODELS = [(host, spec) for host in HOSTS for spec in (SPECS if host == "own" else HOSTED)]
 # With F's weights sharded apart from the model's, a backward pass frees them, and what evaluates F

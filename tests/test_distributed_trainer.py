@@ -19,11 +19,11 @@ sys.path.append(str(DRIVER.parent))
 from trainer import RUNNERS, SPECS  # noqa: E402
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
         reason="this PyTorch has no gloo",
     ),
-    pytest.mark.xdist_group("distributed_trainer"),  # one launch for all of them
 ]
 
 

@@ -44,6 +44,7 @@ def run(folder, processes, *options):
     return ended, [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_weights_and_with_those_of_one(tmp_path):
     ended, (first, second) = run(tmp_path / "two", 2, "--epochs", "1")
     lines = ended.stdout.splitlines()
