@@ -240,7 +240,7 @@ def solve_reference(problem: Problem) -> tuple[GradStrategy, Gradient]:
     eigenvalues of J surround 1, densely if the matrices fit into memory.
     """
     packing = Packing(flatten(problem.equilibrium)[0], problem.context.batch_dim)
-    tol = max(_REFERENCE_TOL, float(f"{10 * torch.finfo(packing.dtype).eps:.0e}"))
+    tol = _reference_tol(packing)
     methods: list[GradStrategy] = [
         IFT(solver="gmres", tol=tol, max_iter=_REFERENCE_VJPS),
         Exact(),
@@ -257,6 +257,10 @@ def solve_reference(problem: Problem) -> tuple[GradStrategy, Gradient]:
         if gradient.residual <= POOR_REFERENCE:
             break
     return min(found, key=lambda pair: pair[1].residual)
+
+
+def _reference_tol(packing: Packing) -> float:
+    return max(_REFERENCE_TOL, float(f"{10 * torch.finfo(packing.dtype).eps:.0e}"))
 
 
 def _results(
@@ -308,10 +312,11 @@ def _with_second_order(
 ) -> GradientReport:
     problem = replace(problem, params=problem.reached())
     whole = problem.coupled() if report.samples_are_coupled else problem
-    tol = max(
-        _REFERENCE_TOL, float(f"{10 * torch.finfo(flatten(whole.equilibrium)[0][0].dtype).eps:.0e}")
+    exact = IFT(
+        tol=_reference_tol(Packing(flatten(whole.equilibrium)[0], None)),
+        max_iter=_REFERENCE_VJPS,
+        higher_order=True,
     )
-    exact = IFT(tol=tol, max_iter=_REFERENCE_VJPS, higher_order=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         reference = whole.second_derivative(exact)
