@@ -46,6 +46,7 @@ def check_settings(grad: Any, f_solver: str, f_max_iter: int, f_tol: float) -> N
         ImportError: without TorchDEQ.
     """
     dpp.get_strategy(grad)
+    dpp.enable("torchdeq")  # which adds solvers of its own
     known = require("torchdeq.solver", "text")._solvers
     if f_solver not in known:
         raise ValueError(f"f_solver={f_solver!r}; expected one of {', '.join(sorted(known))}")
@@ -62,7 +63,6 @@ def check_settings(grad: Any, f_solver: str, f_max_iter: int, f_tol: float) -> N
 def make_equilibrium(grad: Any, f_solver: str, f_max_iter: int, f_tol: float) -> nn.Module:
     """Return TorchDEQ's module with a gradient chosen by name; see `check_settings`."""
     check_settings(grad, f_solver, f_max_iter, f_tol)
-    dpp.enable("torchdeq")
     settings = {"f_solver": f_solver, "f_max_iter": f_max_iter, "f_tol": f_tol}
     deq: nn.Module = require("torchdeq", "text").get_deq(
         {**settings, "f_stop_mode": "rel", "grad": grad}

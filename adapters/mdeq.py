@@ -383,6 +383,10 @@ class MDEQ(nn.Module):
             state. `dpp.set_grad(model, ...)` changes it later. With a number the model cannot be
             pickled, because TorchDEQ keeps a closure for it.
         dropout: overrides the config's.
+        eval_steps: damped steps h <- (1 - lam) h + lam f(h) that follow the solve in eval mode, as
+            training with `upg` has them. Trained models need none (Section 2 of the supplement of
+            "On Training Implicit Models"); this is there to see that.
+        eval_lam: their damping.
         **deq_settings: for `torchdeq.get_deq`, unchanged; they override the published ones
             (f_solver, f_max_iter, f_tol, f_stop_mode, core, n_states, tau, ift, ...).
 
@@ -391,7 +395,7 @@ class MDEQ(nn.Module):
 
     Raises:
         ImportError: without TorchDEQ.
-        ValueError: on a `grad` or `dropout` that cannot be.
+        ValueError: on a `grad`, `dropout`, `eval_steps` or `eval_lam` that cannot be.
     """
 
     def __init__(
@@ -402,9 +406,16 @@ class MDEQ(nn.Module):
         grad: Any = "upg",
         *,
         dropout: float | None = None,
+        eval_steps: int = 0,
+        eval_lam: float = 0.5,
         **deq_settings: Any,
     ) -> None:
         super().__init__()
+        if isinstance(eval_steps, bool) or not isinstance(eval_steps, int) or eval_steps < 0:
+            raise ValueError(f"eval_steps={eval_steps!r}; expected a whole number of at least 0")
+        if not 0 < eval_lam <= 1:
+            raise ValueError(f"eval_lam={eval_lam!r}; expected a damping factor in (0, 1]")
+        self.eval_steps, self.eval_lam = eval_steps, eval_lam
         try:
             from torchdeq import get_deq
         except ImportError as error:
@@ -442,7 +453,7 @@ class MDEQ(nn.Module):
             num_classes: logits a sample.
             in_channels: channels of an image.
             grad: the gradient of the equilibrium.
-            **settings: `dropout`, and settings of `torchdeq.get_deq`.
+            **settings: `dropout`, `eval_steps`, `eval_lam`, and settings of `torchdeq.get_deq`.
 
         Raises:
             ValueError: on an unknown name.
@@ -525,6 +536,9 @@ class MDEQ(nn.Module):
             return func(list(state))
 
         states, info = self.deq(counted, start)
+        if not self.training:
+            for _ in range(self.eval_steps):
+                states = [*states[:-1], self._damped_step(counted, states[-1])]
         solved = [h.detach() for h in states[-1]]
         # Solvers run without grad. A strategy that owns the solve runs with it, and TorchDEQ then
         # has no residual.
@@ -565,6 +579,12 @@ class MDEQ(nn.Module):
         return dpp.spectral_radius(
             func, [_for_autograd(h) for h in self.last.equilibrium], lam, **options
         )
+
+    @torch.no_grad()
+    def _damped_step(self, func: Callable[..., list[Tensor]], state: list[Tensor]) -> list[Tensor]:
+        return [
+            torch.lerp(h, new, self.eval_lam) for h, new in zip(state, func(*state), strict=True)
+        ]
 
     def _once_per_solve(self) -> list[_OncePerSolve]:
         return [m for m in self.layer.modules() if isinstance(m, _OncePerSolve)]

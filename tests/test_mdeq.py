@@ -542,3 +542,41 @@ def test_spectral_radius_is_that_of_the_dense_jacobian(lam):
 def test_public_names():
     assert set(mdeq.__all__) >= {"MDEQ", "MDEQConfig", "PRESETS"}
     assert all(hasattr(mdeq, name) for name in mdeq.__all__)
+
+
+def test_damped_steps_in_eval_mode_are_those_of_upg_and_only_there():
+    model = contract(MDEQ(TWO).eval())
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        plain = model(x)
+        state, func = (
+            model.last.equilibrium,
+            model.equilibrium_func(model.last.injection, model.last.shared),
+        )
+        nfe = int(model.last.nfe)
+        for _ in range(3):
+            state = [0.3 * h + 0.7 * new for h, new in zip(state, func(state), strict=True)]
+        expected = model.head(state)
+        model.eval_steps, model.eval_lam = 3, 0.7
+        torch.testing.assert_close(model(x), expected)
+        assert int(model.last.nfe) == nfe + 3
+        assert not torch.equal(model(x), plain)
+    model.train()
+    counts = []
+    for model.eval_steps in (0, 3):
+        model(x)
+        counts.append(int(model.last.nfe))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_steps": -1}, "eval_steps=-1; expected a whole number of at least 0"),
+        ({"eval_steps": 0.5}, "eval_steps=0.5"),
+        ({"eval_lam": 0.0}, r"eval_lam=0.0; expected a damping factor in \(0, 1\]"),
+    ],
+)
+def test_damped_steps_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MDEQ(TWO, **settings)

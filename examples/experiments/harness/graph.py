@@ -1,0 +1,244 @@
+"""An IGNN that learns to classify graphs, or the nodes of graphs."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin.adapters.ignn import IGNN
+from deq_phantom_plugin.extras import require
+from deq_phantom_plugin.output import write_whole
+
+from .training import Task
+
+PRIME = 1_000_003  # steps of different seeds draw different numbers
+FOLDS = 10
+UNPACKED = Path("runs/experiments/data")
+HELP = (
+    "the folder where PyTorch Geometric finds or puts its data sets; NAME.zip with the text files "
+    "of a TU data set in it will do"
+)
+
+
+@dataclass(frozen=True)
+class GraphSettings:
+    """How an IGNN is trained.
+
+    Attributes:
+        dataset: "COX2" or "PROTEINS", classified in ten folds; "PPI", whose nodes have labels;
+            "generated graphs" or "generated nodes", of the same kinds.
+        hidden: size of the states; one number or one for each of the hidden layers.
+        num_layers: implicit layers.
+        kappa: bound of the contractions.
+        dropout: before the last linear layer.
+        grad: the gradient's spec.
+        lam: damping of a spec that leaves it out.
+        f_tol: of the forward solve.
+        epochs: passes over the data.
+        batch_size: graphs a step.
+        lr: Adam's learning rate.
+        halve_after: epochs after which the rate is halved; 0 for never.
+        weight_decay: Adam's.
+        eval_epochs: epochs between evaluations.
+        same_time_as: a run whose time this one takes, in as many steps as that allows.
+    """
+
+    dataset: str
+    hidden: int | tuple[int, ...]
+    num_layers: int
+    kappa: float
+    dropout: float
+    grad: str
+    lam: float
+    f_tol: float
+    epochs: int
+    batch_size: int
+    lr: float
+    halve_after: int
+    weight_decay: float
+    eval_epochs: int = 1
+    same_time_as: str = ""
+
+
+class GraphTask(Task):
+    """Trains an IGNN; see `Task`.
+
+    Args:
+        settings: how.
+        repeat: the fold, of data sets with folds; the seed of the weights and dropout.
+        data: where the graphs lie.
+        device: where to train.
+    """
+
+    def __init__(
+        self, settings: GraphSettings, repeat: int, data: Path | None, device: torch.device
+    ) -> None:
+        self.settings, self.seed = settings, repeat
+        s = settings
+        splits, in_channels, classes, is_nodes = load_graphs(s, repeat, data)
+        self.is_nodes = is_nodes
+        torch.manual_seed(repeat)
+        self.model = IGNN(
+            in_channels,
+            s.hidden,
+            classes,
+            s.num_layers,
+            "node" if is_nodes else "graph",
+            dpp.get_strategy(s.grad, {"lam": s.lam}),
+            kappa=s.kappa,
+            dropout=s.dropout,
+            f_tol=s.f_tol,
+            **({"normalize": False} if is_nodes else {}),
+        ).to(device)
+        # The official loaders do not shuffle, so that graphs are prepared once.
+        self.splits = [
+            [(b, self.model.prepare(b.x, b.edge_index)) for b in (b.to(device) for b in split)]
+            for split in splits
+        ]
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), s.lr, weight_decay=s.weight_decay
+        )
+        self.epoch_steps = len(self.splits[0])
+        self.steps = s.epochs * self.epoch_steps
+        self.eval_every = s.eval_epochs * self.epoch_steps
+
+    def step(self, number: int) -> Tensor:
+        """Take a step."""
+        s = self.settings
+        epoch, place = divmod(number, self.epoch_steps)
+        torch.manual_seed(self.seed * PRIME + number)
+        dpp.set_step(self.model, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * (0.5 if s.halve_after and epoch >= s.halve_after else 1.0)
+        self.model.train()
+        self.optimizer.zero_grad()
+        batch, graph = self.splits[0][place]
+        loss = self._loss(self._scores(batch, graph), batch)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return what is measured: accuracies of graphs, or micro F1 of the labels of nodes."""
+        self.model.eval()
+        names = ("validation_f1", "f1") if self.is_nodes else ("accuracy",)
+        measure = _micro_f1 if self.is_nodes else _accuracy
+        found = {}
+        for name, split in zip(names, self.splits[1:], strict=True):
+            outputs = torch.cat([self._scores(batch, graph) for batch, graph in split])
+            found[name] = measure(outputs, torch.cat([batch.y for batch, _ in split]))
+        return found
+
+    def _scores(self, batch: Any, graph: Any) -> Tensor:
+        scores: Tensor = self.model(batch.x, graph, batch=None if self.is_nodes else batch.batch)
+        return scores
+
+    def _loss(self, scores: Tensor, batch: Any) -> Tensor:
+        if self.is_nodes:
+            return F.binary_cross_entropy_with_logits(scores, batch.y)
+        return F.cross_entropy(scores, batch.y)
+
+
+def load_graphs(
+    s: GraphSettings, fold: int, path: Path | None
+) -> tuple[list[Sequence[Any]], int, int, bool]:
+    """Return the splits as lists of batches, features, classes, and whether nodes are classified.
+
+    Graphs have a training and a test split, nodes have a validation split in between.
+
+    Raises:
+        SystemExit: without a folder for what is not generated, or with one for what is.
+        ValueError: on an unknown name, or a fold that is not one of ten.
+    """
+    require("torch_geometric", "graph")
+    from torch_geometric.datasets import PPI
+    from torch_geometric.loader import DataLoader
+
+    if s.dataset.startswith("generated") and path is not None:
+        raise SystemExit(f"--data {path} for {s.dataset}; add --set dataset=COX2 or another")
+    if s.dataset == "generated nodes":
+        splits = [[_generated_nodes(seed) for seed in seeds] for seeds in ((0, 1, 2), (3,), (4,))]
+        return splits, 8, 4, True
+    known = ("COX2", "PROTEINS", "PPI", "generated graphs", "generated nodes")
+    if s.dataset not in known:
+        raise ValueError(f"dataset={s.dataset!r}; expected {', '.join(known)}")
+    if path is None and s.dataset != "generated graphs":
+        raise SystemExit(f"{s.dataset} needs --data DIR: {HELP}")
+    if s.dataset == "PPI":
+        sets = [PPI(str(path / "PPI"), split=split) for split in ("train", "val", "test")]
+        return sets, sets[0].num_features, sets[0].num_classes, True
+    if not 0 <= fold < FOLDS:
+        raise ValueError(f"fold {fold} of {s.dataset}; expected 0 to {FOLDS - 1}")
+    dataset = _generated_graphs() if s.dataset == "generated graphs" else _tu(path, s.dataset)
+    labels = torch.cat([graph.y for graph in dataset])
+    model_selection = require("sklearn.model_selection", "vision")
+    # Of one seed for all, so that the folds of all methods are the same.
+    folds = model_selection.StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    indices = list(folds.split(labels, labels))[fold]
+    batches = [list(DataLoader([dataset[i] for i in ids], s.batch_size)) for ids in indices]
+    return batches, dataset[0].x.shape[1], int(labels.max()) + 1, False
+
+
+def _tu(path: Path, name: str) -> Any:
+    """Return a TU data set: PyG's own folder, or what a zip file holds, or a download by PyG."""
+    from torch_geometric.datasets import TUDataset
+
+    archive = path / f"{name}.zip"
+    if (path / name).is_dir() or not archive.is_file():
+        return TUDataset(str(path), name)
+    target = UNPACKED / name / "raw"
+    with zipfile.ZipFile(archive) as packed:
+        for item in packed.infolist():
+            file = Path(item.filename).name
+            if file.startswith(name) and file.endswith(".txt") and not (target / file).is_file():
+                write_whole(target / file, packed.read(item))
+    return TUDataset(str(UNPACKED), name)
+
+
+def _generated_graphs(count: int = 120, nodes: int = 12) -> list[Any]:
+    """Return rings, and rings with chords, whose nodes all look alike but for noise."""
+    from torch_geometric.data import Data
+
+    generator = torch.Generator().manual_seed(0)
+    graphs = []
+    for number in range(count):
+        ring = torch.arange(nodes)
+        edges = [torch.stack([ring, (ring + 1) % nodes])]
+        if number % 2:
+            edges.append(torch.stack([ring[: nodes // 2], ring[nodes // 2 :]]))
+        edge_index = torch.cat(edges, dim=1)
+        edge_index = torch.cat([edge_index, edge_index.flip(0)], dim=1)
+        degree = torch.bincount(edge_index[0], minlength=nodes).float()[:, None]
+        x = torch.cat([degree, torch.randn(nodes, 3, generator=generator)], dim=1)
+        graphs.append(Data(x=x, edge_index=edge_index, y=torch.tensor([number % 2])))
+    return graphs
+
+
+def _generated_nodes(seed: int, nodes: int = 60, features: int = 8, labels: int = 4) -> Any:
+    """Return a random graph whose nodes' labels follow from their neighbours' features."""
+    from torch_geometric.data import Data
+
+    generator = torch.Generator().manual_seed(seed)
+    edge_index = torch.randint(nodes, (2, 3 * nodes), generator=generator)
+    edge_index = torch.cat([edge_index, edge_index.flip(0)], dim=1)
+    x = torch.randn(nodes, features, generator=generator)
+    seen = torch.zeros_like(x).index_add_(0, edge_index[1], x[edge_index[0]])
+    return Data(x=x, edge_index=edge_index, y=(seen[:, :labels] > 0).float())
+
+
+def _accuracy(scores: Tensor, y: Tensor) -> float:
+    return float((scores.argmax(dim=1) == y).float().mean())
+
+
+def _micro_f1(scores: Tensor, y: Tensor) -> float:
+    chosen, true = scores > 0, y > 0
+    return float(2 * (chosen & true).sum() / (chosen.sum() + true.sum()).clamp(min=1))

@@ -1,0 +1,177 @@
+"""A deep equilibrium transformer that learns to predict the next word."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin.adapters.transformer import DEQTransformerConfig, DEQTransformerForCausalLM
+
+from . import processes
+from .schedule import cosine
+from .text import columns, load_text, segment, segments
+from .training import Task
+
+PRIME = 1_000_003  # steps of different seeds draw different numbers
+RADIUS_TEXTS = 4
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """How a transformer is trained.
+
+    Attributes:
+        train_file: name of the training text in the data folder.
+        test_file: name of the test text.
+        test_segments: pieces of the test text that are looked at; 0 for all.
+        hidden: size of a state.
+        heads: of the attention.
+        intermediate: inner width of the feed-forward part.
+        pre_layer_norm: False for DEQ (PostLN), True for DEQ (PreLN).
+        dropout: of features.
+        attention_dropout: of what a head attends to.
+        grad: the gradient's spec.
+        pretrain_steps: steps in which backpropagation goes through a few evaluations of f.
+        pretrain_layers: how many.
+        f_solver: forward solver.
+        f_max_iter: its most evaluations of f.
+        f_tol: its relative residual.
+        jac_weight: of the Jacobian regulariser; 0 for none.
+        jac_freq: the part of the steps that have it.
+        jac_increment: what the weight grows by every `jac_interval` steps.
+        jac_interval: see there.
+        steps: optimiser steps.
+        batch_size: texts a step, of all processes together.
+        length: tokens to predict of each.
+        lr: Adam's largest learning rate; after a linear rise it anneals to zero.
+        warmup: steps of the rise.
+        clip: norm that gradients are clipped to.
+        eval_every: steps between evaluations.
+        eval_batch: texts of an evaluation's batch.
+        same_time_as: a run whose time this one takes, in as many steps as that allows.
+    """
+
+    train_file: str
+    test_file: str
+    test_segments: int
+    hidden: int
+    heads: int
+    intermediate: int
+    dropout: float
+    attention_dropout: float
+    grad: str
+    pretrain_steps: int
+    pretrain_layers: int
+    f_solver: str
+    f_max_iter: int
+    f_tol: float
+    steps: int
+    batch_size: int
+    length: int
+    lr: float
+    warmup: int
+    clip: float
+    eval_every: int
+    pre_layer_norm: bool = False
+    jac_weight: float = 0.0
+    jac_freq: float = 0.4
+    jac_increment: float = 0.0
+    jac_interval: int | None = None
+    eval_batch: int = 16
+    same_time_as: str = ""
+
+
+class LanguageTask(Task):
+    """Trains a deep equilibrium transformer; see `Task`.
+
+    Args:
+        settings: how.
+        seed: of the weights and dropout; texts come in their own order.
+        data: the folder of texts.
+        device: where to train.
+    """
+
+    model: DEQTransformerForCausalLM
+
+    def __init__(
+        self, settings: LanguageSettings, seed: int, data: Path | None, device: torch.device
+    ) -> None:
+        self.settings, self.seed, self.device = settings, seed, device
+        s = settings
+        train, test, n_words = load_text(data, s.train_file, s.test_file)
+        self.train_texts, self.test_texts = (
+            columns(train, s.batch_size),
+            columns(test, s.eval_batch),
+        )
+        segments(self.train_texts, s.length)
+        segments(self.test_texts, s.length)
+        self.steps, self.eval_every = s.steps, s.eval_every
+        torch.manual_seed(seed)
+        stages = {0: f"bptt(steps={s.pretrain_layers})", s.pretrain_steps: s.grad}
+        config = DEQTransformerConfig(
+            vocab_size=n_words,
+            hidden_size=s.hidden,
+            intermediate_size=s.intermediate,
+            num_attention_heads=s.heads,
+            max_position_embeddings=s.length + 1,
+            pre_layer_norm=s.pre_layer_norm,
+            dropout=s.dropout,
+            attention_dropout=s.attention_dropout,
+            grad=f"schedule({stages!r})" if s.pretrain_steps else s.grad,
+            f_solver=s.f_solver,
+            f_max_iter=s.f_max_iter,
+            f_tol=s.f_tol,
+            jac_reg_weight=s.jac_weight,
+            jac_reg_freq=s.jac_freq,
+            jac_reg_increment=s.jac_increment,
+            jac_reg_interval=s.jac_interval,
+        )
+        self.model = DEQTransformerForCausalLM(config).to(device)
+        self.parallel = processes.parallel(self.model)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), s.lr)
+
+    def step(self, number: int) -> Tensor:
+        """Take a step; its loss is the cross-entropy, without the regulariser."""
+        s = self.settings
+        texts = processes.share(self.train_texts)
+        ids = segment(texts, number, s.length).to(self.device)
+        torch.manual_seed((self.seed * PRIME + number) * processes.count() + processes.rank())
+        dpp.set_step(self.model, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = cosine(number, self.steps, s.lr, warmup=s.warmup)
+        self.model.train()
+        self.optimizer.zero_grad()
+        output = self.parallel(ids, labels=ids)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip, error_if_nonfinite=True)
+        self.optimizer.step()
+        loss: Tensor = output.loss.detach()
+        return loss if output.jac_loss is None else loss - output.jac_loss.detach()
+
+    def evaluate(self) -> dict[str, float]:
+        """Return perplexity, residual, and the mean spectral radius of df/dh, on test texts."""
+        s = self.settings
+        self.model.eval()
+        count = segments(self.test_texts, s.length)
+        count = min(count, s.test_segments or count)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for number in range(processes.rank(), count, processes.count()):
+                ids = segment(self.test_texts, number, s.length).to(self.device)
+                output = self.model(ids, labels=ids, use_cache=False)
+                sums[0] += output.loss
+                sums[1] += output.equilibrium_info.residual.mean()
+        loss, residual = (processes.total(sums) / count).tolist()
+        ids = segment(self.test_texts[:RADIUS_TEXTS], 0, s.length).to(self.device)
+        radii = self.model.spectral_radius(ids, tol=0.02, max_iter=60)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "residual": residual,
+            "rho": float(radii.mean()),
+        }

@@ -1,0 +1,138 @@
+"""From an experiment's YAML file to the settings of every run.
+
+repeats: {paper: [0, 1, 2], smoke: [0]}   # seeds, or folds
+select: {smoke: [upg]}                    # the runs of a size; all where it is left out
+paper: {lr: 0.1, epochs: 50}              # all settings
+cpu: {epochs: 5}                          # what a smaller size changes
+smoke: {epochs: 1}
+runs:
+  ift: {grad: ift}                        # what a run changes
+  upg: {grad: "upg(k=5, lam=0.5)", smoke: {f_max_iter: 4}}  # and what it changes in a size
+
+Bad files are refused with the place and what is accepted there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from deq_phantom_plugin.extras import require
+
+SIZES = ("smoke", "cpu", "paper")
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Plan(Generic[S]):
+    """What is to be trained.
+
+    Attributes:
+        name: the experiment's, the stem of its file.
+        size: one of `SIZES`.
+        repeats: the seeds or folds that every run is trained with.
+        runs: the settings of each run.
+    """
+
+    name: str
+    size: str
+    repeats: tuple[int, ...]
+    runs: dict[str, S]
+
+
+def load_plan(
+    path: Path,
+    size: str,
+    kind: type[S],
+    changes: Mapping[str, Any] = types.MappingProxyType({}),
+    runs: Sequence[str] = (),
+    repeats: Sequence[int] = (),
+) -> Plan[S]:
+    """Read an experiment.
+
+    Args:
+        path: the YAML file.
+        size: one of `SIZES`.
+        kind: the dataclass of a run's settings.
+        changes: settings that all runs take in place of the file's.
+        runs: names of the runs to keep; those that the file selects if empty.
+        repeats: in place of the file's.
+
+    Raises:
+        ValueError: if a name is unknown, a value has the wrong type, or a setting is missing; names
+            the place in the file and what is accepted.
+    """
+    content = require("yaml", "experiments").safe_load(path.read_text(encoding="utf-8"))
+    _known(content, {"repeats", "select", "runs", *SIZES}, path.name)
+    chosen = list(runs) or content.get("select", {}).get(size) or list(content["runs"])
+    _known(chosen, content["runs"], "--runs" if runs else f"{path.name}: select")
+    found = {}
+    for name in chosen:
+        merged: dict[str, Any] = {}
+        own = dict(content["runs"][name] or {})
+        by_size = {key: own.pop(key) for key in SIZES if key in own}
+        for where, part in (
+            ("paper", content["paper"]),
+            *([(size, content.get(size) or {})] if size != "paper" else []),
+            (f"runs: {name}", own),
+            (f"runs: {name}: {size}", by_size.get(size) or {}),
+            ("--set", changes),
+        ):
+            place = where if where == "--set" else f"{path.name}: {where}"
+            _known(part, {field.name for field in dataclasses.fields(kind)}, place)
+            merged |= {key: _checked(kind, key, value, place) for key, value in part.items()}
+        missing = [
+            field.name
+            for field in dataclasses.fields(kind)
+            if field.name not in merged and field.default is dataclasses.MISSING
+        ]
+        if missing:
+            raise ValueError(f"{path.name}: {name}: no {', '.join(missing)}")
+        found[name] = kind(**merged)
+    return Plan(path.stem, size, tuple(repeats or content["repeats"][size]), found)
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """Return the key and value of `--set key=value`; the value is YAML.
+
+    Raises:
+        ValueError: without an equals sign, or if the value is not YAML.
+    """
+    yaml = require("yaml", "experiments")
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r}; expected KEY=VALUE, such as epochs=3")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r}: the value is not YAML: {error}") from None
+
+
+def _known(names: Iterable[str], valid: Iterable[str], place: str) -> None:
+    for name in names:
+        if name not in valid:
+            near = difflib.get_close_matches(str(name), list(valid), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{place}: unknown {name!r}{hint} (valid: {', '.join(sorted(valid))})")
+
+
+def _checked(kind: type, key: str, value: Any, place: str) -> Any:
+    """Return a value in its field's type: lists become tuples, and whole numbers floats."""
+    wanted = typing.get_type_hints(kind)[key]
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    for option in options:
+        base = typing.get_origin(option) or option
+        if base is tuple and isinstance(value, list):
+            return tuple(value)
+        if base is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, base) and (base is bool or not isinstance(value, bool)):
+            return value
+    names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ValueError(f"{place}: {key}={value!r}; expected {names}")

@@ -1,0 +1,79 @@
+"""Training in several processes, started by torchrun; with one process all of this does nothing."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+def start(device: str) -> torch.device:
+    """Join the processes of torchrun, if there are any, and return this one's device.
+
+    Args:
+        device: "cpu", "cuda", ...; "auto" for a GPU where there is one.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        return torch.device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group()
+    return torch.device(device)
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    """Return how many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(samples: Tensor) -> Tensor:
+    """Return this process's part of a joint batch, every n-th of its samples.
+
+    Raises:
+        ValueError: if the parts would not be of one size; gradients are averaged over processes.
+    """
+    if len(samples) % count():
+        raise ValueError(
+            f"a batch of {len(samples)} for {count()} processes; expected a multiple of them"
+        )
+    return samples[rank() :: count()]
+
+
+def total(numbers: Tensor) -> Tensor:
+    """Return the sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set in any process."""
+    return bool(total(torch.tensor(float(flag), device=device)) > 0)
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def parallel(model: nn.Module) -> Any:
+    """Return a module whose gradients are averaged over all processes."""
+    return nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model

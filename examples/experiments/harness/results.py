@@ -1,0 +1,210 @@
+"""What all runs of an experiment have shown: a table, JSON, a plot."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deq_phantom_plugin.extras import require
+from deq_phantom_plugin.output import text_table, write_whole
+
+from .training import Record
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of the table, over a run's seeds or folds.
+
+    Attributes:
+        title: its header.
+        of: from a finished record to the number.
+        text: how the mean is written; the standard deviation, where there are several, the same.
+    """
+
+    title: str
+    of: Callable[[Record], float]
+    text: str = "{:.1f}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A panel of the plot: one value of the history against another, or against several.
+
+    Attributes:
+        y: key of the history.
+        label: of its axis.
+        x: key of the history: "step" or "seconds".
+        log: whether y is on a logarithmic axis.
+    """
+
+    y: str
+    label: str
+    x: str = "step"
+    log: bool = False
+
+
+def last(key: str, scale: float = 1.0) -> Callable[[Record], float]:
+    """Return what takes a key from the last evaluation."""
+    return lambda record: scale * record.history[-1].get(key, math.nan)
+
+
+def best(
+    key: str,
+    scale: float = 1.0,
+    choose: Callable[..., float] = max,
+    by: str | None = None,
+) -> Callable[[Record], float]:
+    """Return what takes the best value of a key over all evaluations, or the one where `by` is."""
+
+    def of(record: Record) -> float:
+        rows = [row for row in record.history if key in row]
+        return scale * choose(rows, key=lambda row: row[by or key])[key] if rows else math.nan
+
+    return of
+
+
+def milliseconds(record: Record) -> float:
+    """Return the median of the medians of a step's time."""
+    times = [row["ms_per_step"] for row in record.history if "ms_per_step" in row]
+    return statistics.median(times) if times else math.nan
+
+
+def load_records(folder: Path) -> list[Record]:
+    """Return the records of all runs in a folder, sorted by name and repeat."""
+    found = [Record(**json.loads(path.read_text())) for path in folder.glob("*/*/record.json")]
+    return sorted(found, key=lambda record: (record.name, record.repeat))
+
+
+def groups(records: Sequence[Record], order: Sequence[str]) -> dict[str, list[Record]]:
+    """Return the records of each run, in an order; those it does not name come last."""
+    names = [*order, *sorted({record.name for record in records} - set(order))]
+    by_name = {name: [r for r in records if r.name == name] for name in names}
+    return {name: found for name, found in by_name.items() if found}
+
+
+def rows(
+    records: Sequence[Record],
+    columns: Sequence[Column],
+    order: Sequence[str],
+    times: dict[str, list[float]],
+) -> tuple[list[str], list[list[str]]]:
+    """Return the table's header and rows.
+
+    Args:
+        records: of all runs.
+        columns: the numbers.
+        order: of the runs.
+        times: seconds of a step, taken in turn; empty where that was not asked for.
+    """
+    header = ["run", *(column.title for column in columns), "ms/step"]
+    header += [*(["ms/step in turn"] if times else []), "steps", "runs"]
+    table = []
+    for name, found in groups(records, order).items():
+        ended = [record for record in found if record.error is None and len(record.history) > 1]
+        cells = [mean_and_deviation([c.of(r) for r in ended], c.text) for c in columns]
+        cells.append(mean_and_deviation([milliseconds(r) for r in ended][:1], "{:.1f}"))
+        if times:
+            cells.append(f"{1e3 * statistics.median(times[name]):.1f}" if name in times else "")
+        steps = sorted({record.steps for record in found})
+        cells.append(str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}")
+        failed = [f"{r.repeat}: {r.error}" for r in found if r.error is not None]
+        cells.append(f"{len(ended)}" + (f" (failed: {'; '.join(failed)})" if failed else ""))
+        table.append([name, *cells])
+    return header, table
+
+
+def mean_and_deviation(values: Sequence[float], text: str) -> str:
+    """Return the mean, and the standard deviation of several."""
+    if not values:
+        return "-"
+    mean = text.format(statistics.fmean(values))
+    return f"{mean} ± {text.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def write(
+    folder: Path,
+    title: str,
+    records: Sequence[Record],
+    columns: Sequence[Column],
+    curves: Sequence[Curve],
+    order: Sequence[str],
+    times: dict[str, list[float]],
+) -> str:
+    """Write results.json, table.md and curves.png into a folder, and return the table as text."""
+    header, body = rows(records, columns, order, times)
+    content = {
+        "title": title,
+        "environment": environment(),
+        "step seconds, taken in turn": times,
+        "runs": [asdict(record) for record in records],
+    }
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write_whole(folder / "results.json", json.dumps(finite, indent=1).encode())
+    lines = [header, ["---"] * len(header), *body]
+    write_whole(folder / "table.md", "".join(f"| {' | '.join(r)} |\n" for r in lines).encode())
+    write_whole(folder / "curves.png", plot(records, curves, order, title))
+    return text_table(header, body)
+
+
+def environment() -> dict[str, Any]:
+    """Return what times depend on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": gpu,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def plot(
+    records: Sequence[Record], curves: Sequence[Curve], order: Sequence[str], title: str
+) -> bytes:
+    """Return a PNG: a panel for each curve, a colour for each run, its mean over repeats bold.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    require("matplotlib", "viz")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(curves) + 2, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, curve in zip(panels, curves, strict=True):
+        for number, (name, found) in enumerate(groups(records, order).items()):
+            style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+            lines = [
+                [(row[curve.x], row[curve.y]) for row in record.history if curve.y in row]
+                for record in found
+            ]
+            for line in lines:
+                axes.plot(*zip(*line, strict=True), **style, linewidth=0.7, alpha=0.5)
+            shortest = min(len(line) for line in lines)
+            mean = [
+                tuple(statistics.fmean(line[i][j] for line in lines) for j in (0, 1))
+                for i in range(shortest)
+            ]
+            axes.plot(*zip(*mean, strict=True), **style, linewidth=1.8, label=name)
+        axes.set(xlabel={"seconds": "seconds of training"}.get(curve.x, curve.x))
+        axes.set(ylabel=curve.label, yscale="log" if curve.log else "linear")
+        axes.grid(alpha=0.3)
+    handles = panels[0].get_legend_handles_labels()
+    panels[-1].legend(*handles, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title, fontsize=10)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

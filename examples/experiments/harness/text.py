@@ -1,0 +1,105 @@
+"""Words to model: text files of whitespace-separated tokens, as WikiText is distributed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+UNKNOWN, END = "<unk>", "<eos>"
+HELP = (
+    "a folder with train.txt and test.txt, WikiText-103 for instance: whitespace-separated tokens; "
+    "other names with --set train_file=NAME test_file=NAME"
+)
+
+
+def load_text(path: Path | None, train_file: str, test_file: str) -> tuple[Tensor, Tensor, int]:
+    """Return training and test text as numbers of words, and how many words there are.
+
+    Words are numbered by how often the training text has them. A word that only the test text has
+    is unknown. A line ends with a token of its own, as in the official code.
+
+    Args:
+        path: the folder.
+        train_file: name in it. Without a name, Python's own language reference is the text.
+        test_file: name in it.
+
+    Returns:
+        Two tensors of shape (tokens,), int64, and the size of the vocabulary.
+
+    Raises:
+        SystemExit: if a file cannot be read, or a path is given that is not asked for; says what is
+            expected.
+    """
+    if not train_file and path is not None:
+        raise SystemExit(f"--data {path} without names of files; expected {HELP}")
+    if train_file and path is None:
+        raise SystemExit(f"{train_file} needs --data DIR: {HELP}")
+    if path is None:
+        lines = _language_reference()
+        cut = len(lines) * 9 // 10
+        train, test = _words(lines[:cut]), _words(lines[cut:])
+    else:
+        train, test = (_words(_lines(path / name)) for name in (train_file, test_file))
+    counts = Counter(train)
+    counts.pop(UNKNOWN, None)
+    words = [UNKNOWN, *(word for word, _ in counts.most_common())]
+    number = {word: i for i, word in enumerate(words)}
+    as_numbers = [torch.tensor([number.get(word, 0) for word in text]) for text in (train, test)]
+    return as_numbers[0], as_numbers[1], len(words)
+
+
+def columns(text: Tensor, count: int) -> Tensor:
+    """Return a text as that many texts side by side, shape (count, tokens), the rest left out."""
+    length = len(text) // count
+    return text[: count * length].view(count, length)
+
+
+def segment(texts: Tensor, number: int, length: int) -> Tensor:
+    """Return the n-th piece of all texts, after the last one again the first.
+
+    Args:
+        texts: shape (count, tokens).
+        number: of the piece.
+        length: tokens to predict.
+
+    Returns:
+        Shape (count, length + 1): a token to begin with, and those to predict.
+    """
+    pieces = segments(texts, length)
+    begin = number % pieces * length
+    return texts[:, begin : begin + length + 1]
+
+
+def segments(texts: Tensor, length: int) -> int:
+    """Return how many pieces texts have.
+
+    Raises:
+        SystemExit: if there is none.
+    """
+    pieces = (texts.shape[1] - 1) // length
+    if pieces < 1:
+        raise SystemExit(
+            f"a text of {texts.numel()} tokens for {texts.shape[0]} sequences of {length}; "
+            f"expected at least {texts.shape[0] * (length + 1)}"
+        )
+    return pieces
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}; --data is {HELP}") from None
+
+
+def _words(lines: list[str]) -> list[str]:
+    return [word for line in lines if line.strip() for word in (*line.split(), END)]
+
+
+def _language_reference() -> list[str]:
+    from pydoc_data.topics import topics
+
+    return [line for name in sorted(topics) for line in topics[name].splitlines()]

@@ -1,0 +1,212 @@
+"""One run, from wherever it was left to its last step.
+
+All randomness of a step comes from its number and the run's seed, so that a run that was stopped
+and resumed ends with the numbers of one that was not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deq_phantom_plugin.output import write_whole
+
+from . import processes
+
+
+class Task(ABC):
+    """A model, its data and its optimiser.
+
+    Attributes:
+        model: has all the parameters.
+        optimizer: of them.
+        steps: optimiser steps to take.
+        eval_every: steps between evaluations.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    steps: int
+    eval_every: int
+
+    @abstractmethod
+    def step(self, number: int) -> Tensor:
+        """Take a step, from 0, and return its loss, a scalar without a graph."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Return what is measured on held-out data; in several processes, the same in all."""
+
+
+@dataclass
+class Record:
+    """What a run has shown so far.
+
+    Attributes:
+        name: of the run.
+        repeat: its seed or fold.
+        settings: what it depends on.
+        total: the steps it is to take.
+        steps: those it has taken.
+        seconds: they took, evaluations left out.
+        history: what each evaluation measured, with `step`, `seconds`, `ms_per_step` (the median
+            since the one before) and `train_loss` (the mean since then).
+        error: what ended it early.
+    """
+
+    name: str
+    repeat: int
+    settings: dict[str, Any]
+    total: int
+    steps: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.error is not None or self.steps >= self.total
+
+
+class Stop(Exception):
+    """The time given to the command is over."""
+
+
+def train(
+    task: Task,
+    record: Record,
+    folder: Path,
+    device: torch.device,
+    on_step: Callable[[Record], None],
+    log: Callable[[str, float, int], None] = lambda name, value, step: None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train from where the record stands to the end; checkpoints and records are kept in a folder.
+
+    Args:
+        task: as built, or as `restore` left it.
+        record: filled in as the run goes on. What the model cannot bear (a loss that is not finite,
+            an error of a solver) ends the run and is put into `record.error`.
+        folder: for checkpoint.pt and record.json.
+        device: where the task computes.
+        on_step: called after each step.
+        log: called with a name, a value and the step, after each evaluation.
+        is_over: whether to stop here and be resumed later.
+
+    Raises:
+        Stop: if `is_over` said so; a checkpoint is there.
+    """
+    if not record.history:
+        record.history.append({"step": 0, "seconds": 0.0, **task.evaluate()})
+    losses: list[Tensor] = []
+    times: list[float] = []
+    while record.steps < record.total:
+        begin = _now(device)
+        try:
+            losses.append(task.step(record.steps))
+        except (ArithmeticError, RuntimeError) as error:
+            if processes.count() > 1:
+                raise  # the others wait for this one
+            record.error = f"{type(error).__name__}: {error}"
+            break
+        times.append(_now(device) - begin)
+        record.seconds += times[-1]
+        record.steps += 1
+        on_step(record)
+        at_end = record.steps == record.total
+        if at_end or record.steps % task.eval_every == 0:
+            mean = float(processes.total(torch.stack(losses).mean()) / processes.count())
+            if not math.isfinite(mean):
+                record.error = f"the mean loss of the last {len(losses)} steps is {mean}"
+                break
+            found = {
+                "step": record.steps,
+                "seconds": round(record.seconds, 3),
+                "ms_per_step": round(1e3 * statistics.median(times), 3),
+                "train_loss": mean,
+                **task.evaluate(),
+            }
+            for name, value in found.items():
+                log(name, value, record.steps)
+            record.history.append(found)
+            losses, times = [], []
+            save(task, record, folder)
+            # All processes stop at the same step or none does.
+            if not at_end and processes.any_of(is_over(), device):
+                raise Stop
+    if record.error is not None:
+        save(task, record, folder)
+
+
+def save(task: Task, record: Record, folder: Path) -> None:
+    """Write all that the run goes on from; the first process does."""
+    if processes.rank() > 0:
+        return
+    buffer = io.BytesIO()
+    state = {"model": task.model.state_dict(), "optimizer": task.optimizer.state_dict()}
+    torch.save({**state, "record": asdict(record)}, buffer)
+    write_whole(folder / "checkpoint.pt", buffer.getvalue())
+    write_whole(folder / "record.json", json.dumps(asdict(record), indent=1).encode())
+
+
+def restore(task: Task, record: Record, folder: Path, device: torch.device) -> bool:
+    """Take up a run that was left, and return whether there was one.
+
+    Raises:
+        SystemExit: if it had other settings; names them.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        return False
+    found = torch.load(path, map_location=device, weights_only=True)
+    then = found["record"]["settings"]
+    changed = [
+        f"{key} was {then.get(key)!r} and is {record.settings.get(key)!r}"
+        for key in sorted({*then, *record.settings})
+        if then.get(key) != record.settings.get(key)
+    ]
+    if changed:
+        raise SystemExit(f"{path} is of other settings: {', '.join(changed)}; drop it with --fresh")
+    task.model.load_state_dict(found["model"])
+    task.optimizer.load_state_dict(found["optimizer"])
+    vars(record).update(found["record"])
+    task.steps = record.total
+    return True
+
+
+def step_times(
+    tasks: dict[str, tuple[Task, int]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Return the seconds of a step of each task, taken in turn so that all see the same machine.
+
+    Args:
+        tasks: each with the number of the step to take; their models do change.
+        rounds: times that are kept, after one that warms up.
+        device: where they compute.
+    """
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in range(rounds + 1):
+        for name, (task, step) in tasks.items():
+            begin = _now(device)
+            task.step(step)
+            if number > 0:
+                times[name].append(_now(device) - begin)
+    return times
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

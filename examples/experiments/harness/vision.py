@@ -1,0 +1,225 @@
+"""An MDEQ that learns to classify images."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin.adapters.mdeq import MDEQ
+
+from . import processes
+from .images import load_images
+from .schedule import cosine
+from .training import Task
+
+PRIME = 1_000_003  # steps of different seeds draw different numbers
+
+
+@dataclass(frozen=True)
+class VisionSettings:
+    """How an MDEQ is trained.
+
+    Attributes:
+        dataset: "cifar10", "folder" or "generated".
+        train_images: the first of them; 0 for all.
+        test_images: the same.
+        image_size: side in pixels.
+        augment: whether training images are cropped and flipped at random.
+        preset: of `MDEQ.from_preset`.
+        dropout: of the residual blocks.
+        grad: the gradient: a spec, or TorchDEQ's own number of steps.
+        lam: TorchDEQ's `tau`, for its own methods.
+        implicit: whether TorchDEQ's own implicit differentiation is used, in place of `grad`.
+        pretrain_steps: steps in which backpropagation goes through a few evaluations of f.
+        pretrain_layers: how many.
+        f_solver: forward solver.
+        f_max_iter: its most evaluations of f; 0 for the preset's.
+        epochs: passes over the training images.
+        batch_size: images a step, of all processes together.
+        optimizer: "adam" or "sgd".
+        lr: largest learning rate; it anneals to 1e-6 along half a cosine.
+        momentum: of SGD.
+        nesterov: SGD's kind of momentum.
+        weight_decay: of either.
+        eval_epochs: epochs between evaluations.
+        eval_batch: images of an evaluation's batch.
+        eval_steps: accuracy is also measured with that many damped steps after the solve.
+        eval_lam: their damping.
+        radius_images: test images whose spectral radii are measured; 0 for none.
+        radius_lam: damping of the damped map's radius.
+        same_time_as: a run whose time this one takes, in as many steps as that allows.
+    """
+
+    dataset: str
+    train_images: int
+    test_images: int
+    image_size: int
+    augment: bool
+    preset: str
+    dropout: float
+    grad: str | int
+    pretrain_steps: int
+    pretrain_layers: int
+    f_solver: str
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    weight_decay: float
+    eval_epochs: int
+    radius_images: int
+    radius_lam: float
+    lam: float = 1.0
+    implicit: bool = False
+    f_max_iter: int = 0
+    momentum: float = 0.9
+    nesterov: bool = False
+    eval_batch: int = 250
+    eval_steps: tuple[int, ...] = ()
+    eval_lam: float = 0.5
+    same_time_as: str = ""
+
+
+class VisionTask(Task):
+    """Trains an MDEQ; see `Task`.
+
+    Args:
+        settings: how.
+        seed: of the weights, the order of the images, dropout and augmentation.
+        data: where the images lie.
+        device: where to train.
+    """
+
+    def __init__(
+        self, settings: VisionSettings, seed: int, data: Path | None, device: torch.device
+    ) -> None:
+        self.settings, self.seed, self.device = settings, seed, device
+        s = settings
+        self.train_set, self.test_set = load_images(
+            s.dataset, data, s.train_images, s.test_images, s.image_size
+        )
+        if len(self.train_set.labels) < s.batch_size:
+            raise SystemExit(
+                f"{len(self.train_set.labels)} training images; expected at least a batch of "
+                f"{s.batch_size}"
+            )
+        self.epoch_steps = len(self.train_set.labels) // s.batch_size
+        self.steps = s.epochs * self.epoch_steps
+        self.eval_every = s.eval_epochs * self.epoch_steps
+        torch.manual_seed(seed)
+        deq = {"f_solver": s.f_solver, **({"f_max_iter": s.f_max_iter} if s.f_max_iter else {})}
+        deq |= {"ift": True, "b_solver": "broyden", "b_max_iter": 24} if s.implicit else {}
+        deq |= {"tau": s.lam} if isinstance(s.grad, int) else {}
+        model = MDEQ.from_preset(
+            s.preset,
+            num_classes=self.train_set.classes,
+            grad=_with_pretraining(s),
+            dropout=s.dropout,
+            **deq,
+        )
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.parallel = processes.parallel(self.model)
+        self.optimizer = _optimizer(self.model, s)
+        self._reader = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+
+    def step(self, number: int) -> Tensor:
+        """Take a step."""
+        images, labels = self._batch(number)
+        torch.manual_seed((self.seed * PRIME + number) * processes.count() + processes.rank())
+        dpp.set_step(self.model, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = cosine(number, self.steps, self.settings.lr, lowest=1e-6)
+        self.model.train()
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.parallel(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def evaluate(self) -> dict[str, float]:
+        """Return accuracy, loss, the solve's residual, and radii, all on test images.
+
+        `accuracy` is that of the states that the solver returns; `accuracy_K` those with K damped
+        steps more. `rho` is the mean spectral radius of df/dh, `rho_max` the largest one, and
+        `rho_damped` the mean of that of the damped map.
+        """
+        s = self.settings
+        self.model.eval()
+        found = self._accuracy(0)
+        for k in s.eval_steps:
+            found[f"accuracy_{k}"] = self._accuracy(k)["accuracy"]
+        if s.radius_images:
+            indices = torch.arange(min(s.radius_images, len(self.test_set.labels)))
+            with torch.no_grad():
+                self.model(self._to_device(self.test_set.batch(indices)))
+            options = {"tol": 0.02, "max_iter": 60}
+            radii = self.model.spectral_radius(**options)
+            damped = self.model.spectral_radius(s.radius_lam, **options)
+            found |= {"rho": float(radii.mean()), "rho_max": float(radii.max())}
+            found["rho_damped"] = float(damped.mean())
+        return found
+
+    @torch.no_grad()
+    def _accuracy(self, extra: int) -> dict[str, float]:
+        count = len(self.test_set.labels)
+        mine = torch.arange(processes.rank(), count, processes.count())
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.model.eval_steps, self.model.eval_lam = extra, self.settings.eval_lam
+        try:
+            for indices in mine.split(self.settings.eval_batch):
+                images = self._to_device(self.test_set.batch(indices))
+                labels = self.test_set.labels[indices].to(self.device)
+                logits = self.model(images)
+                sums[0] += (logits.argmax(dim=1) == labels).sum()
+                sums[1] += F.cross_entropy(logits, labels, reduction="sum")
+                sums[2] += self.model.last.residual.sum()
+        finally:
+            self.model.eval_steps = 0
+        right, loss, residual = (processes.total(sums) / count).tolist()
+        return {"accuracy": right, "loss": loss, "residual": residual}
+
+    def _batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the images of a step, and begin to read those of the next one."""
+        if self._next is not None and self._next[0] == number:
+            images, labels = self._next[1].result()
+        else:
+            images, labels = self._read(number)
+        self._next = (number + 1, self._reader.submit(self._read, number + 1))
+        return self._to_device(images), labels.to(self.device)
+
+    def _read(self, number: int) -> tuple[Tensor, Tensor]:
+        epoch, place = divmod(number, self.epoch_steps)
+        generator = torch.Generator().manual_seed(self.seed * PRIME + epoch)
+        order = torch.randperm(len(self.train_set.labels), generator=generator)
+        size = self.settings.batch_size
+        indices = processes.share(order[place * size : (place + 1) * size])
+        generator.manual_seed((self.seed * PRIME + number) * processes.count() + processes.rank())
+        images = self.train_set.batch(indices, generator if self.settings.augment else None)
+        return images, self.train_set.labels[indices]
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        return images.to(self.device).contiguous(memory_format=torch.channels_last)
+
+
+def _with_pretraining(s: VisionSettings) -> str | int:
+    if s.pretrain_steps == 0:
+        return s.grad
+    stages = {0: f"bptt(steps={s.pretrain_layers})", s.pretrain_steps: s.grad}
+    return f"schedule({stages!r})"
+
+
+def _optimizer(model: torch.nn.Module, s: VisionSettings) -> torch.optim.Optimizer:
+    if s.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), s.lr, weight_decay=s.weight_decay)
+    if s.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), s.lr, s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov
+        )
+    raise ValueError(f"optimizer={s.optimizer!r}; expected adam or sgd")

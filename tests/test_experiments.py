@@ -1,0 +1,534 @@
+"""examples/experiments: settings, data, resuming, and the smoke size of every script."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import deq_phantom_plugin as dpp
+
+pytest.importorskip("yaml")
+pytest.importorskip("tensorboard")
+pytest.importorskip("torchdeq")
+pytest.importorskip("transformers")
+pytest.importorskip("torch_geometric")
+
+FOLDER = Path(__file__).parents[1] / "examples" / "experiments"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_path():
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture
+def harness():
+    def load(name):
+        return importlib.import_module(f"harness.{name}")
+
+    return load
+
+
+def experiment(name):
+    return importlib.import_module(name).EXPERIMENT
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("size", ["smoke", "cpu", "paper"])
+def test_every_file_can_be_read_and_names_strategies(name, size, harness):
+    plan = harness("plan").load_plan(FOLDER / f"{name}.yaml", size, experiment(name).settings)
+    assert plan.runs
+    assert plan.repeats
+    for settings in plan.runs.values():
+        if isinstance(settings.grad, str):
+            dpp.get_strategy(settings.grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    lr: float
+    steps: int
+    grad: str | int
+    sizes: tuple[int, ...] = ()
+    on: bool = False
+
+
+TEXT = """
+repeats: {paper: [0, 1], smoke: [0]}
+select: {smoke: [b]}
+paper: {lr: 1, steps: 9, grad: ift, sizes: [1, 2]}
+smoke: {steps: 2}
+runs:
+  a: {}
+  b: {grad: 5, steps: 4, smoke: {steps: 3}}
+"""
+
+
+def test_runs_change_sizes_and_sizes_change_the_paper(tmp_path, harness):
+    path = tmp_path / "x.yaml"
+    path.write_text(TEXT)
+    load = harness("plan").load_plan
+    paper = load(path, "paper", Settings)
+    assert list(paper.runs) == ["a", "b"]
+    assert paper.repeats == (0, 1)
+    assert paper.runs["a"] == Settings(1.0, 9, "ift", (1, 2))
+    assert paper.runs["b"] == Settings(1.0, 4, 5, (1, 2))
+    assert isinstance(paper.runs["a"].lr, float)
+    smoke = load(path, "smoke", Settings)
+    assert list(smoke.runs) == ["b"]
+    assert smoke.runs["b"].steps == 3
+    changed = load(path, "smoke", Settings, {"steps": 7}, runs=["a"], repeats=[5])
+    assert changed.runs == {"a": Settings(1.0, 7, "ift", (1, 2))}
+    assert changed.repeats == (5,)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps: 9", "step: 9", "x.yaml: paper: unknown 'step'; did you mean 'steps'?"),
+        ("steps: 9", "steps: many", "x.yaml: paper: steps='many'; expected int"),
+        ("steps: 9", "steps: true", "x.yaml: paper: steps=True; expected int"),
+        ("steps: 9,", "", "x.yaml: a: no steps"),
+        ("grad: 5", "grad: 0.5", "x.yaml: runs: b: grad=0.5; expected str or int"),
+        ("select: {smoke: [b]}", "select: {smoke: [c]}", "unknown 'c'"),
+        ("smoke: {steps: 2}", "smok: {}", "unknown 'smok'; did you mean 'smoke'?"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path, harness, old, new, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(TEXT.replace(old, new, 1))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        for size in ("smoke", "paper"):
+            harness("plan").load_plan(path, size, Settings)
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z_]{1,8}", fullmatch=True),
+        st.one_of(
+            st.integers(), st.booleans(), st.from_regex(r"x[a-z(){}:=, ]{0,12}\)", fullmatch=True)
+        ),
+        min_size=1,
+        max_size=1,
+    )
+)
+def test_changes_on_the_command_line_are_yaml(change):
+    plan = importlib.import_module("harness.plan")
+    ((key, value),) = change.items()
+    assert plan.parse_change(f"{key}={json.dumps(value)}") == (key, value)
+
+
+def test_changes_without_a_value_are_refused(harness):
+    with pytest.raises(ValueError, match="expected KEY=VALUE"):
+        harness("plan").parse_change("epochs")
+    with pytest.raises(ValueError, match="not YAML"):
+        harness("plan").parse_change("epochs={")
+
+
+def test_the_command_line_names_what_is_wrong(capsys, harness):
+    with pytest.raises(SystemExit):
+        harness("command").main(experiment("ignn_graphs"), ["--runs", "ugp"])
+    assert "unknown 'ugp'; did you mean 'upg'?" in capsys.readouterr().err
+
+
+def test_cosine_is_that_of_pytorch(harness):
+    parameter = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], 0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, eta_min=1e-6)
+    for step in range(20):
+        ours = harness("schedule").cosine(step, 20, 0.1, 1e-6)
+        assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+    rates = [harness("schedule").cosine(step, 20, 0.1, warmup=4) for step in range(21)]
+    assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    assert rates[20] == pytest.approx(0)
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def jpeg(pixels):
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """An archive as the data folder has it, and the pixels that its images decode to."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    content, pixels = {"classes": np.array(list("abc"))}, {}
+    for split, count in (("train", 5), ("test", 3)):
+        files = [jpeg(random.integers(0, 255, (32, 32, 3), dtype="uint8")) for _ in range(count)]
+        content[f"{split}_jpeg"] = np.frombuffer(b"".join(files), dtype="uint8")
+        content[f"{split}_offsets"] = np.cumsum([0, *map(len, files)])
+        content[f"{split}_labels"] = np.arange(count) % 3
+        pixels[split] = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
+    path = tmp_path / "images.npz"
+    np.savez(path, **content)
+    return path, pixels
+
+
+def test_archive_of_jpegs(archive, harness):
+    path, pixels = archive
+    train, test = harness("images").load_images("cifar10", path, 4, 0, 32)
+    assert (len(train.labels), len(test.labels), train.classes) == (4, 3, 3)
+    mean, std = (torch.tensor(m)[:, None, None] for m in harness("images").CIFAR10)
+    expected = torch.from_numpy(pixels["train"][[3, 1]]).permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(train.batch(torch.tensor([3, 1])) * std + mean, expected)
+
+
+def test_torchvisions_folder(tmp_path, harness):
+    import numpy as np
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 2, 3072), dtype="uint8")
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        batch = {b"data": pixels[i], b"labels": [i, 9 - i]}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    train, test = harness("images").load_images("cifar10", tmp_path, 0, 1, 32)
+    assert train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
+    assert test.labels.tolist() == [5]
+    assert torch.equal(test.pixels[0], torch.from_numpy(pixels[5, 0].reshape(3, 32, 32)))
+    (folder / "test_batch").write_bytes(pickle.dumps({b"data": print, b"labels": []}))
+    with pytest.raises(SystemExit, match=r"asks for builtins\.print"):
+        harness("images").load_images("cifar10", tmp_path, 0, 0, 32)
+
+
+def test_missing_data_are_described(tmp_path, harness):
+    load = harness("images").load_images
+    with pytest.raises(SystemExit, match=r"needs --data PATH: the archive cifar10-jpeg\.npz"):
+        load("cifar10", None, 0, 0, 32)
+    with pytest.raises(SystemExit, match="is not there"):
+        load("folder", tmp_path / "nothing", 0, 0, 32)
+    with pytest.raises(SystemExit, match="one subfolder of images a class"):
+        load("folder", tmp_path, 0, 0, 32)
+    with pytest.raises(ValueError, match="dataset='mnist'; expected cifar10"):
+        load("mnist", None, 0, 0, 32)
+    with pytest.raises(SystemExit, match="dataset=cifar10"):
+        load("generated", tmp_path, 4, 4, 8)
+    with pytest.raises(SystemExit, match=r"wiki\.txt needs --data DIR"):
+        harness("text").load_text(None, "wiki.txt", "wiki.txt")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        harness("text").load_text(tmp_path, "wiki.txt", "wiki.txt")
+
+
+def test_augmentation_is_a_crop_of_the_framed_image_flipped_or_not(harness):
+    images = harness("images")
+    plain = images.generate(12, seed=0, size=8)
+    original = plain.batch(torch.arange(12))
+    found = plain.batch(torch.arange(12), torch.Generator().manual_seed(0))
+    framed = torch.nn.functional.pad(original, (4,) * 4)
+    placed = []
+    for new, old in zip(found, framed, strict=True):
+        crops = {
+            (top, left, flip): (
+                old[:, top : top + 8, left : left + 8].flip(2)
+                if flip
+                else (old[:, top : top + 8, left : left + 8])
+            )
+            for top in range(9)
+            for left in range(9)
+            for flip in (False, True)
+        }
+        placed += [[place for place, crop in crops.items() if torch.equal(crop, new)]]
+    assert all(placed)
+    assert len({tuple(places) for places in placed}) > 6  # drawn for each image
+
+
+def test_folder_of_images(tmp_path, harness):
+    import numpy as np
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = np.full((20 + i, 30, 3), color, dtype="uint8")
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    images = harness("images")
+    train, test = images.load_images("folder", tmp_path, 0, 0, 16)
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]  # blue, red
+    mean, std = (torch.tensor(m)[:, None, None] for m in images.IMAGENET)
+    for found in (
+        test.batch(torch.arange(6)),
+        train.batch(torch.arange(6), torch.Generator().manual_seed(0)),
+    ):
+        assert found.shape == (6, 3, 16, 16)
+        colors = (found * std + mean).mean(dim=(2, 3))
+        torch.testing.assert_close(colors[0], torch.tensor([0.0, 0.0, 1.0]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(colors[5], torch.tensor([1.0, 0.0, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_text(tmp_path, harness):
+    text = harness("text")
+    (tmp_path / "a.txt").write_text("b a <unk> b\n\nb c\n")
+    (tmp_path / "b.txt").write_text("c new b\n")
+    train, test, count = text.load_text(tmp_path, "a.txt", "b.txt")
+    assert count == 5  # <unk>, b, <eos>, a, c
+    assert train.tolist() == [1, 3, 0, 1, 2, 1, 4, 2]
+    assert test.tolist() == [4, 0, 1, 2]
+    texts = text.columns(torch.arange(21), 2)
+    assert texts.tolist() == [list(range(10)), list(range(10, 20))]
+    assert text.segments(texts, 3) == 3
+    assert text.segment(texts, 1, 3).tolist() == [[3, 4, 5, 6], [13, 14, 15, 16]]
+    assert torch.equal(text.segment(texts, 4, 3), text.segment(texts, 1, 3))
+    with pytest.raises(SystemExit, match="expected at least 22"):
+        text.segments(texts, 10)
+
+
+def test_zipped_graphs_are_unpacked_and_nothing_else(tmp_path, monkeypatch, harness):
+    import zipfile
+
+    monkeypatch.chdir(tmp_path)
+    rows = {
+        "A": "1, 2\n2, 1\n3, 4\n4, 3\n",
+        "graph_indicator": "1\n1\n2\n2\n",
+        "graph_labels": "1\n2\n",
+        "node_labels": "0\n1\n1\n0\n",
+    }
+    with zipfile.ZipFile(tmp_path / "COX2.zip", "w") as packed:
+        for name, content in rows.items():
+            packed.writestr(f"COX2/COX2_{name}.txt", content)
+        packed.writestr("../COX2_escape.txt", "")
+        packed.writestr("evil.py", "")
+    found = harness("graph")._tu(tmp_path, "COX2")
+    assert len(found) == 2
+    assert found[0].x.shape == (2, 2)
+    assert not list(tmp_path.parent.glob("COX2_escape.txt"))
+    assert not list(tmp_path.rglob("evil.py"))
+
+
+def test_folds_are_the_same_for_all_methods_and_cover_all_graphs(harness):
+    graph = harness("graph")
+    plan = harness("plan").load_plan(FOLDER / "ignn_graphs.yaml", "smoke", graph.GraphSettings)
+    tests = []
+    for fold in range(10):
+        (train, test), *_ = graph.load_graphs(plan.runs["upg"], fold, None)
+        assert sum(b.num_graphs for b in train) + sum(b.num_graphs for b in test) == 120
+        tests.append(torch.cat([b.x.flatten() for b in test]))
+    assert sum(len(x) for x in tests) == 120 * 12 * 4
+    other, *_ = graph.load_graphs(plan.runs["ift"], 3, None)
+    assert torch.equal(torch.cat([b.x.flatten() for b in other[1]]), tests[3])
+    with pytest.raises(ValueError, match="fold 10 of generated graphs; expected 0 to 9"):
+        graph.load_graphs(plan.runs["upg"], 10, None)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+SMALL = {
+    "mdeq_ablation": ["--runs", "ift-official", "--set", "train_images=32", "augment=true"],
+    "deq_wikitext": ["--runs", "postln-upg-jr0.1", "--set", "dropout=0.1"],
+    "ignn_graphs": ["--runs", "npg", "--repeats", "1"],
+}
+
+
+def numbers(folder):
+    """What the runs in a folder measured, without times."""
+    return {
+        path.relative_to(folder).parts[:-1]: [
+            {k: v for k, v in row.items() if k not in ("seconds", "ms_per_step")}
+            for row in json.loads(path.read_text())["history"]
+        ]
+        for path in folder.rglob("record.json")
+    }
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_run_that_was_stopped_ends_with_the_numbers_of_one_that_was_not(
+    name, tmp_path, capsys, harness
+):
+    main, argv = harness("command").main, [*SMALL[name], "--device", "cpu"]
+    main(experiment(name), [*argv, "--out", str(tmp_path / "whole")])
+    whole = numbers(tmp_path / "whole")
+    stopped = [*argv, "--out", str(tmp_path / "parts")]
+    main(experiment(name), [*stopped, "--minutes", "0"])
+    assert "the same command goes on from here" in capsys.readouterr().out
+    parts = numbers(tmp_path / "parts")
+    assert all(2 == len(parts[key]) < len(whole[key]) for key in whole)
+    main(experiment(name), stopped)
+    assert numbers(tmp_path / "parts") == whole
+    main(experiment(name), stopped)  # nothing is left to do
+    assert numbers(tmp_path / "parts") == whole
+    with pytest.raises(SystemExit, match=r"lr was .* and is 0\.5; drop it with --fresh"):
+        main(experiment(name), [*stopped, "--set", "lr=0.5"])
+    main(experiment(name), [*stopped, "--set", "lr=0.05", "--fresh"])
+    assert numbers(tmp_path / "parts") != whole
+
+
+class Counting:
+    """A task whose loss is what it is told to be."""
+
+    def __init__(self, losses):
+        self.model = nn.Linear(1, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.losses, self.steps, self.eval_every = losses, len(losses), 2
+
+    def step(self, number):
+        if isinstance(self.losses[number], Exception):
+            raise self.losses[number]
+        return torch.tensor(self.losses[number])
+
+    def evaluate(self):
+        return {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("losses", "error"),
+    [
+        ([1.0, 2.0, float("nan"), 1.0, 1.0], "the mean loss of the last 2 steps is nan"),
+        ([1.0, 2.0, RuntimeError("singular"), 1.0], "RuntimeError: singular"),
+    ],
+)
+def test_what_a_run_dies_of_is_recorded_and_kept(losses, error, tmp_path, harness):
+    training, results = harness("training"), harness("results")
+    task = Counting(losses)
+    record = training.Record("a", 0, {"lr": 1.0}, task.steps)
+    training.train(task, record, tmp_path / "a" / "0", CPU, lambda record: None)
+    assert record.error == error
+    assert [row["step"] for row in record.history] == [0, 2]
+    assert record.history[1]["train_loss"] == 1.5
+    again = training.Record("a", 0, {"lr": 1.0}, task.steps)
+    assert training.restore(task, again, tmp_path / "a" / "0", CPU)
+    assert again == record
+    assert again.is_done
+    (loaded,) = results.load_records(tmp_path)
+    assert loaded == record
+    column = results.Column("accuracy", results.last("accuracy"))
+    table = results.write(
+        tmp_path, "x", [loaded], [column], [results.Curve("accuracy", "a")], [], {}
+    )
+    assert f"0 (failed: 0: {error})" in table
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_of_a_history_and_where_another_is_best(harness):
+    results, training = harness("results"), harness("training")
+    rows = [{"f1": 0.1, "v": 0.3}, {"f1": 0.9, "v": 0.2}, {"f1": 0.5, "v": 0.7}]
+    record = training.Record("a", 0, {}, 3, history=rows)
+    assert results.best("f1", 100)(record) == 90
+    assert results.best("f1", 100, by="v")(record) == 50
+    assert results.best("f1", choose=min)(record) == 0.1
+    assert results.last("f1")(record) == 0.5
+
+
+def test_a_run_in_the_time_of_another_takes_the_steps_that_fit(tmp_path, harness, monkeypatch):
+    command = harness("command")
+    monkeypatch.setattr(
+        command,
+        "step_times",
+        lambda tasks, rounds, device: {
+            name: [0.1 if name == "upg" else 0.25] * 3 for name in tasks
+        },
+    )
+    runs = ["--runs", "upg", "ift-in-time-of-upg", "--set", "radius_images=0", "test_images=4"]
+    command.main(experiment("mdeq_ablation"), [*runs, "--out", str(tmp_path), "--device", "cpu"])
+    found = {r.name: r for r in harness("results").load_records(tmp_path / "smoke")}
+    assert found["upg"].steps == 8
+    assert found["ift-in-time-of-upg"].steps == found["ift-in-time-of-upg"].total == 3
+
+
+def test_times_are_taken_in_turn(harness):
+    order = []
+
+    class Logging(Counting):
+        def step(self, number):
+            order.append((self.name, number))
+            return torch.zeros(())
+
+    tasks = {}
+    for name in "ab":
+        tasks[name] = (Logging([1.0]), 7)
+        tasks[name][0].name = name
+    times = harness("training").step_times(tasks, 2, CPU)
+    assert order == [("a", 7), ("b", 7)] * 3
+    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+
+
+# --- scripts, as users call them -----------------------------------------------------------------
+
+
+def call(command, folder, **more):
+    root = FOLDER.parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **more}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_smoke(name, tmp_path):
+    done = call([sys.executable, str(FOLDER / f"{name}.py"), "--time", "1"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "experiments" / name / "smoke"
+    found = json.loads((folder / "results.json").read_text())
+    assert found["runs"]
+    for record in found["runs"]:
+        assert record["error"] is None
+        assert record["steps"] == record["total"]
+        assert all(value is not None for row in record["history"] for value in row.values())
+        where = folder / record["name"] / str(record["repeat"])
+        assert list(where.glob("events.out.tfevents*"))
+    assert set(found["step seconds, taken in turn"]) == {r["name"] for r in found["runs"]}
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "table.md").read_text().count("\n") == 2 + len(
+        {r["name"] for r in found["runs"]}
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_on_the_joint_batch(tmp_path, harness):
+    script = [str(FOLDER / "deq_wikitext.py"), "--runs", "postln-upg-jr0.1", "--device", "cpu"]
+    script += ["--set", "dropout=0.0", "jac_weight=0.0"]
+    one = call([sys.executable, *script, "--out", "one"], tmp_path)
+    assert one.returncode == 0, one.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = call([*torchrun, *script, "--out", "two"], tmp_path)
+    assert two.returncode == 0, two.stderr
+    (single,), (double,) = (numbers(tmp_path / folder).values() for folder in ("one", "two"))
+    assert len(single) == len(double) == 3
+    for a, b in zip(single, double, strict=True):
+        for key in ("loss", "train_loss", "perplexity"):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_share_out_folds(tmp_path, harness):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(FOLDER / "ignn_graphs.py"), "--device", "cpu", "--out", "out"]
+    done = call([*torchrun, *script], tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = harness("results").load_records(tmp_path / "out" / "smoke")
+    assert [(r.name, r.repeat) for r in records] == [
+        (name, fold) for name in ("ift", "npg", "upg") for fold in (0, 1)
+    ]
