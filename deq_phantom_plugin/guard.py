@@ -78,6 +78,11 @@ class Guard(GradStrategy):
             return inner
         return self if inner is self.grad else replace(self, grad=inner)
 
+    @property
+    def steps_ahead(self) -> int:
+        """That of the strategy inside."""
+        return self._strategy.steps_ahead
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         policy: FailurePolicy = self._policy  # type: ignore[attr-defined]

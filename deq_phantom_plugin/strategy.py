@@ -80,6 +80,9 @@ class GradStrategy(ABC):
             inverse Jacobian; hosts then see that `context.solver_result` has it, where they can.
         accepts_nonfinite: whether it can begin at a state that holds NaN or infinity.
         hands_out_states: whether `states` is there.
+        steps_ahead: evaluations of F by which the value that `attach` returns is ahead of the
+            equilibrium it was given, 1 for F(h*); hosts whose solve has a fixed length take as
+            many fewer.
     """
 
     name: ClassVar[str] = ""
@@ -91,6 +94,11 @@ class GradStrategy(ABC):
     def hands_out_states(self) -> bool:
         """Whether the states along the way can be had from `states`."""
         return type(self).states is not GradStrategy.states
+
+    @property
+    def steps_ahead(self) -> int:
+        """Evaluations of F between the equilibrium and the value that is returned."""
+        return 1
 
     @abstractmethod
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:

@@ -11,20 +11,33 @@ from typing import Any
 from torch import nn
 
 from .. import entry_points
-from .host import Host
+from .host import Host, PatchingHost
 
-__all__ = ["Host", "disable", "enable", "enabled", "find_equilibria", "host_names"]
+__all__ = [
+    "Host",
+    "PatchingHost",
+    "disable",
+    "enable",
+    "enabled",
+    "find_equilibria",
+    "host_names",
+    "host_versions",
+]
 
 _hosts: dict[str, Host] = {}
+_warned: set[str] = set()
 # One thread at a time hooks or restores; reentrant, since loading a package may enable a host.
 _lock = threading.RLock()
 
 
-def enable(host: str | None = None) -> list[str]:
+def enable(host: str | None = None, *, force: bool = False) -> list[str]:
     """Make installed frameworks take strategies by name; idempotent.
+
+    A framework of a version that its host was not tested with stays as it is, with one warning.
 
     Args:
         host: the framework's name; None for all that are installed.
+        force: whether unknown versions are hooked all the same.
 
     Returns:
         The names of the hosts that are now enabled.
@@ -37,13 +50,26 @@ def enable(host: str | None = None) -> list[str]:
         if host is None:
             for candidate in _all().values():
                 if candidate.installed():
-                    candidate.enable()
+                    _enable(candidate, force)
         else:
             chosen = _get(host)
             if not chosen.installed():
                 raise ImportError(f"{host} is not installed: pip install {chosen.pip}")
-            chosen.enable()
+            _enable(chosen, force)
         return sorted(name for name, known in _hosts.items() if known.is_enabled)
+
+
+def _enable(host: Host, force: bool) -> None:
+    if force or host.is_enabled or host.is_known_version:
+        host.enable()
+    elif host.name not in _warned:
+        _warned.add(host.name)
+        warnings.warn(
+            f"{host.distribution or host.package} {host.version() or 'of unknown version'} is not "
+            f"hooked: this package knows {', '.join(host.known_versions)}; "
+            f"dpp.enable({host.name!r}, force=True) hooks it all the same",
+            stacklevel=3,
+        )
 
 
 def disable(host: str | None = None) -> None:
@@ -86,6 +112,16 @@ def find_equilibria(module: nn.Module) -> list[tuple[Host, nn.Module]]:
 def host_names() -> list[str]:
     """Return the names of the hosts whose frameworks are installed."""
     return sorted(name for name, host in _all().items() if host.installed())
+
+
+def host_versions() -> dict[str, tuple[str, bool]]:
+    """Return each host whose framework is installed, its version, and whether that is known."""
+    hosts = {name: host for name, host in sorted(_all().items()) if host.installed()}
+    return {
+        name: (host.version() or "", host.is_known_version)
+        for name, host in hosts.items()
+        if host.known_versions
+    }
 
 
 def _all() -> dict[str, Host]:

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..patching import Equilibrium
 from ..registry import get_strategy
-from ..state import flatten
-from .host import Host, Solve
+from .host import Host, Solve, relative_residual
 
 
 class Patched(Host):
@@ -64,23 +63,7 @@ def _solve(equilibrium: Equilibrium, func: Any, found: Any, kwargs: Any, attache
         attached=attached,
         strategy=equilibrium.grad,
         step=step if step is not None and step >= 0 else equilibrium.memory.step,
-        residual=_residual(state, image, equilibrium.batch_dim),
+        residual=relative_residual(state, image, equilibrium.batch_dim),
         nfe=0,
         batch_dim=equilibrium.batch_dim,
     )
-
-
-def _residual(state: Any, image: Any, batch_dim: int | None) -> Tensor:
-    """Return ||F(h) - h|| / ||F(h)|| of each sample, shape (B,)."""
-    before, after = flatten(state)[0], flatten(image)[0]
-    rows = 1 if batch_dim is None else before[0].shape[batch_dim]
-
-    def norm(leaves: list[Tensor]) -> Tensor:
-        flat = [
-            x.reshape(1, -1) if batch_dim is None else x.movedim(batch_dim, 0).reshape(rows, -1)
-            for x in leaves
-        ]
-        length: Tensor = torch.linalg.vector_norm(torch.cat(flat, dim=1), dim=1)
-        return length
-
-    return norm([b - a for a, b in zip(before, after, strict=True)]) / norm(after)

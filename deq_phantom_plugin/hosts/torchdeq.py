@@ -24,7 +24,8 @@ from ..registry import get_strategy
 from ..state import State
 from ..strategy import BackwardStats, Context, GradStrategy
 from . import torchdeq_solvers
-from .host import Host, Solve
+from .host import PatchingHost, Solve
+from .patches import Patches
 from .torchdeq_form import Form, evaluate
 
 # TorchDEQ's setting -> our argument, the value at which the setting says nothing (TorchDEQ's own
@@ -44,59 +45,25 @@ _SETTINGS: Mapping[str, tuple[str, Any]] = {
 }
 
 
-class TorchDEQ(Host):
+class TorchDEQ(PatchingHost):
     """The hook into TorchDEQ 0.1."""
 
     name = "torchdeq"
     package = "torchdeq"
+    known_versions = ("0.1",)
     pip = '"deq-phantom-plugin[torchdeq]"'
 
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
-
-    @property
-    def is_enabled(self) -> bool:
-        """Whether the hook is in force."""
-        return bool(self._undo)
-
-    def enable(self) -> None:
+    def patch(self, patches: Patches) -> None:
         """Hook TorchDEQ's two cores and its argument parser, and add our solvers to its table."""
-        if self.is_enabled:
-            return
-        try:
-            self._hook()
-        except BaseException:  # KeyboardInterrupt too: all of it or nothing
-            self.disable()
-            raise
-
-    def _hook(self) -> None:
         from torchdeq import core
         from torchdeq.utils import arg_utils
 
-        self._undo.append(torchdeq_solvers.register())
+        patches.also(torchdeq_solvers.register())
         for cls in (core.DEQSliced, core.DEQIndexing):
-            self._replace(cls, "__init__", _hook_init)
-            self._replace(cls, "forward", _hook_forward)
-            self._replace(cls, "_solve_fixed_point", _hook_solve)
-        # Code is swapped rather than the name rebound: `from torchdeq.utils import add_deq_args`
-        # in scripts comes before any call of ours.
-        original = arg_utils.add_deq_args.__code__
-
-        def restore() -> None:
-            arg_utils.add_deq_args.__code__ = original
-            vars(arg_utils.add_deq_args).pop("_deq_phantom_original", None)
-
-        self._undo.append(restore)
-        arg_utils.add_deq_args._deq_phantom_original = types.FunctionType(
-            original, arg_utils.add_deq_args.__globals__
-        )
-        arg_utils.add_deq_args.__code__ = _add_deq_args.__code__
-
-    def disable(self) -> None:
-        """Restore TorchDEQ."""
-        while self._undo:  # each can be done twice, if it was interrupted
-            self._undo[-1]()
-            self._undo.pop()
+            patches.replace(cls, "__init__", _hook_init)
+            patches.replace(cls, "forward", _hook_forward)
+            patches.replace(cls, "_solve_fixed_point", _hook_solve)
+        patches.replace_code(arg_utils.add_deq_args, _add_deq_args)
 
     def is_equilibrium(self, module: nn.Module) -> bool:
         """Whether a module is a `DEQSliced` or `DEQIndexing`."""
@@ -145,11 +112,6 @@ class TorchDEQ(Host):
                 handle.remove()
 
         return end
-
-    def _replace(self, cls: type, name: str, hook: Callable[[Any], Any]) -> None:
-        original = cls.__dict__[name]
-        self._undo.append(lambda: setattr(cls, name, original))
-        setattr(cls, name, functools.wraps(original)(hook(original)))
 
 
 # --- construction -----------------------------------------------------------------------------
@@ -543,7 +505,7 @@ def add_named_grad(parser: Any) -> None:
     """Add TorchDEQ's arguments to a parser, with a `--grad` that takes names."""
     from torchdeq.utils import arg_utils
 
-    arg_utils.add_deq_args._deq_phantom_original(parser)
+    arg_utils.add_deq_args.deq_phantom_original(parser)
     action = parser._option_string_actions["--grad"]
     action.type = _grad_argument
     action.help = (

@@ -43,6 +43,11 @@ class NPG(GradStrategy):
         object.__setattr__(self, "k", positive_int("k", self.k))
         object.__setattr__(self, "lam", damping_factor(self.lam))
 
+    @property
+    def steps_ahead(self) -> int:
+        """None: the value is the equilibrium itself."""
+        return 0
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         graph = Linearization(func, equilibrium)

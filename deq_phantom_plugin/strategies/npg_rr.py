@@ -52,6 +52,11 @@ class NPGRR(GradStrategy):
         object.__setattr__(self, "p", probability("p", self.p))
         object.__setattr__(self, "lam", damping_factor(self.lam))
 
+    @property
+    def steps_ahead(self) -> int:
+        """None: the value is the equilibrium itself."""
+        return 0
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         graph = Linearization(func, equilibrium)

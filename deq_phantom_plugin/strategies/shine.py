@@ -53,11 +53,6 @@ class SHINE(GradStrategy):
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
-        if context.batch_dim != 0:
-            raise ValueError(
-                f"{self!r} in a context with batch_dim={context.batch_dim}: the forward solver's "
-                "estimate takes the samples along dimension 0 for independent; use ift or npg"
-            )
         inverse = getattr(context.solver_result, "inverse_jacobian", None)
         if inverse is None:
             raise ValueError(
@@ -65,6 +60,11 @@ class SHINE(GradStrategy):
                 "and this one has none to share; use f_solver='broyden_fast' with TorchDEQ, or "
                 "deq_phantom_plugin.forward.broyden(..., keep_inverse=True) as the context's "
                 "solver_result"
+            )
+        if inverse.packing.batch_dim not in (None, context.batch_dim):
+            raise ValueError(
+                f"{self!r} in a context with batch_dim={context.batch_dim}: the forward solver's "
+                "estimate takes the samples along dimension 0 for independent; use ift or npg"
             )
         graph = Linearization(func, equilibrium)
         monitor, packing, estimate = context.monitor, inverse.packing, inverse.estimate
@@ -88,7 +88,7 @@ class SHINE(GradStrategy):
                     solver=functools.partial(_refined, guess),
                     tol=0.0,
                     max_vjp=self.refine + 1,
-                    batch_dim=0,
+                    batch_dim=packing.batch_dim,
                     packing=packing,
                 )
                 n_vjp, residual = solution.n_vjp, solution.residual

@@ -46,6 +46,11 @@ class UPG(GradStrategy):
         object.__setattr__(self, "lam", damping_factor(self.lam))
         boolean("checkpoint", self.checkpoint)
 
+    @property
+    def steps_ahead(self) -> int:
+        """`k`, the steps."""
+        return self.k
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         return deque(self.states(func, equilibrium, context), maxlen=1).pop()

@@ -1,0 +1,182 @@
+"""deepinv: `DEQConfig(grad="upg")` beside `jacobian_free`, for its equilibrium reconstructions.
+
+deepinv solves without autograd and then takes one more iteration, or hangs a hook on it, in
+`BaseOptim.DEQ_additional_step`. A config with a `grad` gives that place to a strategy, on all that
+an iteration carries on: the primal iterate, and a dual one where an algorithm has it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attach import attach
+from ..memory import Memory
+from ..registry import get_strategy
+from ..strategies import IFT, JFB
+from ..strategy import Context, GradStrategy
+from .host import PatchingHost, Solve, relative_residual
+from .patches import Patches
+
+_MODULE = "deepinv.optim.optimizers"
+
+
+class DeepInv(PatchingHost):
+    """The hook into deepinv 0.5."""
+
+    name = "deepinv"
+    package = "deepinv"
+    known_versions = ("0.5",)
+    pip = "deepinv"
+
+    def patch(self, patches: Patches) -> None:
+        """Hook the config and the step at the equilibrium, when deepinv is loaded."""
+
+        def apply(module: Any) -> None:
+            patches.replace(module.DEQConfig, "__init__", _hook_config(self))
+            patches.replace(module.BaseOptim, "DEQ_additional_step", _hook_step(self))
+
+        patches.when_imported(_MODULE, apply)
+
+    def is_equilibrium(self, module: nn.Module) -> bool:
+        """Whether a module is an algorithm of deepinv that is trained as an equilibrium."""
+        loaded = sys.modules.get(_MODULE)
+        return loaded is not None and isinstance(module, loaded.BaseOptim) and bool(module.DEQ)
+
+    def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
+        """See `Host.prepare_grad`."""
+        strategy = get_strategy(spec, _defaults(module.DEQ_config))
+
+        def switch() -> None:
+            module.DEQ_config = copy.copy(module.DEQ_config)  # others may share it
+            module.DEQ_config.grad = strategy  # type: ignore[union-attr]
+            _memory(module)
+
+        return switch
+
+    def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
+        """See `Host.observe`."""
+        observers: list[Any] = module.__dict__.setdefault("_deq_phantom_observers", [])
+        release = self.hold()
+        observers.append(callback)
+
+        def end() -> None:
+            if callback in observers:
+                observers.remove(callback)
+            release()
+
+        return end
+
+
+def _memory(module: Any) -> Memory:
+    if not hasattr(module, "grad_memory"):
+        module.grad_memory = Memory()
+    memory: Memory = module.grad_memory
+    return memory
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """Return what a config says of its own backward solve, where that is not the default."""
+    found: dict[str, Any] = {}
+    if config.anderson_acceleration_backward:
+        found["solver"] = "anderson"
+    if config.max_iter_backward != 50:
+        found["max_iter"] = config.max_iter_backward
+    return found
+
+
+def _hook_config(host: DeepInv) -> Callable[[Any], Any]:
+    def hook(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, *args: Any, grad: Any = None, **kwargs: Any) -> None:
+            if grad is not None and not host.is_enabled:
+                raise TypeError("DEQConfig takes a grad while the host deepinv is enabled")
+            original(self, *args, **kwargs)
+            if grad is None:
+                return
+            if self.jacobian_free:
+                raise ValueError(
+                    f"grad={grad!r} beside jacobian_free=True: a name says all; pass grad='jfb'"
+                )
+            self.grad = get_strategy(grad, _defaults(self))
+
+        parameters = [*inspect.signature(original).parameters.values()]
+        parameters.append(inspect.Parameter("grad", inspect.Parameter.KEYWORD_ONLY, default=None))
+        __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return __init__
+
+    return hook
+
+
+def _hook_step(host: DeepInv) -> Callable[[Any], Any]:
+    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        def DEQ_additional_step(self: Any, X: Any, y: Any, physics: Any, **kwargs: Any) -> Any:
+            strategy = getattr(self.DEQ_config, "grad", None) if host.is_enabled else None
+            observers = list(self.__dict__.get("_deq_phantom_observers", ()))
+            if not torch.is_grad_enabled() or (strategy is None and not observers):
+                return original(self, X, y, physics, **kwargs)
+            found = tuple(leaf.detach() for leaf in X["est"] if isinstance(leaf, Tensor))
+
+            def func(est: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                last = self.max_iter - 1
+                new = self.fixed_point.iterator(
+                    {**X, "est": _put(X["est"], est)},
+                    self.update_data_fidelity_fn(last),
+                    self.update_prior_fn(last),
+                    self.update_params_fn(last),
+                    y,
+                    physics,
+                    **kwargs,
+                )["est"]
+                return tuple(leaf for leaf in new if isinstance(leaf, Tensor))
+
+            context = Context(initial_state=found, memory=_memory(self))
+            if strategy is None:
+                x = original(self, X, y, physics, **kwargs)
+                x = x.view_as(x)
+                acting: GradStrategy = JFB() if self.DEQ_config.jacobian_free else IFT()
+                attached = (x, *found[1:])
+            else:
+                acting = strategy.resolve(context)
+                if acting.owns_solve:
+                    raise ValueError(
+                        f"{acting!r} owns the solve, and deepinv has solved already; use upg or ift"
+                    )
+                attached = attach(func, found, acting, context)
+                x = attached[0]
+            for observer in observers:
+                observer(_observed(func, found, attached, acting, context, self.max_iter))
+            return x
+
+        return DEQ_additional_step
+
+    return hook
+
+
+def _put(est: Any, leaves: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Return an iterate with other tensors in it."""
+    rest = iter(leaves)
+    return tuple(next(rest) if isinstance(leaf, Tensor) else leaf for leaf in est)
+
+
+def _observed(
+    func: Any, state: Any, attached: Any, strategy: GradStrategy, context: Context, nfe: int
+) -> Solve:
+    devices = [state[0].device] if state[0].device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        image = func(state)
+    return Solve(
+        func=func,
+        initial_state=state,
+        equilibrium=state,
+        attached=attached,
+        strategy=strategy,
+        step=context.current_step,
+        residual=relative_residual(state, image, 0),
+        nfe=nfe,
+    )

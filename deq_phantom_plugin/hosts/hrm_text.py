@@ -1,0 +1,307 @@
+"""Transformers' hierarchical recurrent language models (`hrm_text`): `config.grad = "npg"`.
+
+`HrmTextModel` runs `L_cycles` evaluations of its low-level module in each of `H_cycles` high-level
+cycles, and cuts the gradient by hand: of those evaluations the last `L_bp_cycles` carry it. While
+this host is enabled, a model with a `grad` gives each such recurrence to a strategy, as the
+equilibrium z = F(z) = L_module(z + z_H) that its last iterate is taken for:
+
+- Outside training, and without a `grad`, Transformers' own code runs.
+- The strategy begins `steps_ahead` evaluations before the end, so that the value is that of
+  `L_cycles` evaluations for `ift`, `jfb` and `upg(lam=1.0)`, as it is in evaluation, and
+  `upg(k, lam=1.0)` is what `L_bp_cycles=[k]` does for k < L_cycles, bit for bit.
+- A list has one spec for each high-level cycle. The default, `L_bp_cycles=[2]` with two of them, is
+  `["upg(k=1, lam=1.0)", "upg(k=2, lam=1.0)"]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attach import attach
+from ..memory import Memory
+from ..registry import get_strategy
+from ..strategies import BPTT, UPG
+from ..strategy import Context, GradStrategy
+from .host import PatchingHost, Solve, relative_residual
+from .patches import Patches
+
+_MODULE = "transformers.models.hrm_text.modeling_hrm_text"
+
+
+class HrmText(PatchingHost):
+    """The hook into `HrmTextModel` of Transformers 5."""
+
+    name = "hrm_text"
+    package = "transformers"
+    known_versions = ("5",)
+    pip = '"deq-phantom-plugin[text]"'
+
+    def installed(self) -> bool:
+        """Whether there is a Transformers that has the model; does not import it."""
+        spec = find_spec(self.package)
+        folders = spec.submodule_search_locations if spec is not None else None
+        return any((Path(folder) / "models" / "hrm_text").is_dir() for folder in folders or ())
+
+    def patch(self, patches: Patches) -> None:
+        """Hook the model and the modules of its recurrence, when Transformers loads them."""
+
+        def apply(module: Any) -> None:
+            patches.replace(module.HrmTextModel, "__init__", _hook_init(self))
+            patches.replace(module.HrmTextModel, "forward", _hook_forward(self))
+            patches.replace(module.HrmTextStack, "forward", _hook_part)
+            patches.replace(module.HrmTextRotaryEmbedding, "forward", _hook_part)
+            patches.add(module.HrmTextPreTrainedModel, "set_grad", _set_grad)
+
+        patches.when_imported(_MODULE, apply)
+
+    def is_equilibrium(self, module: nn.Module) -> bool:
+        """Whether a module is an `HrmTextModel`."""
+        loaded = sys.modules.get(_MODULE)
+        return loaded is not None and isinstance(module, loaded.HrmTextModel)
+
+    def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
+        """See `Host.prepare_grad`; a list has one spec a high-level cycle, None ends it."""
+        strategies = _strategies(module, spec)
+        as_text = [repr(s) for s in strategies] if strategies else None
+
+        def switch() -> None:
+            _install(module, strategies)
+            saved = as_text[0] if as_text and len(set(as_text)) == 1 else as_text
+            module.config.grad = saved  # type: ignore[union-attr]
+
+        return switch
+
+    def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
+        """See `Host.observe`; calls back once a high-level cycle."""
+        observers: list[Any] = module.__dict__.setdefault("_deq_phantom_observers", [])
+        release = self.hold()
+        observers.append(callback)
+
+        def end() -> None:
+            if callback in observers:
+                observers.remove(callback)
+            release()
+
+        return end
+
+
+def _set_grad(self: nn.Module, spec: Any) -> None:
+    """Switch the gradient of the low-level recurrence, now and in the config.
+
+    Args:
+        self: a model of the `hrm_text` family.
+        spec: a spec of `dpp.get_strategy`, or a list of them, one a high-level cycle; None for the
+            model's own `L_bp_cycles`.
+
+    Raises:
+        ValueError: on an invalid spec or a list of another length; then nothing is switched.
+    """
+    host = HrmText()
+    switches = [host.prepare_grad(m, spec) for m in self.modules() if host.is_equilibrium(m)]
+    for switch in switches:
+        switch()
+
+
+def _strategies(model: Any, spec: Any) -> tuple[GradStrategy, ...]:
+    """Return a strategy for each high-level cycle, or none for a spec of None."""
+    if spec is None:
+        return ()
+    cycles = model.config.H_cycles
+    specs = list(spec) if isinstance(spec, list | tuple) else [spec] * cycles
+    if len(specs) != cycles:
+        raise ValueError(
+            f"grad={spec!r} has {len(specs)} entries; expected one, or H_cycles={cycles}"
+        )
+    return tuple(get_strategy(each) for each in specs)
+
+
+def _install(model: Any, strategies: tuple[GradStrategy, ...]) -> None:
+    model.__dict__["_deq_phantom_grad"] = strategies
+    if strategies and not hasattr(model, "grad_memory"):
+        model.grad_memory = nn.ModuleList(Memory() for _ in strategies)
+
+
+def _own(model: Any) -> tuple[GradStrategy, ...]:
+    """Return what the model's `L_bp_cycles` do, as strategies."""
+    config, padded = model.config, model.L_bp_cycles_padded
+    counts = [padded[i] if i < len(padded) else 1 for i in range(config.H_cycles)]
+    return tuple(
+        BPTT(config.L_cycles) if k >= config.L_cycles else UPG(k=k, lam=1.0) for k in counts
+    )
+
+
+# --- hooks ------------------------------------------------------------------------------------
+
+
+def _hook_init(host: HrmText) -> Callable[[Any], Any]:
+    def hook(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, config, *args, **kwargs)
+            if host.is_enabled:
+                _install(self, _strategies(self, getattr(config, "grad", None)))
+
+        return __init__
+
+    return hook
+
+
+def _hook_forward(host: HrmText) -> Callable[[Any], Any]:
+    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not (self.training and torch.is_grad_enabled()):
+                return original(self, *args, **kwargs)
+            strategies: tuple[GradStrategy, ...] = ()
+            if host.is_enabled:
+                if "_deq_phantom_grad" not in self.__dict__:  # made before the host was enabled
+                    _install(self, _strategies(self, getattr(self.config, "grad", None)))
+                strategies = self.__dict__["_deq_phantom_grad"]
+            observers = list(self.__dict__.get("_deq_phantom_observers", ()))
+            if not strategies and not observers:
+                return original(self, *args, **kwargs)
+            caches = [args[3] if len(args) > 3 else None, kwargs.get("cache")]
+            if any(cache is not None for cache in [*caches, kwargs.get("past_key_values")]):
+                raise ValueError(
+                    "a cache in training: a strategy evaluates the low-level module again and "
+                    "would fill it twice; pass none, or call model.set_grad(None)"
+                )
+            kwargs["use_cache"] = False
+            with _Recurrence(self, strategies or _own(self), observers).active():
+                return original(self, *args, **kwargs)
+
+        return forward
+
+    return hook
+
+
+class _Parts(threading.local):
+    """What this thread's forward passes do in place of the forwards of their modules."""
+
+    def __init__(self) -> None:
+        self.by_module: dict[int, Callable[..., Any]] = {}
+
+
+_parts = _Parts()
+
+
+def _hook_part(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        part = _parts.by_module.get(id(self))
+        if part is None:
+            return original(self, *args, **kwargs)
+        return part(functools.partial(original, self), *args, **kwargs)
+
+    return forward
+
+
+class _Recurrence:
+    """One forward pass of a model, whose low-level recurrences are equilibria of strategies.
+
+    The model's own loop goes on around it: what the low-level module is called with is the sum of
+    both states, and what it returns before the last call is not looked at.
+    """
+
+    def __init__(
+        self, model: Any, strategies: tuple[GradStrategy, ...], observers: list[Any]
+    ) -> None:
+        self.model, self.strategies, self.observers = model, strategies, observers
+        self.cycle = self.calls = self.free = 0
+        self.high: Tensor | None = None
+        self.low: Tensor | None = None
+        self.start: Tensor | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        model, parts = self.model, _parts.by_module
+        mine = {
+            id(model.rotary_emb): self.embed,
+            id(model.L_module): self.low_level,
+            id(model.H_module): self.high_level,
+        }
+        before = {key: parts[key] for key in mine if key in parts}
+        parts.update(mine)
+        try:
+            yield
+        finally:
+            for key in mine:
+                del parts[key]
+            parts.update(before)
+
+    def embed(self, original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take note of the embeddings, with which the high-level state begins."""
+        self.high = x
+        return original(x, *args, **kwargs)
+
+    def high_level(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Take note of the high-level state."""
+        self.high = original(*args, **kwargs)
+        self.cycle, self.calls = self.cycle + 1, 0
+        return self.high
+
+    def low_level(self, original: Callable[..., Any], _: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the low-level module, or at the end of its cycles attach the strategy."""
+        model, high = self.model, self.high
+        assert high is not None
+        context = self._context()
+        strategy = self.strategies[self.cycle].resolve(context)
+        if self.calls == 0:
+            self._begin(strategy)
+        self.calls += 1
+
+        def func(z: Tensor) -> Tensor:
+            return original(z.to(high.device) + high, *args, **kwargs)  # type: ignore[no-any-return]
+
+        assert self.low is not None
+        if self.calls <= self.free:
+            with torch.no_grad():
+                self.low = func(self.low.detach())
+        if self.calls == model.config.L_cycles:
+            found = self.low.detach()
+            self.low = attach(func, found, strategy, context)
+            for observer in self.observers:
+                observer(self._solve(func, found, self.low, strategy, context))
+        return self.low
+
+    def _begin(self, strategy: GradStrategy) -> None:
+        """Start the low-level state where the model does, and count its steps without gradient."""
+        model, high = self.model, self.high
+        assert high is not None
+        if self.low is None:
+            first = model.z_L_init.to(dtype=high.dtype, device=high.device)
+            self.low = first.expand_as(high).contiguous()
+        self.start = self.low
+        cycles = model.config.L_cycles
+        self.free = 0 if strategy.owns_solve else max(0, cycles - strategy.steps_ahead)
+
+    def _context(self) -> Context:
+        memories = getattr(self.model, "grad_memory", None)
+        memory = None if memories is None else memories[self.cycle]
+        return Context(initial_state=self.start, memory=memory)
+
+    def _solve(
+        self, func: Any, found: Tensor, attached: Any, strategy: GradStrategy, context: Context
+    ) -> Solve:
+        assert self.start is not None
+        # Dropout in F shall not draw other numbers from then on.
+        devices = [found.device] if found.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            image = func(found)
+        return Solve(
+            func=func,
+            initial_state=self.start.detach(),
+            equilibrium=found,
+            attached=attached,
+            strategy=strategy,
+            step=context.current_step,
+            residual=relative_residual(found, image, 0),
+            nfe=self.free,
+        )

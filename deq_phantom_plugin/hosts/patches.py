@@ -1,0 +1,124 @@
+"""Changes to a framework that can be taken back."""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+
+class Patches:
+    """Changes that are undone in reverse order; each can be undone twice, if it was interrupted."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._undo)
+
+    def replace(self, cls: type, name: str, hook: Callable[[Any], Any]) -> None:
+        """Replace a method in place: objects made before, and subclasses, have it too.
+
+        Args:
+            cls: the class that defines it.
+            name: the method's.
+            hook: from the original to what takes its place.
+        """
+        original = cls.__dict__[name]
+        self._undo.append(lambda: setattr(cls, name, original))
+        setattr(cls, name, functools.wraps(original)(hook(original)))
+
+    def add(self, cls: type, name: str, value: Any) -> None:
+        """Give a class an attribute that it does not have."""
+
+        def undo() -> None:
+            if cls.__dict__.get(name) is value:
+                delattr(cls, name)
+
+        self._undo.append(undo)
+        setattr(cls, name, value)
+
+    def replace_code(self, function: Any, stand_in: Any) -> None:
+        """Let a function run another one's code; its own is `function.deq_phantom_original`.
+
+        Scripts and modules hold references to the function from before, which a new value of the
+        name would not reach. The other code must have no free variables, and import what it needs.
+        """
+        code = function.__code__
+        original = types.FunctionType(
+            code, function.__globals__, function.__name__, function.__defaults__
+        )
+        original.__kwdefaults__ = function.__kwdefaults__
+
+        def undo() -> None:
+            function.__code__ = code
+            vars(function).pop("deq_phantom_original", None)
+
+        self._undo.append(undo)
+        function.deq_phantom_original = original
+        function.__code__ = stand_in.__code__
+
+    def when_imported(self, name: str, apply: Callable[[Any], None]) -> None:
+        """Change a module now if it is loaded, or else as soon as it is: importing takes time."""
+        module = sys.modules.get(name)
+        if module is not None:
+            apply(module)
+            return
+        finder = _Finder(name, apply)
+        self._undo.append(finder.remove)
+        sys.meta_path.insert(0, finder)
+
+    def also(self, undo: Callable[[], None]) -> None:
+        """Do this too when all is taken back."""
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Take all changes back."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module through all other finders, and is told when it has loaded."""
+
+    def __init__(self, name: str, apply: Callable[[Any], None]) -> None:
+        self.name, self.apply = name, apply
+
+    def remove(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != self.name:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
+                return spec
+        return None
+
+
+class _Loader:
+    """Loads a module as its own loader does, then has it changed."""
+
+    def __init__(self, loader: Any, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        if self._finder in sys.meta_path:  # not disabled in between
+            self._finder.remove()
+            self._finder.apply(module)

@@ -1,0 +1,230 @@
+"""One small model for each host, for the tests that all hosts share."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import deq_phantom_plugin as dpp
+
+
+class Case:
+    """A host, and how its framework is used.
+
+    Attributes:
+        name: the host's.
+        missing: why the case cannot run here; empty if it can.
+        own: a gradient that is the framework's own.
+        patched: (module, attribute) pairs, as dotted names, that the host changes.
+    """
+
+    name: ClassVar[str]
+    missing: ClassVar[str] = ""
+    own: ClassVar[Any]
+    patched: ClassVar[tuple[tuple[str, str], ...]]
+    owns_solve: ClassVar[bool] = True  # whether strategies that own the solve are taken
+    exact: ClassVar[str] = "ift(tol=1e-12, max_iter=400)"
+    precision: ClassVar[float] = 1e-8  # of that one's gradient
+
+    def model(self, grad: Any) -> nn.Module:
+        """Return a model in float64, of the same weights each time."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Return a loss of the model in training, on the same data each time."""
+        raise NotImplementedError
+
+    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the gradient of every parameter that has one."""
+        model.zero_grad()
+        self.loss(model).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def without(*packages: str) -> str:
+    """Return which packages are missing, in words."""
+    missing = [name for name in packages if find_spec(name) is None]
+    return f"{', '.join(missing)} not installed" if missing else ""
+
+
+class TorchDEQCase(Case):
+    name = "torchdeq"
+    missing = without("torchdeq")
+    own = 2
+    patched = (
+        ("torchdeq.core.DEQSliced", "__init__"),
+        ("torchdeq.core.DEQSliced", "forward"),
+        ("torchdeq.core.DEQIndexing", "forward"),
+        ("torchdeq.utils.arg_utils.add_deq_args", "__code__"),
+    )
+
+    class Model(nn.Module):
+        def __init__(self, grad: Any) -> None:
+            super().__init__()
+            from torchdeq import get_deq
+
+            self.weight = nn.Linear(5, 5)
+            self.inject = nn.Linear(3, 5)
+            self.deq = get_deq(grad=grad, f_max_iter=80, f_tol=1e-13, f_solver="fixed_point_iter")
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.inject(x)
+            states, _ = self.deq(
+                lambda h: torch.tanh(0.7 * self.weight(h) + z), torch.zeros_like(z)
+            )
+            return states[-1]
+
+    def model(self, grad: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return self.Model(grad).double().train()
+
+    def loss(self, model: nn.Module) -> Tensor:
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+        return (model(x) * torch.linspace(0, 1, 5, dtype=torch.float64)).square().sum()
+
+
+class HrmTextCase(Case):
+    name = "hrm_text"
+    missing = without("transformers")
+    exact, precision = "ift(tol=1e-6, max_iter=400)", 1e-4  # the model normalises in float32
+    own = None
+    patched = (
+        ("transformers.models.hrm_text.modeling_hrm_text.HrmTextModel", "forward"),
+        ("transformers.models.hrm_text.modeling_hrm_text.HrmTextModel", "__init__"),
+        ("transformers.models.hrm_text.modeling_hrm_text.HrmTextStack", "forward"),
+        ("transformers.models.hrm_text.modeling_hrm_text.HrmTextPreTrainedModel", "set_grad"),
+    )
+
+    @staticmethod
+    def config(**settings: Any) -> Any:
+        from transformers import HrmTextConfig
+
+        sizes = {
+            "vocab_size": 11,
+            "hidden_size": 8,
+            "intermediate_size": 12,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "head_dim": 4,
+            "H_cycles": 2,
+            "L_cycles": 3,
+            "initializer_range": 0.3,
+            "max_position_embeddings": 16,
+            "attn_implementation": "eager",
+        }
+        return HrmTextConfig(**{**sizes, **settings})
+
+    def model(self, grad: Any) -> nn.Module:
+        from transformers import HrmTextForCausalLM
+
+        torch.manual_seed(0)
+        model = HrmTextForCausalLM(self.config()).double().train()
+        if grad is not None:
+            dpp.set_grad(model, grad)
+        return model
+
+    def loss(self, model: nn.Module) -> Tensor:
+        ids = torch.tensor([[1, 5, 3, 2], [4, 4, 9, 10]])
+        return model(ids, labels=ids).loss
+
+
+class SilvaCase(Case):
+    name = "silva"
+    missing = without("silva_networks")
+    own = "phantom"
+    patched = (
+        ("silva_networks.solvers.SolverConfig", "__post_init__"),
+        ("silva_networks.solvers.solve_equilibrium", "__code__"),
+        ("silva_networks.deq_engine.SILVADEQEngine", "forward"),
+        ("silva_networks.deq_engine.SILVADEQConfig", "solver_config"),
+    )
+
+    class Model(nn.Module):
+        """Two tensors, as a pair."""
+
+        def __init__(self, grad: Any, **settings: Any) -> None:
+            super().__init__()
+            from silva_networks import SolverConfig
+            from silva_networks.deq_engine import SILVADEQEngine
+
+            self.weight = nn.Linear(5, 5)
+            self.other = nn.Linear(2, 5)
+            self.inject = nn.Linear(3, 5)
+            settings = {"max_iter": 200, "tol": 1e-14, "backward_mode": grad, **settings}
+            self.engine = SILVADEQEngine(SolverConfig(**settings))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.inject(x)
+
+            def transition(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+                a, b = state
+                new = torch.tanh(0.5 * self.weight(a) + 0.3 * self.other(b) + z)
+                return new, torch.tanh(b @ self.other.weight.T[:, :2] * 0.3 + new[:, :2])
+
+            start = (torch.zeros_like(z), torch.zeros_like(z[:, :2]))
+            tensors = (*self.parameters(),)
+            return self.engine(transition, start, params=tensors, tensors=(z,))
+
+    def model(self, grad: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return self.Model(grad).double().train()
+
+    def loss(self, model: nn.Module) -> Tensor:
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+        a, b = model(x)
+        return a.square().sum() + (a[:, :2] * b).sum()
+
+
+class DeepInvCase(Case):
+    name = "deepinv"
+    missing = without("deepinv", "torchvision") and (
+        f"{without('deepinv', 'torchvision')}; `make test-deepinv` where there is a torchvision "
+        "for this PyTorch"
+    )
+    own = None
+    patched = (
+        ("deepinv.optim.optimizers.DEQConfig", "__init__"),
+        ("deepinv.optim.optimizers.BaseOptim", "DEQ_additional_step"),
+    )
+    owns_solve = False
+
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor, sigma: Any, **kwargs: Any) -> Tensor:
+            return 0.5 * x + 0.2 * torch.tanh(self.conv(x))
+
+    def model(self, grad: Any) -> nn.Module:
+        import deepinv
+        from deepinv.optim import PGD, DEQConfig
+
+        torch.manual_seed(0)
+        settings = {} if grad is None else {"grad": grad}
+        return (
+            PGD(
+                prior=deepinv.optim.PnP(denoiser=self.Denoiser()),
+                data_fidelity=deepinv.optim.L2(),
+                stepsize=0.8,
+                max_iter=60,
+                thres_conv=1e-14,
+                early_stop=True,
+                DEQ=DEQConfig(**settings),
+                trainable_params=["stepsize"],
+            )
+            .double()
+            .train()
+        )
+
+    def loss(self, model: nn.Module) -> Tensor:
+        import deepinv
+
+        y = torch.linspace(0, 1, 32, dtype=torch.float64).view(2, 1, 4, 4)
+        return model(y, deepinv.physics.Denoising()).square().sum()
+
+
+CASES = [TorchDEQCase(), HrmTextCase(), SilvaCase(), DeepInvCase()]
