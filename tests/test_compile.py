@@ -190,3 +190,28 @@ def test_saved_with_weights_only(make, spec, x, tmp_path):
             p.zero_()
     other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     torch.testing.assert_close(gradients(other, x), gradients(model, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("first", [5, "upg", "jfb"])
+def test_a_compiled_map_can_be_switched_where_nothing_is_donated(first):
+    # By default a backward pass that was compiled in a pass that keeps no graph is good for one.
+    from torch._functorch import config as functorch
+
+    from deq_phantom_plugin.adapters.mdeq import MDEQ, MDEQConfig
+
+    torch._dynamo.reset()
+    config = MDEQConfig((8, 8), (2, 4), 16, f_max_iter=6, groups=4, expansion=2)
+    compiled, x = MDEQ(config, grad=first).train(), torch.randn(2, 3, 8, 8)
+    plain = MDEQ(config, grad="jfb").train()
+    plain.load_state_dict(compiled.state_dict())
+    with functorch.patch(donated_buffer=False):
+        compiled.layer.compile(backend="aot_eager")
+        for grad in (first, "npg", "ift(max_iter=3, tol=0.9)", "upg(k=2)"):
+            found = []
+            for model in (compiled, plain):
+                dpp.set_grad(model, grad)
+                model.zero_grad()
+                model(x).square().sum().backward()
+                found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
+    torch._dynamo.reset()

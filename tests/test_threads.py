@@ -17,6 +17,7 @@ from torchdeq.utils import arg_utils
 import deq_phantom_plugin as dpp
 from conftest import make_equilibrium
 from deq_phantom_plugin import hosts, registry
+from deq_phantom_plugin.hosts import patches
 from deq_phantom_plugin.hosts import torchdeq as host
 
 MODELS = [*((OwnLoop, spec) for spec in SPECS), *((Hosted, spec) for spec in HOSTED)]
@@ -226,15 +227,15 @@ def test_an_enable_that_is_interrupted_leaves_torchdeq_as_it_was(monkeypatch, at
     count = iter(range(100))
     raising = map(_interrupt, [None])
 
-    def replace(self, *args, _original=host.TorchDEQ._replace):
+    def replace(self, *args, _original=patches.Patches.replace):
         if next(count) == at:
             raise KeyboardInterrupt
         _original(self, *args)
 
-    monkeypatch.setattr(host.TorchDEQ, "_replace", replace)
+    monkeypatch.setattr(patches.Patches, "replace", replace)
     if at == 6:
         types = SimpleNamespace(FunctionType=lambda *args: next(raising))
-        monkeypatch.setattr(host, "types", types)
+        monkeypatch.setattr(patches, "types", types)
     with pytest.raises(KeyboardInterrupt):
         dpp.enable("torchdeq")
     assert torchdeq_as_it_is() == original

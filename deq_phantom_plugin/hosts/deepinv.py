@@ -55,7 +55,7 @@ class DeepInv(PatchingHost):
 
         def switch() -> None:
             module.DEQ_config = copy.copy(module.DEQ_config)  # others may share it
-            module.DEQ_config.grad = strategy  # type: ignore[union-attr]
+            module.DEQ_config.grad = strategy  # type: ignore[union-attr, assignment]
             _memory(module)
 
         return switch

@@ -77,7 +77,7 @@ class HrmText(PatchingHost):
         def switch() -> None:
             _install(module, strategies)
             saved = as_text[0] if as_text and len(set(as_text)) == 1 else as_text
-            module.config.grad = saved  # type: ignore[union-attr]
+            module.config.grad = saved  # type: ignore[union-attr, assignment]
 
         return switch
 

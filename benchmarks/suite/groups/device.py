@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from .. import work
 from ..accounting import profiled
@@ -107,7 +108,9 @@ def _compiled(training: Training, plain: Run) -> Run:
             setattr(owner, attribute, before)
 
     def run() -> None:
-        with swapped():
+        # Contenders share compiled code, and by default that of the first, which keeps no graph,
+        # is good for one backward pass.
+        with torch._functorch.config.patch(donated_buffer=False), swapped():
             plain()
 
     return run
