@@ -742,7 +742,7 @@ def test_report_and_monitor():
         ({"grad": "nope"}, r"unknown strategy 'nope'; there are .*'ift'.*'npg'.*'upg'"),
         ({"grad": "npg(kk=3)"}, r"npg has no argument 'kk'.*it takes k"),
         ({"grad": 5}, "grad=5; expected a spec as a string"),
-        ({"f_solver": "newton"}, "f_solver='newton'; expected one of anderson, broyden, fixed_"),
+        ({"f_solver": "newton"}, "f_solver='newton'; expected one of anderson, anderson_fast, "),
         ({"f_max_iter": 2}, "f_max_iter=2; expected a whole number of at least 3 for anderson"),
         ({"f_max_iter": 2.5}, r"f_max_iter=2\.5"),
         ({"f_tol": -1.0}, r"f_tol=-1\.0; expected a number of at least 0 and below 1"),
