@@ -11,17 +11,19 @@ from typing import Any
 from torch import nn
 
 from .. import entry_points
-from .host import Host, PatchingHost
+from .host import Host, PatchingHost, Solve, relative_residual
 
 __all__ = [
     "Host",
     "PatchingHost",
+    "Solve",
     "disable",
     "enable",
     "enabled",
     "find_equilibria",
     "host_names",
     "host_versions",
+    "relative_residual",
 ]
 
 _hosts: dict[str, Host] = {}

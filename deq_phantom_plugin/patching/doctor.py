@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, distribution, entry_points,
 from pathlib import Path
 
 from .. import entry_points as groups
-from ..hosts import host_names
+from ..hosts import host_names, host_versions
 from ..registry import list_strategies, strategy_class
 from .patch import check_committed, status
 from .repository import Match, check_root, check_unpatched, outside_links, plan, recognise
@@ -42,6 +42,8 @@ def diagnose(root: Path | None = None) -> str:
     with warnings.catch_warnings(record=True) as broken:
         warnings.simplefilter("always")
         lines.append(f"hosts             {', '.join(host_names()) or 'none'}")
+        for name, (number, known) in host_versions().items():
+            lines.append(f"  {name:15} {number}{'' if known else ', unknown to this package: off'}")
         lines.append("strategies")
         for name in list_strategies():
             lines.append(f"  {name:15} {_origin(name)}")
