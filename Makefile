@@ -42,19 +42,27 @@ compat:  ## the oldest and the newest packages that are admitted; COMPAT="tests/
 	PYTHON=$(PYTHON) bash .ci/compat oldest $(COMPAT)
 	PYTHON=$(PYTHON) bash .ci/compat newest $(COMPAT)
 
+.PHONY: test-silva test-deepinv
+test-silva: .venv-silva/.installed  ## silva-networks as a host, in an environment of its own
+	.venv-silva/bin/python -m pytest tests/test_host_suite.py tests/test_silva.py -k "silva or hosts"
+
+test-deepinv: $(VENV)/.installed  ## deepinv as a host; it needs a torchvision for this PyTorch
+	$(INSTALL) deepinv
+	$(BIN)/python -m pytest -rs tests/test_host_suite.py tests/test_deepinv.py -k "deepinv or hosts"
+
 .PHONY: bench bench-silva
 bench: $(VENV)/.installed  ## ours against TorchDEQ and floors; BENCH="--images F.npz --graphs DIR"
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 bench-silva: .venv-silva/.installed  ## the same with silva-networks, which needs numpy < 2
-	.venv-silva/bin/python benchmarks/bench.py --only forward step synthetic $(BENCH)
+	.venv-silva/bin/python benchmarks/bench.py --only forward step synthetic silva $(BENCH)
 
 .venv-silva/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-silva
 	echo '*' > .venv-silva/.gitignore
 	.venv-silva/bin/python -m pip install --quiet -c constraints.txt torch
 	.venv-silva/bin/python -m pip install --quiet -c constraints.txt \
-		"numpy<2" silva-networks==1.2.2 -e ".[vision,text]"
+		"numpy<2" silva-networks==1.2.2 pytest hypothesis -e ".[vision,text]"
 	touch $@
 
 .PHONY: docs docs-links

@@ -25,6 +25,7 @@ class Case:
     missing: ClassVar[str] = ""
     own: ClassVar[Any]
     patched: ClassVar[tuple[tuple[str, str], ...]]
+    pickles: ClassVar[bool] = True  # whether the framework's own models do
     owns_solve: ClassVar[bool] = True  # whether strategies that own the solve are taken
     exact: ClassVar[str] = "ift(tol=1e-12, max_iter=400)"
     precision: ClassVar[float] = 1e-8  # of that one's gradient
@@ -190,6 +191,7 @@ class DeepInvCase(Case):
         ("deepinv.optim.optimizers.BaseOptim", "DEQ_additional_step"),
     )
     owns_solve = False
+    pickles = False  # its metrics hold a lambda
 
     class Denoiser(nn.Module):
         def __init__(self) -> None:
