@@ -1,8 +1,8 @@
 """MDEQ-Tiny on CIFAR-10 by gradient method (Section 4.2 of the supplement).
 
-python examples/experiments/mdeq_ablation.py                 # smoke: generated images
-python examples/experiments/mdeq_ablation.py --size cpu --data cifar10-jpeg.npz --time 11
-torchrun --nproc-per-node 2 examples/experiments/mdeq_ablation.py --size paper --data DIR
+    python examples/experiments/mdeq_ablation.py                 # smoke: generated images
+    python examples/experiments/mdeq_ablation.py --size cpu --data cifar10-jpeg.npz --time 11
+    torchrun --nproc-per-node 2 examples/experiments/mdeq_ablation.py --size paper --data DIR
 
 The data are the archive of JPEGs, or torchvision's folder of CIFAR-10.
 """

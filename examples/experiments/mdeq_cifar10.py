@@ -1,8 +1,8 @@
 """MDEQ (the large one) on CIFAR-10 with UPG (Section 4.3 of the supplement).
 
-python examples/experiments/mdeq_cifar10.py                  # smoke: generated images
-python examples/experiments/mdeq_cifar10.py --size cpu --data cifar10-jpeg.npz
-torchrun --nproc-per-node 4 examples/experiments/mdeq_cifar10.py --size paper --data DIR
+    python examples/experiments/mdeq_cifar10.py                  # smoke: generated images
+    python examples/experiments/mdeq_cifar10.py --size cpu --data cifar10-jpeg.npz
+    torchrun --nproc-per-node 4 examples/experiments/mdeq_cifar10.py --size paper --data DIR
 
 The data are the archive of JPEGs, or torchvision's folder of CIFAR-10.
 """

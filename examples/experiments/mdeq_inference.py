@@ -1,8 +1,8 @@
 """Accuracy with and without unrolling steps at inference (Section 2 of the supplement).
 
-python examples/experiments/mdeq_inference.py                # smoke: generated images
-python examples/experiments/mdeq_inference.py --size cpu --data cifar10-jpeg.npz
-torchrun --nproc-per-node 2 examples/experiments/mdeq_inference.py --size paper --data DIR
+    python examples/experiments/mdeq_inference.py                # smoke: generated images
+    python examples/experiments/mdeq_inference.py --size cpu --data cifar10-jpeg.npz
+    torchrun --nproc-per-node 2 examples/experiments/mdeq_inference.py --size paper --data DIR
 
 The data are the archive of JPEGs, or torchvision's folder of CIFAR-10.
 """

@@ -1,8 +1,8 @@
 """Spectral radii of f and of the damped map along training (Section 4.3 of the supplement).
 
-python examples/experiments/mdeq_spectral_radius.py          # smoke: generated images
-python examples/experiments/mdeq_spectral_radius.py --size cpu --data cifar10-jpeg.npz
-torchrun --nproc-per-node 2 examples/experiments/mdeq_spectral_radius.py --size paper --data DIR
+    python examples/experiments/mdeq_spectral_radius.py          # smoke: generated images
+    python examples/experiments/mdeq_spectral_radius.py --size cpu --data cifar10-jpeg.npz
+    torchrun --nproc-per-node 2 examples/experiments/mdeq_spectral_radius.py --size paper --data DIR
 
 The data are the archive of JPEGs, or torchvision's folder of CIFAR-10.
 """

@@ -1,13 +1,13 @@
 """From an experiment's YAML file to the settings of every run.
 
-repeats: {paper: [0, 1, 2], smoke: [0]}   # seeds, or folds
-select: {smoke: [upg]}                    # the runs of a size; all where it is left out
-paper: {lr: 0.1, epochs: 50}              # all settings
-cpu: {epochs: 5}                          # what a smaller size changes
-smoke: {epochs: 1}
-runs:
-  ift: {grad: ift}                        # what a run changes
-  upg: {grad: "upg(k=5, lam=0.5)", smoke: {f_max_iter: 4}}  # and what it changes in a size
+    repeats: {paper: [0, 1, 2], smoke: [0]}   # seeds, or folds
+    select: {smoke: [upg]}                    # the runs of a size; all where it is left out
+    paper: {lr: 0.1, epochs: 50}              # all settings
+    cpu: {epochs: 5}                          # what a smaller size changes
+    smoke: {epochs: 1}
+    runs:
+      ift: {grad: ift}                        # what a run changes
+      upg: {grad: "upg(k=5, lam=0.5)", smoke: {f_max_iter: 4}}  # and what it changes in a size
 
 Bad files are refused with the place and what is accepted there.
 """
