@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.hosts.hrm_text import HrmText
 
 
 class Case:
@@ -89,7 +90,7 @@ class TorchDEQCase(Case):
 
 class HrmTextCase(Case):
     name = "hrm_text"
-    missing = without("transformers")
+    missing = "" if HrmText().installed() else "no Transformers that has hrm_text"
     exact, precision = "ift(tol=1e-6, max_iter=400)", 1e-4  # the model normalises in float32
     own = None
     patched = (

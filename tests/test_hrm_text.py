@@ -10,7 +10,8 @@ import torch
 import deq_phantom_plugin as dpp
 from host_cases import HrmTextCase
 
-pytest.importorskip("transformers")
+if HrmTextCase.missing:
+    pytest.skip(HrmTextCase.missing, allow_module_level=True)
 
 from transformers import AutoModelForCausalLM, HrmTextForCausalLM, Trainer, TrainingArguments
 

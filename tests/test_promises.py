@@ -19,7 +19,7 @@ ROW = re.compile(r"^\| (?P<promise>.+?) \| (?P<tests>.+) \|$")
 TEST = re.compile(r"`(tests/test_\w+\.py)::(test_\w+)`")
 # ```python at the start of a line; `<!-- run -->` above it runs the block, in the namespace of the
 # page, and `<!-- run: module -->` only where that module is installed.
-BLOCK = re.compile(r"(?:<!-- (run)(?:: (\w+))? -->\n)?^```python\n(.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"(?:<!-- (run)(?:: ([\w.]+))? -->\n)?^```python\n(.*?)^```$", re.M | re.S)
 
 
 def relative(page):
