@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> str:
                 f"{validation:.3f}",
                 f"{1e3 * statistics.median(seconds[grad]):.1f}",
                 f"{peak / 2**20:.1f}",
-                f"{residual(model, ids):.2f}",
+                f"{residual(model, ids):.1e}",
             ]
         )
     header = ["gradient", "training loss", "validation loss", "ms/step", "peak MiB", "residual"]

@@ -122,3 +122,19 @@ def test_a_denoiser_learns(grad):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_example_denoises(capsys):
+    from conftest import load_example
+
+    pytest.importorskip("sklearn")
+    example = load_example("deepinv_denoise")
+    table = example.main(["--steps", "2", "--batch", "2", "--grad", "own", "upg"])
+    assert [row.split("  ")[0] for row in table.splitlines()[2:]] == [
+        "the noisy image",
+        "own",
+        "upg",
+    ]
+    with pytest.raises(SystemExit):
+        example.main(["--grad", "ugp"])
+    assert "did you mean 'upg'" in capsys.readouterr().err

@@ -207,6 +207,20 @@ def test_a_schedule_follows_the_step_and_is_resumed(enabled):
     same(enabled.gradients(twin), exact, tol=0)
 
 
+def test_a_monitor_logs_residuals_and_cosines(enabled):
+    model = enabled.model("npg(k=4, lam=0.6)")
+    logged = []
+    monitor = dpp.monitor(model, lambda values, step: logged.append((step, values)), every=1)
+    enabled.gradients(model)
+    enabled.gradients(model)
+    monitor.remove()
+    assert len(logged) >= 2
+    names = {name.rpartition("/")[2] for _, values in logged for name in values}
+    assert any("residual" in name for name in names)
+    assert any("cosine" in name for name in names)
+    assert all(v == v for _, values in logged for v in values.values())
+
+
 def test_a_strategy_that_solves_is_given_the_start_or_refused(enabled):
     if enabled.owns_solve:
         assert enabled.gradients(enabled.model("bptt(steps=3)"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import deq_phantom_plugin as dpp
+from conftest import load_example
 from host_cases import HrmTextCase
 
 if HrmTextCase.missing:
@@ -172,3 +173,23 @@ def test_a_report_of_the_model():
     )
     assert "npg(k=3, lam=0.5)" in str(report)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_example_trains_every_gradient(capsys, tmp_path):
+    example = load_example("train_hrm_text")
+    text = tmp_path / "abc.txt"
+    text.write_text("the cat sat on the mat. " * 60)
+    sizes = ["--hidden", "16", "--length", "12", "--batch", "2", "--steps", "3"]
+    same = ["own", "npg(k=3)", "ift(max_iter=4, tol=0.9)"]
+    table = example.main(["--text", str(text), *sizes, "--grad", *same])
+    rows = table.splitlines()[2:]
+    assert [row.partition("  ")[0] for row in rows] == same
+    numbers = [[float(cell) for cell in row.split()[-5:]] for row in rows]
+    assert all(all(n > 0 for n in row) for row in numbers)
+    with pytest.raises(SystemExit):
+        example.main(["--grad", "ugp"])
+    assert "did you mean 'upg'?" in capsys.readouterr().err
+    text.write_text("short")
+    with pytest.raises(SystemExit):
+        example.main(["--text", str(text)])
+    assert "the text has 5 characters" in capsys.readouterr().err
