@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -68,8 +69,9 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
     if not experiment.joint:
         jobs = jobs[processes.rank() :: processes.count()]
     try:
-        for name, repeat in jobs:
-            train_one(experiment, plan, name, repeat, args, device, out, deadline)
+        with contextlib.nullcontext() if experiment.joint else processes.alone():
+            for name, repeat in jobs:
+                train_one(experiment, plan, name, repeat, args, device, out, deadline)
     except Stop:
         if leading:
             print(f"stopped after {args.minutes:g} minutes; the same command goes on from here")
@@ -158,10 +160,10 @@ def train_one(
         desc=f"{name} {repeat}",
         unit=" steps",
         mininterval=1,
-        disable=processes.rank() > 0 and experiment.joint,
+        disable=processes.rank() > 0,
     )
     writer = None
-    if processes.rank() == 0 or not experiment.joint:
+    if processes.rank() == 0:
         require("tensorboard", "experiments")
         from torch.utils.tensorboard import SummaryWriter
 

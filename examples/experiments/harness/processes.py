@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+
+_alone = False
 
 
 def start(device: str) -> torch.device:
@@ -23,7 +28,8 @@ def start(device: str) -> torch.device:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group()
+    # One that has done its runs waits for the others, however long theirs take.
+    dist.init_process_group(timeout=datetime.timedelta(days=30))
     return torch.device(device)
 
 
@@ -33,14 +39,30 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let every process work by itself, as if it were the only one."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def are_joint() -> bool:
+    """Whether there are processes that work together."""
+    return dist.is_initialized() and not _alone
+
+
 def rank() -> int:
     """Return the number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if are_joint() else 0
 
 
 def count() -> int:
     """Return how many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if are_joint() else 1
 
 
 def share(samples: Tensor) -> Tensor:
@@ -58,7 +80,7 @@ def share(samples: Tensor) -> Tensor:
 
 def total(numbers: Tensor) -> Tensor:
     """Return the sum over all processes, in place."""
-    if dist.is_initialized():
+    if are_joint():
         dist.all_reduce(numbers)
     return numbers
 
@@ -70,10 +92,10 @@ def any_of(flag: bool, device: torch.device) -> bool:
 
 def wait() -> None:
     """Wait until all processes are here."""
-    if dist.is_initialized():
+    if are_joint():
         dist.barrier()
 
 
 def parallel(model: nn.Module) -> Any:
     """Return a module whose gradients are averaged over all processes."""
-    return nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    return nn.parallel.DistributedDataParallel(model) if are_joint() else model
