@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from .registry import Spec, get_strategy
 from .state import CheckedFunc, State, check_equilibrium, flatten, unflatten
@@ -68,6 +69,15 @@ def _ordinary(equilibrium: State) -> State:
 
 
 def _check_attached(strategy: GradStrategy, attached: State, state: State) -> None:
-    got, want = flatten(attached)[1], flatten(state)[1]
+    """Refuse what is no state like the one that the strategy was given."""
+    (leaves, got), (like, want) = flatten(attached), flatten(state)
     if got != want:
         raise ValueError(f"{strategy!r} returned the structure {got}; expected {want}")
+    for leaf, model in zip(leaves, like, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise ValueError(f"{strategy!r} returned {leaf!r:.60}; expected a tensor")
+        if leaf.shape != model.shape or leaf.dtype != model.dtype:
+            raise ValueError(
+                f"{strategy!r} returned shape {tuple(leaf.shape)}, {leaf.dtype}; expected "
+                f"{tuple(model.shape)}, {model.dtype}, those of the equilibrium"
+            )

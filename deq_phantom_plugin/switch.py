@@ -23,8 +23,9 @@ def set_grad(module: nn.Module, spec: Spec | list[Spec]) -> int:
 
     Raises:
         ValueError: if the spec is invalid; then nothing is switched.
+        TypeError: if `module` is no `torch.nn.Module`.
     """
-    found = find_equilibria(module)
+    found = find_equilibria(_module(module))
     switches = [host.prepare_grad(equilibrium, spec) for host, equilibrium in found]
     for switch in switches:
         switch()
@@ -43,7 +44,7 @@ def set_step(module: nn.Module, step: int) -> None:
     """
     if not _whole(step):
         raise ValueError(f"step={step!r}; expected a whole number of at least 0")
-    for memory in module.modules():
+    for memory in _module(module).modules():
         if isinstance(memory, Memory):
             memory.step = int(step)
 
@@ -57,8 +58,15 @@ def failures(module: nn.Module) -> dict[str, int]:
     Returns:
         The numbers of "forward" and "adjoint" failures.
     """
-    counts = [memory.failures for memory in module.modules() if isinstance(memory, Memory)]
+    memories = _module(module).modules()
+    counts = [memory.failures for memory in memories if isinstance(memory, Memory)]
     return {kind: sum(count[kind] for count in counts) for kind in ("forward", "adjoint")}
+
+
+def _module(module: Any) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module={module!r:.60}; expected a torch.nn.Module")
+    return module
 
 
 def _whole(step: Any) -> bool:

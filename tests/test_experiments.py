@@ -95,6 +95,9 @@ def test_runs_change_sizes_and_sizes_change_the_paper(tmp_path, harness):
     assert paper.runs["a"] == Settings(1.0, 9, "ift", (1, 2))
     assert paper.runs["b"] == Settings(1.0, 4, 5, (1, 2))
     assert isinstance(paper.runs["a"].lr, float)
+    path.write_text(TEXT.replace("lr: 1", "lr: 1e-3"))  # a string, says YAML
+    assert load(path, "paper", Settings).runs["a"].lr == 0.001
+    path.write_text(TEXT)
     smoke = load(path, "smoke", Settings)
     assert list(smoke.runs) == ["b"]
     assert smoke.runs["b"].steps == 3
@@ -150,6 +153,61 @@ def test_the_command_line_names_what_is_wrong(capsys, harness):
     with pytest.raises(SystemExit):
         harness("command").main(experiment("ignn_graphs"), ["--runs", "ugp"])
     assert "unknown 'ugp'; did you mean 'upg'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--set", "epochs=0"], "0 steps, evaluated every 4; expected at least 1"),
+        (["--set", "grad=ugp"], r"ignn_graphs, upg: unknown strategy 'ugp'.*did you mean 'upg'"),
+        (["--set", "dataset=FOO"], "dataset='FOO'; expected COX2"),
+        (["--set", "dataset=COX2", "--data", "nowhere"], "--data nowhere is no folder; expected"),
+        (["--repeats", "99"], "fold 99 of generated graphs; expected 0 to 9"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(argv, message, tmp_path, harness):
+    command = ["--runs", "upg", "--out", str(tmp_path), *argv]
+    with pytest.raises(SystemExit, match=message):
+        harness("command").main(experiment("ignn_graphs"), command)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--minutes", "-1"], "--minutes -1.0 --time 0; expected 0 or more"),
+        (["--time", "-1"], "expected 0 or more"),
+        (["--device", "gpu"], "--device gpu; expected cpu, cuda or auto"),
+        (["--set", "lr=fast"], "lr='fast'; expected float"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(argv, message, capsys, harness):
+    with pytest.raises(SystemExit):
+        harness("command").main(experiment("ignn_graphs"), argv)
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_that_it_can_go_on(tmp_path, monkeypatch, harness):
+    command = harness("command")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train", interrupted)
+    with pytest.raises(SystemExit, match="the same command goes on from"):
+        command.main(experiment("ignn_graphs"), ["--runs", "upg", "--out", str(tmp_path)])
+
+
+def test_inference_has_a_column_for_every_number_of_steps(harness):
+    script, training = importlib.import_module("mdeq_inference"), harness("training")
+    history = [{"accuracy": 0.5, "accuracy_3": 0.25, "accuracy_10": 1.0, "residual": 0.1}]
+    columns = script.columns([training.Record("upg", 0, {}, 1, history=history)])
+    assert [c.title for c in columns] == [
+        "accuracy (%), no step",
+        "3 steps",
+        "10 steps",
+        "residual",
+    ]
+    assert columns[2].of(training.Record("upg", 0, {}, 1, history=history)) == 100
 
 
 def test_cosine_is_that_of_pytorch(harness):

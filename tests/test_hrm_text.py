@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -81,6 +82,9 @@ def test_the_config_names_the_gradient_and_is_saved(tmp_path):
     expected = gradients(model)
     dpp.set_step(model, 7)
     model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").train()
     for a, b in zip(gradients(again), expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -95,6 +99,28 @@ def test_the_config_names_the_gradient_and_is_saved(tmp_path):
     torch.testing.assert_close(gradients(late)[2], own)
     listed = make(["jfb", "upg(k=2, lam=1.0)"])
     assert listed.config.grad == ["jfb()", "upg(k=2, lam=1.0, checkpoint=False)"]
+
+
+def test_the_config_may_be_written_any_time():
+    model = make("jfb")
+    model.config.grad = "npg(k=4, lam=0.6)"
+    assert torch.equal(gradients(model)[2], gradients(make("npg(k=4, lam=0.6)"))[2])
+    model.config.grad = "npgg"
+    with pytest.raises(ValueError, match="did you mean 'npg'"):
+        gradients(model)
+    model.config.grad = None
+    assert torch.equal(gradients(model)[2], gradients(make())[2])
+
+
+def test_a_monitor_logs_each_cycle_and_counts_steps():
+    model, logged = make("npg(k=3, lam=0.5)"), []
+    with dpp.monitor(model, lambda values, step: logged.append((step, set(values))), every=2):
+        for _ in range(4):
+            gradients(model)
+    assert sorted(step for step, _ in logged) == [0, 0, 2, 2]
+    names = {name.rpartition("/")[0] for _, values in logged for name in values}
+    assert len(names) == 2
+    assert any(name.endswith("#2") for name in names)
 
 
 def test_bad_gradients_are_refused():

@@ -355,3 +355,20 @@ def test_a_built_in_name_is_not_taken_over(install):
     install("rival", {"rival_module": STRATEGY}, 'upg = "rival_module:Its"')
     assert dpp.get_strategy("upg") == dpp.UPG()
     assert dpp.list_strategies() == BUILT_IN
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda h: h[:2], r"returned shape \(2, 3\), torch.float32; expected \(4, 3\)"),
+        (lambda h: h.double(), r"returned shape \(4, 3\), torch.float64; expected"),
+        (lambda h: None, "returned None; expected a tensor"),
+        (lambda h: (h, h), "returned the structure"),
+    ],
+)
+def test_what_is_no_state_is_refused_with_the_strategys_name(returned, message):
+    def mine(func, equilibrium, context):
+        return returned(func(equilibrium))
+
+    with pytest.raises(ValueError, match=f"mine.*{message}"):
+        dpp.attach(lambda h: 0.5 * h, torch.zeros(4, 3), mine)

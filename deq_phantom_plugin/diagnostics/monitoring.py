@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -93,6 +94,21 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.remove()
 
 
+class _Measuring(threading.local):
+    """Whether this thread is measuring; a context."""
+
+    now = False
+
+    def __enter__(self) -> None:
+        self.now = True
+
+    def __exit__(self, *error: object) -> None:
+        self.now = False
+
+
+_measuring = _Measuring()
+
+
 @dataclass
 class _Watch:
     """Logs one equilibrium."""
@@ -103,22 +119,23 @@ class _Watch:
     write: Writer
     every: int
     _forwards: int = field(default=-1, init=False)
-    _logged: int | None = field(default=None, init=False)
+    _logged: dict[int, int] = field(default_factory=dict, init=False)
     _coupled: bool | None = field(default=None, init=False)
 
     def __call__(self, solve: Solve) -> None:
-        self._forwards += 1
+        self._forwards += solve.index == 0
         step = self._forwards if solve.step is None else solve.step
         # Gradient accumulation and repeated solves come here several times a step.
-        if step % self.every or step == self._logged:
+        if step % self.every or step == self._logged.get(solve.index):
             return
         leaves = [leaf for leaf in flatten(solve.attached)[0] if leaf.requires_grad]
         if not leaves:
             return
-        self._logged = step
+        self._logged[solve.index] = step
         # Not the whole solve: its attached state would hold the hook that holds it.
         backward = partial(
             self._on_backward,
+            self.name if solve.index == 0 else f"{self.name} #{solve.index + 1}",
             step,
             solve.func,
             solve.equilibrium,
@@ -131,6 +148,7 @@ class _Watch:
 
     def _on_backward(
         self,
+        name: str,
         step: int,
         func: Callable[[State], State],
         equilibrium: State,
@@ -140,13 +158,16 @@ class _Watch:
         autocast: AbstractContextManager[Any],
         grads: Sequence[Tensor | None],
     ) -> None:
-        numbers = {name: float(value) for name, value in known.items()}
+        if _measuring.now:  # the gradient of one that comes later in the model reaches back here
+            return
+        numbers = {key: float(value) for key, value in known.items()}
         like = flatten(equilibrium)[0]
         v = [torch.zeros_like(h) if g is None else g for g, h in zip(grads, like, strict=True)]
         try:
             # A loss scaler's overflow says nothing about the model.
             if all(bool(torch.isfinite(vi).all()) for vi in v):
                 with ExitStack() as stack:
+                    stack.enter_context(_measuring)
                     devices = {leaf.device for leaf in like if leaf.device.type == "cuda"}
                     stack.enter_context(torch.random.fork_rng(devices))
                     stack.enter_context(warnings.catch_warnings())
@@ -157,13 +178,13 @@ class _Watch:
                     numbers |= self._measure(problem, strategy)
         except Exception as error:  # what is only watched must not stop the training
             warnings.warn(
-                f"monitor: {self.name}, step {step}: {type(error).__name__}: {error}", stacklevel=2
+                f"monitor: {name}, step {step}: {type(error).__name__}: {error}", stacklevel=2
             )
         counts = failures(self.module)
         if any(counts.values()):
             numbers |= {f"{kind}_failures": float(n) for kind, n in counts.items()}
         # TorchDEQ's residual may be unknown.
-        finite = {f"{self.name}/{key}": x for key, x in numbers.items() if x == x}
+        finite = {f"{name}/{key}": x for key, x in numbers.items() if x == x}
         self.write(finite, step)
 
     def _measure(self, problem: Problem, strategy: GradStrategy) -> dict[str, float]:

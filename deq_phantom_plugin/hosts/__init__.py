@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import threading
 import warnings
 from collections.abc import Iterator
@@ -142,8 +143,11 @@ def _get(name: str) -> Host:
         try:
             _hosts[name] = _made(name, entry_points.load(entry_points.HOSTS, name))
         except KeyError:
-            valid = ", ".join(repr(known) for known in entry_points.names(entry_points.HOSTS))
-            raise ValueError(f"unknown host {name!r}; there are {valid}") from None
+            names = entry_points.names(entry_points.HOSTS)
+            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            valid = ", ".join(repr(known) for known in names)
+            raise ValueError(f"unknown host {name!r}{hint}; there are {valid}") from None
     return _hosts[name]
 
 

@@ -34,6 +34,7 @@ class Solve:
         nfe: evaluations of F that the solve took.
         batch_dim: see `Context.batch_dim`.
         solver_result: see `Context.solver_result`.
+        index: which of the equilibria that the module finds in one forward pass, from 0.
     """
 
     func: Callable[[State], State]
@@ -46,6 +47,7 @@ class Solve:
     nfe: int
     batch_dim: int | None = 0
     solver_result: Any = None
+    index: int = 0
 
     @property
     def context(self) -> Context:

@@ -61,6 +61,9 @@ class HrmText(PatchingHost):
             patches.replace(module.HrmTextStack, "forward", _hook_part)
             patches.replace(module.HrmTextRotaryEmbedding, "forward", _hook_part)
             patches.add(module.HrmTextPreTrainedModel, "set_grad", _set_grad)
+            # A saved training step is no weight that a loader has to place.
+            ignored = "_keys_to_ignore_on_load_unexpected"
+            patches.add(module.HrmTextPreTrainedModel, ignored, ["grad_memory"])
 
         patches.when_imported(_MODULE, apply)
 
@@ -75,8 +78,8 @@ class HrmText(PatchingHost):
         as_text = [repr(s) for s in strategies] if strategies else None
 
         def switch() -> None:
-            _install(module, strategies)
             saved = as_text[0] if as_text and len(set(as_text)) == 1 else as_text
+            _install(module, strategies, saved)
             module.config.grad = saved  # type: ignore[union-attr, assignment]
 
         return switch
@@ -125,10 +128,22 @@ def _strategies(model: Any, spec: Any) -> tuple[GradStrategy, ...]:
     return tuple(get_strategy(each) for each in specs)
 
 
-def _install(model: Any, strategies: tuple[GradStrategy, ...]) -> None:
-    model.__dict__["_deq_phantom_grad"] = strategies
+def _install(model: Any, strategies: tuple[GradStrategy, ...], of: Any) -> None:
+    """Give a model its strategies, those of the `grad` in its config."""
+    model.__dict__["_deq_phantom_grad"] = (of, strategies)
     if strategies and not hasattr(model, "grad_memory"):
         model.grad_memory = nn.ModuleList(Memory() for _ in strategies)
+
+
+def _current(model: Any) -> tuple[GradStrategy, ...]:
+    """Return a model's strategies: those of its config, whenever that was written."""
+    grad = getattr(model.config, "grad", None)
+    strategies: tuple[GradStrategy, ...]
+    of, strategies = model.__dict__.get("_deq_phantom_grad", (None, ()))
+    if grad != of:
+        strategies = _strategies(model, grad)
+        _install(model, strategies, grad)
+    return strategies
 
 
 def _own(model: Any) -> tuple[GradStrategy, ...]:
@@ -148,7 +163,7 @@ def _hook_init(host: HrmText) -> Callable[[Any], Any]:
         def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             original(self, config, *args, **kwargs)
             if host.is_enabled:
-                _install(self, _strategies(self, getattr(config, "grad", None)))
+                _current(self)
 
         return __init__
 
@@ -162,9 +177,7 @@ def _hook_forward(host: HrmText) -> Callable[[Any], Any]:
                 return original(self, *args, **kwargs)
             strategies: tuple[GradStrategy, ...] = ()
             if host.is_enabled:
-                if "_deq_phantom_grad" not in self.__dict__:  # made before the host was enabled
-                    _install(self, _strategies(self, getattr(self.config, "grad", None)))
-                strategies = self.__dict__["_deq_phantom_grad"]
+                strategies = _current(self)
             observers = list(self.__dict__.get("_deq_phantom_observers", ()))
             if not strategies and not observers:
                 return original(self, *args, **kwargs)
@@ -304,4 +317,5 @@ class _Recurrence:
             step=context.current_step,
             residual=relative_residual(found, image, 0),
             nfe=self.free,
+            index=self.cycle,
         )

@@ -238,7 +238,8 @@ def _strategies(grad: Any, args: Mapping[str, Any], n: int) -> list[GradStrategy
 
     specs = _as_list(grad)
     if len(specs) not in (1, n):
-        raise ValueError(f"grad={grad!r} has {len(specs)} entries; expected 1 or {n}, one a state")
+        wanted = "1" if n == 1 else f"1 or {n}, one a state"
+        raise ValueError(f"grad={grad!r} has {len(specs)} entries; expected {wanted}")
     return list(make_pair(range(n), _check_names(specs, args)))
 
 

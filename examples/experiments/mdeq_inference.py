@@ -11,24 +11,32 @@ from pathlib import Path
 
 from harness.command import Experiment, main
 from harness.results import Column, Curve, last
+from harness.training import Record
 from harness.vision import VisionSettings, VisionTask
+
+
+def columns(records: list[Record]) -> list[Column]:
+    """Return a column for each number of steps that was tried."""
+    prefix = "accuracy_"
+    keys = {key for record in records for row in record.history for key in row}
+    tried = sorted(int(key.removeprefix(prefix)) for key in keys if key.startswith(prefix))
+    return [
+        Column("accuracy (%), no step", last("accuracy", 100), "{:.2f}"),
+        *(Column(f"{k} steps", last(f"{prefix}{k}", 100), "{:.2f}") for k in tried),
+        Column("residual", last("residual"), "{:.1e}"),
+    ]
+
 
 EXPERIMENT = Experiment(
     Path(__file__),
     VisionSettings,
     VisionTask,
     "MDEQ-Tiny on CIFAR-10: damped steps after the solve at inference",
-    columns=[
-        Column("accuracy (%), none", last("accuracy", 100), "{:.2f}"),
-        Column("1 step", last("accuracy_1", 100), "{:.2f}"),
-        Column("5 steps", last("accuracy_5", 100), "{:.2f}"),
-        Column("20 steps", last("accuracy_20", 100), "{:.2f}"),
-        Column("residual", last("residual"), "{:.1e}"),
-    ],
+    columns=columns,
     curves=[
         Curve("accuracy", "test accuracy, no step"),
-        Curve("accuracy_5", "test accuracy, 5 steps"),
-        Curve("accuracy_20", "test accuracy, 20 steps"),
+        Curve("train_loss", "training loss", log=True),
+        Curve("residual", "residual of the solve", log=True),
     ],
 )
 

@@ -37,7 +37,7 @@ class Experiment:
             `same_time_as`, where it has that, names a run whose time this one is to take.
         task: builds a run from its settings, seed or fold, data path (None without) and device.
         title: of the plot.
-        columns: of the table.
+        columns: of the table, or what makes them from the records.
         curves: of the plot.
         joint: whether torchrun's processes share every batch. If not, they share out the runs.
     """
@@ -46,7 +46,7 @@ class Experiment:
     settings: type
     task: Callable[[Any, int, Path | None, torch.device], Task]
     title: str
-    columns: Sequence[results.Column]
+    columns: Sequence[results.Column] | Callable[[list[Record]], Sequence[results.Column]]
     curves: Sequence[results.Curve]
     joint: bool = True
 
@@ -75,6 +75,10 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
     except Stop:
         if leading:
             print(f"stopped after {args.minutes:g} minutes; the same command goes on from here")
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "stopped; the same command goes on from the last evaluation of each run"
+        ) from None
     processes.wait()
     table = ""
     if leading:
@@ -85,6 +89,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
         records = results.load_records(out)
         if records:
             columns, curves = experiment.columns, experiment.curves
+            columns = columns(records) if callable(columns) else columns
             table = results.write(out, title, records, columns, curves, list(plan.runs), times)
             print(table)
             print(f"written: {out}", file=sys.stderr)
@@ -123,6 +128,10 @@ def parse(
         changes = dict(parse_change(text) for text in args.set)
         path = experiment.file.with_suffix(".yaml")
         plan = load_plan(path, args.size, experiment.settings, changes, args.runs, args.repeats)
+        if not args.minutes >= 0 or args.time < 0:
+            raise ValueError(f"--minutes {args.minutes} --time {args.time}; expected 0 or more")
+        if args.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"--device {args.device}; expected cpu, cuda or auto")
     except ValueError as error:
         parser.error(str(error))
     return args, plan
@@ -141,7 +150,7 @@ def train_one(
     """Train one run with one seed or fold, or go on with it."""
     settings = plan.runs[name]
     folder = out / name / str(repeat)
-    task = experiment.task(settings, repeat, args.data, device)
+    task = build(experiment, plan, name, repeat, args, device)
     record = Record(name, repeat, _plain(settings), task.steps)
     if not restore(task, record, folder, device):
         base = getattr(settings, "same_time_as", "")
@@ -149,7 +158,7 @@ def train_one(
             task.steps = record.total = steps_in_same_time(
                 experiment, plan, name, base, repeat, args, device
             )
-            task = experiment.task(settings, repeat, args.data, device)  # as it was before
+            task = build(experiment, plan, name, repeat, args, device)  # as it was before
             task.steps = record.total
     if record.is_done:
         return
@@ -184,6 +193,31 @@ def train_one(
             writer.close()
 
 
+def build(
+    experiment: Experiment,
+    plan: Plan[Any],
+    name: str,
+    repeat: int,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> Task:
+    """Return a run as it begins.
+
+    Raises:
+        SystemExit: if its settings cannot be; names the run.
+    """
+    try:
+        task = experiment.task(plan.runs[name], repeat, args.data, device)
+    except ValueError as error:
+        raise SystemExit(f"{plan.name}, {name}: {error}") from None
+    if task.steps < 1 or task.eval_every < 1:
+        raise SystemExit(
+            f"{plan.name}, {name}: {task.steps} steps, evaluated every {task.eval_every}; "
+            "expected at least 1"
+        )
+    return task
+
+
 def steps_in_same_time(
     experiment: Experiment,
     plan: Plan[Any],
@@ -200,9 +234,7 @@ def steps_in_same_time(
     """
     if base not in plan.runs:
         raise ValueError(f"{name} is to take the time of {base}; expected that among --runs")
-    tasks = {
-        key: experiment.task(plan.runs[key], repeat, args.data, device) for key in (base, name)
-    }
+    tasks = {key: build(experiment, plan, key, repeat, args, device) for key in (base, name)}
     times = step_times({key: (task, 0) for key, task in tasks.items()}, ROUNDS, device)
     shares = [theirs / ours for theirs, ours in zip(times[base], times[name], strict=True)]
     return max(1, round(tasks[base].steps * sorted(shares)[len(shares) // 2]))
@@ -218,7 +250,7 @@ def trained_step_times(
     """Return the seconds of steps of each run's trained model, of its first seed, taken in turn."""
     tasks = {}
     for name, settings in plan.runs.items():
-        task = experiment.task(settings, plan.repeats[0], args.data, device)
+        task = build(experiment, plan, name, plan.repeats[0], args, device)
         record = Record(name, plan.repeats[0], _plain(settings), task.steps)
         was_left = restore(task, record, out / name / str(plan.repeats[0]), device)
         if was_left and record.is_done and record.error is None:

@@ -173,6 +173,8 @@ def load_graphs(
         raise ValueError(f"dataset={s.dataset!r}; expected {', '.join(known)}")
     if path is None and s.dataset != "generated graphs":
         raise SystemExit(f"{s.dataset} needs --data DIR: {HELP}")
+    if path is not None and not path.is_dir():
+        raise SystemExit(f"--data {path} is no folder; expected {HELP}")
     if s.dataset == "PPI":
         sets = [PPI(str(path / "PPI"), split=split) for split in ("train", "val", "test")]
         return sets, sets[0].num_features, sets[0].num_classes, True

@@ -14,6 +14,7 @@ Bad files are refused with the place and what is accepted there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -68,7 +69,11 @@ def load_plan(
         ValueError: if a name is unknown, a value has the wrong type, or a setting is missing; names
             the place in the file and what is accepted.
     """
-    content = require("yaml", "experiments").safe_load(path.read_text(encoding="utf-8"))
+    yaml = require("yaml", "experiments")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not YAML: {error}") from None
     _known(content, {"repeats", "select", "runs", *SIZES}, path.name)
     chosen = list(runs) or content.get("select", {}).get(size) or list(content["runs"])
     _known(chosen, content["runs"], "--runs" if runs else f"{path.name}: select")
@@ -107,11 +112,11 @@ def parse_change(text: str) -> tuple[str, Any]:
     yaml = require("yaml", "experiments")
     key, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"{text!r}; expected KEY=VALUE, such as epochs=3")
+        raise ValueError(f"--set {text!r}; expected KEY=VALUE, such as epochs=3")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ValueError(f"{text!r}: the value is not YAML: {error}") from None
+        raise ValueError(f"--set {text!r}: the value is not YAML: {error}") from None
 
 
 def _known(names: Iterable[str], valid: Iterable[str], place: str) -> None:
@@ -130,8 +135,9 @@ def _checked(kind: type, key: str, value: Any, place: str) -> Any:
         base = typing.get_origin(option) or option
         if base is tuple and isinstance(value, list):
             return tuple(value)
-        if base is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+        if base is float and not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):  # YAML takes 1e-3 for a string
+                return float(value)
         if isinstance(value, base) and (base is bool or not isinstance(value, bool)):
             return value
     names = " or ".join(getattr(option, "__name__", str(option)) for option in options)

@@ -101,6 +101,8 @@ class VisionTask(Task):
     ) -> None:
         self.settings, self.seed, self.device = settings, seed, device
         s = settings
+        if any(not isinstance(k, int) or k < 1 for k in s.eval_steps):
+            raise ValueError(f"eval_steps={list(s.eval_steps)}; expected whole numbers above 0")
         self.train_set, self.test_set = load_images(
             s.dataset, data, s.train_images, s.test_images, s.image_size
         )
