@@ -26,6 +26,7 @@ class Case:
     missing: ClassVar[str] = ""
     own: ClassVar[Any]
     patched: ClassVar[tuple[tuple[str, str], ...]]
+    remembers: ClassVar[bool] = True  # whether a model that is made with a name has a memory
     pickles: ClassVar[bool] = True  # whether the framework's own models do
     owns_solve: ClassVar[bool] = True  # whether strategies that own the solve are taken
     exact: ClassVar[str] = "ift(tol=1e-12, max_iter=400)"
@@ -135,13 +136,13 @@ class HrmTextCase(Case):
 
 class SilvaCase(Case):
     name = "silva"
+    remembers = False
     missing = without("silva_networks")
     own = "phantom"
     patched = (
         ("silva_networks.solvers.SolverConfig", "__post_init__"),
         ("silva_networks.solvers.solve_equilibrium", "__code__"),
         ("silva_networks.deq_engine.SILVADEQEngine", "forward"),
-        ("silva_networks.deq_engine.SILVADEQConfig", "solver_config"),
     )
 
     class Model(nn.Module):

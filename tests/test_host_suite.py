@@ -207,18 +207,44 @@ def test_a_schedule_follows_the_step_and_is_resumed(enabled):
     same(enabled.gradients(twin), exact, tol=0)
 
 
-def test_a_monitor_logs_residuals_and_cosines(enabled):
-    model = enabled.model("npg(k=4, lam=0.6)")
+@pytest.mark.parametrize("named", [True, False])
+def test_a_monitor_logs_residuals_and_cosines(enabled, named):
+    model = enabled.model("npg(k=4, lam=0.6)" if named else enabled.own)
     logged = []
-    monitor = dpp.monitor(model, lambda values, step: logged.append((step, values)), every=1)
-    enabled.gradients(model)
-    enabled.gradients(model)
-    monitor.remove()
-    assert len(logged) >= 2
+    with dpp.monitor(model, lambda values, step: logged.append((step, values)), every=1):
+        expected = enabled.gradients(model)
+        enabled.gradients(model)
+    same(enabled.gradients(model), expected, tol=0)
+    assert {step for step, _ in logged} == {0, 1}
     names = {name.rpartition("/")[2] for _, values in logged for name in values}
-    assert any("residual" in name for name in names)
-    assert any("cosine" in name for name in names)
+    assert {"forward_residual", "spectral_radius", "cosine"} <= names
     assert all(v == v for _, values in logged for v in values.values())
+
+
+def test_copies_are_not_observed_and_each_observation_ends_by_itself(enabled):
+    model, calls = enabled.model("jfb"), []
+    ((host, module),) = find_equilibria(model)
+    ends = [host.observe(module, calls.append) for _ in range(2)]
+    copied = copy.deepcopy(model)
+    enabled.loss(model)
+    twice = len(calls)
+    assert twice % 2 == 0
+    if enabled.name != "torchdeq":  # whose hooks are those of modules
+        enabled.loss(copied)
+        assert len(calls) == twice
+    ends[0]()
+    ends[0]()
+    enabled.loss(model)
+    assert len(calls) == twice + twice // 2
+    ends[1]()
+
+
+def test_a_step_that_is_told_before_the_first_forward_counts(enabled):
+    if not enabled.remembers:
+        pytest.skip("a model has its memory from dpp.set_grad")
+    model = enabled.model("schedule({0: 'jfb', 5: 'exact'})")
+    dpp.set_step(model, 5)
+    same(enabled.gradients(model), enabled.gradients(enabled.model("exact")), tol=0)
 
 
 def test_a_strategy_that_solves_is_given_the_start_or_refused(enabled):
@@ -264,3 +290,32 @@ def test_two_hosts_at_once():
         same(case.gradients(model), case.gradients(case.model("exact")))
     dpp.disable(cases[0].name)
     same(cases[1].gradients(models[1]), cases[1].gradients(cases[1].model("exact")))
+
+
+def test_enabled_takes_back_what_it_enabled_and_nothing_else():
+    cases = [case for case in CASES if not case.missing]
+    if len(cases) < 2:
+        pytest.skip("fewer than two frameworks are installed")
+    first, second = cases[0].name, cases[1].name
+    with dpp.enabled(first):
+        dpp.enable(second)
+    names = {name for name, host in hosts._hosts.items() if host.is_enabled}
+    assert second in names
+    assert first not in names
+
+
+def test_a_broken_framework_does_not_break_the_others(monkeypatch):
+    cases = [case for case in CASES if not case.missing]
+    broken, working = hosts._get("torchdeq"), [case for case in cases if case.name != "torchdeq"]
+    if len(cases) < 2 or not broken.installed():
+        pytest.skip("fewer than two frameworks are installed")
+
+    def patch(patches):
+        raise ImportError("No module named 'something'")
+
+    monkeypatch.setattr(broken, "patch", patch)
+    with pytest.warns(UserWarning, match="torchdeq is not hooked: No module named 'something'"):
+        assert working[0].name in dpp.enable()
+    with pytest.raises(ImportError):
+        dpp.enable("torchdeq")
+    assert dpp.set_grad(working[0].model("jfb"), "upg") == 1

@@ -10,6 +10,7 @@ import torch
 
 import deq_phantom_plugin as dpp
 from conftest import load_example
+from deq_phantom_plugin import hosts
 from host_cases import HrmTextCase
 
 if HrmTextCase.missing:
@@ -52,6 +53,7 @@ def gradients(model, **inputs):
         (3, 3, [1, 2, 1], ["jfb", "upg(k=2, lam=1.0)", "jfb"]),
         (2, 2, [1, 1], "jfb"),
         (2, 2, [2, 2], "bptt(steps=2)"),
+        (3, 1, [1], "bptt(steps=1)"),
     ],
 )
 def test_the_hand_written_truncation_is_a_strategy_bit_for_bit(
@@ -66,6 +68,22 @@ def test_the_hand_written_truncation_is_a_strategy_bit_for_bit(
     dpp.enable("hrm_text")
     for a, b in zip(gradients(named), expected, strict=True):
         assert torch.equal(a, b)
+    host, seen = hosts._get("hrm_text"), []
+    end = host.observe(own.model, seen.append)
+    for a, b in zip(gradients(own), expected, strict=True):
+        assert torch.equal(a, b)
+    end()
+    assert [solve.index for solve in seen] == list(range(h_cycles))
+
+
+def test_a_function_as_a_strategy_is_not_written_to_the_config():
+    def twice(func, equilibrium, context):
+        return func(func(equilibrium))
+
+    model = make("jfb")
+    model.set_grad(twice)
+    assert model.config.grad == "jfb()"
+    assert not torch.equal(gradients(model)[2], gradients(make("jfb"))[2])
 
 
 @pytest.mark.parametrize("grad", ["ift(max_iter=3, tol=0.5)", "jfb", "upg(k=2, lam=1.0)"])

@@ -47,7 +47,8 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
     - `forward_failures`, `adjoint_failures`: samples in which solves have failed so far, as `guard`
       counted them, once there is one.
 
-    The model, its gradients and random state are not touched. The step is that of
+    Weights, gradients and random state are not touched; statistics that F keeps of its inputs, as
+    batch norms do, see the evaluations of a measurement too. The step is that of
     `dpp.set_step`; where it was never called, training forward passes are counted instead.
 
     Args:
@@ -128,7 +129,9 @@ class _Watch:
         # Gradient accumulation and repeated solves come here several times a step.
         if step % self.every or step == self._logged.get(solve.index):
             return
-        leaves = [leaf for leaf in flatten(solve.attached)[0] if leaf.requires_grad]
+        attached = flatten(solve.attached)[0]
+        places = [i for i, leaf in enumerate(attached) if leaf.requires_grad]
+        leaves = [attached[i] for i in places]
         if not leaves:
             return
         self._logged[solve.index] = step
@@ -137,6 +140,7 @@ class _Watch:
             self._on_backward,
             self.name if solve.index == 0 else f"{self.name} #{solve.index + 1}",
             step,
+            places,
             solve.func,
             solve.equilibrium,
             solve.strategy,
@@ -150,6 +154,7 @@ class _Watch:
         self,
         name: str,
         step: int,
+        places: Sequence[int],
         func: Callable[[State], State],
         equilibrium: State,
         strategy: GradStrategy,
@@ -162,7 +167,9 @@ class _Watch:
             return
         numbers = {key: float(value) for key, value in known.items()}
         like = flatten(equilibrium)[0]
-        v = [torch.zeros_like(h) if g is None else g for g, h in zip(grads, like, strict=True)]
+        v = [torch.zeros_like(h) for h in like]
+        for i, grad in zip(places, grads, strict=True):
+            v[i] = v[i] if grad is None else grad
         try:
             # A loss scaler's overflow says nothing about the model.
             if all(bool(torch.isfinite(vi).all()) for vi in v):

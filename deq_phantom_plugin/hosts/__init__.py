@@ -53,7 +53,10 @@ def enable(host: str | None = None, *, force: bool = False) -> list[str]:
         if host is None:
             for candidate in _all().values():
                 if candidate.installed():
-                    _enable(candidate, force)
+                    try:
+                        _enable(candidate, force)
+                    except ImportError as error:  # a broken one is not to break the others
+                        warnings.warn(f"{candidate.name} is not hooked: {error}", stacklevel=2)
         else:
             chosen = _get(host)
             if not chosen.installed():
@@ -95,13 +98,13 @@ def enabled(host: str | None = None) -> Iterator[None]:
     with _lock:
         before = {name for name, known in _hosts.items() if known.is_enabled}
         enable(host)
+        mine = [known for name, known in _hosts.items() if known.is_enabled and name not in before]
     try:
         yield
     finally:
         with _lock:
-            for name, known in _hosts.items():
-                if name not in before:
-                    known.disable()
+            for known in mine:
+                known.disable()
 
 
 def find_equilibria(module: nn.Module) -> list[tuple[Host, nn.Module]]:

@@ -40,6 +40,7 @@ class DeepInv(PatchingHost):
 
         def apply(module: Any) -> None:
             patches.replace(module.DEQConfig, "__init__", _hook_config(self))
+            patches.replace(module.BaseOptim, "__init__", _hook_init)
             patches.replace(module.BaseOptim, "DEQ_additional_step", _hook_step(self))
 
         patches.when_imported(_MODULE, apply)
@@ -59,19 +60,6 @@ class DeepInv(PatchingHost):
             _memory(module)
 
         return switch
-
-    def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-        """See `Host.observe`."""
-        observers: list[Any] = module.__dict__.setdefault("_deq_phantom_observers", [])
-        release = self.hold()
-        observers.append(callback)
-
-        def end() -> None:
-            if callback in observers:
-                observers.remove(callback)
-            release()
-
-        return end
 
 
 def _memory(module: Any) -> Memory:
@@ -113,11 +101,20 @@ def _hook_config(host: DeepInv) -> Callable[[Any], Any]:
     return hook
 
 
+def _hook_init(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if getattr(self.DEQ_config, "grad", None) is not None:
+            _memory(self)
+
+    return __init__
+
+
 def _hook_step(host: DeepInv) -> Callable[[Any], Any]:
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         def DEQ_additional_step(self: Any, X: Any, y: Any, physics: Any, **kwargs: Any) -> Any:
             strategy = getattr(self.DEQ_config, "grad", None) if host.is_enabled else None
-            observers = list(self.__dict__.get("_deq_phantom_observers", ()))
+            observers = host.observers(self) if self.training else []
             if not torch.is_grad_enabled() or (strategy is None and not observers):
                 return original(self, X, y, physics, **kwargs)
             found = tuple(leaf.detach() for leaf in X["est"] if isinstance(leaf, Tensor))
@@ -135,7 +132,7 @@ def _hook_step(host: DeepInv) -> Callable[[Any], Any]:
                 )["est"]
                 return tuple(leaf for leaf in new if isinstance(leaf, Tensor))
 
-            context = Context(initial_state=found, memory=_memory(self))
+            context = Context(initial_state=found, memory=getattr(self, "grad_memory", None))
             if strategy is None:
                 x = original(self, X, y, physics, **kwargs)
                 x = x.view_as(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,12 +134,22 @@ class Host(ABC):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class _Observation:
+    """One of perhaps several observations with the same callback."""
+
+    callback: Callable[[Solve], None]
+
+
 class PatchingHost(Host):
     """A host that changes its framework's code, for as long as it is enabled or observes."""
 
     def __init__(self) -> None:
         self._patches = Patches()
         self._enabled = False
+        # Not on the modules: copies and pickles of these are not observed.
+        self._observed: weakref.WeakKeyDictionary[nn.Module, list[_Observation]]
+        self._observed = weakref.WeakKeyDictionary()
         self._observations = 0
         self._lock = threading.RLock()
 
@@ -162,6 +173,25 @@ class PatchingHost(Host):
         with self._lock:
             self._enabled = False
             self._restore()
+
+    def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
+        """See `Host.observe`; hooks then call `observers(module)`."""
+        release, observation = self.hold(), _Observation(callback)
+        with self._lock:
+            self._observed.setdefault(module, []).append(observation)
+
+        def end() -> None:
+            with self._lock:
+                known = self._observed.get(module, [])
+                if observation in known:
+                    known.remove(observation)
+            release()
+
+        return end
+
+    def observers(self, module: nn.Module) -> list[Callable[[Solve], None]]:
+        """Return what is to be called after a solve of a module."""
+        return [observation.callback for observation in self._observed.get(module, ())]
 
     def hold(self) -> Callable[[], None]:
         """Keep the changes in place, for an observation; return what lets go of them."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..attach import attach
 from ..memory import Memory
-from ..registry import get_strategy
+from ..registry import FunctionStrategy, get_strategy
 from ..strategies import BPTT, UPG
 from ..strategy import Context, GradStrategy
 from .host import PatchingHost, Solve, relative_residual
@@ -76,26 +76,15 @@ class HrmText(PatchingHost):
         """See `Host.prepare_grad`; a list has one spec a high-level cycle, None ends it."""
         strategies = _strategies(module, spec)
         as_text = [repr(s) for s in strategies] if strategies else None
+        saved = as_text[0] if as_text and len(set(as_text)) == 1 else as_text
+        if any(isinstance(s, FunctionStrategy) for s in strategies):
+            saved = getattr(module.config, "grad", None)  # a function has no name to be saved
 
         def switch() -> None:
-            saved = as_text[0] if as_text and len(set(as_text)) == 1 else as_text
             _install(module, strategies, saved)
             module.config.grad = saved  # type: ignore[union-attr, assignment]
 
         return switch
-
-    def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-        """See `Host.observe`; calls back once a high-level cycle."""
-        observers: list[Any] = module.__dict__.setdefault("_deq_phantom_observers", [])
-        release = self.hold()
-        observers.append(callback)
-
-        def end() -> None:
-            if callback in observers:
-                observers.remove(callback)
-            release()
-
-        return end
 
 
 def _set_grad(self: nn.Module, spec: Any) -> None:
@@ -131,8 +120,13 @@ def _strategies(model: Any, spec: Any) -> tuple[GradStrategy, ...]:
 def _install(model: Any, strategies: tuple[GradStrategy, ...], of: Any) -> None:
     """Give a model its strategies, those of the `grad` in its config."""
     model.__dict__["_deq_phantom_grad"] = (of, strategies)
-    if strategies and not hasattr(model, "grad_memory"):
-        model.grad_memory = nn.ModuleList(Memory() for _ in strategies)
+    if strategies:
+        _remember(model)
+
+
+def _remember(model: Any) -> None:
+    if not hasattr(model, "grad_memory"):
+        model.grad_memory = nn.ModuleList(Memory() for _ in range(model.config.H_cycles))
 
 
 def _current(model: Any) -> tuple[GradStrategy, ...]:
@@ -164,6 +158,7 @@ def _hook_init(host: HrmText) -> Callable[[Any], Any]:
             original(self, config, *args, **kwargs)
             if host.is_enabled:
                 _current(self)
+                _remember(self)  # before anybody tells the step
 
         return __init__
 
@@ -178,7 +173,7 @@ def _hook_forward(host: HrmText) -> Callable[[Any], Any]:
             strategies: tuple[GradStrategy, ...] = ()
             if host.is_enabled:
                 strategies = _current(self)
-            observers = list(self.__dict__.get("_deq_phantom_observers", ()))
+            observers = host.observers(self)
             if not strategies and not observers:
                 return original(self, *args, **kwargs)
             caches = [args[3] if len(args) > 3 else None, kwargs.get("cache")]
@@ -227,7 +222,7 @@ class _Recurrence:
         self, model: Any, strategies: tuple[GradStrategy, ...], observers: list[Any]
     ) -> None:
         self.model, self.strategies, self.observers = model, strategies, observers
-        self.cycle = self.calls = self.free = 0
+        self.cycle = self.calls = 0
         self.high: Tensor | None = None
         self.low: Tensor | None = None
         self.start: Tensor | None = None
@@ -264,36 +259,36 @@ class _Recurrence:
         """Evaluate the low-level module, or at the end of its cycles attach the strategy."""
         model, high = self.model, self.high
         assert high is not None
+        if self.calls == 0:
+            self._begin()
+        self.calls += 1
         context = self._context()
         strategy = self.strategies[self.cycle].resolve(context)
-        if self.calls == 0:
-            self._begin(strategy)
-        self.calls += 1
+        cycles = model.config.L_cycles
+        free = 0 if strategy.owns_solve else max(0, cycles - strategy.steps_ahead)
 
         def func(z: Tensor) -> Tensor:
             return original(z.to(high.device) + high, *args, **kwargs)  # type: ignore[no-any-return]
 
         assert self.low is not None
-        if self.calls <= self.free:
+        if self.calls <= free:
             with torch.no_grad():
                 self.low = func(self.low.detach())
-        if self.calls == model.config.L_cycles:
+        if self.calls == cycles:
             found = self.low.detach()
             self.low = attach(func, found, strategy, context)
             for observer in self.observers:
-                observer(self._solve(func, found, self.low, strategy, context))
+                observer(self._solve(func, found, self.low, strategy, context, free))
         return self.low
 
-    def _begin(self, strategy: GradStrategy) -> None:
-        """Start the low-level state where the model does, and count its steps without gradient."""
+    def _begin(self) -> None:
+        """Start the low-level state where the model does."""
         model, high = self.model, self.high
         assert high is not None
         if self.low is None:
             first = model.z_L_init.to(dtype=high.dtype, device=high.device)
             self.low = first.expand_as(high).contiguous()
         self.start = self.low
-        cycles = model.config.L_cycles
-        self.free = 0 if strategy.owns_solve else max(0, cycles - strategy.steps_ahead)
 
     def _context(self) -> Context:
         memories = getattr(self.model, "grad_memory", None)
@@ -301,7 +296,13 @@ class _Recurrence:
         return Context(initial_state=self.start, memory=memory)
 
     def _solve(
-        self, func: Any, found: Tensor, attached: Any, strategy: GradStrategy, context: Context
+        self,
+        func: Any,
+        found: Tensor,
+        attached: Any,
+        strategy: GradStrategy,
+        context: Context,
+        nfe: int,
     ) -> Solve:
         assert self.start is not None
         # Dropout in F shall not draw other numbers from then on.
@@ -316,6 +317,6 @@ class _Recurrence:
             strategy=strategy,
             step=context.current_step,
             residual=relative_residual(found, image, 0),
-            nfe=self.free,
+            nfe=nfe,
             index=self.cycle,
         )

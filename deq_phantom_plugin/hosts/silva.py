@@ -35,6 +35,8 @@ OWN_MODES = ("unrolled", "implicit", "phantom", "neumann", "jfb", "shine")
 _SOLVERS = {"gmres": "gmres", "picard": "fixed_point", "anderson": "anderson", "broyden": "broyden"}
 # Setting of a config -> our argument, and the value at which the setting says nothing.
 _SETTINGS = {
+    "phantom_steps": ("k", 1),
+    "shine_refine_steps": ("refine", 0),
     "phantom_tau": ("lam", 1.0),
     "backward_solver": ("solver", "gmres"),
     "backward_max_iter": ("max_iter", 50),
@@ -57,9 +59,10 @@ class Silva(PatchingHost):
         def in_solvers(module: Any) -> None:
             patches.replace(module.SolverConfig, "__post_init__", _hook_check(self))
             patches.replace_code(module.solve_equilibrium, _solve_equilibrium)
+            module.solve_equilibrium.deq_phantom_host = self
+            patches.also(lambda: vars(module.solve_equilibrium).pop("deq_phantom_host", None))
 
         def in_engine(module: Any) -> None:
-            patches.replace(module.SILVADEQConfig, "solver_config", _hook_solver_config)
             patches.replace(module.SILVADEQEngine, "forward", _hook_engine)
 
         patches.when_imported("silva_networks.solvers", in_solvers)
@@ -73,52 +76,82 @@ class Silva(PatchingHost):
         """See `Host.prepare_grad`; modes of silva-networks are specs too."""
         if not _is_own(spec):
             get_strategy(spec)
-        config = copy.copy(module.__dict__["config"])
-        object.__setattr__(config, "backward_mode", spec)
 
         def switch() -> None:
-            _extras(module)  # on the old config, so that observers outlive the switch
-            object.__setattr__(config, "_deq_phantom", module.config._deq_phantom)  # type: ignore
-            module.config = config
+            _with_mode(module, Mode.of(spec, _mode(module).extras))
 
         return switch
 
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-        """See `Host.observe`."""
-        observers = _extras(module).observers
-        release = self.hold()
-        observers.append(callback)
+        """See `Host.observe`; a config does not know whether its module trains."""
+        observers = _mode(module).extras.observers
+        release, observation = self.hold(), (callback,)
+        observers.append(observation)
 
         def end() -> None:
-            if callback in observers:
-                observers.remove(callback)
+            observers[:] = [known for known in observers if known is not observation]
             release()
 
         return end
 
 
 @dataclass
-class _Extras:
-    """What an equilibrium has besides its config: it goes with the config into the solve."""
+class Extras:
+    """What an equilibrium has besides its config.
+
+    Attributes:
+        memory: the module's.
+        observers: what is called after a solve, each in a tuple of its own; not copied or saved.
+    """
 
     memory: Memory
-    observers: list[Callable[[Solve], None]] = field(default_factory=list)
+    observers: list[tuple[Callable[[Solve], None]]] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"memory": self.memory, "observers": []}
 
 
-def _extras(module: nn.Module) -> _Extras:
-    """Return a module's extras, made if there are none yet; its config is then its own."""
-    memory = getattr(module, "grad_memory", None)
-    found: _Extras | None = getattr(module.config, "_deq_phantom", None)
-    if found is None or found.memory is not memory:
-        if memory is None:
-            module.grad_memory = memory = Memory()
-        module.config = copy.copy(module.config)  # type: ignore[assignment]
-        found = _Extras(memory)
-        object.__setattr__(module.config, "_deq_phantom", found)
-    return found
+class Mode(str):
+    """A `backward_mode` that carries a spec and extras: layers make new configs of their own.
+
+    Attributes:
+        spec: what was asked for.
+        extras: those of the module that it was made for.
+    """
+
+    spec: Any
+    extras: Extras
+
+    @classmethod
+    def of(cls, spec: Any, extras: Extras) -> Mode:
+        """Return the mode of a spec."""
+        mode = cls(spec if isinstance(spec, str) else repr(get_strategy(spec)))
+        mode.spec, mode.extras = spec, extras
+        return mode
+
+
+def _mode(module: nn.Module) -> Mode:
+    """Return a module's mode, made if its config has a plain one, or that of another module."""
+    config: Any = module.config
+    mode, memory = config.backward_mode, getattr(module, "grad_memory", None)
+    if isinstance(mode, Mode) and mode.extras.memory is memory:
+        return mode
+    if memory is None:
+        module.grad_memory = memory = Memory()
+    made = Mode.of(mode.spec if isinstance(mode, Mode) else mode, Extras(memory))
+    _with_mode(module, made)
+    return made
+
+
+def _with_mode(module: Any, mode: Mode) -> None:
+    """Give a module a config of its own with a mode, which is known to be valid."""
+    config = copy.copy(module.config)
+    object.__setattr__(config, "backward_mode", mode)
+    module.config = config
+
+
+def _spec(mode: Any) -> Any:
+    return mode.spec if isinstance(mode, Mode) else mode
 
 
 def _is_config(value: Any) -> bool:
@@ -144,9 +177,7 @@ def _strategy(config: Any) -> GradStrategy:
         value = getattr(config, setting)
         if value != says_nothing:
             defaults[argument] = _SOLVERS[value] if setting == "backward_solver" else value
-    if config.phantom_steps != 1:
-        defaults["k"] = config.phantom_steps
-    return get_strategy(config.backward_mode, defaults)
+    return get_strategy(_spec(config.backward_mode), defaults)
 
 
 def _equivalent(config: Any) -> GradStrategy:
@@ -161,6 +192,7 @@ def _equivalent(config: Any) -> GradStrategy:
         return SHINE(config.shine_refine_steps, fallback=None)
     if config.backward_mode == "unrolled":
         return BPTT(config.max_iter)
+    # Also what it does with a mode that it does not know.
     return IFT(
         _SOLVERS[config.backward_solver], tol=config.backward_tol, max_iter=config.backward_max_iter
     )
@@ -185,23 +217,13 @@ def _hook_check(host: Silva) -> Callable[[Any], Any]:
                 _strategy(self)
             except ValueError as error:
                 raise ValueError(
-                    f"backward_mode={mode!r}: {error}; silva-networks' own are "
+                    f"backward_mode={_spec(mode)!r}: {error}; silva-networks' own are "
                     f"{', '.join(OWN_MODES)}"
                 ) from None
 
         return __post_init__
 
     return hook
-
-
-def _hook_solver_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    def solver_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = original(self, *args, **kwargs)
-        if hasattr(self, "_deq_phantom"):
-            object.__setattr__(config, "_deq_phantom", self._deq_phantom)
-        return config
-
-    return solver_config
 
 
 @dataclass(frozen=True)
@@ -277,9 +299,11 @@ def solve(
 
     config = solvers.SolverConfig() if config is None else config
     structure, _engine.structure = _engine.structure, None  # not for solves inside this one
-    extras: _Extras | None = getattr(config, "_deq_phantom", None)
-    observers = extras.observers if extras is not None else []
-    own = _is_own(config.backward_mode)
+    mode = config.backward_mode
+    extras = mode.extras if isinstance(mode, Mode) else None
+    observers = [callback for (callback,) in extras.observers] if extras is not None else []
+    # While the host only observes, names mean to silva-networks what they do without it.
+    own = _is_own(mode) or not solvers.solve_equilibrium.deq_phantom_host.is_enabled
     if own and not (observers and torch.is_grad_enabled()):
         original = solvers.solve_equilibrium.deq_phantom_original
         return original(f, z0, config, params=params, tensors=tensors, backward_map=backward_map)
@@ -296,6 +320,8 @@ def solve(
         result.z = result.z.view_as(result.z)
         found, strategy = result.z.detach(), _equivalent(config)
         attached = result.z if structure is None else structure.unpack(result.z)
+        if structure is not None:  # the engine takes apart what it is given, and observers hook
+            result.z = structure.pack(attached)
     else:
         strategy = _strategy(config).resolve(context)
         if strategy.owns_solve and torch.is_grad_enabled():

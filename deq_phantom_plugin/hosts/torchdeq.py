@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -67,9 +68,8 @@ class TorchDEQ(PatchingHost):
 
     def is_equilibrium(self, module: nn.Module) -> bool:
         """Whether a module is a `DEQSliced` or `DEQIndexing`."""
-        from torchdeq import core
-
-        return isinstance(module, core.DEQSliced | core.DEQIndexing)
+        core = sys.modules.get("torchdeq.core")
+        return core is not None and isinstance(module, core.DEQSliced | core.DEQIndexing)
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
         """See `Host.prepare_grad`."""
