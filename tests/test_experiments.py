@@ -590,3 +590,15 @@ def test_processes_share_out_folds(tmp_path, harness):
     assert [(r.name, r.repeat) for r in records] == [
         (name, fold) for name in ("ift", "npg", "upg") for fold in (0, 1)
     ]
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_steps_that_fit_into_a_time(tmp_path, harness):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(FOLDER / "mdeq_ablation.py"), "--runs", "upg", "ift-in-time-of-upg"]
+    more = ["--set", "radius_images=0", "test_images=4", "--device", "cpu", "--out", "out"]
+    done = call([*torchrun, *script, *more], tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = harness("results").load_records(tmp_path / "out" / "smoke")
+    assert {record.name for record in records} == {"upg", "ift-in-time-of-upg"}
+    assert all(record.steps == record.total >= 1 for record in records)

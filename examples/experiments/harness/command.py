@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import shutil
+import statistics
 import sys
 import time
 import warnings
@@ -237,7 +238,9 @@ def steps_in_same_time(
     tasks = {key: build(experiment, plan, key, repeat, args, device) for key in (base, name)}
     times = step_times({key: (task, 0) for key, task in tasks.items()}, ROUNDS, device)
     shares = [theirs / ours for theirs, ours in zip(times[base], times[name], strict=True)]
-    return max(1, round(tasks[base].steps * sorted(shares)[len(shares) // 2]))
+    # Processes measure different times and have to take the same steps.
+    share = processes.total(torch.tensor(statistics.median(shares), device=device))
+    return max(1, round(tasks[base].steps * float(share) / processes.count()))
 
 
 def trained_step_times(

@@ -17,9 +17,9 @@ from deq_phantom_plugin.adapters.ignn import IGNN
 from deq_phantom_plugin.extras import require
 from deq_phantom_plugin.output import write_whole
 
+from . import processes
 from .training import Task
 
-PRIME = 1_000_003  # steps of different seeds draw different numbers
 FOLDS = 10
 UNPACKED = Path("runs/experiments/data")
 HELP = (
@@ -114,7 +114,7 @@ class GraphTask(Task):
         """Take a step."""
         s = self.settings
         epoch, place = divmod(number, self.epoch_steps)
-        torch.manual_seed(self.seed * PRIME + number)
+        torch.manual_seed(processes.seed(self.seed, number))
         dpp.set_step(self.model, number)
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * (0.5 if s.halve_after and epoch >= s.halve_after else 1.0)

@@ -17,7 +17,6 @@ from .schedule import cosine
 from .text import columns, load_text, segment, segments
 from .training import Task
 
-PRIME = 1_000_003  # steps of different seeds draw different numbers
 RADIUS_TEXTS = 4
 
 
@@ -140,7 +139,7 @@ class LanguageTask(Task):
         s = self.settings
         texts = processes.share(self.train_texts)
         ids = segment(texts, number, s.length).to(self.device)
-        torch.manual_seed((self.seed * PRIME + number) * processes.count() + processes.rank())
+        torch.manual_seed(processes.seed(self.seed, number))
         dpp.set_step(self.model, number)
         for group in self.optimizer.param_groups:
             group["lr"] = cosine(number, self.steps, s.lr, warmup=s.warmup)

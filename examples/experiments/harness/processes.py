@@ -78,6 +78,11 @@ def share(samples: Tensor) -> Tensor:
     return samples[rank() :: count()]
 
 
+def seed(run: int, step: int) -> int:
+    """Return the seed of this process in a step of a run, another one for each."""
+    return (run * 1_000_003 + step) * count() + rank()
+
+
 def total(numbers: Tensor) -> Tensor:
     """Return the sum over all processes, in place."""
     if are_joint():

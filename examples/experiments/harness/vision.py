@@ -18,8 +18,6 @@ from .images import load_images
 from .schedule import cosine
 from .training import Task
 
-PRIME = 1_000_003  # steps of different seeds draw different numbers
-
 
 @dataclass(frozen=True)
 class VisionSettings:
@@ -134,7 +132,7 @@ class VisionTask(Task):
     def step(self, number: int) -> Tensor:
         """Take a step."""
         images, labels = self._batch(number)
-        torch.manual_seed((self.seed * PRIME + number) * processes.count() + processes.rank())
+        torch.manual_seed(processes.seed(self.seed, number))
         dpp.set_step(self.model, number)
         for group in self.optimizer.param_groups:
             group["lr"] = cosine(number, self.steps, self.settings.lr, lowest=1e-6)
@@ -198,11 +196,12 @@ class VisionTask(Task):
 
     def _read(self, number: int) -> tuple[Tensor, Tensor]:
         epoch, place = divmod(number, self.epoch_steps)
-        generator = torch.Generator().manual_seed(self.seed * PRIME + epoch)
+        # The order is that of the joint batch, the same in all processes.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train_set.labels), generator=generator)
         size = self.settings.batch_size
         indices = processes.share(order[place * size : (place + 1) * size])
-        generator.manual_seed((self.seed * PRIME + number) * processes.count() + processes.rank())
+        generator.manual_seed(processes.seed(self.seed, number))
         images = self.train_set.batch(indices, generator if self.settings.augment else None)
         return images, self.train_set.labels[indices]
 
