@@ -455,7 +455,7 @@ class Counting:
             raise self.losses[number]
         return torch.tensor(self.losses[number])
 
-    def evaluate(self):
+    def evaluate(self, step):
         return {"accuracy": 0.5}
 
 

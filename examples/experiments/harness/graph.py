@@ -127,7 +127,7 @@ class GraphTask(Task):
         return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Return what is measured: accuracies of graphs, or micro F1 of the labels of nodes."""
         self.model.eval()
         names = ("validation_f1", "f1") if self.is_nodes else ("accuracy",)

@@ -152,7 +152,7 @@ class LanguageTask(Task):
         loss: Tensor = output.loss.detach()
         return loss if output.jac_loss is None else loss - output.jac_loss.detach()
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Return perplexity, residual, and the mean spectral radius of df/dh, on test texts."""
         s = self.settings
         self.model.eval()

@@ -186,19 +186,20 @@ def plot(
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, curve in zip(panels, curves, strict=True):
         for number, (name, found) in enumerate(groups(records, order).items()):
-            style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+            style = {"color": f"C{number % 10}"}
             lines = [
                 [(row[curve.x], row[curve.y]) for row in record.history if curve.y in row]
                 for record in found
             ]
             for line in lines:
-                axes.plot(*zip(*line, strict=True), **style, linewidth=0.7, alpha=0.5)
+                axes.plot(*zip(*line, strict=True), ".-", **style, linewidth=0.7, alpha=0.4)
             shortest = min(len(line) for line in lines)
             mean = [
                 tuple(statistics.fmean(line[i][j] for line in lines) for j in (0, 1))
                 for i in range(shortest)
             ]
-            axes.plot(*zip(*mean, strict=True), **style, linewidth=1.8, label=name)
+            kind = "-" if number < 10 else "--"
+            axes.plot(*zip(*mean, strict=True), kind, **style, linewidth=1.8, label=name)
         axes.set(xlabel={"seconds": "seconds of training"}.get(curve.x, curve.x))
         axes.set(ylabel=curve.label, yscale="log" if curve.log else "linear")
         axes.grid(alpha=0.3)

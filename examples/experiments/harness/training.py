@@ -45,8 +45,11 @@ class Task(ABC):
         """Take a step, from 0, and return its loss, a scalar without a graph."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Return what is measured on held-out data; in several processes, the same in all."""
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Return what is measured on held-out data after so many steps, from 0.
+
+        In several processes, the same in all.
+        """
 
 
 @dataclass
@@ -109,7 +112,7 @@ def train(
         Stop: if `is_over` said so; a checkpoint is there.
     """
     if not record.history:
-        record.history.append({"step": 0, "seconds": 0.0, **task.evaluate()})
+        record.history.append({"step": 0, "seconds": 0.0, **task.evaluate(0)})
     losses: list[Tensor] = []
     times: list[float] = []
     while record.steps < record.total:
@@ -136,7 +139,7 @@ def train(
                 "seconds": round(record.seconds, 3),
                 "ms_per_step": round(1e3 * statistics.median(times), 3),
                 "train_loss": mean,
-                **task.evaluate(),
+                **task.evaluate(record.steps),
             }
             for name, value in found.items():
                 log(name, value, record.steps)

@@ -45,12 +45,13 @@ class VisionSettings:
         momentum: of SGD.
         nesterov: SGD's kind of momentum.
         weight_decay: of either.
-        eval_epochs: epochs between evaluations.
+        eval_epochs: epochs between measurements of accuracy.
         eval_batch: images of an evaluation's batch.
         eval_steps: accuracy is also measured with that many damped steps after the solve.
         eval_lam: their damping.
         radius_images: test images whose spectral radii are measured; 0 for none.
         radius_lam: damping of the damped map's radius.
+        radius_epochs: epochs between measurements of the radii; a fraction will do.
         same_time_as: a run whose time this one takes, in as many steps as that allows.
     """
 
@@ -73,6 +74,7 @@ class VisionSettings:
     eval_epochs: int
     radius_images: int
     radius_lam: float
+    radius_epochs: float = 1.0
     lam: float = 1.0
     implicit: bool = False
     f_max_iter: int = 0
@@ -111,7 +113,10 @@ class VisionTask(Task):
             )
         self.epoch_steps = len(self.train_set.labels) // s.batch_size
         self.steps = s.epochs * self.epoch_steps
-        self.eval_every = s.eval_epochs * self.epoch_steps
+        self._accuracy_every = self.eval_every = s.eval_epochs * self.epoch_steps
+        if s.radius_images:
+            radius_every = max(1, round(s.radius_epochs * self.epoch_steps))
+            self.eval_every = min(self._accuracy_every, radius_every)
         torch.manual_seed(seed)
         deq = {"f_solver": s.f_solver, **({"f_max_iter": s.f_max_iter} if s.f_max_iter else {})}
         deq |= {"ift": True, "b_solver": "broyden", "b_max_iter": 24} if s.implicit else {}
@@ -143,18 +148,23 @@ class VisionTask(Task):
         self.optimizer.step()
         return loss.detach()
 
-    def evaluate(self) -> dict[str, float]:
-        """Return accuracy, loss, the solve's residual, and radii, all on test images.
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Return the spectral radii and, once an epoch's end is reached, accuracy and loss.
 
-        `accuracy` is that of the states that the solver returns; `accuracy_K` those with K damped
-        steps more. `rho` is the mean spectral radius of df/dh, `rho_max` the largest one, and
-        `rho_damped` the mean of that of the damped map.
+        All are measured on test images.
+
+        `accuracy` is that of the states that the solver returns, `residual` theirs; `accuracy_K` is
+        that of the states K damped steps on. `rho` is the mean spectral radius of df/dh, `rho_max`
+        the largest one, and `rho_damped` the mean of that of the damped map.
         """
         s = self.settings
         self.model.eval()
-        found = self._accuracy(0)
-        for k in s.eval_steps:
-            found[f"accuracy_{k}"] = self._accuracy(k)["accuracy"]
+        found: dict[str, float] = {}
+        reached, before = (n // self._accuracy_every for n in (step, step - self.eval_every))
+        if step > 0 and (reached > before or step == self.steps):
+            found = self._accuracy(0)
+            for k in s.eval_steps:
+                found[f"accuracy_{k}"] = self._accuracy(k)["accuracy"]
         if s.radius_images:
             indices = torch.arange(min(s.radius_images, len(self.test_set.labels)))
             with torch.no_grad():
