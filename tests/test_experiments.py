@@ -514,6 +514,29 @@ def test_a_run_in_the_time_of_another_takes_the_steps_that_fit(tmp_path, harness
     assert found["ift-in-time-of-upg"].steps == found["ift-in-time-of-upg"].total == 3
 
 
+def test_a_run_needs_the_one_whose_time_it_takes(capsys, harness):
+    with pytest.raises(SystemExit):
+        harness("command").main(experiment("mdeq_ablation"), ["--runs", "ift-in-time-of-upg"])
+    message = "ift-in-time-of-upg takes the time of upg; expected that among --runs"
+    assert message in capsys.readouterr().err
+
+
+def test_accuracy_is_measured_at_epochs_ends_and_radii_more_often(tmp_path, harness):
+    command = ["--runs", "upg", "--device", "cpu", "--set", "radius_every=2", "eval_epochs=2"]
+    harness("command").main(experiment("mdeq_ablation"), [*command, "--out", str(tmp_path)])
+    (record,) = harness("results").load_records(tmp_path / "smoke")
+    assert [row["step"] for row in record.history] == [0, 2, 4, 6, 8]
+    assert all({"rho", "rho_max", "rho_damped"} <= set(row) for row in record.history)
+    assert [row["step"] for row in record.history if "accuracy" in row] == [8]
+
+
+def test_micro_f1_is_sklearns(harness):
+    metrics = pytest.importorskip("sklearn.metrics")
+    scores, labels = torch.randn(30, 5), torch.randint(2, (30, 5)).float()
+    expected = metrics.f1_score(labels, (scores > 0).float(), average="micro")
+    assert harness("graph")._micro_f1(scores, labels) == pytest.approx(expected)
+
+
 def test_times_are_taken_in_turn(harness):
     order = []
 

@@ -8,8 +8,6 @@ import torch
 
 pytest.importorskip("torch_geometric")
 
-from torch_geometric.data import Data
-
 from conftest import load_example
 
 
@@ -17,25 +15,6 @@ from conftest import load_example
 def example():
     yield load_example("train_ignn")
     del sys.modules["train_ignn"]
-
-
-class Dataset(list):
-    """Graphs as PyG's data sets have them."""
-
-    num_features, num_classes = 3, 2
-
-    def __getitem__(self, index):
-        if isinstance(index, list):
-            return Dataset(list.__getitem__(self, int(i)) for i in index)
-        return list.__getitem__(self, index)
-
-
-def graphs(number, labels):
-    made = Dataset()
-    for i in range(number):
-        edges = torch.randint(6, (2, 14))
-        made.append(Data(x=torch.rand(6, 3), edge_index=edges, y=labels(i)))
-    return made
 
 
 def test_chains(example):
@@ -92,33 +71,6 @@ def test_a_method_that_learned_nothing_is_not_tried_on_longer_chains(
     assert lengths == {"upg": [10, 10, 30, 30], example.GCN: [10, 10, 30, 30, 40, 40]}
 
 
-def test_folds(example, tmp_path, monkeypatch, capsys):
-    data = graphs(40, lambda i: torch.tensor([i % 2]))
-    monkeypatch.setattr(example, "load", lambda name, root: data)
-    steps = []
-    step = example._step
-    monkeypatch.setattr(example, "_step", lambda *args: steps.append(1) or step(*args))
-    settings = ["--data", "COX2", "--epochs", "2", "--batch-size", "9", "--out", str(tmp_path)]
-    runs = example.main([*settings, "--grad", "upg", "npg(k=3)"])
-    assert len(steps) == 10 * 2 * 2 * 4  # folds, methods, epochs, batches of 36 graphs
-    assert [run.part["fold"] for run in runs] == [i for i in range(10) for _ in range(2)]
-    assert all(0 <= run.last <= run.accuracy <= 1 for run in runs)
-    assert (tmp_path / "ignn_cox2.csv").is_file()
-    out = capsys.readouterr().out
-    assert "npg(k=3)" in out
-    assert "±" in out
-
-
-def test_ppi(example, tmp_path, monkeypatch):
-    splits = [graphs(2, lambda i: torch.randint(2, (6, 5)).float()) for _ in range(3)]
-    monkeypatch.setattr(example, "load", lambda name, root: splits)
-    small = example.replace(example.TASKS["PPI"], hidden=(8, 4, 4, 4))
-    monkeypatch.setitem(example.TASKS, "PPI", small)
-    settings = ["--data", "PPI", "--epochs", "2", "--seeds", "0", "--out", str(tmp_path)]
-    (run,) = example.main([*settings, "--grad", "upg"])
-    assert 0 <= run.accuracy <= 1
-
-
 def test_cora(example, tmp_path, monkeypatch):
     data = example.chains(10, seed=0)
     monkeypatch.setattr(example, "load", lambda name, root: data)
@@ -127,21 +79,12 @@ def test_cora(example, tmp_path, monkeypatch):
     assert [run.part for run in runs] == [{"seed": 0}, {"seed": 1}]
 
 
-def test_micro_f1_is_sklearns(example):
-    metrics = pytest.importorskip("sklearn.metrics")
-    scores, labels = torch.randn(30, 5), torch.randint(2, (30, 5)).float()
-    parts = [Data(x=scores[i : i + 10], edge_index=None, y=labels[i : i + 10]) for i in (0, 10, 20)]
-    found = example._micro_f1(lambda x, edge_index: x, parts)
-    expected = metrics.f1_score(labels, (scores > 0).float(), average="micro")
-    assert found == pytest.approx(expected)
-
-
 def test_damping_is_an_option(example):
     args, task = example.parse(["--lam", "0.6", "--kappa", "0.95", "--f-tol", "1e-9"])
     assert (task.lam, task.kappa, task.f_tol) == (0.6, 0.95, 1e-9)
-    model = example.make_model(3, 2, "npg(k=7)", task, "node")
+    model = example.make_model(3, 2, "npg(k=7)", task)
     assert repr(model.convs[0].equilibrium.grad) == "npg(k=7, lam=0.6)"
-    model = example.make_model(3, 2, "npg(lam=0.9)", task, "node")
+    model = example.make_model(3, 2, "npg(lam=0.9)", task)
     assert repr(model.convs[0].equilibrium.grad) == "npg(k=5, lam=0.9)"
     assert args.grad == ["ift", "upg", "npg"]
 

@@ -58,21 +58,17 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
     device = processes.start(args.device)
     # A solve that stops at its most iterations is a result like another.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
-    out = (args.out or ROOT / plan.name) / plan.size
+    runs = Runs(experiment, plan, args.data, device, (args.out or ROOT / plan.name) / plan.size)
     leading = processes.rank() == 0
     if args.fresh and leading:
-        for name in plan.runs:
-            for repeat in plan.repeats:
-                shutil.rmtree(out / name / str(repeat), ignore_errors=True)
+        for name, repeat in runs.all():
+            shutil.rmtree(runs.folder(name, repeat), ignore_errors=True)
     processes.wait()
     deadline = time.monotonic() + 60 * args.minutes
-    jobs = [(name, repeat) for repeat in plan.repeats for name in plan.runs]
-    if not experiment.joint:
-        jobs = jobs[processes.rank() :: processes.count()]
     try:
         with contextlib.nullcontext() if experiment.joint else processes.alone():
-            for name, repeat in jobs:
-                train_one(experiment, plan, name, repeat, args, device, out, deadline)
+            for name, repeat in runs.of_this_process():
+                runs.train(name, repeat, is_over=lambda: time.monotonic() > deadline)
     except Stop:
         if leading:
             print(f"stopped after {args.minutes:g} minutes; the same command goes on from here")
@@ -81,19 +77,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
             "stopped; the same command goes on from the last evaluation of each run"
         ) from None
     processes.wait()
-    table = ""
-    if leading:
-        times = {}
-        if args.time:
-            times = trained_step_times(experiment, plan, args, device, out)
-        title = f"{experiment.title} ({plan.size})"
-        records = results.load_records(out)
-        if records:
-            columns, curves = experiment.columns, experiment.curves
-            columns = columns(records) if callable(columns) else columns
-            table = results.write(out, title, records, columns, curves, list(plan.runs), times)
-            print(table)
-            print(f"written: {out}", file=sys.stderr)
+    table = runs.report(runs.step_times(args.time) if args.time else {}) if leading else ""
     processes.stop()
     return table
 
@@ -133,132 +117,147 @@ def parse(
             raise ValueError(f"--minutes {args.minutes} --time {args.time}; expected 0 or more")
         if args.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device {args.device}; expected cpu, cuda or auto")
+        for name, settings in plan.runs.items():
+            base = getattr(settings, "same_time_as", "")
+            if base and base not in plan.runs:
+                raise ValueError(f"{name} takes the time of {base}; expected that among --runs")
     except ValueError as error:
         parser.error(str(error))
     return args, plan
 
 
-def train_one(
-    experiment: Experiment,
-    plan: Plan[Any],
-    name: str,
-    repeat: int,
-    args: argparse.Namespace,
-    device: torch.device,
-    out: Path,
-    deadline: float,
-) -> None:
-    """Train one run with one seed or fold, or go on with it."""
-    settings = plan.runs[name]
-    folder = out / name / str(repeat)
-    task = build(experiment, plan, name, repeat, args, device)
-    record = Record(name, repeat, _plain(settings), task.steps)
-    if not restore(task, record, folder, device):
-        base = getattr(settings, "same_time_as", "")
-        if base:
-            task.steps = record.total = steps_in_same_time(
-                experiment, plan, name, base, repeat, args, device
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one command, each with each of its seeds or folds.
+
+    Attributes:
+        experiment: which they belong to.
+        plan: their settings.
+        data: where the data lie, None for those that need none.
+        device: where they compute.
+        out: for a folder a run, and what `report` writes.
+    """
+
+    experiment: Experiment
+    plan: Plan[Any]
+    data: Path | None
+    device: torch.device
+    out: Path
+
+    def all(self) -> list[tuple[str, int]]:
+        """Return names and repeats."""
+        return [(name, repeat) for repeat in self.plan.repeats for name in self.plan.runs]
+
+    def of_this_process(self) -> list[tuple[str, int]]:
+        """Return those that this process trains, of torchrun's."""
+        if self.experiment.joint:
+            return self.all()
+        return self.all()[processes.rank() :: processes.count()]
+
+    def folder(self, name: str, repeat: int) -> Path:
+        """Return where a run's checkpoint, record and events are."""
+        return self.out / name / str(repeat)
+
+    def build(self, name: str, repeat: int) -> Task:
+        """Return a run as it begins.
+
+        Raises:
+            SystemExit: if its settings cannot be; names the run.
+        """
+        where = f"{self.plan.name}, {name}"
+        try:
+            task = self.experiment.task(self.plan.runs[name], repeat, self.data, self.device)
+        except ValueError as error:
+            raise SystemExit(f"{where}: {error}") from None
+        if task.steps < 1 or task.eval_every < 1:
+            raise SystemExit(
+                f"{where}: {task.steps} steps, evaluated every {task.eval_every}; "
+                "expected at least 1"
             )
-            task = build(experiment, plan, name, repeat, args, device)  # as it was before
+        return task
+
+    def resume(self, name: str, repeat: int) -> tuple[Task, Record, bool]:
+        """Return a run as it was left, or as it begins, and whether it was left."""
+        task = self.build(name, repeat)
+        record = Record(name, repeat, _plain(self.plan.runs[name]), task.steps)
+        return task, record, restore(task, record, self.folder(name, repeat), self.device)
+
+    def train(self, name: str, repeat: int, is_over: Callable[[], bool]) -> None:
+        """Train one run, or go on with it, until it is done or `is_over` says so (`Stop`)."""
+        task, record, was_left = self.resume(name, repeat)
+        base = getattr(self.plan.runs[name], "same_time_as", "")
+        if base and not was_left:
+            record.total = self.steps_in_same_time(name, base, repeat)
+            task = self.build(name, repeat)  # of the random state that a run begins with
             task.steps = record.total
-    if record.is_done:
-        return
-    tqdm = require("tqdm", "experiments").tqdm
-    bar = tqdm(
-        total=record.total,
-        initial=record.steps,
-        desc=f"{name} {repeat}",
-        unit=" steps",
-        mininterval=1,
-        disable=processes.rank() > 0,
-    )
-    writer = None
-    if processes.rank() == 0:
-        require("tensorboard", "experiments")
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder), purge_step=record.steps + 1)
-    try:
-        train(
-            task,
-            record,
-            folder,
-            device,
-            on_step=lambda record: bar.update(record.steps - bar.n),
-            log=writer.add_scalar if writer is not None else lambda name, value, step: None,
-            is_over=lambda: time.monotonic() > deadline,
+        if record.is_done:
+            return
+        tqdm = require("tqdm", "experiments").tqdm
+        bar = tqdm(
+            total=record.total,
+            initial=record.steps,
+            desc=f"{name} {repeat}",
+            unit=" steps",
+            mininterval=1,
+            disable=processes.rank() > 0,
         )
-    finally:
-        bar.close()
-        if writer is not None:
-            writer.close()
+        folder, writer = self.folder(name, repeat), None
+        if processes.rank() == 0:
+            require("tensorboard", "experiments")
+            from torch.utils.tensorboard import SummaryWriter
 
+            writer = SummaryWriter(str(folder), purge_step=record.steps + 1)
+        try:
+            train(
+                task,
+                record,
+                folder,
+                self.device,
+                on_step=lambda record: bar.update(record.steps - bar.n),
+                log=writer.add_scalar if writer is not None else lambda name, value, step: None,
+                is_over=is_over,
+            )
+        finally:
+            bar.close()
+            if writer is not None:
+                writer.close()
 
-def build(
-    experiment: Experiment,
-    plan: Plan[Any],
-    name: str,
-    repeat: int,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> Task:
-    """Return a run as it begins.
+    def steps_in_same_time(self, name: str, base: str, repeat: int) -> int:
+        """Return how many steps of a run take as long as all those of another, by steps of both."""
+        tasks = {key: self.build(key, repeat) for key in (base, name)}
+        times = step_times({key: (task, 0) for key, task in tasks.items()}, ROUNDS, self.device)
+        shares = [theirs / ours for theirs, ours in zip(times[base], times[name], strict=True)]
+        # Processes measure different times and have to take the same steps.
+        share = processes.total(torch.tensor(statistics.median(shares), device=self.device))
+        return max(1, round(tasks[base].steps * float(share) / processes.count()))
 
-    Raises:
-        SystemExit: if its settings cannot be; names the run.
-    """
-    try:
-        task = experiment.task(plan.runs[name], repeat, args.data, device)
-    except ValueError as error:
-        raise SystemExit(f"{plan.name}, {name}: {error}") from None
-    if task.steps < 1 or task.eval_every < 1:
-        raise SystemExit(
-            f"{plan.name}, {name}: {task.steps} steps, evaluated every {task.eval_every}; "
-            "expected at least 1"
+    def step_times(self, rounds: int) -> dict[str, list[float]]:
+        """Return the seconds of steps of the first repeat's trained models, taken in turn."""
+        tasks = {}
+        for name in self.plan.runs:
+            task, record, was_left = self.resume(name, self.plan.repeats[0])
+            if was_left and record.is_done and record.error is None:
+                tasks[name] = (task, record.total - 1)
+        return step_times(tasks, rounds, self.device)
+
+    def report(self, times: dict[str, list[float]]) -> str:
+        """Write what all runs in the folder have shown, and return the table, empty without any."""
+        records = results.load_records(self.out)
+        if not records:
+            return ""
+        columns = self.experiment.columns
+        table = results.write(
+            self.out,
+            f"{self.experiment.title} ({self.plan.size})",
+            records,
+            columns(records) if callable(columns) else columns,
+            self.experiment.curves,
+            list(self.plan.runs),
+            times,
         )
-    return task
-
-
-def steps_in_same_time(
-    experiment: Experiment,
-    plan: Plan[Any],
-    name: str,
-    base: str,
-    repeat: int,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> int:
-    """Return how many steps of a run take as long as all those of another, by steps of both.
-
-    Raises:
-        ValueError: if the other is not among the runs.
-    """
-    if base not in plan.runs:
-        raise ValueError(f"{name} is to take the time of {base}; expected that among --runs")
-    tasks = {key: build(experiment, plan, key, repeat, args, device) for key in (base, name)}
-    times = step_times({key: (task, 0) for key, task in tasks.items()}, ROUNDS, device)
-    shares = [theirs / ours for theirs, ours in zip(times[base], times[name], strict=True)]
-    # Processes measure different times and have to take the same steps.
-    share = processes.total(torch.tensor(statistics.median(shares), device=device))
-    return max(1, round(tasks[base].steps * float(share) / processes.count()))
-
-
-def trained_step_times(
-    experiment: Experiment,
-    plan: Plan[Any],
-    args: argparse.Namespace,
-    device: torch.device,
-    out: Path,
-) -> dict[str, list[float]]:
-    """Return the seconds of steps of each run's trained model, of its first seed, taken in turn."""
-    tasks = {}
-    for name, settings in plan.runs.items():
-        task = build(experiment, plan, name, plan.repeats[0], args, device)
-        record = Record(name, plan.repeats[0], _plain(settings), task.steps)
-        was_left = restore(task, record, out / name / str(plan.repeats[0]), device)
-        if was_left and record.is_done and record.error is None:
-            tasks[name] = (task, record.total - 1)
-    return step_times(tasks, args.time, device)
+        print(table)
+        print(f"written: {self.out}", file=sys.stderr)
+        return table
 
 
 def _plain(settings: Any) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class VisionSettings:
         eval_lam: their damping.
         radius_images: test images whose spectral radii are measured; 0 for none.
         radius_lam: damping of the damped map's radius.
-        radius_epochs: epochs between measurements of the radii; a fraction will do.
+        radius_every: steps between measurements of the radii; 0 for those of accuracy alone.
         same_time_as: a run whose time this one takes, in as many steps as that allows.
     """
 
@@ -74,7 +74,7 @@ class VisionSettings:
     eval_epochs: int
     radius_images: int
     radius_lam: float
-    radius_epochs: float = 1.0
+    radius_every: int = 0
     lam: float = 1.0
     implicit: bool = False
     f_max_iter: int = 0
@@ -114,9 +114,8 @@ class VisionTask(Task):
         self.epoch_steps = len(self.train_set.labels) // s.batch_size
         self.steps = s.epochs * self.epoch_steps
         self._accuracy_every = self.eval_every = s.eval_epochs * self.epoch_steps
-        if s.radius_images:
-            radius_every = max(1, round(s.radius_epochs * self.epoch_steps))
-            self.eval_every = min(self._accuracy_every, radius_every)
+        if s.radius_images and s.radius_every:
+            self.eval_every = min(self._accuracy_every, s.radius_every)
         torch.manual_seed(seed)
         deq = {"f_solver": s.f_solver, **({"f_max_iter": s.f_max_iter} if s.f_max_iter else {})}
         deq |= {"ift": True, "b_solver": "broyden", "b_max_iter": 24} if s.implicit else {}
