@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib
 import io
@@ -486,6 +487,15 @@ def test_what_a_run_dies_of_is_recorded_and_kept(losses, error, tmp_path, harnes
     )
     assert f"0 (failed: 0: {error})" in table
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (row,) = csv.DictReader((tmp_path / "runs.csv").open())
+    assert row == {
+        "run": "a",
+        "repeat": "0",
+        "accuracy": "0.5",
+        "steps": str(record.steps),
+        "seconds": "0.0",
+        "error": error,
+    }
 
 
 def test_the_best_of_a_history_and_where_another_is_best(harness):

@@ -1,7 +1,8 @@
-"""What all runs of an experiment have shown: a table, JSON, a plot."""
+"""What all runs of an experiment have shown: a table, JSON, CSV, a plot."""
 
 from __future__ import annotations
 
+import csv
 import datetime
 import io
 import json
@@ -141,7 +142,11 @@ def write(
     order: Sequence[str],
     times: dict[str, list[float]],
 ) -> str:
-    """Write results.json, table.md and curves.png into a folder, and return the table as text."""
+    """Write what the runs have shown into a folder, and return the table as text.
+
+    `results.json` has everything, `table.md` the means, `runs.csv` the columns of each seed or
+    fold, `curves.png` the plot.
+    """
     header, body = rows(records, columns, order, times)
     content = {
         "title": title,
@@ -153,8 +158,21 @@ def write(
     write_whole(folder / "results.json", json.dumps(finite, indent=1).encode())
     lines = [header, ["---"] * len(header), *body]
     write_whole(folder / "table.md", "".join(f"| {' | '.join(r)} |\n" for r in lines).encode())
+    write_whole(folder / "runs.csv", each_run(records, columns, order).encode())
     write_whole(folder / "curves.png", plot(records, curves, order, title))
     return text_table(header, body)
+
+
+def each_run(records: Sequence[Record], columns: Sequence[Column], order: Sequence[str]) -> str:
+    """Return the columns of each seed or fold as CSV."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["run", "repeat", *(c.title for c in columns), "steps", "seconds", "error"])
+    for found in groups(records, order).values():
+        for r in found:
+            values = [f"{c.of(r):.6g}" for c in columns]
+            lines.writerow([r.name, r.repeat, *values, r.steps, f"{r.seconds:.1f}", r.error or ""])
+    return text.getvalue()
 
 
 def environment() -> dict[str, Any]:
