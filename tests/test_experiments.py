@@ -498,6 +498,30 @@ def test_what_a_run_dies_of_is_recorded_and_kept(losses, error, tmp_path, harnes
     }
 
 
+def test_many_repeats_are_a_band_and_those_that_have_only_begun_are_left_out(harness, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    results, training = harness("results"), harness("training")
+    histories = [[{"step": i, "y": float(i * seed)} for i in range(3)] for seed in range(5)]
+    records = [
+        training.Record("a", n, {}, 3, history=rows)
+        for n, rows in enumerate([*histories, [{"step": 0}]])
+    ]
+    bands, lines = [], []
+    monkeypatch.setattr(axes, "fill_between", lambda self, *band, **_: bands.append(band))
+    draw = axes.plot
+    monkeypatch.setattr(
+        axes, "plot", lambda *args, **k: lines.append(args[1:3]) or draw(*args, **k)
+    )
+    assert results.plot(records, [results.Curve("y", "y")], [], "").startswith(b"\x89PNG")
+    ((x, low, high),) = bands
+    ((steps, mean),) = lines
+    assert x == steps == [0, 1, 2]
+    assert mean == [0, 2, 4]
+    deviation = 2.5**0.5  # of 0 to 4
+    assert low == pytest.approx([0, 2 - deviation, 4 - 2 * deviation])
+    assert high == pytest.approx([0, 2 + deviation, 4 + 2 * deviation])
+
+
 def test_the_best_of_a_history_and_where_another_is_best(harness):
     results, training = harness("results"), harness("training")
     rows = [{"f1": 0.1, "v": 0.3}, {"f1": 0.9, "v": 0.2}, {"f1": 0.5, "v": 0.7}]

@@ -22,6 +22,9 @@ from deq_phantom_plugin.output import text_table, write_whole
 
 from .training import Record
 
+FEW = 4  # repeats that the plot shows one by one
+SHORT = 20  # points of a curve that are marked
+
 
 @dataclass(frozen=True)
 class Column:
@@ -193,6 +196,8 @@ def plot(
 ) -> bytes:
     """Return a PNG: a panel for each curve, a colour for each run, its mean over repeats bold.
 
+    The repeats are thin lines, or a band of their standard deviation where they are many.
+
     Raises:
         ImportError: without matplotlib.
     """
@@ -204,20 +209,27 @@ def plot(
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, curve in zip(panels, curves, strict=True):
         for number, (name, found) in enumerate(groups(records, order).items()):
-            style = {"color": f"C{number % 10}"}
+            color = f"C{number % 10}"
             lines = [
                 [(row[curve.x], row[curve.y]) for row in record.history if curve.y in row]
                 for record in found
             ]
-            for line in lines:
-                axes.plot(*zip(*line, strict=True), ".-", **style, linewidth=0.7, alpha=0.4)
-            shortest = min(len(line) for line in lines)
-            mean = [
-                tuple(statistics.fmean(line[i][j] for line in lines) for j in (0, 1))
-                for i in range(shortest)
-            ]
+            lines = [line for line in lines if line]  # without those that have only begun
+            length = min(map(len, lines), default=0)
+            points = [list(zip(*(line[i] for line in lines), strict=True)) for i in range(length)]
+            x, y = ([statistics.fmean(point[j]) for point in points] for j in (0, 1))
+            if len(lines) <= FEW:
+                for line in lines:
+                    kind = ".-" if length <= SHORT else "-"
+                    axes.plot(*zip(*line, strict=True), kind, c=color, linewidth=0.7, alpha=0.4)
+            else:
+                deviations = [statistics.stdev(point[1]) for point in points]
+                low, high = (
+                    [m + sign * d for m, d in zip(y, deviations, strict=True)] for sign in (-1, 1)
+                )
+                axes.fill_between(x, low, high, color=color, alpha=0.1, linewidth=0)
             kind = "-" if number < 10 else "--"
-            axes.plot(*zip(*mean, strict=True), kind, **style, linewidth=1.8, label=name)
+            axes.plot(x, y, kind, c=color, linewidth=1.8, label=name, zorder=3)
         axes.set(xlabel={"seconds": "seconds of training"}.get(curve.x, curve.x))
         axes.set(ylabel=curve.label, yscale="log" if curve.log else "linear")
         axes.grid(alpha=0.3)
