@@ -353,7 +353,7 @@ def test_text(tmp_path, harness):
     (tmp_path / "b.txt").write_text("c new b\n")
     train, test, count = text.load_text(tmp_path, "a.txt", "b.txt")
     assert count == 5  # <unk>, b, <eos>, a, c
-    assert train.tolist() == [1, 3, 0, 1, 2, 1, 4, 2]
+    assert train.tolist() == [1, 3, 0, 1, 2, 2, 1, 4, 2]  # an empty line is a line
     assert test.tolist() == [4, 0, 1, 2]
     texts = text.columns(torch.arange(21), 2)
     assert texts.tolist() == [list(range(10)), list(range(10, 20))]
@@ -399,6 +399,32 @@ def test_folds_are_the_same_for_all_methods_and_cover_all_graphs(harness):
     assert torch.equal(torch.cat([b.x.flatten() for b in other[1]]), tests[3])
     with pytest.raises(ValueError, match="fold 10 of generated graphs; expected 0 to 9"):
         graph.load_graphs(plan.runs["upg"], 10, None)
+
+
+def test_graphs_that_are_sorted_by_class_are_shuffled(tmp_path, monkeypatch, harness):
+    graph, plan = harness("graph"), harness("plan")
+    by_class = sorted(graph._generated_graphs(), key=lambda one: int(one.y))
+    monkeypatch.setattr(graph, "_tu", lambda path, name: by_class)
+    runs = plan.load_plan(FOLDER / "ignn_graphs.yaml", "cpu", graph.GraphSettings).runs
+    settings = dataclasses.replace(runs["COX2-upg"], batch_size=20)
+    (train, _), *_ = graph.load_graphs(settings, 0, tmp_path)
+    assert [len(batch.y) for batch in train] == [20] * 5 + [8]
+    assert all(0.15 < batch.y.float().mean() < 0.85 for batch in train)
+
+
+def test_graphs_of_nodes_come_in_another_order_in_each_epoch(monkeypatch, harness):
+    graph, plan = harness("graph"), harness("plan")
+    runs = plan.load_plan(FOLDER / "ignn_ppi.yaml", "smoke", graph.GraphSettings).runs
+    task = graph.GraphTask(runs["upg"], 0, None, CPU)
+    seen = []
+    scores = task._scores
+    monkeypatch.setattr(task, "_scores", lambda batch, g: seen.append(batch) or scores(batch, g))
+    for number in range(15):
+        task.step(number)
+    places = [[batch for batch, _ in task.splits[0]].index(batch) for batch in seen]
+    epochs = [places[i : i + 3] for i in range(0, 15, 3)]
+    assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -452,11 +478,17 @@ class Counting:
         self.losses, self.steps, self.eval_every = losses, len(losses), 2
 
     def step(self, number):
-        if isinstance(self.losses[number], Exception):
-            raise self.losses[number]
-        return torch.tensor(self.losses[number])
+        loss = self.losses[number]
+        if isinstance(loss, Exception):
+            raise loss
+        if loss == "weights":
+            nn.init.constant_(self.model.weight, float("nan"))
+        self.last = loss
+        return torch.tensor(1.0 if isinstance(loss, str) else loss)
 
     def evaluate(self, step):
+        if step > 0 and self.last == "evaluation":
+            raise ArithmeticError(self.last)
         return {"accuracy": 0.5}
 
 
@@ -465,6 +497,9 @@ class Counting:
     [
         ([1.0, 2.0, float("nan"), 1.0, 1.0], "the mean loss of the last 2 steps is nan"),
         ([1.0, 2.0, RuntimeError("singular"), 1.0], "RuntimeError: singular"),
+        ([1.0, 2.0, ValueError("no equilibrium"), 1.0], "ValueError: no equilibrium"),
+        ([1.0, 2.0, 1.0, "weights", 1.0], "weights are not finite after 4 steps"),
+        ([1.0, 2.0, 1.0, "evaluation", 1.0], "ArithmeticError: evaluation"),
     ],
 )
 def test_what_a_run_dies_of_is_recorded_and_kept(losses, error, tmp_path, harness):
@@ -476,7 +511,8 @@ def test_what_a_run_dies_of_is_recorded_and_kept(losses, error, tmp_path, harnes
     assert [row["step"] for row in record.history] == [0, 2]
     assert record.history[1]["train_loss"] == 1.5
     again = training.Record("a", 0, {"lr": 1.0}, task.steps)
-    assert training.restore(task, again, tmp_path / "a" / "0", CPU)
+    (tmp_path / "a" / "0" / "record.json").write_text("{}")  # as if killed just before it
+    assert training.restore(task, again, tmp_path / "a" / "0")
     assert again == record
     assert again.is_done
     (loaded,) = results.load_records(tmp_path)
@@ -520,6 +556,49 @@ def test_many_repeats_are_a_band_and_those_that_have_only_begun_are_left_out(har
     deviation = 2.5**0.5  # of 0 to 4
     assert low == pytest.approx([0, 2 - deviation, 4 - 2 * deviation])
     assert high == pytest.approx([0, 2 + deviation, 4 + 2 * deviation])
+
+
+def test_a_run_that_memory_did_not_suffice_for_can_be_resumed(tmp_path, harness):
+    training = harness("training")
+    task = Counting([1.0, 1.0, torch.cuda.OutOfMemoryError("full"), 1.0])
+    record = training.Record("a", 0, {}, task.steps)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="full"):
+        training.train(task, record, tmp_path, CPU, lambda record: None)
+    again = training.Record("a", 0, {}, task.steps)
+    assert training.restore(task, again, tmp_path)
+    assert (again.steps, again.error) == (2, None)
+
+
+def test_unfinished_runs_are_counted_and_not_averaged(tmp_path, harness):
+    results, training = harness("results"), harness("training")
+    rows = [{"step": 1, "ms_per_step": 5.0, "accuracy": 0.5}, {"step": 2, "ms_per_step": 7.0}]
+    records = [
+        training.Record("a", 0, {}, 2, steps=2, history=rows),
+        training.Record("a", 1, {}, 2, steps=1, history=[{"step": 1, "ms_per_step": 9.0}]),
+        training.Record("b", 0, {}, 2, steps=1, history=rows[:1]),
+        *(training.Record("c", n, {}, 1, steps=1, history=[{"step": 1}]) for n in (0, 1)),
+    ]
+    columns = [results.Column("accuracy", results.last("accuracy"))]
+    header, body = results.rows(records, columns, ["a", "b", "c"], {})
+    assert header == ["run", "accuracy", "ms/step", "steps", "runs"]
+    assert body == [
+        ["a", "0.5", "6.0", "1 to 2", "1 (1 unfinished)"],
+        ["b", "-", "-", "1", "0 (1 unfinished)"],
+        ["c", "-", "-", "1", "2"],
+    ]
+    table = results.write(tmp_path, "x", records, columns, [results.Curve("accuracy", "a")], [], {})
+    assert "1 unfinished" in table
+
+
+def test_nothing_is_dropped_for_a_command_that_cannot_be(tmp_path, harness):
+    command = ["--runs", "upg", "--repeats", "0", "--device", "cpu", "--out", str(tmp_path)]
+    main = harness("command").main
+    main(experiment("ignn_graphs"), command)
+    before = numbers(tmp_path)
+    for wrong in (["--set", "grad=ugp"], ["--data", str(tmp_path)], ["--repeats", "0", "99"]):
+        with pytest.raises(SystemExit):
+            main(experiment("ignn_graphs"), [*command, "--fresh", *wrong])
+    assert numbers(tmp_path) == before
 
 
 def test_the_best_of_a_history_and_where_another_is_best(harness):
@@ -584,7 +663,7 @@ def test_times_are_taken_in_turn(harness):
         tasks[name] = (Logging([1.0]), 7)
         tasks[name][0].name = name
     times = harness("training").step_times(tasks, 2, CPU)
-    assert order == [("a", 7), ("b", 7)] * 3
+    assert order == [(name, step) for step in (7, 8, 9) for name in "ab"]
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
 
 
@@ -623,7 +702,7 @@ def test_smoke(name, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one_on_the_joint_batch(tmp_path, harness):
     script = [str(FOLDER / "deq_wikitext.py"), "--runs", "postln-upg-jr0.1", "--device", "cpu"]
-    script += ["--set", "dropout=0.0", "jac_weight=0.0"]
+    script += ["--set", "dropout=0.0", "attention_dropout=0.0", "jac_weight=0.0"]
     one = call([sys.executable, *script, "--out", "one"], tmp_path)
     assert one.returncode == 0, one.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -647,6 +726,9 @@ def test_processes_share_out_folds(tmp_path, harness):
     assert [(r.name, r.repeat) for r in records] == [
         (name, fold) for name in ("ift", "npg", "upg") for fold in (0, 1)
     ]
+    for record in records:  # one of the processes trained it
+        folder = tmp_path / "out" / "smoke" / record.name / str(record.repeat)
+        assert len(list(folder.glob("events.out.tfevents*"))) == 1
 
 
 @pytest.mark.slow
@@ -654,8 +736,11 @@ def test_processes_agree_on_the_steps_that_fit_into_a_time(tmp_path, harness):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = [str(FOLDER / "mdeq_ablation.py"), "--runs", "upg", "ift-in-time-of-upg"]
     more = ["--set", "radius_images=0", "test_images=4", "--device", "cpu", "--out", "out"]
+    more += ["--time", "2"]  # which all processes take part in
     done = call([*torchrun, *script, *more], tmp_path)
     assert done.returncode == 0, done.stderr
     records = harness("results").load_records(tmp_path / "out" / "smoke")
     assert {record.name for record in records} == {"upg", "ift-in-time-of-upg"}
     assert all(record.steps == record.total >= 1 for record in records)
+    times = json.loads((tmp_path / "out" / "smoke" / "results.json").read_text())
+    assert {len(found) for found in times["step seconds, taken in turn"].values()} == {2}

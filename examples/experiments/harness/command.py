@@ -60,14 +60,20 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs = Runs(experiment, plan, args.data, device, (args.out or ROOT / plan.name) / plan.size)
     leading = processes.rank() == 0
+    alone = contextlib.nullcontext if experiment.joint else processes.alone
+    jobs = runs.of_this_process()
+    if leading or experiment.joint:
+        with alone():
+            runs.check()
+    processes.wait()
     if args.fresh and leading:
         for name, repeat in runs.all():
             shutil.rmtree(runs.folder(name, repeat), ignore_errors=True)
     processes.wait()
     deadline = time.monotonic() + 60 * args.minutes
     try:
-        with contextlib.nullcontext() if experiment.joint else processes.alone():
-            for name, repeat in runs.of_this_process():
+        with alone():
+            for name, repeat in jobs:
                 runs.train(name, repeat, is_over=lambda: time.monotonic() > deadline)
     except Stop:
         if leading:
@@ -77,7 +83,14 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
             "stopped; the same command goes on from the last evaluation of each run"
         ) from None
     processes.wait()
-    table = runs.report(runs.step_times(args.time) if args.time else {}) if leading else ""
+    table = runs.write({}) if leading else ""
+    if args.time and (leading or experiment.joint):
+        with alone():
+            times = runs.step_times(args.time)
+        table = runs.write(times) if leading else ""
+    if table:
+        print(table)
+        print(f"written: {runs.out}", file=sys.stderr)
     processes.stop()
     return table
 
@@ -135,7 +148,7 @@ class Runs:
         plan: their settings.
         data: where the data lie, None for those that need none.
         device: where they compute.
-        out: for a folder a run, and what `report` writes.
+        out: for a folder a run, and what `write` writes.
     """
 
     experiment: Experiment
@@ -157,6 +170,20 @@ class Runs:
     def folder(self, name: str, repeat: int) -> Path:
         """Return where a run's checkpoint, record and events are."""
         return self.out / name / str(repeat)
+
+    def check(self) -> None:
+        """Build each run once, so that what cannot be ends the command before anything is done.
+
+        It also leaves the data unpacked, which processes that work alone would all do at once.
+
+        Raises:
+            SystemExit: as `build` does.
+        """
+        names, repeats = list(self.plan.runs), self.plan.repeats
+        for name in names:
+            self.build(name, repeats[0])
+        for repeat in repeats[1:]:
+            self.build(names[0], repeat)
 
     def build(self, name: str, repeat: int) -> Task:
         """Return a run as it begins.
@@ -180,7 +207,7 @@ class Runs:
         """Return a run as it was left, or as it begins, and whether it was left."""
         task = self.build(name, repeat)
         record = Record(name, repeat, _plain(self.plan.runs[name]), task.steps)
-        return task, record, restore(task, record, self.folder(name, repeat), self.device)
+        return task, record, restore(task, record, self.folder(name, repeat))
 
     def train(self, name: str, repeat: int, is_over: Callable[[], bool]) -> None:
         """Train one run, or go on with it, until it is done or `is_over` says so (`Stop`)."""
@@ -232,21 +259,21 @@ class Runs:
         return max(1, round(tasks[base].steps * float(share) / processes.count()))
 
     def step_times(self, rounds: int) -> dict[str, list[float]]:
-        """Return the seconds of steps of the first repeat's trained models, taken in turn."""
+        """Return the seconds of the last steps of the first repeat's models, taken in turn."""
         tasks = {}
         for name in self.plan.runs:
             task, record, was_left = self.resume(name, self.plan.repeats[0])
             if was_left and record.is_done and record.error is None:
-                tasks[name] = (task, record.total - 1)
+                tasks[name] = (task, max(0, record.total - rounds - 1))
         return step_times(tasks, rounds, self.device)
 
-    def report(self, times: dict[str, list[float]]) -> str:
+    def write(self, times: dict[str, list[float]]) -> str:
         """Write what all runs in the folder have shown, and return the table, empty without any."""
         records = results.load_records(self.out)
         if not records:
             return ""
         columns = self.experiment.columns
-        table = results.write(
+        return results.write(
             self.out,
             f"{self.experiment.title} ({self.plan.size})",
             records,
@@ -255,9 +282,6 @@ class Runs:
             list(self.plan.runs),
             times,
         )
-        print(table)
-        print(f"written: {self.out}", file=sys.stderr)
-        return table
 
 
 def _plain(settings: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class GraphTask(Task):
             f_tol=s.f_tol,
             **({"normalize": False} if is_nodes else {}),
         ).to(device)
-        # The official loaders do not shuffle, so that graphs are prepared once.
+        # Batches are those of all epochs, as in the official code, so that they are prepared once.
         self.splits = [
             [(b, self.model.prepare(b.x, b.edge_index)) for b in (b.to(device) for b in split)]
             for split in splits
@@ -120,6 +121,9 @@ class GraphTask(Task):
             group["lr"] = s.lr * (0.5 if s.halve_after and epoch >= s.halve_after else 1.0)
         self.model.train()
         self.optimizer.zero_grad()
+        if self.is_nodes:  # in another order in each epoch, as in the official code
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            place = int(torch.randperm(self.epoch_steps, generator=generator)[place])
         batch, graph = self.splits[0][place]
         loss = self._loss(self._scores(batch, graph), batch)
         loss.backward()
@@ -181,6 +185,9 @@ def load_graphs(
     if not 0 <= fold < FOLDS:
         raise ValueError(f"fold {fold} of {s.dataset}; expected 0 to {FOLDS - 1}")
     dataset = _generated_graphs() if s.dataset == "generated graphs" else _tu(path, s.dataset)
+    # Shuffled once, as in the official code: PROTEINS has its graphs by class.
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    dataset = [dataset[i] for i in order.tolist()]
     labels = torch.cat([graph.y for graph in dataset])
     model_selection = require("sklearn.model_selection", "vision")
     # Of one seed for all, so that the folds of all methods are the same.
@@ -190,6 +197,7 @@ def load_graphs(
     return batches, dataset[0].x.shape[1], int(labels.max()) + 1, False
 
 
+@functools.cache
 def _tu(path: Path, name: str) -> Any:
     """Return a TU data set: PyG's own folder, or what a zip file holds, or a download by PyG."""
     from torch_geometric.datasets import TUDataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import pickle
@@ -154,6 +155,7 @@ class FolderImages(ImageSet):
         return pixels.flip(2) if numbers is not None and numbers[4] < 0.5 else pixels
 
 
+@functools.cache
 def load_images(
     name: str, path: Path | None, train: int, test: int, size: int
 ) -> tuple[ImageSet, ImageSet]:

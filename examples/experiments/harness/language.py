@@ -15,7 +15,7 @@ from deq_phantom_plugin.adapters.transformer import DEQTransformerConfig, DEQTra
 from . import processes
 from .schedule import cosine
 from .text import columns, load_text, segment, segments
-from .training import Task
+from .training import Diverged, Task
 
 RADIUS_TEXTS = 4
 
@@ -147,7 +147,9 @@ class LanguageTask(Task):
         self.optimizer.zero_grad()
         output = self.parallel(ids, labels=ids)
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        if not norm.isfinite():  # of the joint gradients: in all processes
+            raise Diverged(f"the norm of the gradients in step {number} is {float(norm)}")
         self.optimizer.step()
         loss: Tensor = output.loss.detach()
         return loss if output.jac_loss is None else loss - output.jac_loss.detach()

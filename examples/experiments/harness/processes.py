@@ -101,6 +101,13 @@ def wait() -> None:
         dist.barrier()
 
 
+def agree(model: nn.Module) -> None:
+    """Give all processes the first one's buffers: running means of their own samples differ."""
+    if are_joint():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def parallel(model: nn.Module) -> Any:
     """Return a module whose gradients are averaged over all processes."""
     return nn.parallel.DistributedDataParallel(model) if are_joint() else model

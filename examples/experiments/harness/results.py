@@ -59,8 +59,13 @@ class Curve:
 
 
 def last(key: str, scale: float = 1.0) -> Callable[[Record], float]:
-    """Return what takes a key from the last evaluation."""
-    return lambda record: scale * record.history[-1].get(key, math.nan)
+    """Return what takes a key from the last evaluation that has it."""
+
+    def of(record: Record) -> float:
+        values = [row[key] for row in record.history if key in row]
+        return scale * values[-1] if values else math.nan
+
+    return of
 
 
 def best(
@@ -115,22 +120,26 @@ def rows(
     header += [*(["ms/step in turn"] if times else []), "steps", "runs"]
     table = []
     for name, found in groups(records, order).items():
-        ended = [record for record in found if record.error is None and len(record.history) > 1]
+        ended = [record for record in found if record.error is None and record.is_done]
         cells = [mean_and_deviation([c.of(r) for r in ended], c.text) for c in columns]
-        cells.append(mean_and_deviation([milliseconds(r) for r in ended][:1], "{:.1f}"))
+        median = [statistics.median(map(milliseconds, ended))] if ended else []
+        cells.append(mean_and_deviation(median, "{:.1f}"))
         if times:
             cells.append(f"{1e3 * statistics.median(times[name]):.1f}" if name in times else "")
         steps = sorted({record.steps for record in found})
         cells.append(str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}")
         failed = [f"{r.repeat}: {r.error}" for r in found if r.error is not None]
-        cells.append(f"{len(ended)}" + (f" (failed: {'; '.join(failed)})" if failed else ""))
+        notes = [f"failed: {'; '.join(failed)}"] if failed else []
+        unfinished = len(found) - len(ended) - len(failed)
+        notes += [f"{unfinished} unfinished"] if unfinished else []
+        cells.append(f"{len(ended)}" + (f" ({'; '.join(notes)})" if notes else ""))
         table.append([name, *cells])
     return header, table
 
 
 def mean_and_deviation(values: Sequence[float], text: str) -> str:
     """Return the mean, and the standard deviation of several."""
-    if not values:
+    if not values or any(map(math.isnan, values)):
         return "-"
     mean = text.format(statistics.fmean(values))
     return f"{mean} ± {text.format(statistics.stdev(values))}" if len(values) > 1 else mean

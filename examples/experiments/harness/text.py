@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
 
@@ -15,11 +16,12 @@ HELP = (
 )
 
 
+@functools.cache
 def load_text(path: Path | None, train_file: str, test_file: str) -> tuple[Tensor, Tensor, int]:
     """Return training and test text as numbers of words, and how many words there are.
 
     Words are numbered by how often the training text has them. A word that only the test text has
-    is unknown. A line ends with a token of its own, as in the official code.
+    is unknown. A line, an empty one too, ends with a token of its own, as in the official code.
 
     Args:
         path: the folder.
@@ -96,7 +98,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _words(lines: list[str]) -> list[str]:
-    return [word for line in lines if line.strip() for word in (*line.split(), END)]
+    return [word for line in lines for word in (*line.split(), END)]
 
 
 def _language_reference() -> list[str]:

@@ -87,6 +87,10 @@ class Stop(Exception):
     """The time given to the command is over."""
 
 
+class Diverged(ArithmeticError):
+    """What a step has found in all processes alike: training cannot go on."""
+
+
 def train(
     task: Task,
     record: Record,
@@ -100,8 +104,8 @@ def train(
 
     Args:
         task: as built, or as `restore` left it.
-        record: filled in as the run goes on. What the model cannot bear (a loss that is not finite,
-            an error of a solver) ends the run and is put into `record.error`.
+        record: filled in as the run goes on. What the model cannot bear (a loss or weights that are
+            not finite, an error of a solver) ends the run and is put into `record.error`.
         folder: for checkpoint.pt and record.json.
         device: where the task computes.
         on_step: called after each step.
@@ -110,20 +114,38 @@ def train(
 
     Raises:
         Stop: if `is_over` said so; a checkpoint is there.
+        torch.cuda.OutOfMemoryError: the run can be resumed with more memory.
     """
+    try:
+        _train(task, record, folder, device, on_step, log, is_over)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Diverged as error:
+        record.error = str(error)
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        if processes.count() > 1:
+            raise  # the others wait for this one
+        record.error = f"{type(error).__name__}: {error}"
+    if record.error is not None:
+        save(task, record, folder)
+
+
+def _train(
+    task: Task,
+    record: Record,
+    folder: Path,
+    device: torch.device,
+    on_step: Callable[[Record], None],
+    log: Callable[[str, float, int], None],
+    is_over: Callable[[], bool],
+) -> None:
     if not record.history:
         record.history.append({"step": 0, "seconds": 0.0, **task.evaluate(0)})
     losses: list[Tensor] = []
     times: list[float] = []
     while record.steps < record.total:
         begin = _now(device)
-        try:
-            losses.append(task.step(record.steps))
-        except (ArithmeticError, RuntimeError) as error:
-            if processes.count() > 1:
-                raise  # the others wait for this one
-            record.error = f"{type(error).__name__}: {error}"
-            break
+        losses.append(task.step(record.steps))
         times.append(_now(device) - begin)
         record.seconds += times[-1]
         record.steps += 1
@@ -132,8 +154,10 @@ def train(
         if at_end or record.steps % task.eval_every == 0:
             mean = float(processes.total(torch.stack(losses).mean()) / processes.count())
             if not math.isfinite(mean):
-                record.error = f"the mean loss of the last {len(losses)} steps is {mean}"
-                break
+                raise Diverged(f"the mean loss of the last {len(losses)} steps is {mean}")
+            if not all(bool(weights.isfinite().all()) for weights in task.model.parameters()):
+                raise Diverged(f"weights are not finite after {record.steps} steps")
+            processes.agree(task.model)
             found = {
                 "step": record.steps,
                 "seconds": round(record.seconds, 3),
@@ -149,8 +173,6 @@ def train(
             # All processes stop at the same step or none does.
             if not at_end and processes.any_of(is_over(), device):
                 raise Stop
-    if record.error is not None:
-        save(task, record, folder)
 
 
 def save(task: Task, record: Record, folder: Path) -> None:
@@ -164,7 +186,7 @@ def save(task: Task, record: Record, folder: Path) -> None:
     write_whole(folder / "record.json", json.dumps(asdict(record), indent=1).encode())
 
 
-def restore(task: Task, record: Record, folder: Path, device: torch.device) -> bool:
+def restore(task: Task, record: Record, folder: Path) -> bool:
     """Take up a run that was left, and return whether there was one.
 
     Raises:
@@ -173,7 +195,8 @@ def restore(task: Task, record: Record, folder: Path, device: torch.device) -> b
     path = folder / "checkpoint.pt"
     if not path.is_file():
         return False
-    found = torch.load(path, map_location=device, weights_only=True)
+    # Onto the CPU: Adam's step numbers stay where they are read to, and are read in every step.
+    found = torch.load(path, map_location="cpu", weights_only=True)
     then = found["record"]["settings"]
     changed = [
         f"{key} was {then.get(key)!r} and is {record.settings.get(key)!r}"
@@ -186,6 +209,8 @@ def restore(task: Task, record: Record, folder: Path, device: torch.device) -> b
     task.optimizer.load_state_dict(found["optimizer"])
     vars(record).update(found["record"])
     task.steps = record.total
+    if record.is_done and processes.rank() == 0:  # in case it was killed just before the record
+        write_whole(folder / "record.json", json.dumps(asdict(record), indent=1).encode())
     return True
 
 
@@ -195,7 +220,7 @@ def step_times(
     """Return the seconds of a step of each task, taken in turn so that all see the same machine.
 
     Args:
-        tasks: each with the number of the step to take; their models do change.
+        tasks: each with the number of the first step to take; their models do change.
         rounds: times that are kept, after one that warms up.
         device: where they compute.
     """
@@ -203,7 +228,7 @@ def step_times(
     for number in range(rounds + 1):
         for name, (task, step) in tasks.items():
             begin = _now(device)
-            task.step(step)
+            task.step(step + number)
             if number > 0:
                 times[name].append(_now(device) - begin)
     return times
