@@ -122,8 +122,7 @@ class GraphTask(Task):
         self.model.train()
         self.optimizer.zero_grad()
         if self.is_nodes:  # in another order in each epoch, as in the official code
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            place = int(torch.randperm(self.epoch_steps, generator=generator)[place])
+            place = int(processes.epoch_order(self.seed, epoch, self.epoch_steps)[place])
         batch, graph = self.splits[0][place]
         loss = self._loss(self._scores(batch, graph), batch)
         loss.backward()

@@ -83,6 +83,12 @@ def seed(run: int, step: int) -> int:
     return (run * 1_000_003 + step) * count() + rank()
 
 
+def epoch_order(run: int, epoch: int, samples: int) -> Tensor:
+    """Return the order of the samples in an epoch of a run, the same in all processes."""
+    generator = torch.Generator().manual_seed(run * 1_000_003 + epoch)
+    return torch.randperm(samples, generator=generator)
+
+
 def total(numbers: Tensor) -> Tensor:
     """Return the sum over all processes, in place."""
     if are_joint():

@@ -12,7 +12,8 @@ import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,50 @@ def train(
         Stop: if `is_over` said so; a checkpoint is there.
         torch.cuda.OutOfMemoryError: the run can be resumed with more memory.
     """
+    with _failures_kept(record):
+        if not record.history:
+            record.history.append({"step": 0, "seconds": 0.0, **task.evaluate(0)})
+        losses: list[Tensor] = []
+        times: list[float] = []
+        while record.steps < record.total:
+            begin = _now(device)
+            losses.append(task.step(record.steps))
+            times.append(_now(device) - begin)
+            record.seconds += times[-1]
+            record.steps += 1
+            on_step(record)
+            at_end = record.steps == record.total
+            if at_end or record.steps % task.eval_every == 0:
+                mean = float(processes.total(torch.stack(losses).mean()) / processes.count())
+                if not math.isfinite(mean):
+                    raise Diverged(f"the mean loss of the last {len(losses)} steps is {mean}")
+                if not all(bool(weights.isfinite().all()) for weights in task.model.parameters()):
+                    raise Diverged(f"weights are not finite after {record.steps} steps")
+                processes.agree(task.model)
+                found = {
+                    "step": record.steps,
+                    "seconds": round(record.seconds, 3),
+                    "ms_per_step": round(1e3 * statistics.median(times), 3),
+                    "train_loss": mean,
+                    **task.evaluate(record.steps),
+                }
+                for name, value in found.items():
+                    log(name, value, record.steps)
+                record.history.append(found)
+                losses, times = [], []
+                save(task, record, folder)
+                # All processes stop at the same step or none does.
+                if not at_end and processes.any_of(is_over(), device):
+                    raise Stop
+    if record.error is not None:
+        save(task, record, folder)
+
+
+@contextmanager
+def _failures_kept(record: Record) -> Iterator[None]:
+    """Put what the model cannot bear into a record, and let all else through."""
     try:
-        _train(task, record, folder, device, on_step, log, is_over)
+        yield
     except torch.cuda.OutOfMemoryError:
         raise
     except Diverged as error:
@@ -126,53 +169,6 @@ def train(
         if processes.count() > 1:
             raise  # the others wait for this one
         record.error = f"{type(error).__name__}: {error}"
-    if record.error is not None:
-        save(task, record, folder)
-
-
-def _train(
-    task: Task,
-    record: Record,
-    folder: Path,
-    device: torch.device,
-    on_step: Callable[[Record], None],
-    log: Callable[[str, float, int], None],
-    is_over: Callable[[], bool],
-) -> None:
-    if not record.history:
-        record.history.append({"step": 0, "seconds": 0.0, **task.evaluate(0)})
-    losses: list[Tensor] = []
-    times: list[float] = []
-    while record.steps < record.total:
-        begin = _now(device)
-        losses.append(task.step(record.steps))
-        times.append(_now(device) - begin)
-        record.seconds += times[-1]
-        record.steps += 1
-        on_step(record)
-        at_end = record.steps == record.total
-        if at_end or record.steps % task.eval_every == 0:
-            mean = float(processes.total(torch.stack(losses).mean()) / processes.count())
-            if not math.isfinite(mean):
-                raise Diverged(f"the mean loss of the last {len(losses)} steps is {mean}")
-            if not all(bool(weights.isfinite().all()) for weights in task.model.parameters()):
-                raise Diverged(f"weights are not finite after {record.steps} steps")
-            processes.agree(task.model)
-            found = {
-                "step": record.steps,
-                "seconds": round(record.seconds, 3),
-                "ms_per_step": round(1e3 * statistics.median(times), 3),
-                "train_loss": mean,
-                **task.evaluate(record.steps),
-            }
-            for name, value in found.items():
-                log(name, value, record.steps)
-            record.history.append(found)
-            losses, times = [], []
-            save(task, record, folder)
-            # All processes stop at the same step or none does.
-            if not at_end and processes.any_of(is_over(), device):
-                raise Stop
 
 
 def save(task: Task, record: Record, folder: Path) -> None:

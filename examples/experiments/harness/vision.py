@@ -205,12 +205,10 @@ class VisionTask(Task):
 
     def _read(self, number: int) -> tuple[Tensor, Tensor]:
         epoch, place = divmod(number, self.epoch_steps)
-        # The order is that of the joint batch, the same in all processes.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.train_set.labels), generator=generator)
+        order = processes.epoch_order(self.seed, epoch, len(self.train_set.labels))
         size = self.settings.batch_size
         indices = processes.share(order[place * size : (place + 1) * size])
-        generator.manual_seed(processes.seed(self.seed, number))
+        generator = torch.Generator().manual_seed(processes.seed(self.seed, number))
         images = self.train_set.batch(indices, generator if self.settings.augment else None)
         return images, self.train_set.labels[indices]
 
