@@ -744,3 +744,19 @@ def test_processes_agree_on_the_steps_that_fit_into_a_time(tmp_path, harness):
     assert all(record.steps == record.total >= 1 for record in records)
     times = json.loads((tmp_path / "out" / "smoke" / "results.json").read_text())
     assert {len(found) for found in times["step seconds, taken in turn"].values()} == {2}
+
+
+@pytest.mark.slow
+def test_what_processes_measure_together_is_what_their_checkpoint_shows_alone(tmp_path, harness):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(FOLDER / "mdeq_ablation.py"), "--runs", "upg", "--device", "cpu", "--out", "out"]
+    # Running means of each process's own samples would tell in evaluations.
+    done = call([*torchrun, *script, "--set", "radius_images=0", "test_images=16"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = harness("results").load_records(tmp_path / "out" / "smoke")
+    ablation, training = experiment("mdeq_ablation"), harness("training")
+    task = ablation.task(ablation.settings(**record.settings), record.repeat, None, CPU)
+    again = training.Record(record.name, record.repeat, record.settings, record.total)
+    assert training.restore(task, again, tmp_path / "out" / "smoke" / "upg" / "0")
+    found = task.evaluate(record.total)
+    assert {key: record.history[-1][key] for key in found} == pytest.approx(found, rel=1e-5)

@@ -188,7 +188,7 @@ def load_graphs(
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     dataset = [dataset[i] for i in order.tolist()]
     labels = torch.cat([graph.y for graph in dataset])
-    model_selection = require("sklearn.model_selection", "vision")
+    model_selection = require("sklearn.model_selection", "experiments")
     # Of one seed for all, so that the folds of all methods are the same.
     folds = model_selection.StratifiedKFold(FOLDS, shuffle=True, random_state=0)
     indices = list(folds.split(labels, labels))[fold]
