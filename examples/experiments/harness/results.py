@@ -71,7 +71,7 @@ def last(key: str, scale: float = 1.0) -> Callable[[Record], float]:
 def best(
     key: str,
     scale: float = 1.0,
-    choose: Callable[..., float] = max,
+    choose: Callable[..., dict[str, float]] = max,
     by: str | None = None,
 ) -> Callable[[Record], float]:
     """Return what takes the best value of a key over all evaluations, or the one where `by` is."""
