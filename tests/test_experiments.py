@@ -386,6 +386,19 @@ def test_zipped_graphs_are_unpacked_and_nothing_else(tmp_path, monkeypatch, harn
     assert not list(tmp_path.rglob("evil.py"))
 
 
+def test_graphs_that_cannot_be_downloaded_leave_nothing_behind(tmp_path, monkeypatch, harness):
+    datasets = pytest.importorskip("torch_geometric.datasets")
+
+    def without_network(root, *_, **__):
+        (Path(root) / "COX2" / "raw").mkdir(parents=True)
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets, "TUDataset", without_network)
+    with pytest.raises(SystemExit, match=r"COX2 can be neither .* \(no network\); .* COX2\.zip"):
+        harness("graph")._tu(tmp_path, "COX2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_folds_are_the_same_for_all_methods_and_cover_all_graphs(harness):
     graph = harness("graph")
     plan = harness("plan").load_plan(FOLDER / "ignn_graphs.yaml", "smoke", graph.GraphSettings)
@@ -430,7 +443,7 @@ def test_graphs_of_nodes_come_in_another_order_in_each_epoch(monkeypatch, harnes
 # --- training ------------------------------------------------------------------------------------
 
 SMALL = {
-    "mdeq_ablation": ["--runs", "ift-official", "--set", "train_images=32", "augment=true"],
+    "mdeq_ablation": ["--runs", "ift-official", "--set", "train_images=48", "augment=true"],
     "deq_wikitext": ["--runs", "postln-upg-jr0.1", "--set", "dropout=0.1"],
     "ignn_graphs": ["--runs", "npg", "--repeats", "1"],
 }
@@ -521,7 +534,7 @@ def test_what_a_run_dies_of_is_recorded_and_kept(losses, error, tmp_path, harnes
     table = results.write(
         tmp_path, "x", [loaded], [column], [results.Curve("accuracy", "a")], [], {}
     )
-    assert f"0 (failed: 0: {error})" in table
+    assert "0 (1 failed)" in table
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     (row,) = csv.DictReader((tmp_path / "runs.csv").open())
     assert row == {
@@ -529,6 +542,7 @@ def test_what_a_run_dies_of_is_recorded_and_kept(losses, error, tmp_path, harnes
         "repeat": "0",
         "accuracy": "0.5",
         "steps": str(record.steps),
+        "of": str(record.total),
         "seconds": "0.0",
         "error": error,
     }
@@ -588,6 +602,80 @@ def test_unfinished_runs_are_counted_and_not_averaged(tmp_path, harness):
     ]
     table = results.write(tmp_path, "x", records, columns, [results.Curve("accuracy", "a")], [], {})
     assert "1 unfinished" in table
+
+
+def test_runs_of_other_settings_are_not_averaged(tmp_path, harness):
+    upg = ["--runs", "upg", "--device", "cpu", "--out", str(tmp_path)]
+    main = harness("command").main
+    main(experiment("ignn_graphs"), [*upg, "--repeats", "0"])
+    before = numbers(tmp_path)
+    other = [*upg, "--set", "lr=0.02"]
+    for repeats in (["0"], ["1"], ["1", "--fresh"]):
+        with pytest.raises(SystemExit, match=r"upg/0 is of other settings: lr was .* and is 0\.02"):
+            main(experiment("ignn_graphs"), [*other, "--repeats", *repeats])
+    assert numbers(tmp_path) == before
+    main(experiment("ignn_graphs"), [*other, "--repeats", "0", "--fresh"])
+    assert numbers(tmp_path) != before
+
+
+def test_step_times_stay_until_they_are_taken_again(tmp_path, harness):
+    def call(*more):
+        command = ["--repeats", "0", "--device", "cpu", "--out", str(tmp_path), *more]
+        harness("command").main(experiment("ignn_graphs"), command)
+        return harness("results").load_times(tmp_path / "smoke")
+
+    assert call("--runs", "upg", "--minutes", "0", "--time", "1") == {}  # nothing is finished
+    times = call("--runs", "upg", "npg", "--time", "2")
+    assert {name: len(found) for name, found in times.items()} == {"upg": 2, "npg": 2}
+    assert call("--runs", "npg") == times
+    assert call("--runs", "npg", "--fresh") == {"upg": times["upg"]}
+
+
+def test_failures_are_named_with_the_way_to_try_again(tmp_path, capsys, harness):
+    command = ["--runs", "upg", "--repeats", "0", "--device", "cpu", "--out", str(tmp_path)]
+    table = harness("command").main(experiment("ignn_graphs"), [*command, "--set", "lr=1e9"])
+    assert "0 (1 failed)" in table
+    said = capsys.readouterr().err
+    assert re.search(r"upg 0 failed after \d+ of \d+ steps: .*; tried again with --fresh", said)
+
+
+def test_an_unreadable_checkpoint_is_named(tmp_path, harness):
+    command = ["--runs", "upg", "--repeats", "0", "--device", "cpu", "--out", str(tmp_path)]
+    harness("command").main(experiment("ignn_graphs"), command)
+    path = tmp_path / "smoke" / "upg" / "0" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt cannot be read: .*--fresh"):
+        harness("command").main(experiment("ignn_graphs"), command)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, harness):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"--out: .*file"):
+        harness("command").main(experiment("ignn_graphs"), ["--out", str(tmp_path / "file")])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_line(capsys, harness):
+    with pytest.raises(SystemExit):
+        harness("command").main(experiment("ignn_graphs"), ["--device", "cuda"])
+    assert "PyTorch sees no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mdeq_cifar10", "deq_wikitext"])
+def test_pretraining_leaves_steps_to_train(name, tmp_path, harness):
+    command = ["--device", "cpu", "--out", str(tmp_path), "--set", "pretrain_steps=1000"]
+    with pytest.raises(SystemExit, match=r"pretrain_steps=1000 of \d+ steps; expected fewer"):
+        harness("command").main(experiment(name), command)
+
+
+@pytest.mark.parametrize("name", ["mdeq_cifar10", "deq_wikitext"])
+def test_a_batch_that_processes_cannot_share_is_refused_before_training(
+    name, tmp_path, monkeypatch, harness
+):
+    command = ["--device", "cpu", "--out", str(tmp_path), "--set", "batch_size=3"]
+    monkeypatch.setattr(harness("processes"), "count", lambda: 2)
+    with pytest.raises(SystemExit, match="a batch of 3 for 2 processes"):
+        harness("command").main(experiment(name), command)
 
 
 def test_nothing_is_dropped_for_a_command_that_cannot_be(tmp_path, harness):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import shutil
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ from deq_phantom_plugin.extras import require
 
 from . import processes, results
 from .plan import SIZES, Plan, load_plan, parse_change
-from .training import Record, Stop, Task, restore, step_times, train
+from .training import (
+    Record,
+    Stop,
+    Task,
+    refuse_other_settings,
+    restore,
+    step_times,
+    train,
+)
 
 ROOT = Path("runs/experiments")
 ROUNDS = 5  # of step times that a run's length is measured by
@@ -65,6 +74,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
     if leading or experiment.joint:
         with alone():
             runs.check()
+            runs.refuse_others(dropped=runs.all() if args.fresh else [])
     processes.wait()
     if args.fresh and leading:
         for name, repeat in runs.all():
@@ -83,13 +93,19 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
             "stopped; the same command goes on from the last evaluation of each run"
         ) from None
     processes.wait()
-    table = runs.write({}) if leading else ""
+    before = runs.known_times(but=plan.runs if args.fresh else ()) if leading else {}
+    table = runs.write(before) if leading else ""
     if args.time and (leading or experiment.joint):
         with alone():
             times = runs.step_times(args.time)
-        table = runs.write(times) if leading else ""
+        if leading and not times:
+            print("no run is finished, and no steps were timed", file=sys.stderr)
+        elif leading:
+            table = runs.write(times)
     if table:
         print(table)
+        for line in runs.failures():
+            print(line, file=sys.stderr)
         print(f"written: {runs.out}", file=sys.stderr)
     processes.stop()
     return table
@@ -130,6 +146,8 @@ def parse(
             raise ValueError(f"--minutes {args.minutes} --time {args.time}; expected 0 or more")
         if args.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device {args.device}; expected cpu, cuda or auto")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda, but PyTorch sees no GPU; expected cpu")
         for name, settings in plan.runs.items():
             base = getattr(settings, "same_time_as", "")
             if base and base not in plan.runs:
@@ -179,11 +197,42 @@ class Runs:
         Raises:
             SystemExit: as `build` does.
         """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--out: {error}") from None
         names, repeats = list(self.plan.runs), self.plan.repeats
         for name in names:
             self.build(name, repeats[0])
         for repeat in repeats[1:]:
             self.build(names[0], repeat)
+
+    def refuse_others(self, dropped: Sequence[tuple[str, int]]) -> None:
+        """Refuse seeds or folds that were trained with other settings than these runs.
+
+        The table has their means.
+
+        Args:
+            dropped: those that are about to be.
+
+        Raises:
+            SystemExit: if there are any; names the folder and the settings.
+        """
+        for name, settings in self.plan.runs.items():
+            for path in sorted((self.out / name).glob("*/record.json")):
+                with contextlib.suppress(ValueError, LookupError):  # the checkpoint tells, then
+                    record = json.loads(path.read_text())
+                    if (name, record["repeat"]) not in dropped:
+                        refuse_other_settings(path.parent, record["settings"], _plain(settings))
+
+    def failures(self) -> list[str]:
+        """Return a line for each run of this command that failed."""
+        return [
+            f"{r.name} {r.repeat} failed after {r.steps} of {r.total} steps: {r.error}; "
+            "tried again with --fresh"
+            for r in results.load_records(self.out)
+            if r.error is not None and (r.name, r.repeat) in self.all()
+        ]
 
     def build(self, name: str, repeat: int) -> Task:
         """Return a run as it begins.
@@ -266,6 +315,11 @@ class Runs:
             if was_left and record.is_done and record.error is None:
                 tasks[name] = (task, max(0, record.total - rounds - 1))
         return step_times(tasks, rounds, self.device)
+
+    def known_times(self, but: Collection[str]) -> dict[str, list[float]]:
+        """Return the step times that were taken before, but those of some runs."""
+        times = results.load_times(self.out)
+        return {name: found for name, found in times.items() if name not in but}
 
     def write(self, times: dict[str, list[float]]) -> str:
         """Write what all runs in the folder have shown, and return the table, empty without any."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from .training import Task
 FOLDS = 10
 UNPACKED = Path("runs/experiments/data")
 HELP = (
-    "the folder where PyTorch Geometric finds or puts its data sets; NAME.zip with the text files "
-    "of a TU data set in it will do"
+    "a folder in which PyTorch Geometric finds its data sets, or downloads them to, or one with "
+    "archives of the text files of TU data sets, COX2.zip and PROTEINS.zip"
 )
 
 
@@ -179,7 +181,8 @@ def load_graphs(
     if path is not None and not path.is_dir():
         raise SystemExit(f"--data {path} is no folder; expected {HELP}")
     if s.dataset == "PPI":
-        sets = [PPI(str(path / "PPI"), split=split) for split in ("train", "val", "test")]
+        with _downloads_into(path / "PPI"):
+            sets = [PPI(str(path / "PPI"), split=split) for split in ("train", "val", "test")]
         return sets, sets[0].num_features, sets[0].num_classes, True
     if not 0 <= fold < FOLDS:
         raise ValueError(f"fold {fold} of {s.dataset}; expected 0 to {FOLDS - 1}")
@@ -203,7 +206,8 @@ def _tu(path: Path, name: str) -> Any:
 
     archive = path / f"{name}.zip"
     if (path / name).is_dir() or not archive.is_file():
-        return TUDataset(str(path), name)
+        with _downloads_into(path / name):
+            return TUDataset(str(path), name)
     target = UNPACKED / name / "raw"
     with zipfile.ZipFile(archive) as packed:
         for item in packed.infolist():
@@ -211,6 +215,20 @@ def _tu(path: Path, name: str) -> Any:
             if file.startswith(name) and file.endswith(".txt") and not (target / file).is_file():
                 write_whole(target / file, packed.read(item))
     return TUDataset(str(UNPACKED), name)
+
+
+@contextmanager
+def _downloads_into(folder: Path) -> Iterator[None]:
+    """Say what is missing where PyTorch Geometric cannot download it, and leave nothing behind."""
+    was_there = folder.exists()
+    try:
+        yield
+    except OSError as error:
+        if not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise SystemExit(
+            f"{folder} can be neither read nor downloaded ({error}); --data is {HELP}"
+        ) from None
 
 
 def _generated_graphs(count: int = 120, nodes: int = 12) -> list[Any]:

@@ -213,8 +213,10 @@ def _read_archive(path: Path, split: str, count: int) -> ImageSet:
             data, offsets = archive[f"{split}_jpeg"], archive[f"{split}_offsets"]
             labels = torch.from_numpy(archive[f"{split}_labels"].astype("int64"))
             classes = len(archive["classes"])
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"{path} cannot be read: {error}; expected {HELP['cifar10']}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # NumPy takes what is no archive for a pickle, and advises to trust it.
+        reason = "it is no archive of NumPy's" if isinstance(error, ValueError) else error
+        raise SystemExit(f"{path} cannot be read: {reason}; expected {HELP['cifar10']}") from None
     labels = labels[: count or None]
     pixels = [
         torch.from_numpy(

@@ -13,7 +13,7 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin.adapters.transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 
 from . import processes
-from .schedule import cosine
+from .schedule import after_pretraining, cosine
 from .text import columns, load_text, segment, segments
 from .training import Diverged, Task
 
@@ -108,10 +108,10 @@ class LanguageTask(Task):
             columns(test, s.eval_batch),
         )
         segments(self.train_texts, s.length)
+        processes.share(self.train_texts)  # it has to be possible
         segments(self.test_texts, s.length)
         self.steps, self.eval_every = s.steps, s.eval_every
         torch.manual_seed(seed)
-        stages = {0: f"bptt(steps={s.pretrain_layers})", s.pretrain_steps: s.grad}
         config = DEQTransformerConfig(
             vocab_size=n_words,
             hidden_size=s.hidden,
@@ -121,7 +121,7 @@ class LanguageTask(Task):
             pre_layer_norm=s.pre_layer_norm,
             dropout=s.dropout,
             attention_dropout=s.attention_dropout,
-            grad=f"schedule({stages!r})" if s.pretrain_steps else s.grad,
+            grad=after_pretraining(s.grad, s.pretrain_steps, s.pretrain_layers, s.steps),
             f_solver=s.f_solver,
             f_max_iter=s.f_max_iter,
             f_tol=s.f_tol,

@@ -24,6 +24,8 @@ from .training import Record
 
 FEW = 4  # repeats that the plot shows one by one
 SHORT = 20  # points of a curve that are marked
+ENDS = ("steps", "of", "seconds", "error")  # of a line of runs.csv
+TIMES = "step seconds, taken in turn"  # key of results.json
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,15 @@ def load_records(folder: Path) -> list[Record]:
     return sorted(found, key=lambda record: (record.name, record.repeat))
 
 
+def load_times(folder: Path) -> dict[str, list[float]]:
+    """Return the step times that `write` wrote into a folder, if it did."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return {}
+    found: dict[str, list[float]] = json.loads(path.read_text())[TIMES]
+    return found
+
+
 def groups(records: Sequence[Record], order: Sequence[str]) -> dict[str, list[Record]]:
     """Return the records of each run, in an order; those it does not name come last."""
     names = [*order, *sorted({record.name for record in records} - set(order))]
@@ -128,9 +139,9 @@ def rows(
             cells.append(f"{1e3 * statistics.median(times[name]):.1f}" if name in times else "")
         steps = sorted({record.steps for record in found})
         cells.append(str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}")
-        failed = [f"{r.repeat}: {r.error}" for r in found if r.error is not None]
-        notes = [f"failed: {'; '.join(failed)}"] if failed else []
-        unfinished = len(found) - len(ended) - len(failed)
+        failed = sum(record.error is not None for record in found)
+        notes = [f"{failed} failed"] if failed else []
+        unfinished = len(found) - len(ended) - failed
         notes += [f"{unfinished} unfinished"] if unfinished else []
         cells.append(f"{len(ended)}" + (f" ({'; '.join(notes)})" if notes else ""))
         table.append([name, *cells])
@@ -163,7 +174,7 @@ def write(
     content = {
         "title": title,
         "environment": environment(),
-        "step seconds, taken in turn": times,
+        TIMES: times,
         "runs": [asdict(record) for record in records],
     }
     finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
@@ -179,11 +190,12 @@ def each_run(records: Sequence[Record], columns: Sequence[Column], order: Sequen
     """Return the columns of each seed or fold as CSV."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["run", "repeat", *(c.title for c in columns), "steps", "seconds", "error"])
+    lines.writerow(["run", "repeat", *(c.title for c in columns), *ENDS])
     for found in groups(records, order).values():
         for r in found:
             values = [f"{c.of(r):.6g}" for c in columns]
-            lines.writerow([r.name, r.repeat, *values, r.steps, f"{r.seconds:.1f}", r.error or ""])
+            ends = [r.steps, r.total, f"{r.seconds:.1f}", r.error or ""]
+            lines.writerow([r.name, r.repeat, *values, *ends])
     return text.getvalue()
 
 
@@ -193,11 +205,18 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": gpu,
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def plot(

@@ -1,4 +1,4 @@
-"""Learning rates, as functions of the step alone."""
+"""Learning rates and gradients, as functions of the step alone."""
 
 from __future__ import annotations
 
@@ -19,3 +19,23 @@ def cosine(step: int, steps: int, highest: float, lowest: float = 0.0, warmup: i
         return highest * (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
     return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def after_pretraining(grad: str | int, pretrain_steps: int, layers: int, steps: int) -> str | int:
+    """Return the spec of a gradient that unrolled pretraining comes before.
+
+    Args:
+        grad: the gradient's.
+        pretrain_steps: steps of pretraining; 0 for none.
+        layers: that it unrolls.
+        steps: of the whole run.
+
+    Raises:
+        ValueError: if nothing is left to train with the gradient.
+    """
+    if pretrain_steps == 0:
+        return grad
+    if not 0 < pretrain_steps < steps:
+        raise ValueError(f"pretrain_steps={pretrain_steps} of {steps} steps; expected fewer")
+    stages = {0: f"bptt(steps={layers})", pretrain_steps: grad}
+    return f"schedule({stages!r})"

@@ -94,7 +94,11 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError) as error:
-        raise SystemExit(f"{path} cannot be read: {error}; --data is {HELP}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SystemExit(
+            f"{path} cannot be read: {reason}; expected a folder with the texts that the settings "
+            "train_file and test_file name"
+        ) from None
 
 
 def _words(lines: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -186,21 +187,18 @@ def restore(task: Task, record: Record, folder: Path) -> bool:
     """Take up a run that was left, and return whether there was one.
 
     Raises:
-        SystemExit: if it had other settings; names them.
+        SystemExit: if it cannot be read, or had other settings; names them.
     """
     path = folder / "checkpoint.pt"
     if not path.is_file():
         return False
     # Onto the CPU: Adam's step numbers stay where they are read to, and are read in every step.
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    then = found["record"]["settings"]
-    changed = [
-        f"{key} was {then.get(key)!r} and is {record.settings.get(key)!r}"
-        for key in sorted({*then, *record.settings})
-        if then.get(key) != record.settings.get(key)
-    ]
-    if changed:
-        raise SystemExit(f"{path} is of other settings: {', '.join(changed)}; drop it with --fresh")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SystemExit(f"{path} cannot be read: {reason}; drop it with --fresh") from None
+    refuse_other_settings(path, found["record"]["settings"], record.settings)
     task.model.load_state_dict(found["model"])
     task.optimizer.load_state_dict(found["optimizer"])
     vars(record).update(found["record"])
@@ -208,6 +206,24 @@ def restore(task: Task, record: Record, folder: Path) -> bool:
     if record.is_done and processes.rank() == 0:  # in case it was killed just before the record
         write_whole(folder / "record.json", json.dumps(asdict(record), indent=1).encode())
     return True
+
+
+def refuse_other_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with, or to average over, what was trained with other settings.
+
+    Raises:
+        SystemExit: if they differ; names them.
+    """
+    changed = [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+    if changed:
+        raise SystemExit(
+            f"{path} is of other settings: {', '.join(changed)}; drop it with --fresh, or choose "
+            "another folder with --out"
+        )
 
 
 def step_times(

@@ -15,7 +15,7 @@ from deq_phantom_plugin.adapters.mdeq import MDEQ
 
 from . import processes
 from .images import load_images
-from .schedule import cosine
+from .schedule import after_pretraining, cosine
 from .training import Task
 
 
@@ -111,6 +111,7 @@ class VisionTask(Task):
                 f"{len(self.train_set.labels)} training images; expected at least a batch of "
                 f"{s.batch_size}"
             )
+        processes.share(torch.arange(s.batch_size))  # it has to be possible
         self.epoch_steps = len(self.train_set.labels) // s.batch_size
         self.steps = s.epochs * self.epoch_steps
         self._accuracy_every = self.eval_every = s.eval_epochs * self.epoch_steps
@@ -123,7 +124,7 @@ class VisionTask(Task):
         model = MDEQ.from_preset(
             s.preset,
             num_classes=self.train_set.classes,
-            grad=_with_pretraining(s),
+            grad=after_pretraining(s.grad, s.pretrain_steps, s.pretrain_layers, self.steps),
             dropout=s.dropout,
             **deq,
         )
@@ -214,13 +215,6 @@ class VisionTask(Task):
 
     def _to_device(self, images: Tensor) -> Tensor:
         return images.to(self.device).contiguous(memory_format=torch.channels_last)
-
-
-def _with_pretraining(s: VisionSettings) -> str | int:
-    if s.pretrain_steps == 0:
-        return s.grad
-    stages = {0: f"bptt(steps={s.pretrain_layers})", s.pretrain_steps: s.grad}
-    return f"schedule({stages!r})"
 
 
 def _optimizer(model: torch.nn.Module, s: VisionSettings) -> torch.optim.Optimizer:
