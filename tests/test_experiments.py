@@ -296,8 +296,12 @@ def test_missing_data_are_described(tmp_path, harness):
         load("generated", tmp_path, 4, 4, 8)
     with pytest.raises(SystemExit, match=r"wiki\.txt needs --data DIR"):
         harness("text").load_text(None, "wiki.txt", "wiki.txt")
-    with pytest.raises(SystemExit, match="cannot be read"):
-        harness("text").load_text(tmp_path, "wiki.txt", "wiki.txt")
+    (tmp_path / "text").touch()
+    with pytest.raises(SystemExit, match=r"text is no archive; expected the archive cifar10-jpeg"):
+        load("cifar10", tmp_path / "text", 0, 0, 32)
+    for path in (tmp_path, tmp_path / "text"):
+        with pytest.raises(SystemExit, match=r"wiki\.txt cannot be read: .*; expected a folder"):
+            harness("text").load_text(path, "wiki.txt", "wiki.txt")
 
 
 def test_augmentation_is_a_crop_of_the_framed_image_flipped_or_not(harness):
@@ -847,4 +851,5 @@ def test_what_processes_measure_together_is_what_their_checkpoint_shows_alone(tm
     again = training.Record(record.name, record.repeat, record.settings, record.total)
     assert training.restore(task, again, tmp_path / "out" / "smoke" / "upg" / "0")
     found = task.evaluate(record.total)
+    # Sums in another order differ by 2e-7, buffers of different processes by 7e-4.
     assert {key: record.history[-1][key] for key in found} == pytest.approx(found, rel=1e-5)

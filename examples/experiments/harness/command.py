@@ -23,15 +23,7 @@ from deq_phantom_plugin.extras import require
 
 from . import processes, results
 from .plan import SIZES, Plan, load_plan, parse_change
-from .training import (
-    Record,
-    Stop,
-    Task,
-    refuse_other_settings,
-    restore,
-    step_times,
-    train,
-)
+from .training import Record, Stop, Task, refuse_other_settings, restore, step_times, train
 
 ROOT = Path("runs/experiments")
 ROUNDS = 5  # of step times that a run's length is measured by

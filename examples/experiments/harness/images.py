@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import pickle
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -208,15 +209,16 @@ def generate(count: int, seed: int, size: int, classes: int = 10) -> ImageSet:
 
 def _read_archive(path: Path, split: str, count: int) -> ImageSet:
     image, numpy = require("PIL.Image", "vision"), require("numpy", "vision")
+    # NumPy takes what is no archive for a pickle, and advises to trust it.
+    if not zipfile.is_zipfile(path):
+        raise SystemExit(f"{path} is no archive; expected {HELP['cifar10']}")
     try:
         with numpy.load(path, allow_pickle=False) as archive:
             data, offsets = archive[f"{split}_jpeg"], archive[f"{split}_offsets"]
             labels = torch.from_numpy(archive[f"{split}_labels"].astype("int64"))
             classes = len(archive["classes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # NumPy takes what is no archive for a pickle, and advises to trust it.
-        reason = "it is no archive of NumPy's" if isinstance(error, ValueError) else error
-        raise SystemExit(f"{path} cannot be read: {reason}; expected {HELP['cifar10']}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}; expected {HELP['cifar10']}") from None
     labels = labels[: count or None]
     pixels = [
         torch.from_numpy(

@@ -108,7 +108,7 @@ class LanguageTask(Task):
             columns(test, s.eval_batch),
         )
         segments(self.train_texts, s.length)
-        processes.share(self.train_texts)  # it has to be possible
+        processes.share(self.train_texts)  # refused here and not in the first step
         segments(self.test_texts, s.length)
         self.steps, self.eval_every = s.steps, s.eval_every
         torch.manual_seed(seed)

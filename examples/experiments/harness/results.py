@@ -24,7 +24,6 @@ from .training import Record
 
 FEW = 4  # repeats that the plot shows one by one
 SHORT = 20  # points of a curve that are marked
-ENDS = ("steps", "of", "seconds", "error")  # of a line of runs.csv
 TIMES = "step seconds, taken in turn"  # key of results.json
 
 
@@ -190,7 +189,8 @@ def each_run(records: Sequence[Record], columns: Sequence[Column], order: Sequen
     """Return the columns of each seed or fold as CSV."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["run", "repeat", *(c.title for c in columns), *ENDS])
+    titles = (column.title for column in columns)
+    lines.writerow(["run", "repeat", *titles, "steps", "of", "seconds", "error"])
     for found in groups(records, order).values():
         for r in found:
             values = [f"{c.of(r):.6g}" for c in columns]
@@ -205,18 +205,11 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": gpu,
-        "processor": _processor(),
+        "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def plot(

@@ -111,7 +111,7 @@ class VisionTask(Task):
                 f"{len(self.train_set.labels)} training images; expected at least a batch of "
                 f"{s.batch_size}"
             )
-        processes.share(torch.arange(s.batch_size))  # it has to be possible
+        processes.share(torch.arange(s.batch_size))  # refused here and not in the first step
         self.epoch_steps = len(self.train_set.labels) // s.batch_size
         self.steps = s.epochs * self.epoch_steps
         self._accuracy_every = self.eval_every = s.eval_epochs * self.epoch_steps
