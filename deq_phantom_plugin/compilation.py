@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -48,3 +51,16 @@ def never_compiled(function: _F) -> _F:
         return function(*args, **kwargs)
 
     return cast(_F, call)
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Run what was compiled as it was written, inside a `with` block.
+
+    A backward pass that was compiled where no graph was to be kept may overwrite what was saved
+    for it; on such a graph the second product is refused or, from a cache on disk that another
+    process has filled, silently wrong (PyTorch 2.13.0 and 2.14.1). An eager graph is good for any
+    number of products.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

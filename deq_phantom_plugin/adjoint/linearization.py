@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compilation import eager, never_compiled
 from ..precision import full_precision
 from ..state import State, flatten, unflatten
 from .packing import Packing
@@ -24,6 +25,8 @@ Adjoint = Callable[[list[Tensor]], list[Tensor]]
 class Linearization:
     """F(h*) on one autograd graph, from which J^T v is had as often as wanted.
 
+    An F that was compiled runs as it was written here, see `compilation.eager`.
+
     Args:
         func: the map F.
         equilibrium: h*, detached.
@@ -34,9 +37,10 @@ class Linearization:
         structure: the structure of the state.
     """
 
+    @never_compiled
     def __init__(self, func: Callable[[State], State], equilibrium: State) -> None:
         leaves, self.structure = flatten(equilibrium)
-        with torch.enable_grad(), _kept_from_checkpoint():
+        with torch.enable_grad(), _kept_from_checkpoint(), eager():
             anchor = torch.empty(0, requires_grad=True)
             self.inputs: list[Tensor] = list(_Input.apply(anchor, *leaves))
             self.outputs, _ = flatten(func(unflatten(self.inputs, self.structure)))
