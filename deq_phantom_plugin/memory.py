@@ -19,12 +19,16 @@ class Memory(nn.Module):
     Attributes:
         step: the training step, None until `dpp.set_step` or a host has told it.
         failures: samples in which a solve failed, "forward" and "adjoint"; see `guard`. Not saved.
+        findings: what `inspection` found out of F, by mode and structure of the state. Not saved or
+            copied: another process, or a copy, asks for itself.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.step: int | None = None
         self.failures: Counter[str] = Counter()
+        self.findings: dict[tuple[bool, str], Any] = {}
+        self._doubts = 0
         self._warm_starts: dict[str, Tensor] = {}
 
     def warm_start(self, name: str, like: Tensor) -> Tensor | None:
@@ -37,6 +41,19 @@ class Memory(nn.Module):
     def keep(self, name: str, value: Tensor) -> None:
         """Keep a detached tensor under `name` for the next step."""
         self._warm_starts[name] = value.detach()
+
+    def doubt(self) -> None:
+        """Ask again what F is like: a solve that relied on what was found has stopped short.
+
+        Weights that begin at zero couple nothing yet. Asked at the first doubt, the second, the
+        fourth and so on, so that a solve that never gets there does not pay at every step.
+        """
+        self._doubts += 1
+        if self._doubts & (self._doubts - 1) == 0:
+            self.findings.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "findings": {}, "_doubts": 0}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.step is not None:
