@@ -57,7 +57,7 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
     # A cycle can tell no more of the residual; the next one begins with the true one.
     eps = torch.finfo(residual.dtype).eps
     flags = LateRead(residual.device)
-    used, least = 0, torch.full_like(norm, progress.tol)
+    used, least = 0, norm.new_tensor(progress.tol)
     for j in range(length):
         image = progress.apply(last)
         if j == _LONG and j < length - 1:

@@ -64,10 +64,10 @@ def choose_leaves(chosen: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) 
     return mixed
 
 
-# A sample whose residual has not halved in so many checks may be down at F's rounding; twice as
-# many until it is asked again. Above `_COARSE` it is not: the coarsest eps, bfloat16's, is 8e-3.
+# A sample whose residual has not halved in so many checks may be down at F's rounding. Above
+# `_COARSE` it is not: the coarsest eps, bfloat16's, is 8e-3.
 _PATIENCE, _COARSE = 5, 0.1
-_FLOOR = 2.0  # residuals over the rounding of one product that more products do not improve
+_FLOOR = 4.0  # residuals over the rounding of one product that more products hardly improve
 
 
 class Progress:
@@ -101,10 +101,9 @@ class Progress:
         self._best_residual = torch.where(self.active, torch.inf, norm)
         self._is_one_iterate = torch.ones_like(self.active).all()
         self._trace: list[Tensor] = []
-        self._rounding: Tensor | None = None  # of a product, relative to it, shape (B,)
+        self._rounding: Tensor | None = None  # of a product, relative to it, shape ()
         self._at_rounding = torch.zeros_like(self.active)
         self._limit = torch.full_like(norm, tol)  # what each sample's residual is to reach
-        self._patience, self._asked = _PATIENCE, 0
         self._late = LateRead(rhs.device)
 
     @property
@@ -136,43 +135,46 @@ class Progress:
             NonFiniteError: if a residual is NaN or infinite.
         """
         norm = torch.linalg.vector_norm(residual, dim=1)
+        counted = self.active
         # A sample that was solved is kept where it is; if it is solved no more, others reach in.
-        better = ~self.active | (norm < self._best_residual)
-        self._is_one_iterate = better.all()
+        better = (~counted & torch.isfinite(norm)) | (norm < self._best_residual)
+        self._is_one_iterate = (better | ~counted).all()
         self._best = choose(better, x, self._best)
         self._best_residual = torch.where(better, norm, self._best_residual)
         self._trace.append(self._best_residual)
         self.active = self._best_residual > self._limit
-        if at_once or len(self._trace) - self._asked >= self._patience:
-            self._stop_at_rounding(x, residual, norm, at_once)
+        # A solver that looks at once had thought to be there: its next try is the proof.
+        patience = 1 if at_once else _PATIENCE
+        if len(self._trace) > patience and (len(self._trace) - 1) % patience == 0:
+            self._stop_at_rounding(x, residual, self._trace[-patience - 1], at_once)
         late = None if at_once else self._late
-        return not self.go_on(self.active, norm, torch.ones_like(self.active), late)
+        return not self.go_on(self.active, norm, counted, late)
 
-    def _stop_at_rounding(self, x: Tensor, residual: Tensor, norm: Tensor, at_once: bool) -> None:
-        """Stop samples whose residual is what F's rounding makes of it.
+    def _stop_at_rounding(self, x: Tensor, residual: Tensor, before: Tensor, at_once: bool) -> None:
+        """Stop samples whose residual is what F's rounding makes of it, and falls no more.
 
         Args:
             x: an iterate, shape (B, D).
             residual: its residual vector.
-            norm: of that, shape (B,).
-            at_once: whether the solver had thought to be there, and need not have stagnated.
+            before: the best residual some checks ago, shape (B,).
+            at_once: whether the host may look.
         """
-        stuck = self.active & (norm <= _COARSE)
-        if not at_once:
-            stuck = stuck & (2 * self._best_residual > self._trace[self._asked])
-            self._asked, self._patience = len(self._trace) - 1, 2 * self._patience
-        if self.exhausted or (self._rounding is None and not bool(stuck.any())):
-            return
+        stuck = self.active & (self._best_residual <= _COARSE) & (2 * self._best_residual > before)
+        if self._rounding is None:
+            waits = at_once or not LateRead.is_late(x.device)  # elsewhere to ask would be to wait
+            if self.exhausted or (waits and not bool(stuck.any())):
+                return
         image = x - self.rhs + residual  # J^T x
-        rounding = self.rounding(x, image)
         size = torch.linalg.vector_norm(image, dim=1)
-        found = stuck & (norm <= _FLOOR * rounding * size)
+        found = stuck & (self._best_residual <= _FLOOR * self.rounding(x, image) * size)
         self._at_rounding = self._at_rounding | found
-        self._limit = torch.where(found, 2 * norm, self._limit)
+        self._limit = torch.where(found, 2 * self._best_residual, self._limit)
         self.active = self.active & ~found
 
     def rounding(self, x: Tensor, image: Tensor) -> Tensor:
-        """Return the rounding of products relative to them, shape (B,); costs one, once a solve.
+        """Return the rounding of products relative to them, shape (); costs one, once a solve.
+
+        The largest of the batch: one sample's may be small by chance.
 
         Args:
             x: any rows, shape (B, D).
@@ -182,7 +184,8 @@ class Progress:
             # By a factor that is no power of two, all numbers are rounded otherwise.
             change = torch.linalg.vector_norm(1.5 * self.apply(x / 1.5) - image, dim=1)
             size = torch.linalg.vector_norm(image, dim=1)
-            self._rounding = torch.where(size > 0, change / torch.where(size > 0, size, 1), 0)
+            relative = torch.where(size > 0, change / torch.where(size > 0, size, 1), 0)
+            self._rounding = relative.amax() if len(relative) else relative.sum()
         return self._rounding
 
     def go_on(
