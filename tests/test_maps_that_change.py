@@ -264,3 +264,46 @@ def test_a_decoder_layer_keeps_the_masks_of_dropout_that_others_put_there(traini
     first = block(x)
     assert block.last.residual.max() < 1e-4
     assert not torch.equal(first, block(x))
+
+
+# --- running statistics --------------------------------------------------------------------------
+
+# What docs/concepts/assumptions.md says that each strategy adds, forward and in backward.
+UPDATES = {
+    "jfb": (1, 0),
+    "npg": (1, 0),
+    "npg_rr": (1, 0),
+    "ift": (1, 0),
+    "exact": (1, 0),
+    "upg(k=3)": (3, 0),
+    "upg(k=3, lam='adaptive')": (4, 0),
+    "upg(k=3, checkpoint=True)": (3, 3),
+    "bptt(steps=4)": (4, 0),
+    "reversible(steps=4)": (8, 0),
+    "ift(higher_order=True)": (1, 1),
+    "guard('ift')": (2, 0),
+}
+
+
+@pytest.mark.parametrize("batch_dim", ["auto", None])
+@pytest.mark.parametrize("spec", UPDATES)
+def test_what_running_statistics_see(spec, batch_dim):
+    norm, linear = nn.BatchNorm1d(4), nn.Linear(4, 4)
+    h, x = torch.zeros(6, 4), torch.randn(6, 4)
+
+    def func(h):
+        return torch.tanh(0.1 * norm(linear(h) + x) + x)
+
+    with torch.no_grad():
+        for _ in range(60):
+            h = func(h)
+
+    def updates():
+        return int(norm.num_batches_tracked) - 60
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AssumptionWarning)
+        attached = dpp.attach(func, h, spec, dpp.Context(batch_dim=batch_dim))
+    forward = updates()
+    attached.square().sum().backward()
+    assert (forward, updates() - forward) == UPDATES[spec]
