@@ -63,4 +63,5 @@ def eager() -> AbstractContextManager[Any]:
     """
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -50,7 +50,8 @@ class SameDraws:
 
 def random_state(leaves: Iterable[Tensor]) -> list[Tensor]:
     """Return the random state of the CPU and of the leaves' devices."""
-    return [torch.get_rng_state(), *(get() for get, _ in _generators(leaves))]
+    others = [module.get_rng_state(*of) for module, of in _generators(leaves)]
+    return [torch.get_rng_state(), *others]
 
 
 def is_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -71,19 +72,13 @@ def forked_rng(leaves: Iterable[Tensor]) -> Iterator[None]:
 
 def _set_random_state(leaves: Iterable[Tensor], states: Sequence[Tensor]) -> None:
     torch.set_rng_state(states[0])
-    for (_, put), state in zip(_generators(leaves), states[1:], strict=True):
-        put(state)
+    for (module, of), state in zip(_generators(leaves), states[1:], strict=True):
+        module.set_rng_state(state, *of)
 
 
-def _generators(
-    leaves: Iterable[Tensor],
-) -> Iterator[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
-    """Yield what gets and sets the random state of each of the leaves' devices but the CPU."""
+def _generators(leaves: Iterable[Tensor]) -> Iterator[tuple[Any, tuple[torch.device, ...]]]:
+    """Yield PyTorch's module of each of the leaves' devices but the CPU, and which device."""
     for device in sorted({leaf.device for leaf in leaves}, key=str):
         if device.type not in ("cpu", "meta"):
-            module = torch.get_device_module(device)
-            of = () if device.type == "mps" else (device,)
-            yield (
-                lambda module=module, of=of: module.get_rng_state(*of),
-                lambda state, module=module, of=of: module.set_rng_state(state, *of),
-            )
+            # There is one generator for all of Apple's.
+            yield torch.get_device_module(device), () if device.type == "mps" else (device,)

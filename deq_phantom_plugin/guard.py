@@ -86,7 +86,7 @@ class Guard(GradStrategy):
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         policy: FailurePolicy = self._policy  # type: ignore[attr-defined]
-        packing = Packing(flatten(equilibrium)[0], context.batch_dim)
+        packing = Packing(flatten(equilibrium)[0], context.sample_dim)
         equilibrium = _finite(equilibrium, packing, context)
         failed = _residual(func, equilibrium, packing) > self.forward_tol
         told = replace(context, on_failure=policy)

@@ -71,8 +71,17 @@ class Context:
 
     @property
     def sample_dim(self) -> int | None:
-        """The dimension that counts samples, 0 where that is still to be found out."""
-        return 0 if isinstance(self.batch_dim, str) else self.batch_dim
+        """The dimension that counts independent samples, None where they are coupled.
+
+        Raises:
+            ValueError: if that has not been found out, as `dpp.attach` does.
+        """
+        if isinstance(self.batch_dim, str):
+            raise ValueError(
+                f"batch_dim={self.batch_dim!r} where a strategy is called by itself: dpp.attach "
+                "finds out whether samples are independent; here say it, a dimension or None"
+            )
+        return self.batch_dim
 
     @property
     def current_step(self) -> int | None:

@@ -143,7 +143,8 @@ class Problem:
     def inspect(self) -> Findings:
         """Find out whether F mixes samples, and whether it is the same map each time."""
         func = CheckedFunc(self.func, self.equilibrium)
-        return inspect_map(func, self.equilibrium, self.context.sample_dim)
+        told = self.context.batch_dim
+        return inspect_map(func, self.equilibrium, 0 if isinstance(told, str) else told)
 
     def settled(self, coupled: bool | None) -> Problem:
         """Return the same problem as strategies see it, with what was to be found out."""

@@ -219,7 +219,7 @@ def measure(
         largest = [float(radius.max()) if radius.numel() else 0.0 for radius in radii]
         damped_radii = dict(zip(lams, largest, strict=True))
         results = _results(problem, strategies, reference, damped_radii, repeats)
-    packing = Packing(flatten(problem.equilibrium)[0], whole.context.batch_dim)
+    packing = Packing(flatten(problem.equilibrium)[0], whole.context.sample_dim)
     report = GradientReport(
         name=name,
         batch_size=packing.batch_size,
@@ -250,7 +250,7 @@ def solve_reference(problem: Problem) -> tuple[GradStrategy, Gradient]:
     Small states are solved densely. Larger ones by GMRES; where that stalls, as it does when
     eigenvalues of J surround 1, densely if the matrices fit into memory.
     """
-    packing = Packing(flatten(problem.equilibrium)[0], problem.context.batch_dim)
+    packing = Packing(flatten(problem.equilibrium)[0], problem.context.sample_dim)
     tol = _reference_tol(packing)
     methods: list[GradStrategy] = [
         IFT(solver="gmres", tol=tol, max_iter=_REFERENCE_VJPS),

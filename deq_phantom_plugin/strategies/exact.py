@@ -20,8 +20,8 @@ class Exact(GradStrategy):
     """The implicit gradient from dense Jacobians: g solves (I - J^T) g = v directly.
 
     The reference for diagnostics and tests. The value is F(h*). Costs one evaluation of F, one
-    vector-Jacobian product for each of a sample's d elements, two more that tell whether samples
-    are independent, and d^2 memory a sample.
+    vector-Jacobian product for each of a sample's d elements, some more that tell whether samples
+    are independent (7 for 32), and d^2 memory a sample.
 
     Raises:
         ValueError: in backward, if the Jacobians would take more than 1 GiB, or samples that were
@@ -31,7 +31,7 @@ class Exact(GradStrategy):
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         graph = Linearization(func, equilibrium)
-        batch_dim, monitor = context.batch_dim, context.monitor
+        batch_dim, monitor = context.sample_dim, context.monitor
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             packing = Packing(v, batch_dim)

@@ -66,7 +66,7 @@ class IFT(GradStrategy):
         """See `GradStrategy.attach`."""
         # Only what backward needs to know is kept until then.
         told = Context(
-            context.batch_dim,
+            context.sample_dim,
             monitor=context.monitor,
             memory=context.memory,
             on_failure=context.on_failure,
@@ -77,7 +77,7 @@ class IFT(GradStrategy):
             return self._solved(vjp, v, told, rescue)
 
         if self.higher_order:
-            alone = Context(context.batch_dim)
+            alone = Context(context.sample_dim)
             inner = lambda vjp, v: self._solved(vjp, v, alone, None)  # noqa: E731
             return implicit(func, equilibrium, adjoint, inner)
         graph = Linearization(func, equilibrium)
@@ -94,7 +94,7 @@ class IFT(GradStrategy):
                 solver=self.solver,
                 tol=self.tol,
                 max_vjp=self.max_iter,
-                batch_dim=context.batch_dim,
+                batch_dim=context.sample_dim,
                 start=None if memory is None else _last(memory, v),
                 without_broken=rescue is not None and rescue.goes_on,
             )
@@ -169,7 +169,7 @@ class _Rescue:
             return g
         with self._autocast():
             other = self._policy.gradient(self._func, self._equilibrium, v, self._context)
-        masks = Packing(v, self._context.batch_dim).spread(failed)
+        masks = Packing(v, self._context.sample_dim).spread(failed)
         return [torch.where(mask.bool(), b, a) for mask, a, b in zip(masks, g, other, strict=True)]
 
 

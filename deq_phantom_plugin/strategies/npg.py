@@ -56,7 +56,8 @@ class NPG(GradStrategy):
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         graph = Linearization(func, equilibrium)
-        batch_dim, monitor = context.batch_dim, context.monitor
+        batch_dim = context.sample_dim if self.tells_samples_apart else None
+        monitor = context.monitor
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             g = neumann(graph, v, self.k, self.lam, batch_dim)

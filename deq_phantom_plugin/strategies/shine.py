@@ -63,24 +63,22 @@ class SHINE(GradStrategy):
                 "deq_phantom_plugin.forward.broyden(..., keep_inverse=True) as the context's "
                 "solver_result"
             )
-        if None not in (inverse.packing.batch_dim, context.batch_dim) and (
-            inverse.packing.batch_dim != context.batch_dim
+        if None not in (inverse.packing.batch_dim, context.sample_dim) and (
+            inverse.packing.batch_dim != context.sample_dim
         ):
             raise ValueError(
-                f"{self!r} in a context with batch_dim={context.batch_dim}: the forward solver's "
+                f"{self!r} in a context with batch_dim={context.sample_dim}: the forward solver's "
                 f"estimate is of samples along dimension {inverse.packing.batch_dim}"
             )
         graph = Linearization(func, equilibrium)
         monitor, blocks, estimate = context.monitor, inverse.packing, inverse.estimate
-        together = context.batch_dim is None and blocks.batch_dim is not None
+        together = context.sample_dim is None and blocks.batch_dim is not None
         packing = Packing(graph.inputs, None) if together else blocks
 
         def product(rows: Tensor) -> Tensor:
-            if not together:
-                return estimate.transposed(rows)
-            return packing.pack(
-                blocks.unpack(estimate.transposed(blocks.pack(packing.unpack(rows))))
-            )
+            own = blocks.pack(packing.unpack(rows)) if together else rows
+            image: Tensor = estimate.transposed(own)
+            return packing.pack(blocks.unpack(image)) if together else image
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             rows = packing.pack(v)

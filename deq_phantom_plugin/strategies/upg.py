@@ -66,7 +66,7 @@ class UPG(GradStrategy):
         """Yield the k states h_1 ... h_k."""
         lam: float | list[Tensor]
         if isinstance(self.lam, str):
-            lam = damping(Linearization(func, equilibrium), context.batch_dim)
+            lam = damping(Linearization(func, equilibrium), context.sample_dim)
         else:
             lam = self.lam
         state = equilibrium
