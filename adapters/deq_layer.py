@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deq_phantom_plugin.draws import SameDraws
 from deq_phantom_plugin.extras import require
 
 from .equilibrium import EquilibriumInfo, make_equilibrium, solve
@@ -184,28 +183,14 @@ class EquilibriumLayer(nn.Module):
         }
         if self.rotary is not None:
             settings["position_embeddings"] = self.rotary(x, position_ids)
-        same_dropout = self._same_dropout(x.device)
 
         def func(state: Tensor) -> Tensor:
-            with same_dropout():
-                image = self.norm(self.layer(state.to(x.dtype) + x, **settings)).to(state.dtype)
+            image = self.norm(self.layer(state.to(x.dtype) + x, **settings)).to(state.dtype)
             return (
                 image if attention_mask is None else image.where(attention_mask[..., None] > 0, 0)
             )
 
-        return func
-
-    def _same_dropout(self, device: torch.device) -> Callable[[], Any]:
-        """Return a context in which random numbers are the same each time."""
-        seed = int(torch.randint(2**31, ())) if self.training else 0
-        return functools.partial(_seeded, seed, device)
+        return SameDraws(func)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.draws import SameDraws
 from deq_phantom_plugin.extras import require
 from deq_phantom_plugin.output import write_whole
 
@@ -322,6 +323,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             # Padding rests at zero, where it adds nothing to any residual.
             return image if real is None else image.where(real, 0)
 
+        # Of dropout inside the block, such as an adapter's: its own masks are in `around`.
+        func = SameDraws(func)
         # Solvers want more than half precision.
         dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
         state, info = solve(self.deq, func, torch.zeros_like(inputs_embeds, dtype=dtype))

@@ -10,6 +10,10 @@ class ConvergenceWarning(RuntimeWarning):
     """An iteration stopped short of its tolerance; the result is the best it found."""
 
 
+class AssumptionWarning(RuntimeWarning):
+    """F is not what a gradient takes it for; says what was found, and what is done about it."""
+
+
 class NonFiniteError(FloatingPointError, RuntimeError):
     """A solve that started from finite numbers made a NaN or an infinity.
 
@@ -27,8 +31,8 @@ class ConvergenceError(RuntimeError):
 _given: dict[str, object] = {}
 
 
-def warn_once(key: str, message: str) -> None:
-    """Give a `ConvergenceWarning` once a run for each `key`.
+def warn_once(key: str, message: str, category: type[RuntimeWarning] = ConvergenceWarning) -> None:
+    """Give a warning once a run for each `key`.
 
     Python's own registry tells warnings apart by their text, and a text that holds a residual
     is new every time. Like that registry, this one starts anew inside
@@ -36,4 +40,4 @@ def warn_once(key: str, message: str) -> None:
     """
     if _given.get(key) is not warnings.filters:
         _given[key] = warnings.filters
-        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+        warnings.warn(message, category, stacklevel=2)

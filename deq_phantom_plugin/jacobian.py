@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adjoint import Linearization, Packing
+from .adjoint import Linearization, Packing, mixes_samples
 from .adjoint.spectrum import leading_eigenvalue, random_start
 from .errors import warn_once
+from .inspection import say_coupled
 from .precision import full_precision
 from .state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from .strategies.arguments import positive_float, positive_int
+from .strategy import BatchDim, check_batch_dim
 
 SPECTRAL_RADIUS_TOL = 1e-3
 
@@ -66,7 +68,7 @@ def spectral_radius(
     equilibrium: State,
     lam: float | Sequence[float] | None = None,
     *,
-    batch_dim: int | None = 0,
+    batch_dim: BatchDim = "auto",
     tol: float = SPECTRAL_RADIUS_TOL,
     max_iter: int = 200,
 ) -> Tensor:
@@ -84,7 +86,8 @@ def spectral_radius(
         equilibrium: h*, detached; any state.
         lam: the damping factor in (0, 1], or several, which share one graph and help one another;
             None for J itself.
-        batch_dim: the dimension that counts samples, None where they are coupled.
+        batch_dim: the dimension that counts samples, None where they are coupled, "auto" to find
+            out whether those along dimension 0 are.
         tol: stops when the leading Ritz pair (theta, y) satisfies
             ||J^T y - theta y|| <= tol |theta| in every sample: for a normal J the relative error
             is then at most tol, otherwise theta is exact for a J changed by that much.
@@ -105,9 +108,10 @@ def spectral_radius(
         raise ValueError(
             f"lam={lam!r}; expected a number in (0, 1], a sequence of such, or None for J"
         )
+    check_batch_dim(batch_dim)
     check_equilibrium(equilibrium)
     graph = Linearization(CheckedFunc(func, equilibrium), equilibrium)
-    packing = Packing(graph.inputs, batch_dim)
+    packing = _packing(graph, batch_dim)
     random = start = random_start(packing)
     radii = []
     for factor in factors:
@@ -129,6 +133,17 @@ def spectral_radius(
         # The last eigenvector alone would be an invariant space that hides a new leading one.
         start = found.vector + random / torch.linalg.vector_norm(random, dim=1, keepdim=True)
     return torch.stack(radii) if isinstance(lam, Sequence) else radii[0]
+
+
+def _packing(graph: Linearization, batch_dim: BatchDim) -> Packing:
+    """Return the packing whose rows are independent."""
+    if batch_dim != "auto":
+        return Packing(graph.inputs, batch_dim)
+    packing = Packing(graph.inputs, 0)
+    if not mixes_samples(graph, packing):
+        return packing
+    say_coupled()
+    return Packing(graph.inputs, None)
 
 
 def _is_number(value: Any) -> bool:

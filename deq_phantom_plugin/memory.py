@@ -35,6 +35,8 @@ class Memory(nn.Module):
         step: the training step, None until `dpp.set_step` or a host has told it.
         failures: samples in which a solve failed, "forward" and "adjoint"; see `guard`.
         histories: what strategies note over the steps, by name: tensors and plain values.
+        findings: what `inspection` found out of F, by mode and structure of the state. Not saved or
+            copied: another process, or a copy, asks for itself.
     """
 
     def __init__(self) -> None:
@@ -42,6 +44,8 @@ class Memory(nn.Module):
         self.step: int | None = None
         self.failures: Counter[str] = Counter()
         self.histories: dict[str, Any] = {}
+        self.findings: dict[tuple[bool, str], Any] = {}
+        self._doubts = 0
         self._warm_starts: dict[str, Tensor] = {}
         self._on_meta = torch.get_default_device().type == "meta"
 
@@ -55,6 +59,16 @@ class Memory(nn.Module):
     def keep(self, name: str, value: Tensor) -> None:
         """Keep a detached tensor under `name` for the next step."""
         self._warm_starts[name] = value.detach()
+
+    def doubt(self) -> None:
+        """Ask again what F is like: a solve that relied on what was found has stopped short.
+
+        Weights that begin at zero couple nothing yet. Asked at the first doubt, the second, the
+        fourth and so on, so that a solve that never gets there does not pay at every step.
+        """
+        self._doubts += 1
+        if self._doubts & (self._doubts - 1) == 0:
+            self.findings.clear()
 
     # --- what is kept besides the step ------------------------------------------------------------
 
@@ -138,8 +152,12 @@ class Memory(nn.Module):
         super().train(mode)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "findings": {}, "_doubts": 0}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"histories": {}, "_on_meta": False, **state})  # older pickles
+        new = {"findings": {}, "_doubts": 0, "histories": {}, "_on_meta": False}
+        super().__setstate__({**new, **state})  # pickles of 0.1 lack them
 
     def extra_repr(self) -> str:
         """Show what is held."""

@@ -6,13 +6,16 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
 from .failure import FailurePolicy
 from .memory import Memory
 from .state import State
+
+BatchDim: TypeAlias = int | Literal["auto"] | None
+"""The dimension that counts samples, None where they are coupled, "auto" to find that out."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,24 @@ class Context:
     """What a strategy may need to know besides the map and the equilibrium.
 
     Attributes:
-        batch_dim: the dimension of every leaf that counts independent samples, 0 unless told
-            otherwise; None where samples are coupled, as the nodes of a graph are. Samples are
-            told apart only if every leaf has the same size there; otherwise the state is
-            treated as one system, which is right for any map.
+        batch_dim: the dimension of every leaf that counts independent samples, or None where
+            samples are coupled, as the nodes of a graph are. "auto", the default, finds out
+            whether those along dimension 0 are, before a strategy is called that cares; a strategy
+            sees a dimension or None. Samples are told apart only if every leaf has the same size
+            there; otherwise the state is treated as one system, which is right for any map.
         initial_state: where the forward solve began; it may carry a graph.
         solver_result: what the forward solver returned besides the equilibrium.
         step: the training step; falls back to the memory's.
         monitor: called with `BackwardStats` in each backward pass that has something to tell.
-        memory: what this equilibrium keeps between steps.
+        memory: what this equilibrium keeps between steps; with one, what was found out of F is
+            asked once, without one in every call.
         on_failure: what to do where a solve fails; see `guard`.
+
+    Raises:
+        ValueError: if `batch_dim` is none of these.
     """
 
-    batch_dim: int | None = 0
+    batch_dim: BatchDim = "auto"
     initial_state: State | None = None
     solver_result: Any = None
     step: int | None = None
@@ -58,12 +66,34 @@ class Context:
     memory: Memory | None = None
     on_failure: FailurePolicy | None = None
 
+    def __post_init__(self) -> None:
+        check_batch_dim(self.batch_dim)
+
+    @property
+    def sample_dim(self) -> int | None:
+        """The dimension that counts samples, 0 where that is still to be found out."""
+        return 0 if isinstance(self.batch_dim, str) else self.batch_dim
+
     @property
     def current_step(self) -> int | None:
         """The training step, from whoever knows it."""
         if self.step is None and self.memory is not None:
             return self.memory.step
         return self.step
+
+
+def check_batch_dim(batch_dim: Any) -> None:
+    """Refuse what is no `BatchDim`.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    known = batch_dim is None or batch_dim == "auto" or isinstance(batch_dim, int)
+    if isinstance(batch_dim, bool) or not known:
+        raise ValueError(
+            f"batch_dim={batch_dim!r}; expected a dimension such as 0, None where samples depend "
+            "on one another, or 'auto' to find that out"
+        )
 
 
 class GradStrategy(ABC):
@@ -79,6 +109,8 @@ class GradStrategy(ABC):
         wants_inverse_jacobian: whether it works on what a quasi-Newton solve learned of the
             inverse Jacobian; hosts then see that `context.solver_result` has it, where they can.
         accepts_nonfinite: whether it can begin at a state that holds NaN or infinity.
+        tells_samples_apart: whether its gradient depends on `context.batch_dim`. Where it does not,
+            nobody need find out whether samples are coupled.
         hands_out_states: whether `states` is there.
         steps_ahead: evaluations of F by which the value that `attach` returns is ahead of the
             equilibrium it was given, 1 for F(h*); hosts whose solve has a fixed length take as
@@ -89,6 +121,11 @@ class GradStrategy(ABC):
     owns_solve: ClassVar[bool] = False
     wants_inverse_jacobian: ClassVar[bool] = False
     accepts_nonfinite: ClassVar[bool] = False
+
+    @property
+    def tells_samples_apart(self) -> bool:
+        """Whether its gradient depends on which samples are independent: yes, unless it says no."""
+        return True
 
     @property
     def hands_out_states(self) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .compilation import eager
+from .draws import forked_rng
 from .state import State, flatten
 
 
@@ -43,6 +44,15 @@ class Trial(AbstractContextManager["Trial"]):
         """The modules that ran."""
         return list(self._kept)
 
+    @property
+    def has_changed_buffers(self) -> bool:
+        """Whether a module that ran has other buffers than before it first ran."""
+        return any(
+            module._buffers.get(name) is not buffer or not _equal(buffer, value)
+            for module, buffers in self._kept.items()
+            for name, buffer, value in buffers
+        )
+
     def __enter__(self) -> Trial:
         self._stack.enter_context(eager())
         self._stack.enter_context(forked_rng(self._leaves))
@@ -71,19 +81,7 @@ class Trial(AbstractContextManager["Trial"]):
                     module._buffers[name] = buffer
 
 
-@contextmanager
-def forked_rng(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """Put the random state back after a `with` block: the CPU's and that of the leaves' devices."""
-    by_type: dict[str, set[int]] = {}
-    for leaf in leaves:
-        if leaf.device.type != "cpu":
-            index = leaf.device.index
-            by_type.setdefault(leaf.device.type, set()).add(0 if index is None else index)
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for kind, indices in by_type.items():
-            if kind not in ("meta", "mps"):  # which have no state, and one that belongs to no index
-                stack.enter_context(
-                    torch.random.fork_rng(devices=sorted(indices), device_type=kind)
-                )
-        yield
+def _equal(buffer: Tensor | None, value: Tensor | None) -> bool:
+    if buffer is None or value is None:
+        return buffer is value
+    return buffer.shape == value.shape and torch.equal(buffer, value)

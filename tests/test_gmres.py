@@ -83,7 +83,7 @@ def test_a_tolerance_that_cannot_be_reached_costs_no_accuracy():
     j, rhs = matrix("small", 80), right_side(80, torch.float32)
     found = gmres(lambda x: x @ j.mT.float(), rhs, 1e-30, 120)
     assert not found.converged
-    assert found.n_vjp >= 118
+    assert found.at_rounding.all()  # and no product is spent on what they cannot improve
     assert found.residual.max() < 2e-7
 
 

@@ -119,7 +119,8 @@ def test_products_on_one_graph_see_one_mask():
             return torch.tanh(h * masks[-1] @ weight)
 
         h = 0.1 * torch.ones(4, 8, dtype=torch.float64)
-        got = torch.autograd.grad(dpp.attach(func, h, spec).sum(), weight)[0]
+        told = dpp.Context(batch_dim=0)
+        got = torch.autograd.grad(dpp.attach(func, h, spec, told).sum(), weight)[0]
         assert len(masks) == 1
         fixed = lambda h, mask=masks[0], w=weight: torch.tanh(h * mask @ w)  # noqa: E731
         want = torch.autograd.grad(dpp.attach(fixed, h, spec).sum(), weight)[0]

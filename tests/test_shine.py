@@ -182,9 +182,9 @@ def test_a_forward_solve_without_an_estimate_is_refused_by_name():
             deq = get_deq(f_solver=solver, grad="shine")
             with pytest.raises(ValueError, match=r"none to share; use f_solver='broyden_fast'"):
                 deq(problem.func, torch.zeros(3, 8, dtype=torch.float64))
-    coupled = dataclasses.replace(solved(problem), batch_dim=None)
-    with pytest.raises(ValueError, match=r"batch_dim=None.*takes the samples .* for independent"):
-        problem.gradient("shine", coupled)
+    other = dataclasses.replace(solved(problem), batch_dim=1)
+    with pytest.raises(ValueError, match=r"batch_dim=1.*of samples along dimension 0"):
+        problem.gradient("shine", other)
 
 
 def test_nothing_is_kept_for_other_strategies_or_outside_training(monkeypatch):

@@ -78,9 +78,11 @@ def solve(
     packing: Packing | None = None,
     without_broken: bool = False,
 ) -> tuple[list[Tensor], Solution]:
-    """Solve (I - J^T) g = v for each sample.
+    """Solve (I - J^T) g = v, with a Krylov space, a stop and a residual for each sample.
 
-    A sample whose v is not finite gets g = v: that is how `GradScaler` learns of an overflow.
+    Where samples depend on one another after all, the residual tells: it is that of the system
+    with all of J. A sample whose v is not finite gets g = v: that is how `GradScaler` learns of an
+    overflow.
 
     Args:
         vjp: from the leaves of a state to the leaves of J^T times it.
@@ -104,10 +106,15 @@ def solve(
     """
     packing = Packing(cotangents, batch_dim) if packing is None else packing
     rhs = packing.pack(cotangents)
-    unit, length, usable = _normalised(rhs)
+    unit, length, finite = _normalised(rhs)
+    scale = _relative(length, packing)
 
     def apply(x: Tensor) -> Tensor:
-        return packing.pack(vjp(packing.unpack(x)))
+        # Rows are scaled each by itself, which is another system where one reaches into another:
+        # J^T is applied to what they stand for, so that the residual is the user's.
+        if scale is None:
+            return packing.pack(vjp(packing.unpack(x)))
+        return packing.pack(vjp(packing.unpack(x * scale))) / scale
 
     function = SOLVERS[solver] if isinstance(solver, str) else solver
 
@@ -117,7 +124,7 @@ def solve(
         return _from_start(function, apply, unit, tol, max_vjp, packing.pack(start) / length)
 
     solution = _without_broken(solved, unit) if without_broken else solved(unit)
-    g = choose(usable, solution.x * length, rhs)
+    g = choose(finite, solution.x * length, rhs)
     return packing.unpack(g), solution
 
 
@@ -144,9 +151,10 @@ def _without_broken(solved: Callable[[Tensor], Solution], rhs: Tensor) -> Soluti
 
 
 def _normalised(rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows of norm one, their norms, shape (B, 1), and which could be scaled, shape (B,).
+    """Return rows of norm one, their norms, shape (B, 1), and which are finite, shape (B,).
 
-    Rows that are zero or not finite become zero, with a norm of one.
+    Rows of zeros stay what they are, with the norm of the longest row, since that is what they
+    are small or large against where others reach into them. Rows that are not finite become zero.
     """
     info = torch.finfo(rhs.dtype)
     length = torch.linalg.vector_norm(rhs, dim=1, keepdim=True)
@@ -157,11 +165,25 @@ def _normalised(rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = rhs.new_zeros(len(rhs), 1)
     if rhs.shape[1]:
         largest = torch.linalg.vector_norm(rhs, ord=torch.inf, dim=1, keepdim=True)
-    usable = (largest > 0) & torch.isfinite(largest)
+    finite = torch.isfinite(largest)
+    usable = finite & (largest > 0)
     largest = torch.where(usable, largest, 1)
     unit = torch.where(usable, rhs / largest, 0)
     length = torch.where(usable, torch.linalg.vector_norm(unit, dim=1, keepdim=True), 1)
-    return unit / length, length * largest, usable.squeeze(1)
+    unit, length = unit / length, torch.where(usable, length * largest, 0)
+    if len(length):
+        longest = length.amax()
+        length = torch.where(usable, length, torch.where(longest > 0, longest, 1))
+    return unit, length, finite.squeeze(1)
+
+
+def _relative(length: Tensor, packing: Packing) -> Tensor | None:
+    """Return the norms over the largest, shape (B, 1); None where there is one row."""
+    if packing.rows < 2:
+        return None
+    # In float16 products of much shorter rows would be lost; else the limit is that of numbers.
+    least = 2.0**-6 if packing.is_half else 1e8 * torch.finfo(length.dtype).tiny
+    return (length / length.amax()).clamp(min=least)
 
 
 def _from_start(

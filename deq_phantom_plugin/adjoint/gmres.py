@@ -10,6 +10,7 @@ from .fixed_point import fixed_point
 from .progress import Apply, Progress, Solution
 
 _BLOCK = 10  # vectors whose memory is taken at once
+_LONG = 10  # products after which a cycle asks how far F's own rounding lets it get
 
 
 def gmres(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, restart: int = 50) -> Solution:
@@ -18,7 +19,8 @@ def gmres(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, restart: int = 50
     Every sample has its own Krylov space and stops on its own. Takes one product an iteration
     and one for the true residual at each restart and at the end; keeps one vector an iteration, at
     most `restart`. The true residual also tells when samples that were said to be independent are
-    not.
+    not. What a cycle carries along knows nothing of the rounding of products; solves of more than
+    ten measure that with one.
     """
     if max_vjp < 3:  # too few for a Krylov vector and a true residual
         return fixed_point(apply, rhs, tol, max_vjp)
@@ -55,9 +57,12 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
     # A cycle can tell no more of the residual; the next one begins with the true one.
     eps = torch.finfo(residual.dtype).eps
     flags = LateRead(residual.device)
-    used = 0
+    used, least = 0, norm.new_tensor(progress.tol)
     for j in range(length):
-        torch.sub(last, progress.apply(last), out=vector)
+        image = progress.apply(last)
+        if j == _LONG and j < length - 1:
+            least = progress.rounding(last, image).clamp(min=progress.tol)
+        torch.sub(last, image, out=vector)
         column, below, exhausted = _orthogonalise(vector, basis, progress, running)
         counted, used = running, j + 1
         triangle[:, :j, j], triangle[:, j, j] = column[:, 1:], torch.where(counted, below, 1)
@@ -70,8 +75,8 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
         u[:, used] = -new
         square = square + new * new
         reduction = square.sqrt()  # of the residual
-        running = counted & (norm > progress.tol * reduction) & (reduction < 1 / eps)
-        if not progress.go_on(running, below, counted, flags):
+        running = counted & (norm > least * reduction) & (reduction < 1 / eps)
+        if not progress.go_on(running, below, counted, flags) or progress.remaining < 2:
             break
         if used < length:
             last = basis.append(vector, below, running)

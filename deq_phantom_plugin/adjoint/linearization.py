@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -132,23 +134,38 @@ class _Attach(torch.autograd.Function):
 def mixes_samples(graph: Linearization, packing: Packing) -> bool:
     """Whether F mixes rows of a packing, which were said to be independent samples.
 
-    Seen from two products J^T e, of e that live in one random half of the rows and in the other:
-    what reaches rows where e is zero comes from another sample. Exact in any precision.
+    Every row gets a word of n bits, and for each bit a product J^T e is taken of an e that lives in
+    the rows whose bit is set: what reaches other rows comes from another sample. Words have n/2
+    bits, so that none covers another and every pair is parted in both directions (Sperner 1928; a
+    completely separating system, Dickson 1969): 7 products for 32 rows, 10 for 252. Exact in any
+    precision, as zeros stay zeros.
     """
     if packing.rows < 2:
         return False
     generator = torch.Generator("cpu").manual_seed(0)
     size = packing.rows, packing.columns
     probe = torch.randn(size, generator=generator, dtype=packing.dtype, device="cpu")
-    half = torch.zeros(packing.rows, 1, dtype=torch.bool, device="cpu")
-    order = torch.randperm(packing.rows, generator=generator, device="cpu")
-    half[order[: packing.rows // 2]] = True
-    probe, half = probe.to(packing.device), half.to(packing.device)
+    probe, words = probe.to(packing.device), _words(packing.rows).to(packing.device)
     leaked = probe.new_zeros(())
-    for own in (half, ~half):
-        image = packing.pack(graph.vjp(packing.unpack(probe * own)))
-        leaked = leaked + (image * ~own).abs().sum()
+    for word in words[:, :, None]:
+        image = packing.pack(graph.vjp(packing.unpack(probe * word)))
+        leaked = leaked + (image * ~word).abs().sum()
     return bool(leaked > 0)
+
+
+def _words(rows: int) -> Tensor:
+    """Return a word for each row, none of which covers another, shape (bits, rows)."""
+    bits = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= rows)
+    words = torch.zeros(bits, rows, dtype=torch.bool, device="cpu")
+    # The words in order, each from its number (combinatorial number system).
+    number = torch.arange(rows, device="cpu")
+    left = torch.full_like(number, bits // 2)
+    for bit in reversed(range(bits)):
+        without = torch.tensor([math.comb(bit, k) for k in range(bits // 2 + 1)], device="cpu")
+        words[bit] = number >= without[left]
+        number = torch.where(words[bit], number - without[left], number)
+        left = left - words[bit].long()
+    return words
 
 
 def _kept_from_checkpoint() -> contextlib.AbstractContextManager[Any]:

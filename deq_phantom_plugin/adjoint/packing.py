@@ -41,6 +41,11 @@ class Packing:
             self._only = like[0].shape
 
     @property
+    def is_half(self) -> bool:
+        """Whether a leaf is in float16, whose numbers end at 6e-8."""
+        return any(leaf.dtype is torch.float16 for leaf in self._like)
+
+    @property
     def rows(self) -> int:
         """B; one where samples are coupled."""
         return 1 if self.batch_size is None else self.batch_size

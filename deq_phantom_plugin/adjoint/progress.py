@@ -27,6 +27,8 @@ class Solution:
         n_vjp: products with J^T taken.
         trace: the residual after each check, shape (B, N).
         converged: whether every sample reached the tolerance.
+        at_rounding: the samples that stopped above it since their residual is what F's own rounding
+            makes of it, shape (B,).
     """
 
     x: Tensor
@@ -34,6 +36,7 @@ class Solution:
     n_vjp: int
     trace: Tensor
     converged: bool
+    at_rounding: Tensor
 
 
 def choose(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -61,10 +64,20 @@ def choose_leaves(chosen: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) 
     return mixed
 
 
+# A sample whose residual has not halved in so many checks may be down at F's rounding. Above
+# `_COARSE` it is not: the coarsest eps, bfloat16's, is 8e-3.
+_PATIENCE, _COARSE = 5, 0.1
+_FLOOR = 4.0  # residuals over the rounding of one product that more products hardly improve
+
+
 class Progress:
     """Follows a solve of (I - J^T) x = rhs sample by sample.
 
-    Rows of `rhs` have norm one, or are zero and then solved from the start.
+    Rows of `rhs` have norm one, or are zero and then solved as long as no other reaches into them.
+
+    No solve gets below the rounding of F's products, far above that of the state where F computes
+    in 16 bits. It is measured by how far a product is from linear, once a solve and only where
+    the residual stagnates; samples that are down there have no more to gain.
 
     Args:
         apply: the product with J^T; counted.
@@ -86,7 +99,11 @@ class Progress:
         self.active = norm > 0
         # Any iterate is better than none: a gradient of zero trains nothing.
         self._best_residual = torch.where(self.active, torch.inf, norm)
+        self._is_one_iterate = torch.ones_like(self.active).all()
         self._trace: list[Tensor] = []
+        self._rounding: Tensor | None = None  # of a product, relative to it, shape ()
+        self._at_rounding = torch.zeros_like(self.active)
+        self._limit = torch.full_like(norm, tol)  # what each sample's residual is to reach
         self._late = LateRead(rhs.device)
 
     @property
@@ -119,13 +136,57 @@ class Progress:
         """
         norm = torch.linalg.vector_norm(residual, dim=1)
         counted = self.active
-        better = counted & (norm < self._best_residual)
+        # A sample that was solved is kept where it is; if it is solved no more, others reach in.
+        better = (~counted & torch.isfinite(norm)) | (norm < self._best_residual)
+        self._is_one_iterate = (better | ~counted).all()
         self._best = choose(better, x, self._best)
         self._best_residual = torch.where(better, norm, self._best_residual)
         self._trace.append(self._best_residual)
-        self.active = counted & (self._best_residual > self.tol)
+        self.active = self._best_residual > self._limit
+        # A solver that looks at once had thought to be there: its next try is the proof.
+        patience = 1 if at_once else _PATIENCE
+        if len(self._trace) > patience and (len(self._trace) - 1) % patience == 0:
+            self._stop_at_rounding(x, residual, self._trace[-patience - 1], at_once)
         late = None if at_once else self._late
         return not self.go_on(self.active, norm, counted, late)
+
+    def _stop_at_rounding(self, x: Tensor, residual: Tensor, before: Tensor, at_once: bool) -> None:
+        """Stop samples whose residual is what F's rounding makes of it, and falls no more.
+
+        Args:
+            x: an iterate, shape (B, D).
+            residual: its residual vector.
+            before: the best residual some checks ago, shape (B,).
+            at_once: whether the host may look.
+        """
+        stuck = self.active & (self._best_residual <= _COARSE) & (2 * self._best_residual > before)
+        if self._rounding is None:
+            waits = at_once or not LateRead.is_late(x.device)  # elsewhere to ask would be to wait
+            if self.exhausted or (waits and not bool(stuck.any())):
+                return
+        image = x - self.rhs + residual  # J^T x
+        size = torch.linalg.vector_norm(image, dim=1)
+        found = stuck & (self._best_residual <= _FLOOR * self.rounding(x, image) * size)
+        self._at_rounding = self._at_rounding | found
+        self._limit = torch.where(found, 2 * self._best_residual, self._limit)
+        self.active = self.active & ~found
+
+    def rounding(self, x: Tensor, image: Tensor) -> Tensor:
+        """Return the rounding of products relative to them, shape (); costs one, once a solve.
+
+        The largest of the batch: one sample's may be small by chance.
+
+        Args:
+            x: any rows, shape (B, D).
+            image: J^T x.
+        """
+        if self._rounding is None:
+            # By a factor that is no power of two, all numbers are rounded otherwise.
+            change = torch.linalg.vector_norm(1.5 * self.apply(x / 1.5) - image, dim=1)
+            size = torch.linalg.vector_norm(image, dim=1)
+            relative = torch.where(size > 0, change / torch.where(size > 0, size, 1), 0)
+            self._rounding = relative.amax() if len(relative) else relative.sum()
+        return self._rounding
 
     def go_on(
         self, active: Tensor, norm: Tensor, counted: Tensor, late: LateRead | None = None
@@ -169,15 +230,23 @@ class Progress:
     def solution(self) -> Solution:
         """Return the best iterate that was recorded for each sample.
 
+        Where a solve stops short with iterates of different steps, one more product tells their
+        residual: were samples said to be independent that are not, it would be another.
+
         Raises:
             NonFiniteError: if a residual is NaN or infinite.
         """
         self._evaluate(self._late.last())
+        if bool(self.active.any()) and not bool(self._is_one_iterate):
+            rest = self.rhs - self._best + self.apply(self._best)
+            self._best_residual = torch.linalg.vector_norm(rest, dim=1)
+            self._trace.append(self._best_residual)
         trace = self._trace or [self._best_residual]
         return Solution(
             self._best,
             self._best_residual,
             self.n_vjp,
             torch.stack(trace, dim=1),
-            not bool(self.active.any()),
+            not bool((self._best_residual > self.tol).any()),
+            self._at_rounding & ~self.active,
         )

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adjoint import Linearization, Packing, mixes_samples
+from ..adjoint import Linearization
 from ..adjoint.probe import with_probe
 from ..attach import attach
+from ..inspection import Findings, inspect_map
 from ..state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from ..strategy import Context, GradStrategy
 from .derivatives import as_vector, check_params, reached, vjp
@@ -139,10 +140,18 @@ class Problem:
             _norm(image), torch.finfo(torch.float64).tiny
         )
 
-    def samples_are_coupled(self) -> bool:
-        """Whether F mixes samples, as batch normalisation in training does."""
-        graph = self.linearize()
-        return mixes_samples(graph, Packing(graph.inputs, self.context.batch_dim))
+    def inspect(self) -> Findings:
+        """Find out whether F mixes samples, and whether it is the same map each time."""
+        func = CheckedFunc(self.func, self.equilibrium)
+        return inspect_map(func, self.equilibrium, self.context.sample_dim)
+
+    def settled(self, coupled: bool | None) -> Problem:
+        """Return the same problem as strategies see it, with what was to be found out."""
+        if self.context.batch_dim != "auto":
+            return self
+        return (
+            self.coupled() if coupled else replace(self, context=replace(self.context, batch_dim=0))
+        )
 
     def coupled(self) -> Problem:
         """Return the same problem with the batch treated as one system."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..inspection import REMEDY, in_words
+
 if TYPE_CHECKING:
     from .report import GradientReport, StrategyResult
 
@@ -29,20 +31,33 @@ def recommend(report: GradientReport) -> list[str]:
 
 def _caveats(report: GradientReport) -> list[str]:
     found = []
-    if report.forward_residual > _POOR_SOLVE:
+    random = report.map_difference > 0
+    if random:  # then residuals say nothing of solves or of precision
+        found.append(
+            f"F is not deterministic: {in_words(report.map_difference, report.map_reasons)}. "
+            "It has no equilibrium, and every number here is of another draw of it. "
+            f"{REMEDY}"
+        )
+    if report.forward_residual > _POOR_SOLVE and not random:
         found.append(
             f"The equilibrium is solved only to a relative residual of "
             f"{report.forward_residual:.1e}: every gradient here, the reference too, is that of a "
             "point that is not h*. Tighten the forward solve first."
         )
-    if report.samples_are_coupled:
+    if report.samples_are_coupled and report.batch_dim == "auto":
+        found.append(
+            "F mixes the samples of a batch (batch normalisation, attention over the batch, nodes "
+            "of a graph?): the batch is one system, for the reference and for every method here, "
+            "as with batch_dim=None."
+        )
+    elif report.samples_are_coupled:
         found.append(
             "F mixes the samples of a batch (batch normalisation?), which were said to be "
             "independent: the reference treats the batch as one system, while ift and exact "
             "solve each sample by itself and are off. Use a norm without batch statistics, or "
             "batch_dim=None in the context."
         )
-    if report.reference_residual > POOR_REFERENCE:
+    if report.reference_residual > POOR_REFERENCE and not random:
         found.append(
             f"The reference itself has a residual of {report.reference_residual:.1e}: cosines and "
             "errors are to a gradient that is not exact. Float64 or a better conditioned F helps."

@@ -86,7 +86,11 @@ class GradientReport:
         device: of the state.
         forward_residual: ||F(h) - h|| / ||F(h)||, the whole batch together.
         nfe: evaluations of F that the solve took; None where not known.
-        samples_are_coupled: whether F mixes samples that were said to be independent.
+        batch_dim: what the context says of samples, see `Context.batch_dim`.
+        samples_are_coupled: whether F mixes the samples along that dimension.
+        map_difference: ||F(h) - F(h)|| / ||F(h)|| of two evaluations at the same state, zero where
+            rounding can account for it.
+        map_reasons: what in F draws at random or updates buffers, where there is a difference.
         reference: the method of the reference gradient.
         reference_residual: ||v - (I - J^T) g|| / ||v|| of the reference itself.
         reference_norm: ||dL/dtheta|| of the reference.
@@ -104,7 +108,10 @@ class GradientReport:
     device: str
     forward_residual: float
     nfe: int | None
+    batch_dim: int | str | None
     samples_are_coupled: bool
+    map_difference: float
+    map_reasons: list[str]
     reference: str
     reference_residual: float
     reference_norm: float
@@ -162,7 +169,7 @@ def gradient_report(
             from. Only the gradient that flows through the equilibrium counts; nothing is added to
             their `.grad`.
         grads: specs of the strategies.
-        context: what the strategies may know, such as `batch_dim`.
+        context: what the strategies may know, such as `batch_dim`, which is found out by default.
         repeats: timed runs of each strategy, interleaved; their medians are reported.
         second_order: whether to compare second derivatives as well: the gradient of <dL/dtheta, w>
             for a random w, with that of `ift(higher_order=True)`. Not all strategies have one, and
@@ -194,8 +201,9 @@ def measure(
         raise ValueError("grads is empty; expected at least one strategy")
     problem = replace(problem, params=problem.reached())
     problem.cotangent(problem.equilibrium)  # a loss that cannot be used says so now
-    coupled = problem.samples_are_coupled()
-    whole = problem.coupled() if coupled else problem
+    told, found = problem.context.batch_dim, problem.inspect()
+    problem = problem.settled(found.coupled)
+    whole = problem.coupled() if found.coupled else problem
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # residuals are reported instead
         method, reference = solve_reference(whole)
@@ -221,7 +229,10 @@ def measure(
         device=str(problem.device),
         forward_residual=problem.forward_residual(),
         nfe=nfe,
-        samples_are_coupled=coupled,
+        batch_dim=told,
+        samples_are_coupled=bool(found.coupled),
+        map_difference=found.difference,
+        map_reasons=list(found.reasons),
         reference=repr(method),
         reference_residual=reference.residual,
         reference_norm=reference.norm,
@@ -310,7 +321,7 @@ def _results(
 def _with_second_order(
     report: GradientReport, problem: Problem, strategies: Sequence[GradStrategy]
 ) -> GradientReport:
-    problem = replace(problem, params=problem.reached())
+    problem = replace(problem, params=problem.reached()).settled(report.samples_are_coupled)
     whole = problem.coupled() if report.samples_are_coupled else problem
     exact = IFT(
         tol=_reference_tol(Packing(flatten(whole.equilibrium)[0], None)),

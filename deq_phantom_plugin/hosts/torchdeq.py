@@ -379,7 +379,7 @@ class ProduceGrad:
         form = Form(deq_func)
         context = Context(
             # Of an equilibrium whose samples are coupled, as a graph's nodes are: None.
-            batch_dim=getattr(deq, "grad_batch_dim", 0),
+            batch_dim=getattr(deq, "grad_batch_dim", "auto"),
             initial_state=None if call is None else form.unpack(call.initial_states[self.index]),
             solver_result=None if call is None else call.infos[self.index],
             monitor=None if writer is None else functools.partial(_report, writer),

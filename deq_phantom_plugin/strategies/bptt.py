@@ -37,6 +37,11 @@ class BPTT(GradStrategy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", positive_int("steps", self.steps))
 
+    @property
+    def tells_samples_apart(self) -> bool:
+        """No."""
+        return False
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         return deque(self.states(func, equilibrium, context), maxlen=1).pop()

@@ -33,7 +33,9 @@ class IFT(GradStrategy):
             alone never makes the residual worse from one product to the next, which decides near
             rho(J) = 1: on symmetric maps of radius 0.99 it took 44 products to 1e-4, the others
             60 and more (benchmarks/adjoint_solvers.py, float32, restarted every 20).
-        tol: ||v - (I - J^T) g|| / ||v|| to reach in every sample.
+        tol: ||v - (I - J^T) g|| / ||v|| to reach in every sample. A solve also ends where products
+            do not improve the residual beyond the rounding of F, as in 16 bits; with a `tol` other
+            than the default that warns.
         max_iter: the most vector-Jacobian products.
         warm_start: whether to begin with the last step's g, for one more product and where that is
             better than to begin without. For training on one and the same batch, such as a single
@@ -102,6 +104,8 @@ class IFT(GradStrategy):
             g = rescue(self, v, g, solution)
         elif not solution.converged:
             self._warn(solution)
+            if context.memory is not None:
+                context.memory.doubt()
         if memory is not None:
             for name, leaf in zip(_names(g), g, strict=True):
                 memory.keep(name, leaf)
@@ -112,16 +116,27 @@ class IFT(GradStrategy):
         return g
 
     def _warn(self, solution: Solution) -> None:
-        short = int((solution.residual > self.tol).sum())
-        warn_once(
-            "ift",
+        above = solution.residual > self.tol
+        short, rounded = int((above & ~solution.at_rounding).sum()), int(solution.at_rounding.sum())
+        reached = (
             f"{self!r}: the adjoint solve stopped after {solution.n_vjp} vector-Jacobian products "
-            f"with relative residual {solution.residual.max():.1e}; {short} of "
-            f"{solution.residual.numel()} samples are above tol. Raise max_iter or tol, try "
-            "solver='gmres', or regularise the Jacobian (dpp.jacobian_reg). If samples depend on "
-            "one another (graphs, batch norm inside F), pass batch_dim=None in the context. "
-            "This warning is given once.",
+            f"with relative residual {solution.residual.max():.1e}"
         )
+        if short:
+            warn_once(
+                "ift",
+                f"{reached}; {short} of {above.numel()} samples are above tol. Raise max_iter or "
+                "tol, try solver='gmres', or regularise the Jacobian (dpp.jacobian_reg). If "
+                "samples depend on one another (graphs, batch norm inside F) and batch_dim says "
+                "otherwise, pass batch_dim=None in the context. This warning is given once.",
+            )
+        elif rounded and self.tol != IFT.tol:
+            warn_once(
+                "ift in low precision",
+                f"{reached}: in {rounded} of {above.numel()} samples that is the rounding of F's "
+                "own products, which more of them do not improve. Raise tol, or let F compute in "
+                "a higher precision. This warning is given once.",
+            )
 
 
 class _Rescue:

@@ -17,6 +17,11 @@ class JFB(GradStrategy):
     k = 1 and lam = 1. The value is F(h*). Costs one evaluation of F and one backward pass.
     """
 
+    @property
+    def tells_samples_apart(self) -> bool:
+        """No."""
+        return False
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         return func(equilibrium)

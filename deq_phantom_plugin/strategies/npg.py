@@ -44,6 +44,11 @@ class NPG(GradStrategy):
         object.__setattr__(self, "lam", damping_factor(self.lam))
 
     @property
+    def tells_samples_apart(self) -> bool:
+        """Only to measure a radius for each sample."""
+        return self.lam == "adaptive"
+
+    @property
     def steps_ahead(self) -> int:
         """None: the value is the equilibrium itself."""
         return 0

@@ -73,6 +73,11 @@ class Reversible(GradStrategy):
         object.__setattr__(self, "steps", positive_int("steps", self.steps))
         object.__setattr__(self, "beta", relaxation(self.beta))
 
+    @property
+    def tells_samples_apart(self) -> bool:
+        """No."""
+        return False
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         return deque(self.states(func, equilibrium, context), maxlen=1).pop()

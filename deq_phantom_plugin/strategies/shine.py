@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..adjoint import Apply, Linearization, Solution, broyden, solve
+from ..adjoint import Apply, Linearization, Packing, Solution, broyden, solve
 from ..state import State
 from ..strategy import BackwardStats, Context, GradStrategy
 from .arguments import positive_float, whole_number
@@ -26,7 +26,9 @@ class SHINE(GradStrategy):
     `deq_phantom_plugin.forward.broyden(..., keep_inverse=True)`. The value is F(h*).
 
     Where the estimate is poor, which shows in a g much longer than v, a sample falls back to g = v
-    (their section 3, "fallback"); refinement begins from either (their "refine").
+    (their section 3, "fallback"); refinement begins from either (their "refine"). Where samples
+    depend on one another, the solver's estimates of each are taken as the diagonal blocks of that
+    of the whole batch, which is trusted, refined and judged as one system.
 
     Costs one evaluation of F, one backward pass and, where refined, `refine` + 1 vector-Jacobian
     products; memory holds one graph and the solver's steps, a vector an iteration, or up to twice
@@ -38,7 +40,7 @@ class SHINE(GradStrategy):
 
     Raises:
         ValueError: if an argument is out of range; in `attach`, if the forward solve has no
-            estimate to share, or samples depend on one another, which it takes for independent.
+            estimate to share, or took another dimension for that of the samples.
     """
 
     wants_inverse_jacobian: ClassVar[bool] = True
@@ -61,21 +63,32 @@ class SHINE(GradStrategy):
                 "deq_phantom_plugin.forward.broyden(..., keep_inverse=True) as the context's "
                 "solver_result"
             )
-        if inverse.packing.batch_dim not in (None, context.batch_dim):
+        if None not in (inverse.packing.batch_dim, context.batch_dim) and (
+            inverse.packing.batch_dim != context.batch_dim
+        ):
             raise ValueError(
                 f"{self!r} in a context with batch_dim={context.batch_dim}: the forward solver's "
-                "estimate takes the samples along dimension 0 for independent; use ift or npg"
+                f"estimate is of samples along dimension {inverse.packing.batch_dim}"
             )
         graph = Linearization(func, equilibrium)
-        monitor, packing, estimate = context.monitor, inverse.packing, inverse.estimate
+        monitor, blocks, estimate = context.monitor, inverse.packing, inverse.estimate
+        together = context.batch_dim is None and blocks.batch_dim is not None
+        packing = Packing(graph.inputs, None) if together else blocks
+
+        def product(rows: Tensor) -> Tensor:
+            if not together:
+                return estimate.transposed(rows)
+            return packing.pack(
+                blocks.unpack(estimate.transposed(blocks.pack(packing.unpack(rows))))
+            )
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             rows = packing.pack(v)
-            first = estimate.transposed(rows)
+            first = product(rows)
             trusted = self._trusted(rows, first)[:, None]
 
             def guess(rows: Tensor) -> Tensor:
-                return torch.where(trusted, estimate.transposed(rows), rows)
+                return torch.where(trusted, product(rows), rows)
 
             g: list[Tensor]
             n_vjp, residual = 0, None

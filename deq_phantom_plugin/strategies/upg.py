@@ -47,6 +47,11 @@ class UPG(GradStrategy):
         boolean("checkpoint", self.checkpoint)
 
     @property
+    def tells_samples_apart(self) -> bool:
+        """Only to measure a radius for each sample."""
+        return self.lam == "adaptive"
+
+    @property
     def steps_ahead(self) -> int:
         """`k`, the steps."""
         return self.k

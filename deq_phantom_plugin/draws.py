@@ -1,0 +1,89 @@
+"""Random numbers inside F: the same ones at every evaluation of a solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .state import State, flatten
+
+
+class SameDraws:
+    """F, which draws the same random numbers at every evaluation: those of the first.
+
+    A map that drops other units each time has no equilibrium. The first evaluation draws as it
+    would anyway; later ones begin with the random state in which that one began, and leave the
+    state as they found it. An F that draws nothing pays for one look at that.
+
+    PyTorch's own generators are meant, the CPU's and that of the state's device.
+
+    Args:
+        func: F, for one solve and its backward.
+    """
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self._func = func
+        self._start: list[Tensor] | None = (
+            None  # the random state, None before the first evaluation
+        )
+        self._draws = False
+
+    def __call__(self, *state: State) -> Any:
+        """Evaluate F."""
+        leaves = flatten(state)[0]
+        if self._start is None:
+            start = random_state(leaves)
+            image = self._func(*state)
+            self._draws = not is_same(start, random_state(leaves))
+            self._start = start
+            return image
+        if not self._draws:
+            return self._func(*state)
+        with forked_rng(leaves):
+            _set_random_state(leaves, self._start)
+            return self._func(*state)
+
+
+def random_state(leaves: Iterable[Tensor]) -> list[Tensor]:
+    """Return the random state of the CPU and of the leaves' devices."""
+    return [torch.get_rng_state(), *(get() for get, _ in _generators(leaves))]
+
+
+def is_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether nothing was drawn between two random states."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@contextmanager
+def forked_rng(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Put the random state back after a `with` block: the CPU's and that of the leaves' devices."""
+    leaves = list(leaves)
+    before = random_state(leaves)
+    try:
+        yield
+    finally:
+        _set_random_state(leaves, before)
+
+
+def _set_random_state(leaves: Iterable[Tensor], states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for (_, put), state in zip(_generators(leaves), states[1:], strict=True):
+        put(state)
+
+
+def _generators(
+    leaves: Iterable[Tensor],
+) -> Iterator[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """Yield what gets and sets the random state of each of the leaves' devices but the CPU."""
+    for device in sorted({leaf.device for leaf in leaves}, key=str):
+        if device.type not in ("cpu", "meta"):
+            module = torch.get_device_module(device)
+            of = () if device.type == "mps" else (device,)
+            yield (
+                lambda module=module, of=of: module.get_rng_state(*of),
+                lambda state, module=module, of=of: module.set_rng_state(state, *of),
+            )

@@ -1,0 +1,247 @@
+"""What a gradient takes for granted of F: independent samples, and the same map each time."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from .adjoint import Linearization, Packing, mixes_samples
+from .compilation import never_compiled
+from .draws import is_same, random_state
+from .errors import AssumptionWarning, warn_once
+from .memory import Memory
+from .state import State, flatten
+from .strategy import Context
+from .trial import Trial
+
+# A difference that rounding can account for, in units of the dtype's eps: kernels on a GPU may add
+# in another order each time. Without a sign of chance it may be that of 16 bits inside F.
+_ROUNDING, _ROUNDING_INSIDE = 64, 1e-3
+
+REMEDY = "Draw masks once a solve, or put what draws or updates in evaluation mode."
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What F was found to be.
+
+    Attributes:
+        coupled: whether samples depend on one another; None where there was but one.
+        difference: ||F(h) - F(h)|| / ||F(h)|| of two evaluations at one state, zero where rounding
+            can account for it.
+        reasons: module types in F that draw at random or update buffers, in words; only where
+            there is a difference.
+        modes: the modules that ran, and which of them were in training mode.
+    """
+
+    coupled: bool | None
+    difference: float = 0.0
+    reasons: tuple[str, ...] = ()
+    modes: tuple[tuple[weakref.ref[nn.Module], bool], ...] = ()
+
+    @property
+    def are_current(self) -> bool:
+        """Whether all modules that ran are still in the mode in which they ran."""
+        for reference, training in self.modes:
+            module = reference()
+            if module is None or module.training is not training:
+                return False
+        return True
+
+
+def in_words(difference: float, reasons: Sequence[str]) -> str:
+    """Return what `Findings` say of a map that is not the same each time."""
+    known = "; ".join(reasons) or (
+        "no module in it draws from PyTorch's generators or updates a buffer: it draws from "
+        "another, or keeps state elsewhere"
+    )
+    return f"evaluated twice at one state, it differs by {difference:.1e} of its size ({known})"
+
+
+@never_compiled
+def settled(
+    context: Context, func: Callable[[State], State], equilibrium: State, cares: bool = True
+) -> Context:
+    """Return a context whose `batch_dim` is a dimension or None, as strategies see it.
+
+    What is found is kept in the context's memory, once for each mode of the modules that run in F
+    and each structure of the state, whatever its sizes; without a memory it is asked in every call.
+    Costs two evaluations of F and, for B samples, n vector-Jacobian products with n choose n/2 at
+    least B: 4 for 6 samples, 7 for 32, 10 for 252. Random state and buffers stay as they were.
+
+    Args:
+        context: of the caller.
+        func: F.
+        equilibrium: h*, detached.
+        cares: whether the gradient depends on it; if not, nothing is evaluated.
+    """
+    if context.batch_dim != "auto":
+        return context
+    leaves, structure = flatten(equilibrium)
+    packing = Packing(leaves, 0)
+    if packing.batch_dim is None:  # no dimension that counts samples
+        return replace(context, batch_dim=None)
+    if not cares or packing.rows == 0 or packing.columns == 0:
+        return replace(context, batch_dim=0)
+    memory, key = context.memory, f"{structure}"
+    found = None if memory is None else _recalled(memory, key)
+    if found is None or (found.coupled is None and packing.rows > 1):
+        found = inspect_map(func, equilibrium)
+        _say(found)
+        if memory is not None:
+            memory.findings[memory.training, key] = found
+    return replace(context, batch_dim=None if found.coupled else 0)
+
+
+def _recalled(memory: Memory, key: str) -> Findings | None:
+    found: Findings | None = memory.findings.get((memory.training, key))
+    return found if found is not None and found.are_current else None
+
+
+def say_coupled() -> None:
+    """Warn once that the batch is treated as one system."""
+    warn_once(
+        "coupled samples",
+        "the samples of the batch depend on one another (batch normalisation in training, "
+        "attention over the batch, nodes of a graph), so the batch is treated as one system. Pass "
+        "batch_dim=None in the context to say so, and nothing need be found out. Said once.",
+        AssumptionWarning,
+    )
+
+
+def _say(found: Findings) -> None:
+    if found.coupled:
+        say_coupled()
+    if found.difference:
+        warn_once(
+            "another map each time",
+            f"F is not the same map each time: {in_words(found.difference, found.reasons)}. It "
+            "has no equilibrium that a solve could find, and a gradient that evaluates it again is "
+            f"that of another map. {REMEDY} Said once.",
+            AssumptionWarning,
+        )
+
+
+def inspect_map(
+    func: Callable[[State], State], equilibrium: State, batch_dim: int | None = 0
+) -> Findings:
+    """Find out whether F mixes samples, and whether it is the same map each time.
+
+    Args:
+        func: F.
+        equilibrium: a state to evaluate it at, detached.
+        batch_dim: the dimension that counts samples; None not to ask.
+    """
+    with Trial(equilibrium) as trial:
+        # A second run that draws would draw something else: random state goes on inside a trial.
+        before = random_state(flatten(equilibrium)[0])
+        graph = Linearization(func, equilibrium)
+        drew = not is_same(before, random_state(graph.inputs))
+        packing = Packing(graph.inputs, batch_dim)
+        coupled = mixes_samples(graph, packing) if packing.rows > 1 else None
+        with torch.no_grad():
+            again = flatten(func(equilibrium))[0]
+        difference = _difference(graph.outputs, again)
+        signs = drew or trial.has_changed_buffers
+        if difference <= (_rounding(graph.inputs) if signs else _ROUNDING_INSIDE):
+            difference = 0.0
+        reasons = _reasons(func, equilibrium) if difference else ()
+        modes = tuple((weakref.ref(module), module.training) for module in trial.modules)
+    return Findings(coupled, difference, reasons, modes)
+
+
+def _rounding(leaves: Sequence[Tensor]) -> float:
+    """Return the relative difference that rounding can make."""
+    eps = 0.0
+    for leaf in leaves:
+        kind = leaf.device.type
+        dtypes = [leaf.dtype]
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtypes.append(torch.get_autocast_dtype(kind))
+        eps = max(eps, *(torch.finfo(dtype).eps for dtype in dtypes))
+    return _ROUNDING * eps
+
+
+def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Return ||a - b|| / ||a|| over all leaves; zero where it is not finite."""
+
+    def norm(leaves: Sequence[Tensor]) -> float:
+        return math.hypot(*(float(torch.linalg.vector_norm(leaf.detach())) for leaf in leaves))
+
+    change = norm([a.detach() - b.to(a.dtype) for a, b in zip(first, second, strict=True)])
+    size = norm(first)
+    return change / size if size > 0 and math.isfinite(change / size) else 0.0
+
+
+# --- who draws ---------------------------------------------------------------------------------
+
+
+def _reasons(func: Callable[[State], State], equilibrium: State) -> tuple[str, ...]:
+    """Evaluate F once more, and return what in it draws or updates, in words."""
+    with _Watch(flatten(equilibrium)[0]) as watch, torch.no_grad():
+        func(equilibrium)
+        watch.look()  # at what came after the last module
+    return (
+        *(f"{name} draws at random" for name in sorted(watch.drew)),
+        *(f"{name} updates its buffers" for name in sorted(watch.updated - watch.drew)),
+    )
+
+
+class _Watch(ExitStack):
+    """Looks at the random state and at buffers whenever a module begins or ends.
+
+    Args:
+        leaves: of the state, for their devices.
+
+    Attributes:
+        drew: types of modules in whose own code the random state moved.
+        updated: types of modules whose buffers changed.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.drew: set[str] = set()
+        self.updated: set[str] = set()
+        self._leaves = leaves
+        self._running: list[tuple[nn.Module, list[Tensor]]] = []
+        self._state = random_state(leaves)
+
+    def __enter__(self) -> _Watch:
+        self.callback(register_module_forward_pre_hook(self._begin).remove)
+        self.callback(register_module_forward_hook(self._end).remove)
+        return self
+
+    def look(self) -> None:
+        """Blame the innermost module that runs for draws since the last look."""
+        state = random_state(self._leaves)
+        if not is_same(self._state, state):
+            self.drew.add(type(self._running[-1][0]).__name__ if self._running else "F itself")
+        self._state = state
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self.look()
+        self._running.append((module, [buffer.clone() for buffer in _own_buffers(module)]))
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.look()
+        _, before = self._running.pop()
+        if any(
+            a.shape != b.shape or not torch.equal(a, b)
+            for a, b in zip(before, _own_buffers(module), strict=False)
+        ):
+            self.updated.add(type(module).__name__)
+
+
+def _own_buffers(module: nn.Module) -> Iterator[Tensor]:
+    return (buffer for buffer in module._buffers.values() if buffer is not None)
