@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -521,6 +522,31 @@ def test_a_resumed_trainer_goes_on_with_the_warm_starts(tmp_path):
     cold = train(tmp_path / "whole", resume=str(saved))
     assert cold[:4] == pytest.approx(whole[:4], abs=1e-6)
     assert cold != pytest.approx(whole, abs=1e-6)
+
+
+@needs_transformers
+def test_each_process_of_a_trainer_has_a_file_of_its_own(tmp_path):
+    from deq_phantom_plugin.adapters.transformer import SetStep
+
+    callback, state = SetStep(), SimpleNamespace(global_step=4)
+    models = [kept(), kept()]
+    for rank, model in enumerate(models):
+        args = SimpleNamespace(output_dir=str(tmp_path), process_index=rank)
+        callback.on_save(args, state, None, model=model)
+    assert not list(tmp_path.iterdir())  # no checkpoint, no file
+    (tmp_path / "checkpoint-4").mkdir()
+    for rank, model in enumerate(models):
+        args = SimpleNamespace(output_dir=str(tmp_path), process_index=rank)
+        callback.on_save(args, state, None, model=model)
+    names = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert names == {"deq_phantom_memory.pt", "deq_phantom_memory_1.pt"}
+    for rank, model in enumerate(models):
+        other = Net()
+        args = SimpleNamespace(output_dir=str(tmp_path), process_index=rank)
+        for step, there in ((0, False), (4, True)):  # a run from the beginning loads nothing
+            callback.on_train_begin(args, SimpleNamespace(global_step=step), None, model=other)
+            assert bool(dpp.memory_state_dict(other)["memory"]["warm_starts"]) == there
+        same(dpp.memory_state_dict(other), dpp.memory_state_dict(model))
 
 
 # --- strategies in files ------------------------------------------------------------------------
