@@ -15,8 +15,10 @@ what `save_pretrained` saved. Give `SetStep()` to a `Trainer` if anything depend
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.draws import SameDraws
 from deq_phantom_plugin.extras import require
+from deq_phantom_plugin.output import write_whole
 
 from .deq_layer import CACHE, EquilibriumLayer, deq_from_layer
 from .equilibrium import EquilibriumInfo, check_settings, make_equilibrium, solve
@@ -51,6 +54,7 @@ from transformers.modeling_outputs import (  # noqa: E402
     CausalLMOutputWithPast,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 from transformers.utils.generic import can_return_tuple  # noqa: E402
 
 __all__ = [
@@ -207,8 +211,9 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
-    # The step and warm starts of training; `load_state_dict` takes them, and so does a Trainer.
+    # The step of training is no weight; `load_state_dict` takes it, and so does a Trainer.
     _keys_to_ignore_on_load_unexpected = [r"grad_memory"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"grad_memory"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -532,14 +537,51 @@ def _predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 class SetStep(TrainerCallback):
-    """Tells every equilibrium the step of a Transformers `Trainer`, which schedules need.
+    """Tells every equilibrium the step of a Transformers `Trainer`, and keeps what it remembers.
 
     Trainer(model, args, callbacks=[SetStep()], ...)
+
+    Each checkpoint gets a file `deq_phantom_memory.pt` with `dpp.memory_state_dict`, and a run that
+    is resumed loads it: warm starts and histories go on. As with the Trainer's random state, each
+    process has a file of its own. Where there is none, nothing is loaded.
+
+    Args:
+        checkpoint: the folder of the checkpoint that a run is resumed from, where it is not one of
+            `args.output_dir`: a Trainer does not tell its callbacks.
     """
+
+    def __init__(self, checkpoint: str | Path | None = None) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `dpp.load_memory_state_dict`."""
+        folder = _folder(args, state) if self.checkpoint is None else Path(self.checkpoint)
+        file = folder / _file(args)
+        if state.global_step > 0 and file.is_file():
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            dpp.load_memory_state_dict(kwargs["model"], saved)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See `dpp.set_step`."""
         dpp.set_step(kwargs["model"], state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `dpp.memory_state_dict`."""
+        folder = _folder(args, state)
+        if folder.is_dir():  # a search for hyperparameters has its own
+            content = io.BytesIO()
+            torch.save(dpp.memory_state_dict(kwargs["model"]), content)
+            write_whole(folder / _file(args), content.getvalue())
+
+
+def _folder(args: Any, state: Any) -> Path:
+    """Return where a Trainer has its checkpoint of a step."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _file(args: Any) -> str:
+    rank = f"_{args.process_index}" if args.process_index else ""
+    return f"deq_phantom_memory{rank}.pt"
 
 
 AutoConfig.register(DEQTransformerConfig.model_type, DEQTransformerConfig, exist_ok=True)

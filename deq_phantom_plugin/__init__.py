@@ -11,6 +11,7 @@ or without any framework:
 """
 
 from .attach import attach
+from .checkpoint import load_memory_state_dict, memory_state_dict
 from .diagnostics import gradient_report, model_report, monitor
 from .errors import ConvergenceError, ConvergenceWarning, NonFiniteError
 from .guard import Guard
@@ -57,6 +58,8 @@ __all__ = [
     "gradient_report",
     "jacobian_reg",
     "list_strategies",
+    "load_memory_state_dict",
+    "memory_state_dict",
     "model_report",
     "monitor",
     "register_strategy",

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
+from torch.serialization import add_safe_globals
+
 from . import entry_points
+from .failure import FailurePolicy
 from .state import State
 from .strategies import BPTT, IFT, JFB, NPG, NPGRR, SHINE, UPG, Exact, Reversible
 from .strategy import Context, GradStrategy
@@ -37,6 +40,9 @@ _DEEPEST = 10
 
 def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]:
     """Register a strategy class under a name; a decorator.
+
+    Files that hold such strategies load with `torch.load(weights_only=True)` from then on, if what
+    their fields hold does.
 
     Args:
         name: a lower-case identifier.
@@ -61,6 +67,7 @@ def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]
             raise TypeError(f"{cls!r} has no method attach")
         cls.name = name
         _registered[name] = cls
+        add_safe_globals([cls])
         return cls
 
     return register
@@ -75,6 +82,7 @@ register_strategy("shine")(SHINE)
 register_strategy("npg_rr")(NPGRR)
 register_strategy("reversible")(Reversible)
 register_strategy("upg")(UPG)
+add_safe_globals([FailurePolicy])  # a guard has one
 
 
 def list_strategies() -> list[str]:

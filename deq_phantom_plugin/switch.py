@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .hosts import find_equilibria
-from .memory import Memory
+from .memory import LARGEST_STEP, Memory
 from .registry import Spec
 
 
@@ -25,7 +25,7 @@ def set_grad(module: nn.Module, spec: Spec | list[Spec]) -> int:
         ValueError: if the spec is invalid; then nothing is switched.
         TypeError: if `module` is no `torch.nn.Module`.
     """
-    found = find_equilibria(_module(module))
+    found = find_equilibria(check_module(module))
     switches = [host.prepare_grad(equilibrium, spec) for host, equilibrium in found]
     for switch in switches:
         switch()
@@ -40,11 +40,11 @@ def set_step(module: nn.Module, step: int) -> None:
         step: the step that the next forward pass belongs to.
 
     Raises:
-        ValueError: if `step` is not a whole number of at least 0.
+        ValueError: if `step` is not a whole number of at least 0, or too large for a float64.
     """
-    if not _whole(step):
-        raise ValueError(f"step={step!r}; expected a whole number of at least 0")
-    for memory in _module(module).modules():
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= LARGEST_STEP:
+        raise ValueError(f"step={step!r:.60}; expected a whole number of at least 0, at most 2**53")
+    for memory in check_module(module).modules():
         if isinstance(memory, Memory):
             memory.step = int(step)
 
@@ -58,16 +58,17 @@ def failures(module: nn.Module) -> dict[str, int]:
     Returns:
         The numbers of "forward" and "adjoint" failures.
     """
-    memories = _module(module).modules()
+    memories = check_module(module).modules()
     counts = [memory.failures for memory in memories if isinstance(memory, Memory)]
     return {kind: sum(count[kind] for count in counts) for kind in ("forward", "adjoint")}
 
 
-def _module(module: Any) -> nn.Module:
+def check_module(module: Any) -> nn.Module:
+    """Return what is a `torch.nn.Module`.
+
+    Raises:
+        TypeError: if it is none.
+    """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={module!r:.60}; expected a torch.nn.Module")
     return module
-
-
-def _whole(step: Any) -> bool:
-    return not isinstance(step, bool) and isinstance(step, int) and step >= 0

@@ -230,6 +230,7 @@ def save_checkpoint(
     """Write all that a run goes on from."""
     buffer = io.BytesIO()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state["memory"] = dpp.memory_state_dict(model)
     torch.save({"run": asdict(run), "settings": settings(args), **state}, buffer)
     write_whole(path, buffer.getvalue())
 
@@ -246,6 +247,7 @@ def restore(path: Path, run: Run, model: Any, optimizer: Any, args: argparse.Nam
     if changed:
         raise SystemExit(f"{path} cannot be resumed: {', '.join(changed)}; drop --resume")
     model.load_state_dict(found["model"])
+    dpp.load_memory_state_dict(model, found.get("memory", {}))
     optimizer.load_state_dict(found["optimizer"])
     vars(run).update(found["run"])
 

@@ -184,11 +184,13 @@ def test_saved_with_weights_only(make, spec, x, tmp_path):
     model, other = make(spec), make(spec)
     dpp.set_step(model, 3)
     gradients(model, x)  # which may leave something to keep
-    torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.save([model.state_dict(), dpp.memory_state_dict(model)], tmp_path / "model.pt")
     with torch.no_grad():
         for p in other.parameters():
             p.zero_()
-    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    state, memory = torch.load(tmp_path / "model.pt", weights_only=True)
+    other.load_state_dict(state)
+    dpp.load_memory_state_dict(other, memory)
     torch.testing.assert_close(gradients(other, x), gradients(model, x), rtol=0, atol=0)
 
 

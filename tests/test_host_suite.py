@@ -207,6 +207,19 @@ def test_a_schedule_follows_the_step_and_is_resumed(enabled):
     same(enabled.gradients(twin), exact, tol=0)
 
 
+def test_what_a_strategy_keeps_goes_on_in_another_model(enabled):
+    spec = "ift(warm_start=True, tol=1e-2)"
+    model, twin, cold = (enabled.model("jfb") for _ in range(3))
+    for each in (model, twin, cold):
+        dpp.set_grad(each, spec)
+    enabled.gradients(model)
+    twin.load_state_dict(model.state_dict())
+    dpp.load_memory_state_dict(twin, dpp.memory_state_dict(model))
+    warm = enabled.gradients(model)  # from a first guess that is nearer than the tolerance
+    same(enabled.gradients(twin), warm, tol=0)
+    assert differs(enabled.gradients(cold), warm)
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_monitor_logs_residuals_and_cosines(enabled, named):
     model = enabled.model("npg(k=4, lam=0.6)" if named else enabled.own)

@@ -338,6 +338,8 @@ kept_values = tensors | st.none() | st.text(max_size=5) | st.integers() | st.flo
 kept_values |= st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=2), st.none())
 kept_keys = st.sampled_from(["step", "warm_start.adjoint_0", "warm_start.", "warm_start", "x", ""])
 kept_keys |= st.text(max_size=5)
+held = st.dictionaries(st.text(max_size=3) | st.integers(), kept_values, max_size=3)
+parts = st.sampled_from(["warm_starts", "histories", "failures", "step", "x"])
 states = st.dictionaries(kept_keys, kept_values, max_size=4)
 PROBLEM = make_equilibrium([(2, 3)], dtype=torch.float32)
 
@@ -355,6 +357,7 @@ def load_and_go_on(path):
     memory.step = 4
     memory.keep("adjoint_0", torch.zeros(2, 3))
     before = memory.state_dict()
+    kept = dpp.memory_state_dict(memory)[""]["warm_starts"]["adjoint_0"]
     try:
         model.load_state_dict(torch.load(path, weights_only=True), strict=False)
     except RuntimeError as error:
@@ -362,13 +365,20 @@ def load_and_go_on(path):
         after = memory.state_dict()
         assert after.keys() == before.keys()
         assert all(torch.equal(after[key], before[key]) for key in before)
+        assert dpp.memory_state_dict(memory)[""]["warm_starts"]["adjoint_0"] is kept
+    goes_on(memory)
+    return memory
+
+
+def goes_on(memory):
+    """Take a step with what a memory holds."""
     assert repr(memory)
+    assert list(memory.state_dict()) == ["step"]
     warm = "ift(warm_start=True, tol=1e-6)"
     later = "npg" if (memory.step or 0) >= 3 else "ift(tol=1e-6)"
     for spec, same in ((warm, "ift(tol=1e-6)"), (f"schedule({{0: {warm!r}, 3: 'npg'}})", later)):
         pairs = zip(gradient(memory, spec), gradient(None, same), strict=True)
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
-    return memory
 
 
 @pytest.fixture(scope="module")
@@ -383,6 +393,7 @@ def checkpoint(tmp_path_factory):
 @cases()
 @given(states)
 @example({"step": torch.tensor(-1)})
+@example({"step": torch.tensor(2.6, dtype=torch.bfloat16)})
 @example({"step": "7"})
 @example({"step": torch.tensor(float("nan"))})
 @example({"step": torch.tensor(2), "warm_start.adjoint_0": "x"})
@@ -394,7 +405,51 @@ def test_any_checkpoint_loads_or_is_refused(checkpoint, state):
         load_and_go_on(checkpoint)
 
 
-@pytest.mark.parametrize("step", [-1, "7", float("nan"), [1, 2], torch.tensor([1, 2]), 2**63])
+@cases()
+@given(st.dictionaries(parts, held | kept_values, max_size=3) | kept_values)
+@example({"warm_starts": {"adjoint_0": torch.zeros(2, 3).to_sparse()}})
+@example({"warm_starts": {"adjoint_0": torch.full((2, 3), float("nan"))}})
+@example({"histories": {"x": {"a": [1, (2.0, None)]}}, "failures": {"forward": 2}})
+@pytest.mark.filterwarnings("ignore")
+def test_anything_that_was_kept_loads_or_is_refused(checkpoint, state):
+    memory = dpp.Memory()
+    memory.keep("adjoint_0", torch.zeros(2, 3))
+    model = torch.nn.ModuleDict({"memory": memory})
+    before = dpp.memory_state_dict(model)
+    torch.save({"memory": state}, checkpoint)
+    with harmless():
+        try:
+            dpp.load_memory_state_dict(model, torch.load(checkpoint, weights_only=True))
+        except ValueError as error:
+            assert "memory" in str(error)  # noqa: PT017
+            after = dpp.memory_state_dict(model)["memory"]
+            assert after["warm_starts"]["adjoint_0"] is before["memory"]["warm_starts"]["adjoint_0"]
+        goes_on(memory)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "7",
+        b"7",
+        None,
+        True,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        1j,
+        [1, 2],
+        2**63,
+        torch.tensor([1, 2]),
+        torch.tensor([1]),
+        torch.tensor(float("nan")),
+        torch.tensor(True),
+        torch.tensor(1j),
+        torch.tensor(1.0, device="meta"),
+        torch.empty(0),
+    ],
+    ids=repr,
+)
 def test_a_step_that_is_none_is_named_and_changes_nothing(step):
     memory = dpp.Memory()
     memory.step = 4

@@ -869,13 +869,26 @@ def test_an_equilibrium_is_found_switched_and_reported():
     model = Layer("upg")
     assert dpp.set_grad(model, "jfb") == 1
     assert model.equilibrium.grad == dpp.JFB()
-    assert list(model.state_dict()) == ["linear.weight", "linear.bias"]
     report = dpp.model_report(
         model, torch.randn(3, 4), lambda out: out.square().sum(), ["jfb", "ift"]
     )
     assert "jfb" in str(report)
     with pytest.raises(ValueError, match="unknown strategy"):
         Equilibrium("upq")
+
+
+def test_an_equilibrium_adds_one_number_to_the_state_dict_all_through_training():
+    model, x = Layer("upg"), torch.randn(3, 4)
+    keys = ["linear.weight", "linear.bias", "equilibrium.memory.step"]
+    assert list(model.state_dict()) == keys
+    for step, grad in enumerate(["jfb", "ift(warm_start=True)", "guard('upg')"]):
+        dpp.set_grad(model, grad)
+        dpp.set_step(model, step)
+        model(x).square().sum().backward()
+        assert list(model.state_dict()) == keys
+        assert model.state_dict()[keys[-1]] == step
+    # A checkpoint from before the patch fits the patched model, also strictly.
+    model.load_state_dict({key: model.state_dict()[key] for key in keys[:2]})
 
 
 def test_a_schedule_follows_the_step_that_the_model_tells():

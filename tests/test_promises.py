@@ -84,7 +84,8 @@ def test_code_blocks_compile(page):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "<!-- run" in p.read_text()], ids=relative)
-def test_code_blocks_run(page, monkeypatch):
+def test_code_blocks_run(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # for what they save
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     namespace = {"__name__": page.stem}
     for run, module, code in BLOCK.findall(page.read_text()):

@@ -324,15 +324,16 @@ def test_adaptive_damping_in_training_follows_the_batch():
         torch.testing.assert_close(1 / lam, torch.full_like(lam, 4), rtol=0.05, atol=0)
 
 
-def test_warm_starts_are_kept_in_the_state_dict():
+def test_warm_starts_are_kept_for_states_of_the_same_shape():
     memory = dpp.Memory()
     vector = torch.randn(2, 5, dtype=torch.float64)
     memory.keep("adjoint", vector)
     other = dpp.Memory()
-    other.load_state_dict(memory.state_dict())
+    dpp.load_memory_state_dict(other, dpp.memory_state_dict(memory))
     assert other.warm_start("x", vector) is None
     assert torch.equal(other.warm_start("adjoint", vector), vector)
     assert other.warm_start("adjoint", torch.empty(3, 5)) is None  # another batch size
+    assert other.warm_start("adjoint", vector.to(torch.complex64)) is None
 
 
 # --- memory -----------------------------------------------------------------------------------

@@ -177,10 +177,10 @@ def _cotangents(loss: Tensor, solves: list[tuple[str, Solve]]) -> list[list[Tens
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put a model in training mode if it is not; restore that, buffers and random state."""
+    """Put a model in training mode if it is not; restore all that a forward pass changes."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    memories = [(m, m.state_dict()) for m in model.modules() if isinstance(m, Memory)]
+    memories = [(m, m.step, m.kept()) for m in model.modules() if isinstance(m, Memory)]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         if not model.training:
@@ -193,5 +193,6 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, saved in buffers:
                     buffer.copy_(saved)
-            for memory, state in memories:
-                memory.load_state_dict(state, strict=False)
+            for memory, step, kept in memories:
+                memory.step = step
+                memory.restore(kept)

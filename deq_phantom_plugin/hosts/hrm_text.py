@@ -62,8 +62,9 @@ class HrmText(PatchingHost):
             patches.replace(module.HrmTextRotaryEmbedding, "forward", _hook_part)
             patches.add(module.HrmTextPreTrainedModel, "set_grad", _set_grad)
             # A saved training step is no weight that a loader has to place.
-            ignored = "_keys_to_ignore_on_load_unexpected"
-            patches.add(module.HrmTextPreTrainedModel, ignored, ["grad_memory"])
+            for ignored in ("unexpected", "missing"):
+                name = f"_keys_to_ignore_on_load_{ignored}"
+                patches.add(module.HrmTextPreTrainedModel, name, ["grad_memory"])
 
         patches.when_imported(_MODULE, apply)
 

@@ -26,8 +26,9 @@ class Equilibrium(nn.Module):
     """The gradient of one equilibrium of a patched model, by name.
 
     A module without parameters, so that `dpp.set_grad` and `dpp.set_step` find it in the model.
-    By itself it adds nothing to the model's `state_dict`: checkpoints fit the model with it and
-    without, until `dpp.set_step` or a strategy that remembers has given it something to keep.
+    It adds one number to the model's `state_dict`, the step of its memory, the same all through
+    training. Checkpoints without it load; a model without the patch refuses one that has it, where
+    it loads strictly.
 
     Args:
         grad: the strategy's spec, see `get_strategy`.

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import deq_phantom_plugin as dpp
 from deq_phantom_plugin.output import write_whole
 
 from . import processes
@@ -178,6 +179,7 @@ def save(task: Task, record: Record, folder: Path) -> None:
         return
     buffer = io.BytesIO()
     state = {"model": task.model.state_dict(), "optimizer": task.optimizer.state_dict()}
+    state["memory"] = dpp.memory_state_dict(task.model)
     torch.save({**state, "record": asdict(record)}, buffer)
     write_whole(folder / "checkpoint.pt", buffer.getvalue())
     write_whole(folder / "record.json", json.dumps(asdict(record), indent=1).encode())
@@ -200,6 +202,8 @@ def restore(task: Task, record: Record, folder: Path) -> bool:
         raise SystemExit(f"{path} cannot be read: {reason}; drop it with --fresh") from None
     refuse_other_settings(path, found["record"]["settings"], record.settings)
     task.model.load_state_dict(found["model"])
+    if processes.rank() == 0:  # whose it is
+        dpp.load_memory_state_dict(task.model, found.get("memory", {}))
     task.optimizer.load_state_dict(found["optimizer"])
     vars(record).update(found["record"])
     task.steps = record.total
