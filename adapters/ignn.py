@@ -294,6 +294,7 @@ class IGNNConv(nn.Module):
 
     def projected_weight(self, graph: Graph) -> Tensor:
         """Return W as it enters the layer on a graph, shape (out_channels, out_channels)."""
+        radius: Any
         if self.lambda_pf is not None:
             radius = self.kappa / self.lambda_pf
         else:
@@ -494,6 +495,12 @@ class IGNN(nn.Module):
                 f"edge_weight holds {int((weight < 0).sum())} negative numbers; normalize=True "
                 "takes none, as degrees are sums of weights"
             )
+        # Of parallel self-loops gcn_norm keeps one, and gives the others its gradient.
+        loop = source == target
+        nodes, place = source[loop].unique(return_inverse=True)
+        loops = weight.new_zeros(len(nodes)).index_add(0, place, weight[loop])
+        source, target = torch.cat([source[~loop], nodes]), torch.cat([target[~loop], nodes])
+        weight = torch.cat([weight[~loop], loops])
         (source, target), weight = gcn_norm(
             torch.stack([source, target]), weight, num_nodes, dtype=weight.dtype
         )

@@ -682,6 +682,19 @@ def test_edge_weights_learn_through_the_normalisation():
     assert (found @ step).item() == pytest.approx(slope.item(), rel=1e-4)
 
 
+def test_parallel_self_loops_add_up_before_they_are_normalised():
+    model = IGNN(3, 4, 2, num_layers=1, task="node", grad=EXACT, dropout=0.0, **TIGHT).double()
+    x = features()
+    thrice = torch.tensor([[0, 0, 0, 3], [0, 0, 1, 3]])
+    weight = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64, requires_grad=True)
+    once = torch.tensor([[0, 0, 3], [0, 1, 3]])
+    summed = torch.tensor([3.0, 3.0, 0.5], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(model(x, thrice, weight).square().sum(), weight)
+    (expected,) = torch.autograd.grad(model(x, once, summed).square().sum(), summed)
+    torch.testing.assert_close(model(x, thrice, weight), model(x, once, summed))
+    torch.testing.assert_close(found, expected[[0, 0, 1, 2]])
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
