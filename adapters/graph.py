@@ -8,18 +8,16 @@ kept as CSR matrices, made once a graph.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .perron import PerronEigenvalue, csr
 
 __all__ = ["Edges", "Graph", "LastGraph", "check_edges", "parse_edges"]
-
-_PF_MAX_ITER = 600  # an entry falls to 3^-600 at the least, which float64 still has
-_PF_CHECK_EVERY = 20
 
 
 class Edges(NamedTuple):
@@ -49,6 +47,8 @@ class Graph:
 
     Attributes:
         weight: as given; where it requires grad, products are differentiated with it.
+        renew: computes the weights anew, None where they are those of the user. What they were
+            computed by can be differentiated once.
 
     Raises:
         ValueError: if an edge ends outside the nodes, or a weight is NaN or infinite.
@@ -58,16 +58,41 @@ class Graph:
         check_edges(Edges(source, target, weight, num_nodes))
         self.source, self.target, self.weight = source, target, weight
         self.num_nodes = num_nodes
-        values = weight.detach()
-        self._incoming = _csr(target, source, values, num_nodes)
-        self._outgoing = _csr(source, target, values, num_nodes)
-        self._lambda_pf: list[Tensor] = []  # shared with the graphs of `with_weight`
+        self.renew: Callable[[], Tensor] | None = None
+        self._values = weight.detach()
+        if weight.requires_grad:  # and may be trained in place
+            self._values = self._values.clone()
+        self._incoming = _csr(target, source, self._values, num_nodes)
+        self._outgoing = _csr(source, target, self._values, num_nodes)
+        self._eigenvalue: list[PerronEigenvalue] = []  # shared with the graphs of `with_weight`
 
     def with_weight(self, weight: Tensor) -> Graph:
-        """Return this graph with the same weights in another tensor, one that requires grad."""
+        """Return this graph with the same weights in another tensor, one that requires grad.
+
+        Raises:
+            ValueError: if they are not the same, but for rounding.
+        """
+        new, old = weight.detach(), self._values
+        # Normalised anew on a GPU, they may differ in the last bits.
+        rtol = 100 * torch.finfo(old.dtype).eps
+        if new.shape != old.shape or not torch.allclose(new, old, rtol=rtol, atol=0):
+            raise ValueError(
+                "the weights of this Graph have changed since it was made, which fixed them; make "
+                "it anew, or pass edge_index and edge_weight in its place"
+            )
         twin = copy.copy(self)
-        twin.weight = weight
+        twin.weight, twin.renew = weight, None
         return twin
+
+    def current(self) -> Graph:
+        """Return this graph for one more forward pass.
+
+        Raises:
+            ValueError: if its weights have been trained since it was made.
+        """
+        if not self.weight.requires_grad:
+            return self
+        return self.with_weight(self.weight if self.renew is None else self.renew())
 
     def propagate(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
         """Return A^T x + bias: what nodes collect along their incoming edges.
@@ -79,8 +104,7 @@ class Graph:
             bias: shape (num_nodes, channels).
         """
         x = x.to(self.weight.dtype)
-        out: Tensor = _Propagate.apply(x, self.weight, bias, self, False)
-        return out
+        return _propagate(x, self.weight, bias, self)
 
     def _product(self, x: Tensor, bias: Tensor | None, transpose: bool) -> Tensor:
         """Return A^T x + bias, or A x + bias, without autograd."""
@@ -91,43 +115,28 @@ class Graph:
 
     @property
     def lambda_pf(self) -> Tensor:
-        """The Perron-Frobenius eigenvalue of |A|, shape (): from above, by power iteration.
+        """The Perron-Frobenius eigenvalue of |A|, shape (): from above, see `PerronEigenvalue`.
 
-        max_i (|A| x)_i / x_i is no less than the eigenvalue for any positive x (Collatz-Wielandt),
-        and falls to it along the iteration. What is returned therefore keeps the layer well-posed
-        even where the iteration is slow; on acyclic graphs, where the eigenvalue is 0, it is merely
-        small. Adding a multiple of the identity lets it converge on bipartite graphs. Computed
-        once.
+        What is returned is never less, so that the layer is well-posed even where the iteration has
+        not converged; on acyclic graphs it is 0. Computed once, and differentiable once in weights
+        that require grad.
         """
-        if not self._lambda_pf:
-            self._lambda_pf.append(self._power_iteration())
-        return self._lambda_pf[0]
+        if not self._eigenvalue:
+            self._eigenvalue.append(
+                PerronEigenvalue(self.target, self.source, self.weight, self.num_nodes)
+            )
+        eigenvalue = self._eigenvalue[0]
+        return eigenvalue.attached(self.weight) if self.weight.requires_grad else eigenvalue.value
 
-    def _power_iteration(self) -> Tensor:
-        weight = self.weight.detach()
-        if self.num_nodes == 0:
-            return weight.new_zeros(())
-        summed = torch.sparse_coo_tensor(
-            torch.stack([self.target, self.source]),
-            weight.double(),
-            (self.num_nodes, self.num_nodes),
-            check_invariants=False,
-        ).coalesce()  # parallel edges
-        target, source = summed.indices()
-        matrix = _csr(target, source, summed.values().abs(), self.num_nodes)
-        x = summed.values().new_ones(self.num_nodes, 1)
-        bound = last = x.new_full((), torch.inf)
-        for step in range(_PF_MAX_ITER):
-            y = matrix @ x
-            bound = (y / x).amax()
-            x = torch.addcmul(y, bound.clamp_min(1e-30) / 2, x)
-            x /= x.amax()
-            # Looking at the number waits for the device.
-            if step % _PF_CHECK_EVERY == 0:
-                if last - bound <= 1e-6 * bound:
-                    break
-                last = bound
-        return bound.to(weight.dtype)
+
+def _propagate(x: Tensor, weight: Tensor, bias: Tensor | None, graph: Graph) -> Tensor:
+    # Says what it takes to those that look for what F captures: a Function's `apply` does not.
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if has_torch_function(tensors):
+        told: Tensor = handle_torch_function(_propagate, tensors, x, weight, bias, graph)
+        return told
+    out: Tensor = _Propagate.apply(x, weight, bias, graph, False)
+    return out
 
 
 class _Propagate(torch.autograd.Function):
@@ -163,13 +172,7 @@ class _Propagate(torch.autograd.Function):
 
 def _csr(row: Tensor, column: Tensor, value: Tensor, size: int) -> Tensor:
     order = torch.argsort(row * size + column)
-    pointers = F.pad(torch.bincount(row, minlength=size).cumsum(0), (1, 0))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        # Parallel edges are kept apart, which the invariants forbid and products do not mind.
-        return torch.sparse_csr_tensor(
-            pointers, column[order], value[order], size=(size, size), check_invariants=False
-        )
+    return csr(row[order], column[order], value[order], size)
 
 
 class LastGraph:

@@ -172,7 +172,9 @@ class IGNNConv(nn.Module):
             is at most 1.
         bias: whether to add a bias, which begins at zero; the official code has none.
         lambda_pf: the Perron-Frobenius eigenvalue of |A| where it is known, such as 1 after
-            `torch_geometric.nn.conv.gcn_conv.gcn_norm`; computed for each new graph if None.
+            `torch_geometric.nn.conv.gcn_conv.gcn_norm`: a constant, whatever the edge weights are.
+            Computed for each new graph if None, and then differentiated with the edge weights
+            where they require grad; it has no second derivative in them.
         f_max_iter: the most iterations of the forward solve.
         f_tol: largest change at which the forward solve stops, relative to states above 1.
 
@@ -204,8 +206,8 @@ class IGNNConv(nn.Module):
                 raise ValueError(f"{name}={size!r}; expected a whole number of at least 1")
         if not 0 < kappa < 1:
             raise ValueError(f"kappa={kappa!r}; expected a number above 0 and below 1")
-        if lambda_pf is not None and not lambda_pf > 0:
-            raise ValueError(f"lambda_pf={lambda_pf!r}; expected a number above 0, or None")
+        if lambda_pf is not None:
+            lambda_pf = _check_lambda_pf(lambda_pf)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kappa, self.lambda_pf = kappa, lambda_pf
         self.activation = _check_activation(activation)
@@ -292,9 +294,17 @@ class IGNNConv(nn.Module):
 
     def projected_weight(self, graph: Graph) -> Tensor:
         """Return W as it enters the layer on a graph, shape (out_channels, out_channels)."""
-        eigenvalue = graph.lambda_pf if self.lambda_pf is None else self.lambda_pf
-        radius = torch.as_tensor(self.kappa / eigenvalue).to(self.weight)
-        return project_rows(self.weight, radius)
+        radius: Any
+        if self.lambda_pf is not None:
+            radius = self.kappa / self.lambda_pf
+        else:
+            # Of acyclic graphs it is 0; the radius, and its slope, are to stay finite.
+            smallest = torch.finfo(graph.weight.dtype).tiny ** 0.5
+            radius = self.kappa / graph.lambda_pf.clamp_min(smallest)
+        weight = self.weight
+        return project_rows(
+            weight, torch.as_tensor(radius, dtype=weight.dtype, device=weight.device)
+        )
 
     def __repr__(self) -> str:
         return (
@@ -308,7 +318,18 @@ def _check_graph(graph: Graph, edge_weight: Tensor | None, x: Tensor) -> Graph:
         raise ValueError("edge_weight beside a Graph; its weights are in it")
     if graph.num_nodes != len(x):
         raise ValueError(f"the Graph has {graph.num_nodes} nodes, but x has {len(x)}")
-    return graph
+    return graph.current()
+
+
+def _check_lambda_pf(lambda_pf: Any) -> float:
+    if isinstance(lambda_pf, Tensor) and (lambda_pf.requires_grad or lambda_pf.numel() != 1):
+        raise ValueError(
+            "lambda_pf is a tensor that requires grad, or holds several numbers; expected one "
+            "number, which is constant, or None: then the eigenvalue is computed and differentiated"
+        )
+    if not lambda_pf > 0:
+        raise ValueError(f"lambda_pf={lambda_pf!r}; expected a number above 0, or None")
+    return float(lambda_pf)
 
 
 def _check_activation(activation: str | Activation) -> str | Activation:
@@ -447,9 +468,17 @@ class IGNN(nn.Module):
     def prepare(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Graph:
         """Return a graph as the layers see it, to be passed in place of `edge_index`.
 
-        For mini-batches that come again in every epoch; the last graph is kept anyway.
+        For mini-batches that come again in every epoch; the last graph is kept anyway. Weights are
+        as they are now, also where they require grad: once they are trained, the graph is refused.
         """
-        return self._as_seen(parse_edges(edge_index, edge_weight, x))
+        graph = self._as_seen(parse_edges(edge_index, edge_weight, x))
+        if graph.weight.requires_grad:
+            nodes = x.new_empty(len(x), 0)
+            graph.renew = functools.partial(self._weight_as_seen, nodes, edge_index, edge_weight)
+        return graph
+
+    def _weight_as_seen(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
+        return self._normalized(parse_edges(edge_index, edge_weight, x)).weight
 
     def _as_seen(self, edges: Edges) -> Graph:
         check_edges(edges)  # gcn_norm would fail with an error of its own
@@ -466,6 +495,12 @@ class IGNN(nn.Module):
                 f"edge_weight holds {int((weight < 0).sum())} negative numbers; normalize=True "
                 "takes none, as degrees are sums of weights"
             )
+        # Of parallel self-loops gcn_norm keeps one, and gives the others its gradient.
+        loop = source == target
+        nodes, place = source[loop].unique(return_inverse=True)
+        loops = weight.new_zeros(len(nodes)).index_add(0, place, weight[loop])
+        source, target = torch.cat([source[~loop], nodes]), torch.cat([target[~loop], nodes])
+        weight = torch.cat([weight[~loop], loops])
         (source, target), weight = gcn_norm(
             torch.stack([source, target]), weight, num_nodes, dtype=weight.dtype
         )
