@@ -99,7 +99,7 @@ class Progress:
         self.active = norm > 0
         # Any iterate is better than none: a gradient of zero trains nothing.
         self._best_residual = torch.where(self.active, torch.inf, norm)
-        self._is_one_iterate = torch.ones_like(self.active).all()
+        self._last = self.active, self.active  # which improved at the last check, and counted
         self._trace: list[Tensor] = []
         self._rounding: Tensor | None = None  # of a product, relative to it, shape ()
         self._at_rounding = torch.zeros_like(self.active)
@@ -135,10 +135,11 @@ class Progress:
             NonFiniteError: if a residual is NaN or infinite.
         """
         norm = torch.linalg.vector_norm(residual, dim=1)
-        counted = self.active
-        # A sample that was solved is kept where it is; if it is solved no more, others reach in.
-        better = (~counted & torch.isfinite(norm)) | (norm < self._best_residual)
-        self._is_one_iterate = (better | ~counted).all()
+        counted, better = self.active, norm < self._best_residual
+        self._last = better, counted
+        if norm.device.type != "cpu" or not bool(counted.all()):
+            # What was solved is kept where it is; if it is solved no more, others reach in.
+            better = better | (~counted & torch.isfinite(norm))
         self._best = choose(better, x, self._best)
         self._best_residual = torch.where(better, norm, self._best_residual)
         self._trace.append(self._best_residual)
@@ -237,7 +238,8 @@ class Progress:
             NonFiniteError: if a residual is NaN or infinite.
         """
         self._evaluate(self._late.last())
-        if bool(self.active.any()) and not bool(self._is_one_iterate):
+        better, counted = self._last
+        if bool(self.active.any()) and not bool((better | ~counted).all()):
             rest = self.rhs - self._best + self.apply(self._best)
             self._best_residual = torch.linalg.vector_norm(rest, dim=1)
             self._trace.append(self._best_residual)
