@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,77 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .compilation import eager
 from .state import State, flatten
+
+
+class Seen(NamedTuple):
+    """A buffer as it was when it was looked at.
+
+    Attributes:
+        buffer: the tensor; None where a module has none of that name.
+        version: how often PyTorch counts that it was changed in place.
+        value: a copy; None where it is not known.
+    """
+
+    buffer: Tensor | None
+    version: int
+    value: Tensor | None
+
+    @classmethod
+    def now(cls, buffer: Tensor | None) -> Seen:
+        """Look at a buffer."""
+        return cls(buffer, version(buffer), None if buffer is None else buffer.detach().clone())
+
+    def put_back(self, module: nn.Module, name: str) -> None:
+        """Give a module this buffer with this value."""
+        if self.buffer is not None and self.value is not None:
+            # `.data`: graphs that hold the buffer are not to take it for changed.
+            self.buffer.data.copy_(self.value)
+        module._buffers[name] = self.buffer
+
+
+def version(buffer: Tensor | None) -> int:
+    """Return how often a buffer was changed in place, as far as PyTorch counts."""
+    return -1 if buffer is None or buffer.is_inference() else buffer._version
+
+
+class Buffers:
+    """The buffers of modules as they were: running statistics, vectors of power iterations.
+
+    Attributes:
+        modules: those that were noted, in order; each once.
+        seen: their buffers, by module and name.
+    """
+
+    def __init__(self) -> None:
+        self.modules: dict[nn.Module, None] = {}
+        self.seen: dict[tuple[nn.Module, str], Seen] = {}
+
+    def note(self, module: nn.Module) -> None:
+        """Keep the buffers of a module as they are, if it is not known yet."""
+        if module not in self.modules:
+            self.modules[module] = None
+            for name, buffer in module._buffers.items():
+                self.seen[module, name] = Seen.now(buffer)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note every module that this thread runs inside a `with` block."""
+        thread = threading.get_ident()
+
+        def note(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == thread:
+                self.note(module)
+
+        handle = register_module_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def put_back(self) -> None:
+        """Give the modules their buffers back."""
+        for (module, name), seen in self.seen.items():
+            seen.put_back(module, name)
 
 
 class Trial(AbstractContextManager["Trial"]):
@@ -34,41 +105,23 @@ class Trial(AbstractContextManager["Trial"]):
 
     def __init__(self, state: State) -> None:
         self._leaves: Sequence[Tensor] = flatten(state)[0]
-        self._thread = threading.get_ident()
-        self._kept: dict[nn.Module, list[tuple[str, Tensor | None, Tensor | None]]] = {}
+        self._buffers = Buffers()
         self._stack = ExitStack()
 
     @property
     def modules(self) -> list[nn.Module]:
         """The modules that ran."""
-        return list(self._kept)
+        return list(self._buffers.modules)
 
     def __enter__(self) -> Trial:
         self._stack.enter_context(eager())
         self._stack.enter_context(forked_rng(self._leaves))
-        self._stack.callback(self._put_back)
-        handle = register_module_forward_pre_hook(self._note)
-        self._stack.callback(handle.remove)
+        self._stack.callback(self._buffers.put_back)
+        self._stack.enter_context(self._buffers.noting())
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-
-    def _note(self, module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == self._thread and module not in self._kept:
-            self._kept[module] = [
-                (name, buffer, None if buffer is None else buffer.detach().clone())
-                for name, buffer in module._buffers.items()
-            ]
-
-    def _put_back(self) -> None:
-        with torch.no_grad():
-            for module, buffers in self._kept.items():
-                for name, buffer, value in buffers:
-                    if buffer is not None and value is not None:
-                        # `.data`: graphs that hold the buffer are not to take it for changed.
-                        buffer.data.copy_(value)
-                    module._buffers[name] = buffer
 
 
 @contextmanager
