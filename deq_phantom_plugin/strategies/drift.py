@@ -50,7 +50,8 @@ def _flat(leaf: Tensor) -> Tensor:
 
 
 def _signs(flat: Tensor) -> tuple[Tensor, Tensor]:
-    width = max(1, math.isqrt(len(flat)))
+    # The products of few signs are too much alike: small leaves have a sign an element.
+    width = max(1, min(len(flat), 64), math.isqrt(len(flat)))
     generator = torch.Generator().manual_seed(_SEEDED)
 
     def draw(count: int) -> Tensor:
