@@ -460,6 +460,20 @@ def test_the_bound_is_attained(beta, lipschitz):
     assert bound[deepest] / 1000 <= off[deepest] <= bound[deepest]
 
 
+def test_the_table_follows_from_the_bound():
+    rows = [line.split() for line in dpp.Reversible.__doc__.splitlines()]
+    betas, radii, steps = (
+        next([float(x) for x in row[-7:]] for row in rows if row[:1] == [word] and len(row) > 7)
+        for word in ("beta", "r", "steps")
+    )
+    for beta, radius, count in zip(betas, radii, steps, strict=True):
+        a, c = 1 / abs(1 - beta), beta / abs(1 - beta)
+        r = (c + math.sqrt(c * c + 4 * a)) / 2
+        assert radius == pytest.approx(r, abs=0.06)
+        # Backward starts anew after a third of 2 * steps evaluations.
+        assert r ** (2 * count / 3) <= 1e11 < r ** (2 * (count + 1) / 3)
+
+
 def gradients(func, start, params, steps, beta):
     """Those of `reversible` and of backprop through the same iteration, and the warnings."""
 
@@ -534,8 +548,8 @@ MAPS = {
 def test_large_errors_warn_and_small_ones_do_not(name, beta, dtype):
     """Whichever the errors are on this machine."""
     found = []
-    for lipschitz in (0.9, 2.5):
-        for steps in (3, 10, 25, 60):
+    for lipschitz in (0.9,) if name == "normalised" else (0.9, 2.5):
+        for steps in (3, 10, 25) if name == "normalised" else (3, 10, 25, 60):
             if name == "normalised":
                 model = Normalised(dtype)
                 func, params, shape = model, list(model.parameters()), (2, 8, 6, 6)
@@ -558,7 +572,7 @@ def test_large_errors_warn_and_small_ones_do_not(name, beta, dtype):
 
 
 def test_too_many_steps_warn_once():
-    func, _, weight = lipschitz_map(torch.relu, 2.5, 20, torch.float64)
+    func, _, _ = lipschitz_map(torch.relu, 2.5, 20, torch.float64)
     with pytest.warns(dpp.ConvergenceWarning) as record:
         for _ in range(3):
             start = torch.zeros(3, 20, dtype=torch.float64)

@@ -60,21 +60,21 @@ class Reversible(GradStrategy):
         |e|  <=  rho (r^k - 1) / (r - 1),   r = (c + sqrt(c^2 + 4 a)) / 2,
         rho  =  a (8 eps + 2 beta (L eta + phi)) max_n |w_n|,
 
-    by induction, as r^2 = c r + a and r <= a + c. Here eps = 1e-16 is the rounding of float64, eta
-    that of F's input to its own dtype (0 if that is float64), and phi the rounding inside F
-    against max |w|; F repeats itself where its input is rounded to the same number, so that under
-    float32 the error is often far below this. F(h) = -L h attains the growth for beta < 1. A
-    contraction has L <= 1, and r = 1 / (1 - beta) at L = 1:
+    by induction, as r^2 = c r + a and r <= a + c. Here eps = 1.1e-16 rounds float64, eta rounds
+    F's input to F's own dtype (0 for float64), and phi is the rounding inside F against max |w|.
+    F(h) = -L h attains the growth for beta < 1. Where F's input is rounded to the very number of
+    the forward pass F repeats itself, so that in float32 errors are often far below the bound. A
+    contraction has L <= 1, and r = 1 / |1 - beta| at L = 1 and beta < 1:
 
         beta                                 0.3   0.5   0.7   0.8   0.9   1.2   1.5
-        r at L = 1                           1.4   2.0   3.3   5.0   10    6.7   3.6
-        steps until 1e-16 has grown to 1e-4  116   60    34    26    18    22    33
+        r at L = 1                           1.4   2.0   3.3   5.0   10.0  6.7   3.6
+        steps until 1e-15 has grown to 1e-4  106   54    31    23    16    19    29
 
-    At these steps and fewer an F in float64 that is not too large a sum loses less than percents
-    of the gradient; by Lipschitz constants above 1, as of normalisation at small states, it is
-    fewer, and with beta nearer to 1. What counts is measured: states are compared with
-    sketches of those of the forward pass (see `Drift`), and an estimated error of the gradient
-    above 1e-2 warns once a run.
+    At 1e-4 a gradient loses up to percents where F has kinks, and 1e-4 where it is smooth; by how
+    much its cotangents have faded on their way, less. Normalisation at small states has large
+    Lipschitz constants, and allows for fewer steps. What counts is found out: the states that
+    backward recovers are compared with those of the forward pass (see `Drift`), and an estimated
+    error of the gradient above 1e-2 warns once a run.
 
     Args:
         steps: the number of iterations.
