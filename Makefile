@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo figures test test-slow test-hosts lint types wheel clean
+.PHONY: demo figures test test-slow test-numerics test-hosts lint types wheel clean
 
 demo: $(VENV)/.installed  ## train a tiny MDEQ on handwritten digits, once per gradient method
 	$(BIN)/deq-phantom compare --out runs/demo
@@ -22,6 +22,9 @@ test: $(VENV)/.installed  ## the test suite
 
 test-slow: $(VENV)/.installed  ## tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not hosts"
+
+test-numerics: $(VENV)/.installed  ## tests that depend on rounding, as other processors round
+	bash .ci/numerics $(BIN)/python
 
 test-hosts: $(VENV)/.installed  ## tests against checkouts of foreign repositories in .hosts/
 	$(BIN)/python -m pytest -m hosts -rs

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .buffers import Buffers
 from .compilation import eager
 from .draws import forked_rng
 from .state import State, flatten
@@ -35,53 +32,25 @@ class Trial(AbstractContextManager["Trial"]):
 
     def __init__(self, state: State) -> None:
         self._leaves: Sequence[Tensor] = flatten(state)[0]
-        self._thread = threading.get_ident()
-        self._kept: dict[nn.Module, list[tuple[str, Tensor | None, Tensor | None]]] = {}
+        self._buffers = Buffers()
         self._stack = ExitStack()
 
     @property
     def modules(self) -> list[nn.Module]:
         """The modules that ran."""
-        return list(self._kept)
+        return list(self._buffers.modules)
 
     @property
     def has_changed_buffers(self) -> bool:
         """Whether a module that ran has other buffers than before it first ran."""
-        return any(
-            module._buffers.get(name) is not buffer or not _equal(buffer, value)
-            for module, buffers in self._kept.items()
-            for name, buffer, value in buffers
-        )
+        return self._buffers.have_changed
 
     def __enter__(self) -> Trial:
         self._stack.enter_context(eager())
         self._stack.enter_context(forked_rng(self._leaves))
-        self._stack.callback(self._put_back)
-        handle = register_module_forward_pre_hook(self._note)
-        self._stack.callback(handle.remove)
+        self._stack.callback(self._buffers.put_back)
+        self._stack.enter_context(self._buffers.noting())
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-
-    def _note(self, module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == self._thread and module not in self._kept:
-            self._kept[module] = [
-                (name, buffer, None if buffer is None else buffer.detach().clone())
-                for name, buffer in module._buffers.items()
-            ]
-
-    def _put_back(self) -> None:
-        with torch.no_grad():
-            for module, buffers in self._kept.items():
-                for name, buffer, value in buffers:
-                    if buffer is not None and value is not None:
-                        # `.data`: graphs that hold the buffer are not to take it for changed.
-                        buffer.data.copy_(value)
-                    module._buffers[name] = buffer
-
-
-def _equal(buffer: Tensor | None, value: Tensor | None) -> bool:
-    if buffer is None or value is None:
-        return buffer is value
-    return buffer.shape == value.shape and torch.equal(buffer, value)

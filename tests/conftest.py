@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import deq_phantom_plugin as dpp
 
 # Everything here is small, and tests run side by side.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("DEQ_PHANTOM_TEST_THREADS", "1")))
 
 settings.register_profile(
     "default",

@@ -106,6 +106,7 @@ def test_options_of_torchdeqs_solvers(solver):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_sample_that_has_converged_stops(solver):
     # The injection of the first samples is tiny: they converge long before the others.
@@ -135,6 +136,7 @@ def test_a_sample_that_has_converged_stops(solver):
         torch.testing.assert_close(together.state, got, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.numerics
 def test_broydens_linear_algebra_shrinks_with_the_batch(monkeypatch):
     held = []
     step = InverseEstimate.step
@@ -272,6 +274,7 @@ def _solver(name):
         return get_solver(name)
 
 
+@pytest.mark.numerics
 def test_broyden_with_little_memory_starts_anew():
     problem = make_equilibrium([(3, 20)], norm=0.9)
     start = torch.zeros(3, 20, dtype=torch.float64)
@@ -308,6 +311,7 @@ def broyden_by_hand(func, x, steps):
     return iterates, inverse, before
 
 
+@pytest.mark.numerics
 def test_the_estimate_is_broydens():
     problem = make_equilibrium([(3, 12)], norm=0.9)
     start = torch.zeros(3, 12, dtype=torch.float64)

@@ -7,6 +7,8 @@ import torch
 
 from deq_phantom_plugin.adjoint.gmres import gmres
 
+pytestmark = pytest.mark.numerics
+
 BATCH = 6
 
 

@@ -64,6 +64,7 @@ def test_a_sample_does_not_depend_on_the_others():
         torch.testing.assert_close(together[i : i + 1], estimate(slice(i, i + 1)))
 
 
+@pytest.mark.numerics
 def test_refinement_goes_to_the_exact_gradient_and_faster_than_from_nothing():
     problem = make_equilibrium([(3, 16)], norm=0.9)
     exact, context = problem.gradient("exact"), solved(problem)

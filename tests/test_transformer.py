@@ -388,6 +388,7 @@ def test_there_is_no_cache_in_training():
     assert CACHE not in model(ids, use_cache=False)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
 def test_generation_with_left_padding_equals_that_without(options):
     model = make().eval()

@@ -62,6 +62,7 @@ def test_off_by_default_nothing_is_kept():
     assert list(memory.state_dict()) == ["step"]
 
 
+@pytest.mark.numerics
 def test_a_guess_that_is_no_help_is_dropped_in_its_sample_only():
     problem = make_equilibrium([(3, 12)], norm=0.9)
     graph = Linearization(problem.func, problem.state)

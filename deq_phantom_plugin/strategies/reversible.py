@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,9 +19,12 @@ from ..precision import AutocastState
 from ..state import State, flatten, unflatten
 from ..strategy import Context, GradStrategy
 from .arguments import positive_int, relaxation
+from .drift import Drift
+from .replay import Replay
 
 _TOLERANCE = 1e-2  # the relative error of the gradient above which a warning is given
-_TINY = torch.finfo(torch.float64).tiny
+_ADVICE = "F must be deterministic; take fewer steps, a beta nearer to 0.5, or F in float64"
+_STRETCHES = 3  # into which kept pairs of states divide the way back
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,23 +40,41 @@ class Reversible(GradStrategy):
     the last z and the gradient that of the iterates themselves, differentiable to any order.
 
     Costs 2 * steps evaluations of F and, in backward, as many again with their backward passes.
-    Memory holds two states in float64, and one evaluation's graph at a time.
+    Memory holds the start, three pairs of states in float64 (those at the end, and after one and
+    two thirds of the evaluations, from where backward starts anew), one evaluation's graph at a
+    time, and per evaluation eight numbers a leaf and the buffers of F that it updates.
 
-    F must do the same each time: dropout masks are fixed during a solve. Running backwards
-    multiplies rounding errors by 1 / (1 - beta)^2 a step and more, which is why y and z are in
-    float64 whatever F computes in. Relative error of the recovered start, and in brackets of the
-    gradient, for relu(W h + u) with ||W||_2 = 0.9 on a 64 x 256 state:
+    F must do the same each time: dropout masks are fixed during a solve. Buffers that F updates
+    are given back to it as each evaluation found them, and are left as the forward pass left them.
+    F runs as it was written where it was compiled.
 
-        F        beta  5 steps          10 steps         20 steps         30 steps
-        float32  0.5   0      (9e-08)   0      (1e-07)   0      (2e-07)   8e-05  (2e-07)
-        float32  0.8   2e-13  (1e-07)   5e-10  (1e-07)   1e+02  (2e-07)   7e+09  (5e-05)
-        float32  1.5   0      (3e-07)   0      (4e-07)   0      (5e-07)   7e-01  (4e-02)
-        float64  0.5   4e-15  (3e-16)   4e-13  (2e-15)   3e-09  (1e-13)   3e-05  (1e-11)
-        float64  0.8   2e-12  (4e-15)   1e-07  (1e-12)   3e+02  (2e-07)   6e+11  (4e-03)
-        float64  1.5   4e-14  (8e-15)   2e-11  (3e-12)   2e-05  (2e-06)   9e+00  (6e-01)
+    Running backwards multiplies rounding errors, which is why y and z are in float64 whatever F
+    computes in. Let F have Lipschitz constant L, w_n be the states in the order in which they are
+    made (y_1, z_1, y_2, ...), and e_n what the recovered w_n is off. From
+    w_(n-2) = (w_n - beta F(w_(n-1))) / (1 - beta),
 
-    The gradient fares better since it fades on its way to the start. An estimated error of the
-    gradient above 1e-2 warns once a run.
+        |e_(n-2)|  <=  a |e_n| + c |e_(n-1)| + rho,   a = 1 / |1 - beta|,   c = L beta / |1 - beta|,
+
+    so that after k evaluations from a pair that was kept
+
+        |e|  <=  rho (r^k - 1) / (r - 1),   r = (c + sqrt(c^2 + 4 a)) / 2,
+        rho  =  a (8 eps + 2 beta (L eta + phi)) max_n |w_n|,
+
+    by induction, as r^2 = c r + a and r <= a + c. Here eps = 1.1e-16 rounds float64, eta rounds
+    F's input to F's own dtype (0 for float64), and phi is the rounding inside F against max |w|.
+    F(h) = -L h attains the growth for beta < 1. Where F's input is rounded to the very number of
+    the forward pass F repeats itself, so that in float32 errors are often far below the bound. A
+    contraction has L <= 1, and r = 1 / |1 - beta| at L = 1 and beta < 1:
+
+        beta                                 0.3   0.5   0.7   0.8   0.9   1.2   1.5
+        r at L = 1                           1.4   2.0   3.3   5.0   10.0  6.7   3.6
+        steps until 1e-15 has grown to 1e-4  106   54    31    23    16    19    29
+
+    At 1e-4 a gradient loses up to percents where F has kinks, and 1e-4 where it is smooth; by how
+    much its cotangents have faded on their way, less. Normalisation at small states has large
+    Lipschitz constants, and allows for fewer steps. What counts is found out: the states that
+    backward recovers are compared with those of the forward pass (see `Drift`), and an estimated
+    error of the gradient above 1e-2 warns once a run.
 
     Args:
         steps: the number of iterations.
@@ -111,6 +132,26 @@ class _Key(NamedTuple):
     address: int
 
 
+class _Iterate(NamedTuple):
+    """y or z.
+
+    Attributes:
+        leaves: in float64.
+        sketch: see `Sketch`.
+    """
+
+    leaves: list[Tensor]
+    sketch: Tensor
+
+    def detach(self) -> _Iterate:
+        """Return it without its graph."""
+        return _Iterate([leaf.detach() for leaf in self.leaves], self.sketch)
+
+
+_Pair = tuple[_Iterate, _Iterate]
+"""What F was given in an evaluation, and the state that was made from it."""
+
+
 class _Saved(NamedTuple):
     """What autograd saves in an evaluation.
 
@@ -147,33 +188,48 @@ class _Tape:
         self._autocast = AutocastState(leaves)
         self._requires_grad: list[list[bool]] = []  # of F's input in each evaluation
         self._saved: list[_Saved] = []  # what autograd saves in evaluation `_number`
-        # Held detached: graphs hold the tape, and must not hold themselves through it.
-        self._start = [leaf.detach().to(_wide(leaf), copy=True) for leaf in leaves]
-        self._end = (self._start, self._start)
+        # States are held detached: graphs hold the tape, and must not hold themselves through it.
+        self._start = [leaf.detach().clone() for leaf in leaves]
+        self._drift = Drift([leaf.to(_wide(leaf)) for leaf in self._start], strategy.beta)
+        self._replay = Replay()
+        # Evaluations whose input and result are kept.
+        stops = (round(2 * strategy.steps * i / _STRETCHES) for i in range(1, _STRETCHES))
+        self._kept: dict[int, _Pair | None] = dict.fromkeys(stops)
+        self._end: _Pair | None = None
         self._lock = threading.RLock()  # threads may go back through one graph at once
         self._restart()
 
-    def widened(self, state: State) -> list[Tensor]:
-        """Return the leaves of a state as y and z are held."""
-        return [leaf.to(_wide(leaf), copy=True) for leaf in flatten(state)[0]]
+    def widened(self, state: State) -> _Iterate:
+        """Return a state as y and z are held."""
+        leaves = [leaf.to(_wide(leaf), copy=True) for leaf in flatten(state)[0]]
+        return _Iterate(leaves, self._drift.true(0))
 
-    def narrowed(self, leaves: list[Tensor]) -> State:
+    def narrowed(self, iterate: _Iterate) -> State:
         """Return y or z as a state of the dtypes it began with, in tensors of its own."""
         narrow = [
-            leaf.to(dtype, copy=True) for leaf, dtype in zip(leaves, self._dtypes, strict=True)
+            leaf.to(dtype, copy=True)
+            for leaf, dtype in zip(iterate.leaves, self._dtypes, strict=True)
         ]
         return unflatten(narrow, self._structure)
 
     @never_compiled
-    def update(self, old: list[Tensor], other: list[Tensor]) -> list[Tensor]:
+    def update(self, old: _Iterate, other: _Iterate) -> _Iterate:
         """Return (1 - beta) old + beta F(other)."""
-        self._requires_grad.append([leaf.requires_grad for leaf in other])
-        image = self._evaluate(len(self._requires_grad), other)
-        new = [
-            torch.lerp(leaf, f.to(leaf.dtype), self._strategy.beta)
-            for leaf, f in zip(old, image, strict=True)
-        ]
-        self._end = ([leaf.detach() for leaf in other], [leaf.detach() for leaf in new])
+        beta = self._strategy.beta
+        self._requires_grad.append([leaf.requires_grad for leaf in other.leaves])
+        number = len(self._requires_grad)
+        with self._replay.next():
+            image = self._evaluate(number, other.leaves)
+        leaves = []
+        for leaf, f in zip(old.leaves, image, strict=True):
+            if f.requires_grad:
+                f.register_hook(functools.partial(self._drift.weigh, number))
+            # beta F is rounded by itself, as on the way back, where a zero is then a zero again.
+            leaves.append(torch.add(beta * f.to(leaf.dtype), leaf, alpha=1 - beta))
+        new = _Iterate(leaves, self._drift.keep(leaves))
+        self._end = (other.detach(), new.detach())
+        if number in self._kept:
+            self._kept[number] = self._end
         self._restart()
         return new
 
@@ -224,62 +280,62 @@ class _Tape:
         """Go to the end of the iteration."""
         self._number = len(self._requires_grad) + 1
         self._saved.clear()
-        self._other, self._new = self._end
+        self._pair = self._end
 
     def _step_back(self) -> None:
         """Undo the update before, whose saved tensors are then at hand."""
         number, beta = self._number - 1, self._strategy.beta
+        kept = self._kept.get(number) or self._pair
+        assert kept is not None
+        other, new = kept
+        if number == 1:
+            other = _Iterate(self._start, self._drift.true(0))
         inputs = [
             leaf.detach().requires_grad_(flag)
-            for leaf, flag in zip(self._other, self._requires_grad[number - 1], strict=True)
+            for leaf, flag in zip(other.leaves, self._requires_grad[number - 1], strict=True)
         ]
-        with torch.enable_grad(), self._autocast():
+        with torch.enable_grad(), self._autocast(), self._replay.again(number):
             image = self._evaluate(number, inputs)
         with torch.no_grad():
             # Not in place: `_unpack` compares versions with those of the forward pass.
-            old = [
-                torch.sub(leaf, f, alpha=beta) / (1 - beta)
-                for leaf, f in zip(self._new, image, strict=True)
+            leaves = [
+                torch.sub(leaf, beta * f.to(leaf.dtype)) / (1 - beta)
+                for leaf, f in zip(new.leaves, image, strict=True)
             ]
-        self._other, self._new = old, self._other
+        old = _Iterate(leaves, self._drift.repeat(number, other.sketch, new.sketch, leaves))
+        self._pair = (old, other)
         if number == 1:
-            self._check_start()
+            self._check()
 
-    def _check_start(self) -> None:
-        """Compare what was recovered with where the iteration began.
-
-        What reaches the start of a gradient has shrunk as the iteration's error did on the way
-        from there, so errors of the start count by that much less.
-        """
-        y, z = self._end
-        with torch.no_grad():
-            lost = torch.maximum(
-                _distance(self._other, self._start), _distance(self._new, self._start)
-            )
-            lost = lost / _distance(z, None).clamp(min=_TINY)
-            shrunk = _distance(y, z) / _distance(z, self._start).clamp(min=_TINY)
-            error = float(lost * shrunk)  # within a factor of 5 of the truth, or above it
-        advice = "F must be deterministic; take fewer steps, or a beta nearer to 0.5"
-        if not math.isfinite(error):
+    def _check(self) -> None:
+        """Say what the gradient has lost, where that is more than a little."""
+        loss = self._drift.loss()
+        if loss is None:
+            return
+        if not loss.finite:
             raise NonFiniteError(
                 f"{self._strategy!r}: the iteration, or running it backwards, made a NaN or an "
-                f"infinity. {advice}."
+                f"infinity. {_ADVICE}."
             )
-        if error > _TOLERANCE:
+        if loss.changed > _TOLERANCE:
+            suspects = ", ".join(self._replay.suspects())
             warn_once(
-                "reversible",
-                f"{self._strategy!r}: running the iteration backwards missed the state it began "
-                f"at, and the gradient by an estimated {error:.1e} of its norm. {advice}. "
+                "reversible: func changed",
+                f"{self._strategy!r}: func is not deterministic: evaluated in backward at the same "
+                f"state as in the forward pass, it returned something else (by {loss.changed:.1e} "
+                "of its norm), so the gradient is wrong. "
+                + (f"Modules in it that draw or update: {suspects}. " if suspects else "")
+                + "Draw dropout masks and noise once a solve, outside func, or take bptt. "
                 "This warning is given once.",
             )
-
-
-def _distance(a: list[Tensor], b: list[Tensor] | None) -> Tensor:
-    """Return the norm of a - b over all leaves; of a alone, if b is None."""
-    differences = a if b is None else [x - y for x, y in zip(a, b, strict=True)]
-    norms = [torch.linalg.vector_norm(x).to(a[0].device) for x in differences]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
+        elif not loss.error <= _TOLERANCE:
+            warn_once(
+                "reversible",
+                f"{self._strategy!r}: running the iteration backwards missed states that it went "
+                f"through, and the gradient by an estimated {loss.error:.1e} of its norm. "
+                f"{_ADVICE}. "
+                "This warning is given once.",
+            )
 
 
 def _wide(leaf: Tensor) -> torch.dtype:

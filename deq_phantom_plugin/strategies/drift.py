@@ -1,0 +1,195 @@
+"""What a gradient lost because states were recovered and not kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SEEDED = 0  # signs are drawn apart from the random state of the run
+_PROJECTIONS = 8
+_FLOOR = 1e-6  # a leaf smaller than this, against the whole state, counts as that large
+
+
+class Sketch:
+    """Random projections of a state, a few numbers that tell how far two states are apart.
+
+    The mean square of the projections of x is ||x||^2 on average over the signs, whatever x is.
+    The sign of element (i, j) of a leaf, seen as a matrix that is about square, is one of row i
+    times one of column j: what is kept grows as the root of the state.
+
+    Args:
+        leaves: of a state like those to come.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self._signs = [_signs(_flat(leaf)) for leaf in leaves]
+
+    @torch.no_grad()
+    def __call__(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Return the projections of each leaf, shape (leaves, 8)."""
+        projected = []
+        for leaf, (rows, columns) in zip(leaves, self._signs, strict=True):
+            flat, width = _flat(leaf), columns.shape[1]
+            whole = rows.shape[1] * width
+            sums = rows @ flat[:whole].view(-1, width)
+            if whole < len(flat):
+                sums[:, : len(flat) - whole] += flat[whole:]
+            projected.append((sums * columns).sum(1))
+        if len(projected) == 1:
+            return projected[0][None]
+        return torch.stack([p.to(projected[0].device) for p in projected])
+
+
+def _flat(leaf: Tensor) -> Tensor:
+    leaf = leaf.detach()
+    return (torch.view_as_real(leaf) if leaf.is_complex() else leaf).flatten()
+
+
+def _signs(flat: Tensor) -> tuple[Tensor, Tensor]:
+    # The products of few signs are too much alike: small leaves have a sign an element.
+    width = max(1, min(len(flat), 64), math.isqrt(len(flat)))
+    generator = torch.Generator().manual_seed(_SEEDED)
+
+    def draw(count: int) -> Tensor:
+        drawn = torch.randint(0, 2, (_PROJECTIONS, count), generator=generator)
+        return (2 * drawn - 1).to(flat)
+
+    return draw(len(flat) // width), draw(width)
+
+
+class Loss(NamedTuple):
+    """What is known of a backward pass when it has come to the start.
+
+    Attributes:
+        error: of the gradient, relative to its norm: an estimate.
+        changed: the relative difference between two images of the very same state.
+        finite: whether the recovered states are.
+    """
+
+    error: float
+    changed: float
+    finite: bool
+
+
+class Drift:
+    """Follows how far recovered states are off, and estimates the gradient's error from it.
+
+    With w_n = (1 - beta) w_(n-2) + beta F(w_(n-1)), evaluation n repeated at another state than
+    w_(n-1) contributes another share to the gradient, and hands on another cotangent. Where the
+    relative error of that state, or of its image, is d, both are off by about s(d) of their size:
+    sqrt(d), since a share d of F's kinks (relu, max, clamp) is passed, and d where d > 1. An error
+    of a cotangent stays in those that follow. So, with the cotangents of F's images as weights,
+
+        error  =  sum_n ||cotangent_n|| (s(d_n) + s(d_(n+1)) + ... + s(d_last)) / sum_n ||...||
+
+    A smooth F loses about d_n and not its root, and the estimate is then far above the truth; it is
+    meant to tell errors of percents. It reads the device once a backward pass.
+
+    Args:
+        start: leaves of w_0 = w_(-1).
+        beta: the relaxation factor.
+    """
+
+    def __init__(self, start: Sequence[Tensor], beta: float) -> None:
+        self.sketch = Sketch(start)
+        self._beta = beta
+        first = self.sketch(start)
+        self._true = [first, first]  # of w_(-1), w_0, ...
+        self._repeated: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._weights: dict[int, list[Tensor]] = {}
+
+    def keep(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Take note of the next w_n; return its sketch."""
+        self._true.append(self.sketch(leaves))
+        return self._true[-1]
+
+    def true(self, number: int) -> Tensor:
+        """Return the sketch of w_n as it was."""
+        return self._true[number + 1]
+
+    @torch.no_grad()
+    def weigh(self, number: int, cotangent: Tensor | None) -> None:
+        """Take note of the cotangent of a leaf of F's image in evaluation n; a hook."""
+        if cotangent is None:  # none came, and a custom function passed that on
+            return
+        # A norm in half precision would overflow where gradients are scaled.
+        wide = torch.promote_types(cotangent.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(cotangent.detach(), dtype=wide)
+        self._weights.setdefault(number, []).append(norm)
+
+    def repeat(self, number: int, other: Tensor, new: Tensor, old: Sequence[Tensor]) -> Tensor:
+        """Take note of evaluation n when it is done again; return the sketch of w_(n-2).
+
+        Args:
+            number: n.
+            other: the sketch of w_(n-1), F's input, as it was recovered.
+            new: of w_n.
+            old: the leaves of w_(n-2) that follow from them.
+        """
+        sketch = self.sketch(old)
+        self._repeated[number] = (other, new, sketch)
+        return sketch
+
+    @torch.no_grad()
+    def loss(self) -> Loss | None:
+        """Return what was lost since this was last asked; None where cotangents are not finite."""
+        numbers = sorted(self._repeated, reverse=True)
+        other, new, old = (
+            torch.stack(parts) for parts in zip(*map(self._repeated.get, numbers), strict=True)
+        )
+        true = torch.stack(self._true)
+        at = torch.tensor(numbers, device=true.device)
+        whole = _norm(true[at + 1]).maximum(_norm(true[at])).amax(1, keepdim=True)
+        state = _relative(other - true[at], true[at], whole)
+        image = _relative(
+            self._image(new - true[at + 1], old - true[at - 1]),
+            self._image(true[at + 1], true[at - 1]),
+            whole,
+        )
+        off = torch.maximum(state, image)
+        share = torch.maximum(off.sqrt(), off).cumsum(0)
+        zero = share.new_zeros(())
+        weights = self._weights_of(numbers, zero)
+        error = (weights * share).sum() / weights.sum().clamp(min=torch.finfo(zero.dtype).tiny)
+        repeated = (state == 0) & (_norm(new - true[at + 1]) == 0).all(1)
+        changed = torch.where(repeated, image, zero).amax()
+        # A cotangent that is infinite came in, unless states are: GradScaler is to see it.
+        finite, weighed = off.isfinite().all(), weights.isfinite().all()
+        found = torch.stack([finite.to(zero), weighed.to(zero), error, changed]).tolist()
+        self._repeated.clear()
+        self._weights.clear()
+        return Loss(found[2], found[3], bool(found[0])) if found[1] or not found[0] else None
+
+    def _weights_of(self, numbers: Sequence[int], like: Tensor) -> Tensor:
+        """Return the norms of the cotangents of evaluations, of all leaves together."""
+        pairs = [
+            (place, norm.to(like.device))
+            for place, number in enumerate(numbers)
+            for norm in self._weights.get(number, ())
+        ]
+        weights = like.new_zeros(len(numbers))
+        if pairs:
+            places, norms = zip(*pairs, strict=True)
+            at = torch.tensor(places, device=like.device)
+            weights.index_add_(0, at, torch.stack(norms).to(like.dtype))
+        return weights
+
+    def _image(self, new: Tensor, old: Tensor) -> Tensor:
+        """Return the sketch of F(w_(n-1)), which is linear in those of w_n and w_(n-2)."""
+        return (new - (1 - self._beta) * old) / self._beta
+
+
+def _norm(sketch: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(sketch, dim=2)
+    return norm
+
+
+def _relative(error: Tensor, size: Tensor, whole: Tensor) -> Tensor:
+    """Return the largest relative error of a leaf, shape (evaluations,); sketches are given."""
+    floor = (_FLOOR * whole).clamp(min=torch.finfo(whole.dtype).tiny)
+    relative: Tensor = _norm(error) / _norm(size).maximum(floor)
+    return relative.amax(1)

@@ -1,0 +1,78 @@
+"""Evaluations of F that are done again find the buffers of the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..buffers import Buffers, Seen, version
+from ..compilation import eager
+
+
+class Replay:
+    """Keeps the buffers that evaluations of F update as each evaluation found them.
+
+    The value of F may depend on them, as with spectral norm in training mode. What they hold after
+    the forward pass is left alone. What runs is found in the first evaluation, which F is to
+    repeat; as it was written, since modules inside compiled code are not seen.
+
+    Running statistics of BatchNorm change in ways that PyTorch does not count; they are not
+    needed, for in training mode they are not read.
+    """
+
+    def __init__(self) -> None:
+        self._ran: list[nn.Module] = []
+        self._now: dict[tuple[nn.Module, str], Seen] = {}
+        self._found: list[dict[tuple[nn.Module, str], Seen]] = []  # in each evaluation
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """Evaluate F for the next time inside a `with` block."""
+        with eager():
+            if self._found:
+                yield
+            else:
+                buffers = Buffers()
+                with buffers.noting():
+                    yield
+                self._ran, self._now = list(buffers.modules), buffers.seen
+        self._found.append(self._changes())
+
+    @contextmanager
+    def again(self, number: int) -> Iterator[None]:
+        """Evaluate F inside a `with` block as in its evaluation of that number, from 1."""
+        buffers = Buffers()
+        for module, _ in self._now:
+            buffers.note(module)
+        try:
+            for (module, name), seen in self._found[number - 1].items():
+                seen.put_back(module, name)
+            with eager():
+                yield
+        finally:
+            buffers.put_back()
+
+    def suspects(self) -> list[str]:
+        """Return the types of modules that ran and may not do the same each time."""
+        updated = {module for found in self._found for module, _ in found}
+        return sorted({type(m).__name__ for m in self._ran if m in updated or _draws(m)})
+
+    def _changes(self) -> dict[tuple[nn.Module, str], Seen]:
+        """Return the buffers that have changed as they were, and look at them anew."""
+        changed = {}
+        for (module, name), seen in self._now.items():
+            buffer = module._buffers.get(name)
+            if buffer is not seen.buffer or version(buffer) != seen.version:
+                if seen.buffer is None or seen.value is not None:
+                    changed[module, name] = seen
+                self._now[module, name] = Seen.now(buffer)
+            elif not self._found:  # a constant is not kept twice
+                self._now[module, name] = seen._replace(value=None)
+        return changed
+
+
+def _draws(module: nn.Module) -> bool:
+    rates = (getattr(module, name, 0) for name in ("p", "dropout"))
+    return module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
