@@ -15,6 +15,15 @@ from .compilation import eager
 from .state import State, flatten
 
 
+class _Running(threading.local):
+    """How many trials this thread is in."""
+
+    depth = 0
+
+
+_running = _Running()
+
+
 class Trial(AbstractContextManager["Trial"]):
     """Evaluate F inside a `with` block that leaves the world as it was.
 
@@ -27,16 +36,24 @@ class Trial(AbstractContextManager["Trial"]):
 
     Args:
         state: any state of the equilibrium, for its devices.
+        compiled: whether what was compiled runs compiled all the same, where time is measured; the
+            modules in it are not seen then.
 
     Attributes:
         modules: what ran, in order of their first run; each once.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, compiled: bool = False) -> None:
+        self._compiled = compiled
         self._leaves: Sequence[Tensor] = flatten(state)[0]
         self._thread = threading.get_ident()
         self._kept: dict[nn.Module, list[tuple[str, Tensor | None, Tensor | None]]] = {}
         self._stack = ExitStack()
+
+    @staticmethod
+    def is_running() -> bool:
+        """Whether this thread is in a trial: what is counted or logged of training is not now."""
+        return _running.depth > 0
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -44,14 +61,17 @@ class Trial(AbstractContextManager["Trial"]):
         return list(self._kept)
 
     def __enter__(self) -> Trial:
-        self._stack.enter_context(eager())
+        if not self._compiled:
+            self._stack.enter_context(eager())
         self._stack.enter_context(forked_rng(self._leaves))
         self._stack.callback(self._put_back)
         handle = register_module_forward_pre_hook(self._note)
         self._stack.callback(handle.remove)
+        _running.depth += 1
         return self
 
     def __exit__(self, *error: object) -> None:
+        _running.depth -= 1
         self._stack.close()
 
     def _note(self, module: nn.Module, args: Any) -> None:
