@@ -51,9 +51,9 @@ class Trial(AbstractContextManager["Trial"]):
         self._stack = ExitStack()
 
     @staticmethod
-    def is_running() -> bool:
-        """Whether this thread is in a trial: what is counted or logged of training is not now."""
-        return _running.depth > 0
+    def depth() -> int:
+        """How many trials this thread is in; what is logged of training is outside of all."""
+        return _running.depth
 
     @property
     def modules(self) -> list[nn.Module]:

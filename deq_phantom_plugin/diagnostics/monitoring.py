@@ -113,7 +113,7 @@ class _Watch:
     _coupled: bool | None = field(default=None, init=False)
 
     def __call__(self, solve: Solve) -> None:
-        if Trial.is_running():  # of a report, or of an equilibrium whose F this one is inside of
+        if Trial.depth():  # of a report, or of an equilibrium whose F this one is inside of
             return
         self._forwards += solve.index == 0
         step = self._forwards if solve.step is None else solve.step
@@ -139,7 +139,7 @@ class _Watch:
         solve: Solve,
         grads: Sequence[Tensor | None],
     ) -> None:
-        if Trial.is_running():  # the gradient of one that comes later in the model reaches back
+        if Trial.depth():  # the gradient of one that comes later in the model reaches back
             return
         numbers = {"nfe": float(solve.nfe)}
         v = [torch.zeros_like(h) for h in flatten(solve.equilibrium)[0]]

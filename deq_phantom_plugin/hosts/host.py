@@ -127,7 +127,7 @@ class Solve:
 
 
 class Counted:
-    """A map, and how often the model called it without and with autograd; trials do not count.
+    """A map, and how often it was called without and with autograd; trials of it do not count.
 
     Args:
         func: the map.
@@ -140,10 +140,11 @@ class Counted:
         self.func = func
         self.calls = {False: 0, True: 0}
         self.solver_result: Any = None
+        self._depth = Trial.depth()  # a report may run the whole model in one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the map."""
-        if not Trial.is_running():
+        if Trial.depth() == self._depth:
             self.calls[torch.is_grad_enabled()] += 1
         return self.func(*args, **kwargs)
 
