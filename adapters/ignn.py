@@ -551,18 +551,5 @@ class IGNNHost(Host):
 def _solve(
     equilibrium: FixedPoint, func: Callable[[Tensor], Tensor], start: Tensor, attached: Tensor
 ) -> Solve:
-    state = attached.detach()
-    with torch.no_grad():
-        image = func(state)
-    residual = torch.linalg.vector_norm(image - state) / torch.linalg.vector_norm(image)
-    return Solve(
-        func=func,
-        initial_state=start,
-        equilibrium=state,
-        attached=attached,
-        strategy=equilibrium.grad,
-        step=equilibrium.memory.step,
-        residual=residual.reshape(1),
-        nfe=equilibrium.nfe,
-        batch_dim=None,
-    )
+    context = dpp.Context(batch_dim=None, initial_state=start, memory=equilibrium.memory)
+    return Solve.of(func, attached.detach(), attached, equilibrium.grad, context, equilibrium.nfe)

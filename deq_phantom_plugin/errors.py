@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class ConvergenceWarning(RuntimeWarning):
@@ -41,3 +42,15 @@ def warn_once(key: str, message: str, category: type[RuntimeWarning] = Convergen
     if _given.get(key) is not warnings.filters:
         _given[key] = warnings.filters
         warnings.warn(message, category, stacklevel=2)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Give no `ConvergenceWarning` inside a `with` block; one given before is not given again."""
+    given = dict(_given)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            yield
+    finally:
+        _given.update(given)

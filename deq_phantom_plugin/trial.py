@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 
@@ -11,6 +12,15 @@ from .buffers import Buffers
 from .compilation import eager
 from .draws import forked_rng
 from .state import State, flatten
+
+
+class _Running(threading.local):
+    """How many trials this thread is in."""
+
+    depth = 0
+
+
+_running = _Running()
 
 
 class Trial(AbstractContextManager["Trial"]):
@@ -25,15 +35,23 @@ class Trial(AbstractContextManager["Trial"]):
 
     Args:
         state: any state of the equilibrium, for its devices.
+        compiled: whether what was compiled runs compiled all the same, where time is measured; the
+            modules in it are not seen then.
 
     Attributes:
         modules: what ran, in order of their first run; each once.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, compiled: bool = False) -> None:
+        self._compiled = compiled
         self._leaves: Sequence[Tensor] = flatten(state)[0]
         self._buffers = Buffers()
         self._stack = ExitStack()
+
+    @staticmethod
+    def depth() -> int:
+        """How many trials this thread is in; what is logged of training is outside of all."""
+        return _running.depth
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -46,11 +64,14 @@ class Trial(AbstractContextManager["Trial"]):
         return self._buffers.have_changed
 
     def __enter__(self) -> Trial:
-        self._stack.enter_context(eager())
+        if not self._compiled:
+            self._stack.enter_context(eager())
         self._stack.enter_context(forked_rng(self._leaves))
         self._stack.callback(self._buffers.put_back)
         self._stack.enter_context(self._buffers.noting())
+        _running.depth += 1
         return self
 
     def __exit__(self, *error: object) -> None:
+        _running.depth -= 1
         self._stack.close()

@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.adapters.ignn import IGNNConv
 from deq_phantom_plugin.hosts.hrm_text import HrmText
+from deq_phantom_plugin.patching import Equilibrium
 
 
 class Case:
@@ -31,10 +34,21 @@ class Case:
     owns_solve: ClassVar[bool] = True  # whether strategies that own the solve are taken
     exact: ClassVar[str] = "ift(tol=1e-12, max_iter=400)"
     precision: ClassVar[float] = 1e-8  # of that one's gradient
+    channels: ClassVar[int] = 5  # the size of dimension 1 inside F
+    width: ClassVar[int] = 5  # the size of its last dimension
 
-    def model(self, grad: Any) -> nn.Module:
-        """Return a model in float64, of the same weights each time."""
+    def model(self, grad: Any, inside: nn.Module | None = None) -> nn.Module:
+        """Return a model in float64, of the same weights each time, with a module inside F."""
         raise NotImplementedError
+
+    def inside(self, kind: str) -> nn.Module:
+        """Return a module for inside F that draws numbers or updates its buffers."""
+        torch.manual_seed(1)
+        if kind == "dropout":
+            return nn.Dropout(0.3)
+        if kind == "batch norm":
+            return nn.BatchNorm1d(self.channels)
+        return spectral_norm(nn.Linear(self.width, self.width))
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return a loss of the model in training, on the same data each time."""
@@ -65,24 +79,25 @@ class TorchDEQCase(Case):
     )
 
     class Model(nn.Module):
-        def __init__(self, grad: Any) -> None:
+        def __init__(self, grad: Any, inside: nn.Module | None) -> None:
             super().__init__()
             from torchdeq import get_deq
 
             self.weight = nn.Linear(5, 5)
             self.inject = nn.Linear(3, 5)
+            self.inside = inside or nn.Identity()
             self.deq = get_deq(grad=grad, f_max_iter=80, f_tol=1e-13, f_solver="fixed_point_iter")
 
         def forward(self, x: Tensor) -> Tensor:
             z = self.inject(x)
             states, _ = self.deq(
-                lambda h: torch.tanh(0.7 * self.weight(h) + z), torch.zeros_like(z)
+                lambda h: torch.tanh(0.7 * self.inside(self.weight(h)) + z), torch.zeros_like(z)
             )
             return states[-1]
 
-    def model(self, grad: Any) -> nn.Module:
+    def model(self, grad: Any, inside: nn.Module | None = None) -> nn.Module:
         torch.manual_seed(0)
-        return self.Model(grad).double().train()
+        return self.Model(grad, inside).double().train()
 
     def loss(self, model: nn.Module) -> Tensor:
         x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
@@ -93,6 +108,7 @@ class HrmTextCase(Case):
     name = "hrm_text"
     missing = "" if HrmText().installed() else "no Transformers that has hrm_text"
     exact, precision = "ift(tol=1e-6, max_iter=400)", 1e-4  # the model normalises in float32
+    channels, width = 4, 8
     own = None
     patched = (
         ("transformers.models.hrm_text.modeling_hrm_text.HrmTextModel", "forward"),
@@ -120,11 +136,14 @@ class HrmTextCase(Case):
         }
         return HrmTextConfig(**{**sizes, **settings})
 
-    def model(self, grad: Any) -> nn.Module:
+    def model(self, grad: Any, inside: nn.Module | None = None) -> nn.Module:
         from transformers import HrmTextForCausalLM
 
         torch.manual_seed(0)
         model = HrmTextForCausalLM(self.config()).double().train()
+        if inside is not None:
+            layer = model.model.L_module.layers[0]
+            layer.mlp = nn.Sequential(layer.mlp, inside.double())
         if grad is not None:
             dpp.set_grad(model, grad)
         return model
@@ -148,7 +167,7 @@ class SilvaCase(Case):
     class Model(nn.Module):
         """Two tensors, as a pair."""
 
-        def __init__(self, grad: Any, **settings: Any) -> None:
+        def __init__(self, grad: Any, inside: nn.Module | None = None, **settings: Any) -> None:
             super().__init__()
             from silva_networks import SolverConfig
             from silva_networks.deq_engine import SILVADEQEngine
@@ -156,6 +175,7 @@ class SilvaCase(Case):
             self.weight = nn.Linear(5, 5)
             self.other = nn.Linear(2, 5)
             self.inject = nn.Linear(3, 5)
+            self.inside = inside or nn.Identity()
             settings = {"max_iter": 200, "tol": 1e-14, "backward_mode": grad, **settings}
             self.engine = SILVADEQEngine(SolverConfig(**settings))
 
@@ -164,16 +184,16 @@ class SilvaCase(Case):
 
             def transition(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
                 a, b = state
-                new = torch.tanh(0.5 * self.weight(a) + 0.3 * self.other(b) + z)
+                new = torch.tanh(0.5 * self.inside(self.weight(a)) + 0.3 * self.other(b) + z)
                 return new, torch.tanh(b @ self.other.weight.T[:, :2] * 0.3 + new[:, :2])
 
             start = (torch.zeros_like(z), torch.zeros_like(z[:, :2]))
             tensors = (*self.parameters(),)
             return self.engine(transition, start, params=tensors, tensors=(z,))
 
-    def model(self, grad: Any) -> nn.Module:
+    def model(self, grad: Any, inside: nn.Module | None = None) -> nn.Module:
         torch.manual_seed(0)
-        return self.Model(grad).double().train()
+        return self.Model(grad, inside).double().train()
 
     def loss(self, model: nn.Module) -> Tensor:
         x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
@@ -193,17 +213,22 @@ class DeepInvCase(Case):
         ("deepinv.optim.optimizers.BaseOptim", "DEQ_additional_step"),
     )
     owns_solve = False
+    width = 4
     pickles = False  # its metrics hold a lambda
 
     class Denoiser(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, inside: nn.Module | None = None) -> None:
             super().__init__()
             self.conv = nn.Conv2d(1, 1, 3, padding=1)
+            self.inside = inside or nn.Identity()
 
         def forward(self, x: Tensor, sigma: Any, **kwargs: Any) -> Tensor:
-            return 0.5 * x + 0.2 * torch.tanh(self.conv(x))
+            return 0.5 * x + 0.2 * torch.tanh(self.inside(self.conv(x)))
 
-    def model(self, grad: Any) -> nn.Module:
+    def inside(self, kind: str) -> nn.Module:
+        return nn.BatchNorm2d(1) if kind == "batch norm" else super().inside(kind)
+
+    def model(self, grad: Any, inside: nn.Module | None = None) -> nn.Module:
         import deepinv
         from deepinv.optim import PGD, DEQConfig
 
@@ -211,7 +236,7 @@ class DeepInvCase(Case):
         settings = {} if grad is None else {"grad": grad}
         return (
             PGD(
-                prior=deepinv.optim.PnP(denoiser=self.Denoiser()),
+                prior=deepinv.optim.PnP(denoiser=self.Denoiser(inside)),
                 data_fidelity=deepinv.optim.L2(),
                 stepsize=0.8,
                 max_iter=60,
@@ -231,4 +256,59 @@ class DeepInvCase(Case):
         return model(y, deepinv.physics.Denoising()).square().sum()
 
 
+class IgnnCase(Case):
+    """Takes names by itself; there is nothing to hook."""
+
+    name = "ignn"
+    own = "jfb"
+
+    def model(self, grad: Any, inside: nn.Module | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        activation = nn.Sequential(inside or nn.Identity(), nn.Tanh())
+        return IGNNConv(3, 5, 0.7, grad, activation, f_max_iter=40).double().train()
+
+    def loss(self, model: nn.Module) -> Tensor:
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+        edges = torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]])
+        return (model(x, edges) * torch.linspace(0, 1, 5, dtype=torch.float64)).square().sum()
+
+
+class PatchedCase(Case):
+    """What `deq-phantom patch` makes of a model with a solve of its own; nothing to hook."""
+
+    name = "patched"
+    own = "jfb"
+
+    class Model(nn.Module):
+        def __init__(self, grad: Any, inside: nn.Module | None) -> None:
+            super().__init__()
+            self.weight = nn.Linear(5, 5)
+            self.inject = nn.Linear(3, 5)
+            self.inside = inside or nn.Identity()
+            self.equilibrium = Equilibrium(grad)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.inject(x)
+            start = h = torch.ones_like(z)
+
+            def func(h: Tensor) -> Tensor:
+                return torch.tanh(0.7 * self.inside(self.weight(h)) + z)
+
+            with torch.no_grad():
+                for _ in range(60):
+                    h = func(h)
+            return self.equilibrium(func, h, start)
+
+    def model(self, grad: Any, inside: nn.Module | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        return self.Model(grad, inside).double().train()
+
+    def loss(self, model: nn.Module) -> Tensor:
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+        return (model(x) * torch.linspace(0, 1, 5, dtype=torch.float64)).square().sum()
+
+
 CASES = [TorchDEQCase(), HrmTextCase(), SilvaCase(), DeepInvCase()]
+
+# Those whose framework is our own need not pass what is about hooks.
+OBSERVED = [*CASES, IgnnCase(), PatchedCase()]

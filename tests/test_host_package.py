@@ -60,6 +60,48 @@ assert float(solves[0].residual.max()) < 1e-9
 end()
 assert Equilibrium.forward is original
 assert torch.equal(gradient(), own)
+
+dpp.enable()
+end = host.observe(module, solves.append)
+for spec, nfe in [("upg", 300), ("bptt(steps=9)", 9), ("reversible(steps=7, beta=0.5)", 14)]:
+    dpp.set_grad(model, spec)
+    gradient()
+    solve = solves[-1]
+    assert solve.nfe == nfe
+    assert float(solve.residual.max()) < 0.1  # 1.0 where it began
+    assert spec == "upg" or torch.equal(solve.equilibrium, solve.attached)
+end()
+
+class Dropped(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.dropout = torch.nn.Linear(4, 4), torch.nn.Dropout(0.3)
+        self.norm, self.solve = torch.nn.BatchNorm1d(4), Equilibrium(20)
+
+    def forward(self, x):
+        func = lambda h: torch.tanh(0.3 * self.norm(self.layer(self.dropout(h))) + x)
+        return self.solve(func, torch.zeros_like(x))
+
+
+def trained(spec, every=None):
+    torch.manual_seed(0)
+    model = Dropped()
+    dpp.set_grad(model, spec)
+    optimizer, logged = torch.optim.SGD(model.parameters(), 0.1), []
+    if every:
+        dpp.monitor(model, lambda numbers, step: logged.append(step), every=every)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert logged == (list(range(0, 4, every)) if every else [])
+    return [*model.state_dict().values(), torch.get_rng_state()]
+
+
+for spec in ["jfb", "upg", "bptt(steps=3)"]:
+    for every in (1, 2):
+        plain, watched = trained(spec), trained(spec, every)
+        assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
 """
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin import hosts
 from deq_phantom_plugin.hosts import find_equilibria
-from host_cases import CASES
+from host_cases import CASES, OBSERVED
 
 SPECS = ["upg(k=3, lam=0.7)", "npg(k=4, lam=0.6)", "jfb", "exact"]
 
@@ -41,6 +41,10 @@ def same(a, b, tol=1e-9):
 def bitwise(a, b):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def flat(state):
+    return torch.utils._pytree.tree_flatten(state)[0]
 
 
 def differs(a, b):
@@ -232,6 +236,123 @@ def test_a_monitor_logs_residuals_and_cosines(enabled, named):
     names = {name.rpartition("/")[2] for _, values in logged for name in values}
     assert {"forward_residual", "spectral_radius", "cosine"} <= names
     assert all(v == v for _, values in logged for v in values.values())
+
+
+@pytest.fixture(params=OBSERVED, ids=lambda case: case.name)
+def observed(request):
+    case = request.param
+    if case.missing:
+        pytest.skip(case.missing)
+    if case in CASES:
+        dpp.enable(case.name)
+    return case
+
+
+class Trained:
+    """Five steps of training, and evaluations of F in each: after the forward pass, in all."""
+
+    def __init__(self, case, grad, kind, every=None):
+        model = case.model(grad, inside := case.inside(kind))
+        evaluations, self.evaluations, self.logged = [], [], []
+        inside.register_forward_hook(lambda *args: evaluations.append(1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        handle = every and dpp.monitor(
+            model, lambda values, step: self.logged.append((step, values)), every=every
+        )
+        torch.manual_seed(2)
+        self.losses = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            evaluations.clear()
+            loss = case.loss(model)
+            forward = len(evaluations)
+            loss.backward()
+            optimizer.step()
+            self.losses.append(loss.item())
+            self.evaluations.append((forward, len(evaluations)))
+        if handle:
+            handle.remove()
+        self.end = {**model.state_dict(), "random": torch.get_rng_state()}
+
+
+KINDS = ["dropout", "batch norm", "spectral norm"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("grad", "every"),
+    [("own", 2), ("upg(k=2, lam=0.7)", 2), ("ift(max_iter=9)", 1), ("bptt(steps=3)", 2)],
+)
+@pytest.mark.filterwarnings("ignore")  # with dropout in F nothing converges
+def test_training_does_not_notice_a_monitor(observed, grad, kind, every):
+    if grad.startswith("bptt") and not observed.owns_solve:
+        pytest.skip("refused")
+    spec = observed.own if grad == "own" else grad
+    plain, watched = (Trained(observed, spec, kind, each) for each in (None, every))
+    assert watched.losses == plain.losses
+    bitwise(watched.end, plain.end)
+    steps = set(range(0, 5, every))
+    assert {step for step, _ in watched.logged} == steps
+    for step, (own, seen) in enumerate(zip(plain.evaluations, watched.evaluations, strict=True)):
+        assert seen[0] == own[0]  # in the forward pass never one more
+        assert seen[1] > own[1] if step in steps else seen == own
+    for _, values in watched.logged:
+        names = {name.rpartition("/")[2] for name in values}
+        assert {"forward_residual", "spectral_radius", "cosine"} <= names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_residual_is_evaluated_when_it_is_asked_for_and_leaves_no_trace(observed, kind):
+    def run(observe):
+        evaluations, solves = [], []
+        model = observed.model("upg(k=2, lam=0.7)", inside := observed.inside(kind))
+        inside.register_forward_hook(lambda *args: evaluations.append(1))
+        if observe:
+            ((host, module),) = find_equilibria(model)
+            host.observe(module, solves.append)
+        torch.manual_seed(2)
+        observed.loss(model)
+        return model, evaluations, solves
+
+    _, unobserved, _ = run(observe=False)
+    model, evaluations, solves = run(observe=True)
+    assert solves
+    assert len(evaluations) == len(unobserved)
+    before = {**copy.deepcopy(model.state_dict()), "random": torch.get_rng_state()}
+    for solve in solves:
+        evaluations.clear()
+        assert solve.residual is solve.residual
+        assert len(evaluations) == (solve.known_residual is None)
+    bitwise({**model.state_dict(), "random": torch.get_rng_state()}, before)
+
+
+@pytest.mark.parametrize(("grad", "nfe"), [("bptt(steps=3)", 3), ("reversible(steps=2)", 4)])
+def test_a_strategy_that_solves_is_observed_where_it_ended(observed, grad, nfe):
+    if not observed.owns_solve:
+        pytest.skip("refused")
+    model = observed.model(grad)
+    taken = solves(model, lambda: observed.loss(model))
+    assert taken
+    for solve in taken:
+        found, attached = flat(solve.equilibrium), flat(solve.attached)
+        assert all(torch.equal(a, b) for a, b in zip(found, attached, strict=True))
+        assert not any(leaf.requires_grad for leaf in found)
+        assert solve.nfe == nfe
+        assert solve.residual.max() < 0.5 * relative_size(solve, solve.initial_state).max()
+        torch.testing.assert_close(solve.residual, relative_size(solve, solve.equilibrium))
+
+
+def relative_size(solve, state):
+    """The size of F(h) - h to that of F(h), written out for a sample after the other."""
+    with torch.no_grad():
+        images, states = flat(solve.func(state)), flat(state)
+    sizes = []
+    for one in [slice(None)] if solve.batch_dim is None else range(len(states[0])):
+        f = torch.cat([leaf[one].flatten() for leaf in images])
+        h = torch.cat([leaf[one].flatten() for leaf in states])
+        sizes.append((f - h).norm() / f.norm())
+    return torch.stack(sizes)
 
 
 def test_copies_are_not_observed_and_each_observation_ends_by_itself(enabled):

@@ -194,14 +194,30 @@ def test_it_outlives_a_switch_of_strategy_and_ends_when_removed():
     assert not model.deq._forward_pre_hooks
 
 
-def test_a_solve_that_a_strategy_owns_has_no_forward_residual():
+@pytest.mark.parametrize(
+    ("grad", "steps", "nfe"), [("bptt(steps=7)", 7, 7), ("reversible(steps=4, beta=0.5)", 4, 8)]
+)
+def test_a_solve_that_a_strategy_owns_is_measured_where_it_ended(grad, steps, nfe):
     dpp.enable()
-    model, log = net(grad="bptt(steps=7)"), Log()
+    model, log = net(grad=grad), Log()
+    model.dropout.p = 0.0
     with dpp.monitor(model, log, every=1):
-        train(model, 1)
+        model(batch(0)).square().mean().backward()
     numbers = log.entries[0][1]
-    assert "deq/forward_residual" not in numbers
-    assert numbers["deq/nfe"] == 7
+    u = model.encoder(batch(0)).detach()
+    func = lambda h: torch.tanh(0.5 * model.layer(h) + u)  # noqa: E731
+    y = z = torch.zeros_like(u)
+    with torch.no_grad():
+        for _ in range(steps):
+            if grad.startswith("bptt"):
+                z = func(z)
+            else:
+                y = (y + func(z)) / 2
+                z = (z + func(y)) / 2
+        residual = (func(z) - z).norm(dim=1) / func(z).norm(dim=1)
+    assert 0 < residual.max() < 0.5
+    assert numbers["deq/forward_residual"] == pytest.approx(float(residual.mean()), rel=1e-6)
+    assert numbers["deq/nfe"] == nfe
     assert numbers["deq/cosine"] > 0.9
 
 

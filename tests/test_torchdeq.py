@@ -601,7 +601,7 @@ def test_an_observed_solve_has_all_it_takes_to_do_the_gradient_again(
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
     owned = settings.get("grad") == "bptt"
-    assert solve.residual.isnan().all() if owned else (solve.residual < 1e-10).all()
+    assert (solve.residual < (1e-2 if owned else 1e-10)).all()
     assert solve.nfe == 10 if owned else 10 < solve.nfe < 99
     end()
     run(deq, layer)

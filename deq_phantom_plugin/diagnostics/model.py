@@ -20,6 +20,7 @@ from ..output import write_whole
 from ..registry import Spec, get_strategy
 from ..state import flatten
 from ..strategies.arguments import positive_int
+from ..trial import Trial
 from .derivatives import check_params
 from .equilibria import named_equilibria
 from .problem import Problem, check_scalar, inner_product
@@ -77,7 +78,8 @@ def model_report(
     The model runs once in training mode. Each equilibrium that it solves is then measured by
     itself, with the dL/dh that the model's current gradient method sends it; that method gets a row
     of its own. The gradient is that of all parameters which F depends on, those of the
-    injection included. The model, its buffers, `.grad` and the random state are left as they were.
+    injection included. The model, its buffers and those of all modules in F, `.grad` and the random
+    state are left as they were.
 
     Args:
         model: its equilibria are found through the installed hosts (TorchDEQ).
@@ -181,8 +183,8 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     memories = [(m, m.step, m.kept()) for m in model.modules() if isinstance(m, Memory)]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
+    # Times are to be those of compiled code, so that buffers inside it have to be known from above.
+    with Trial([*model.parameters()], compiled=True):
         if not model.training:
             model.train()
         try:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConvergenceWarning
+from ..errors import muted
 from ..hosts.host import Solve
 from ..jacobian import spectral_radius
-from ..state import State, flatten
+from ..state import flatten
 from ..strategies import IFT
 from ..strategies.arguments import positive_int
-from ..strategy import Context, GradStrategy
+from ..strategy import GradStrategy
 from ..switch import failures
+from ..trial import Trial
 from .equilibria import named_equilibria
 from .problem import Problem, inner_product
 
@@ -38,7 +38,8 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
 
     Every `every` training steps, in the backward pass, under the equilibrium's name:
 
-    - `forward_residual`: ||F(h) - h|| / ||F(h)||, the mean of the batch, as the host tells it;
+    - `forward_residual`: ||F(h) - h|| / ||F(h)||, the mean of the batch, as the host's solver has
+      it or else from one evaluation;
     - `nfe`: evaluations of F that the solve took;
     - `adjoint_residual`: ||v - (I - J^T) g|| / ||v|| of the g behind the model's own gradient;
     - `spectral_radius`: rho(J), the largest of the batch, from at most 20 products;
@@ -47,9 +48,12 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
     - `forward_failures`, `adjoint_failures`: samples in which solves have failed so far, as `guard`
       counted them, once there is one.
 
-    Weights, gradients and random state are not touched; statistics that F keeps of its inputs, as
-    batch norms do, see the evaluations of a measurement too. The step is that of
-    `dpp.set_step`; where it was never called, training forward passes are counted instead.
+    Training is the same bit for bit with and without it: weights, `.grad`, random state and the
+    buffers of all modules in F, as batch norms have them, are left as they were, and between logs F
+    is not evaluated once more. Only hooks on modules and parameters of F are called for the
+    evaluations and products of a measurement too. What was compiled is measured as it was written.
+    The step is that of `dpp.set_step`; where it was never called, training forward passes are
+    counted instead.
 
     Args:
         model: its equilibria are found through the installed hosts (TorchDEQ).
@@ -95,21 +99,6 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.remove()
 
 
-class _Measuring(threading.local):
-    """Whether this thread is measuring; a context."""
-
-    now = False
-
-    def __enter__(self) -> None:
-        self.now = True
-
-    def __exit__(self, *error: object) -> None:
-        self.now = False
-
-
-_measuring = _Measuring()
-
-
 @dataclass
 class _Watch:
     """Logs one equilibrium."""
@@ -121,9 +110,10 @@ class _Watch:
     every: int
     _forwards: int = field(default=-1, init=False)
     _logged: dict[int, int] = field(default_factory=dict, init=False)
-    _coupled: bool | None = field(default=None, init=False)
 
     def __call__(self, solve: Solve) -> None:
+        if Trial.depth():  # of a report, or of an equilibrium whose F this one is inside of
+            return
         self._forwards += solve.index == 0
         step = self._forwards if solve.step is None else solve.step
         # Gradient accumulation and repeated solves come here several times a step.
@@ -135,19 +125,9 @@ class _Watch:
         if not leaves:
             return
         self._logged[solve.index] = step
-        # Not the whole solve: its attached state would hold the hook that holds it.
-        backward = partial(
-            self._on_backward,
-            self.name if solve.index == 0 else f"{self.name} #{solve.index + 1}",
-            step,
-            places,
-            solve.func,
-            solve.equilibrium,
-            solve.strategy,
-            solve.context,
-            {"forward_residual": solve.residual.mean(), "nfe": solve.nfe},
-            _autocast(leaves[0].device.type),
-        )
+        name = self.name if solve.index == 0 else f"{self.name} #{solve.index + 1}"
+        # Without the attached state, which would hold the hook that holds it.
+        backward = partial(self._on_backward, name, step, places, replace(solve, attached=None))
         torch.autograd.graph.register_multi_grad_hook(leaves, backward)
 
     def _on_backward(
@@ -155,34 +135,24 @@ class _Watch:
         name: str,
         step: int,
         places: Sequence[int],
-        func: Callable[[State], State],
-        equilibrium: State,
-        strategy: GradStrategy,
-        context: Context,
-        known: Mapping[str, Any],
-        autocast: AbstractContextManager[Any],
+        solve: Solve,
         grads: Sequence[Tensor | None],
     ) -> None:
-        if _measuring.now:  # the gradient of one that comes later in the model reaches back here
+        if Trial.depth():  # the gradient of one that comes later in the model reaches back
             return
-        numbers = {key: float(value) for key, value in known.items()}
-        like = flatten(equilibrium)[0]
-        v = [torch.zeros_like(h) for h in like]
+        numbers = {"nfe": float(solve.nfe)}
+        v = [torch.zeros_like(h) for h in flatten(solve.equilibrium)[0]]
         for i, grad in zip(places, grads, strict=True):
             v[i] = v[i] if grad is None else grad
         try:
-            # A loss scaler's overflow says nothing about the model.
-            if all(bool(torch.isfinite(vi).all()) for vi in v):
-                with ExitStack() as stack:
-                    stack.enter_context(_measuring)
-                    devices = {leaf.device for leaf in like if leaf.device.type == "cuda"}
-                    stack.enter_context(torch.random.fork_rng(devices))
-                    stack.enter_context(warnings.catch_warnings())
-                    warnings.simplefilter("ignore", ConvergenceWarning)
-                    stack.enter_context(autocast)
+            with solve.trial(), muted():
+                numbers["forward_residual"] = float(solve.residual.mean())
+                # A loss scaler's overflow says nothing about the model.
+                if all(bool(torch.isfinite(vi).all()) for vi in v):
                     params = [p for p in self.model.parameters() if p.requires_grad]
-                    problem = Problem(func, equilibrium, partial(inner_product, v), params, context)
-                    numbers |= self._measure(problem, strategy)
+                    loss = partial(inner_product, v)
+                    problem = Problem(solve.func, solve.equilibrium, loss, params, solve.context)
+                    numbers |= self._measure(problem, solve.strategy)
         except Exception as error:  # what is only watched must not stop the training
             warnings.warn(
                 f"monitor: {name}, step {step}: {type(error).__name__}: {error}", stacklevel=2
@@ -190,14 +160,13 @@ class _Watch:
         counts = failures(self.module)
         if any(counts.values()):
             numbers |= {f"{kind}_failures": float(n) for kind, n in counts.items()}
-        # TorchDEQ's residual may be unknown.
         finite = {f"{name}/{key}": x for key, x in numbers.items() if x == x}
         self.write(finite, step)
 
     def _measure(self, problem: Problem, strategy: GradStrategy) -> dict[str, float]:
-        if self._coupled is None:
-            self._coupled = problem.samples_are_coupled()
-        whole = problem.coupled() if self._coupled else problem
+        coupled = problem.inspect().coupled
+        problem = problem.settled(coupled)
+        whole = problem.coupled() if coupled else problem
         own, reference = problem.differentiate(strategy), whole.differentiate(_REFERENCE)
         radius = spectral_radius(
             problem.func,
@@ -228,12 +197,3 @@ def _as_callable(writer: Any) -> Writer:
             f"writer={writer!r}; expected a SummaryWriter or a callable (numbers by name, step)"
         )
     return writer  # type: ignore[no-any-return]
-
-
-def _autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Return the autocast in force, for the backward pass, which has none of its own."""
-    return torch.autocast(
-        device_type,
-        dtype=torch.get_autocast_dtype(device_type),
-        enabled=torch.is_autocast_enabled(device_type),
-    )

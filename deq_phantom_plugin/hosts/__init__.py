@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from .. import entry_points
-from .host import Host, PatchingHost, Solve, relative_residual
+from .host import Host, PatchingHost, Solve, attach_observed, relative_residual
 
 __all__ = [
     "Host",
     "PatchingHost",
     "Solve",
+    "attach_observed",
     "disable",
     "enable",
     "enabled",

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attach import attach
 from ..memory import Memory
 from ..registry import get_strategy
 from ..strategies import IFT, JFB
 from ..strategy import Context, GradStrategy
-from .host import PatchingHost, Solve, relative_residual
+from .host import PatchingHost, Solve, attach_observed
 from .patches import Patches
 
 _MODULE = "deepinv.optim.optimizers"
@@ -138,17 +137,15 @@ def _hook_step(host: DeepInv) -> Callable[[Any], Any]:
                 x = x.view_as(x)
                 acting: GradStrategy = JFB() if self.DEQ_config.jacobian_free else IFT()
                 attached = (x, *found[1:])
-            else:
-                acting = strategy.resolve(context)
-                if acting.owns_solve:
-                    raise ValueError(
-                        f"{acting!r} owns the solve, and deepinv has solved already; use upg or ift"
-                    )
-                attached = attach(func, found, acting, context)
-                x = attached[0]
-            for observer in observers:
-                observer(_observed(func, found, attached, acting, context, self.max_iter))
-            return x
+                for observer in observers:
+                    observer(Solve.of(func, found, attached, acting, context, self.max_iter))
+                return x
+            acting = strategy.resolve(context)
+            if acting.owns_solve:
+                raise ValueError(
+                    f"{acting!r} owns the solve, and deepinv has solved already; use upg or ift"
+                )
+            return attach_observed(observers, func, found, acting, context, self.max_iter)[0]
 
         return DEQ_additional_step
 
@@ -159,21 +156,3 @@ def _put(est: Any, leaves: tuple[Tensor, ...]) -> tuple[Any, ...]:
     """Return an iterate with other tensors in it."""
     rest = iter(leaves)
     return tuple(next(rest) if isinstance(leaf, Tensor) else leaf for leaf in est)
-
-
-def _observed(
-    func: Any, state: Any, attached: Any, strategy: GradStrategy, context: Context, nfe: int
-) -> Solve:
-    devices = [state[0].device] if state[0].device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        image = func(state)
-    return Solve(
-        func=func,
-        initial_state=state,
-        equilibrium=state,
-        attached=attached,
-        strategy=strategy,
-        step=context.current_step,
-        residual=relative_residual(state, image, 0),
-        nfe=nfe,
-    )

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from ..adjoint.packing import Packing
+from ..attach import attach
+from ..precision import AutocastState
 from ..state import State, flatten
-from ..strategy import Context, GradStrategy
+from ..strategy import BatchDim, Context, GradStrategy
+from ..trial import Trial
 from .patches import Patches
 
 
 @dataclass(frozen=True, eq=False)
 class Solve:
-    """One forward solve of an equilibrium in training, as its host saw it.
+    """One forward solve of an equilibrium in training, as its host saw it; see `Solve.of`.
 
     Attributes:
         func: F, from a state to a state of the same structure; valid until the parameters change.
@@ -30,12 +37,11 @@ class Solve:
         attached: the same state in the autograd graph, as the model goes on with it.
         strategy: the method behind that graph, also where it is the host's own.
         step: the training step, None where nobody has told it.
-        residual: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,); NaN where the host does not
-            know it.
-        nfe: evaluations of F that the solve took.
+        nfe: evaluations of F that the solve took, 0 where the host cannot know.
         batch_dim: see `Context.batch_dim`.
         solver_result: see `Context.solver_result`.
         index: which of the equilibria that the module finds in one forward pass, from 0.
+        known_residual: the residual, where the host's own solver has it.
     """
 
     func: Callable[[State], State]
@@ -44,11 +50,67 @@ class Solve:
     attached: State
     strategy: GradStrategy
     step: int | None
-    residual: Tensor
     nfe: int
-    batch_dim: int | None = 0
+    batch_dim: BatchDim = "auto"
     solver_result: Any = None
     index: int = 0
+    known_residual: Tensor | None = None
+    _autocast: AutocastState = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_autocast", AutocastState(flatten(self.equilibrium)[0]))
+
+    @classmethod
+    def of(
+        cls,
+        func: Callable[[State], State],
+        found: State,
+        attached: State,
+        strategy: GradStrategy,
+        context: Context,
+        nfe: int,
+        **known: Any,
+    ) -> Solve:
+        """Return a solve from what a host has at hand.
+
+        A strategy that owns its solve was given the initial state as what was found; what it did
+        find is what it returned.
+
+        Args:
+            func: F.
+            found: the state that the strategy was given, detached.
+            attached: the state that it returned.
+            strategy: the strategy.
+            context: its context.
+            nfe: evaluations of F until then.
+            **known: `index` and `known_residual`.
+        """
+        if strategy.resolve(context).owns_solve:
+            found = tree_map(Tensor.detach, attached)
+        return cls(
+            func,
+            context.initial_state,
+            found,
+            attached,
+            strategy,
+            context.current_step,
+            nfe,
+            context.batch_dim,
+            context.solver_result,
+            **known,
+        )
+
+    @functools.cached_property
+    def residual(self) -> Tensor:
+        """||F(h) - h|| / ||F(h)|| of each sample, shape (B,); (1,) where they are coupled.
+
+        Where the host does not know it, one evaluation of F when it is first asked for, which
+        leaves no trace: valid until the parameters change.
+        """
+        if self.known_residual is not None:
+            return self.known_residual
+        with torch.no_grad(), self.trial():
+            return relative_residual(self.equilibrium, self.func(self.equilibrium), self.batch_dim)
 
     @property
     def context(self) -> Context:
@@ -56,6 +118,79 @@ class Solve:
         return Context(
             self.batch_dim, self.initial_state, solver_result=self.solver_result, step=self.step
         )
+
+    @contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """Evaluate F as the solve did, under its autocast, inside a `with` block; see `Trial`."""
+        with Trial(self.equilibrium) as trial, self._autocast():
+            yield trial
+
+
+class Counted:
+    """A map, and how often it was called without and with autograd; trials of it do not count.
+
+    Args:
+        func: the map.
+
+    Attributes:
+        solver_result: how its solve ended, for hosts to fill in.
+    """
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = func
+        self.calls = {False: 0, True: 0}
+        self.solver_result: Any = None
+        self._depth = Trial.depth()  # a report may run the whole model in one
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the map."""
+        if Trial.depth() == self._depth:
+            self.calls[torch.is_grad_enabled()] += 1
+        return self.func(*args, **kwargs)
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the solve: solvers run without autograd, strategies that own it with."""
+        return self.calls[False] or self.calls[True]
+
+
+def with_counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments of a module whose first is F, named func, with F counted."""
+    if args:
+        return (Counted(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "func": Counted(kwargs["func"])}
+
+
+def attach_observed(
+    observers: Sequence[Callable[[Solve], None]],
+    func: Callable[[State], State],
+    found: State,
+    strategy: GradStrategy,
+    context: Context,
+    nfe: int,
+    index: int = 0,
+) -> State:
+    """Attach a strategy to what a host found, as `dpp.attach` does, and tell observers.
+
+    Args:
+        observers: what to call with the solve.
+        func: F.
+        found: the state that the host's solve ended in, detached; for a strategy that owns the
+            solve, where that begins.
+        strategy: the strategy, resolved.
+        context: its context, with the initial state.
+        nfe: evaluations of F that the host's solve took; those of a strategy that owns the solve
+            are counted.
+        index: see `Solve`.
+    """
+    if not observers or not torch.is_grad_enabled():
+        return attach(func, found, strategy, context)
+    counted = Counted(func) if strategy.owns_solve else None
+    attached = attach(counted or func, found, strategy, context)
+    for observer in observers:
+        taken = nfe if counted is None else counted.nfe
+        observer(Solve.of(func, found, attached, strategy, context, taken, index=index))
+    return attached
 
 
 class Host(ABC):
@@ -222,23 +357,16 @@ class PatchingHost(Host):
             self._patches.undo()
 
 
-def relative_residual(state: State, image: State, batch_dim: int | None) -> Tensor:
+def relative_residual(state: State, image: State, batch_dim: BatchDim) -> Tensor:
     """Return ||F(h) - h|| / ||F(h)|| of each sample, shape (B,), or (1,) where they are coupled.
 
     Args:
         state: h.
         image: F(h).
-        batch_dim: see `Context.batch_dim`.
+        batch_dim: see `Context.batch_dim`; 0 where it is to be found out.
     """
     before, after = flatten(state)[0], flatten(image)[0]
-    rows = 1 if batch_dim is None else before[0].shape[batch_dim]
-
-    def norm(leaves: list[Tensor]) -> Tensor:
-        flat = [
-            x.reshape(1, -1) if batch_dim is None else x.movedim(batch_dim, 0).reshape(rows, -1)
-            for x in leaves
-        ]
-        length: Tensor = torch.linalg.vector_norm(torch.cat(flat, dim=1), dim=1)
-        return length
-
-    return norm([b - a for a, b in zip(before, after, strict=True)]) / norm(after)
+    packing = Packing(before, 0 if isinstance(batch_dim, str) else batch_dim)
+    h, f = packing.pack(before), packing.pack(after)
+    residual: Tensor = torch.linalg.vector_norm(f - h, dim=1) / torch.linalg.vector_norm(f, dim=1)
+    return residual

@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attach import attach
 from ..memory import Memory
 from ..registry import FunctionStrategy, get_strategy
 from ..strategies import BPTT, UPG
 from ..strategy import Context, GradStrategy
-from .host import PatchingHost, Solve, relative_residual
+from .host import PatchingHost, attach_observed
 from .patches import Patches
 
 _MODULE = "transformers.models.hrm_text.modeling_hrm_text"
@@ -276,10 +275,9 @@ class _Recurrence:
             with torch.no_grad():
                 self.low = func(self.low.detach())
         if self.calls == cycles:
-            found = self.low.detach()
-            self.low = attach(func, found, strategy, context)
-            for observer in self.observers:
-                observer(self._solve(func, found, self.low, strategy, context, free))
+            self.low = attach_observed(
+                self.observers, func, self.low.detach(), strategy, context, free, self.cycle
+            )
         return self.low
 
     def _begin(self) -> None:
@@ -295,29 +293,3 @@ class _Recurrence:
         memories = getattr(self.model, "grad_memory", None)
         memory = None if memories is None else memories[self.cycle]
         return Context(initial_state=self.start, memory=memory)
-
-    def _solve(
-        self,
-        func: Any,
-        found: Tensor,
-        attached: Any,
-        strategy: GradStrategy,
-        context: Context,
-        nfe: int,
-    ) -> Solve:
-        assert self.start is not None
-        # Dropout in F shall not draw other numbers from then on.
-        devices = [found.device] if found.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            image = func(found)
-        return Solve(
-            func=func,
-            initial_state=self.start.detach(),
-            equilibrium=found,
-            attached=attached,
-            strategy=strategy,
-            step=context.current_step,
-            residual=relative_residual(found, image, 0),
-            nfe=nfe,
-            index=self.cycle,
-        )

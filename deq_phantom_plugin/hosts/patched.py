@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch.utils._pytree import tree_map
 
 from ..patching import Equilibrium
 from ..registry import get_strategy
-from .host import Host, Solve, relative_residual
+from ..strategy import Context
+from .host import Host, Solve, with_counted
+
+_SIGNATURE = inspect.signature(Equilibrium.forward)
 
 
 class Patched(Host):
@@ -44,26 +48,36 @@ class Patched(Host):
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
         """See `Host.observe`; the evaluations of the model's own solver are not known, 0."""
 
+        def before(equilibrium: Any, args: Any, kwargs: Any) -> Any:
+            return with_counted(args, kwargs)
+
         def after(equilibrium: Any, args: Any, kwargs: Any, attached: Any) -> None:
             if equilibrium.training and torch.is_grad_enabled():
-                callback(_solve(equilibrium, args[0], args[1], kwargs, attached))
+                callback(_solve(equilibrium, args, kwargs, attached))
 
-        return module.register_forward_hook(after, with_kwargs=True).remove
+        handles = [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True),
+        ]
+
+        def end() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return end
 
 
-def _solve(equilibrium: Equilibrium, func: Any, found: Any, kwargs: Any, attached: Any) -> Solve:
-    state = tree_map(Tensor.detach, found)
-    with torch.no_grad():
-        image = func(state)
-    step = kwargs.get("step")
-    return Solve(
-        func=func,
-        initial_state=tree_map(torch.zeros_like, state),
-        equilibrium=state,
-        attached=attached,
-        strategy=equilibrium.grad,
-        step=step if step is not None and step >= 0 else equilibrium.memory.step,
-        residual=relative_residual(state, image, equilibrium.batch_dim),
-        nfe=0,
+def _solve(equilibrium: Equilibrium, args: Any, kwargs: Any, attached: Any) -> Solve:
+    given = _SIGNATURE.bind(equilibrium, *args, **kwargs)
+    given.apply_defaults()
+    _, counted, found, start, step = given.args
+    found = tree_map(Tensor.detach, found)
+    strategy = equilibrium.grad
+    context = Context(
         batch_dim=equilibrium.batch_dim,
+        initial_state=tree_map(torch.zeros_like, found) if start is None else start,
+        step=None if step is None or step < 0 else int(step),
+        memory=equilibrium.memory,
     )
+    nfe = counted.nfe if strategy.resolve(context).owns_solve else 0
+    return Solve.of(counted.func, found, attached, strategy, context, nfe)

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adjoint.packing import Packing
-from ..attach import attach
 from ..memory import Memory
 from ..registry import get_strategy
 from ..state import State, flatten, unflatten
 from ..strategies import BPTT, IFT, JFB, NPG, SHINE, UPG
-from ..strategy import Context, GradStrategy
-from .host import PatchingHost, Solve, relative_residual
+from ..strategy import BatchDim, Context, GradStrategy
+from .host import PatchingHost, Solve, attach_observed
 from .patches import Patches
 
 OWN_MODES = ("unrolled", "implicit", "phantom", "neumann", "jfb", "shine")
@@ -310,8 +309,8 @@ def solve(
     func, start = f if backward_map is None else backward_map, z0
     if structure is not None and backward_map is None:
         func, start = structure.transition, structure.unpack(z0)
-    # The only setting that says whether samples depend on one another.
-    batch_dim = 0 if config.anderson_batch_dims == 1 else None
+    # The only setting that says whether there are samples.
+    batch_dim: BatchDim = "auto" if config.anderson_batch_dims == 1 else None
     memory = extras.memory if extras is not None else None
     context = Context(batch_dim=batch_dim, initial_state=start, memory=memory)
     if own:
@@ -338,12 +337,13 @@ def solve(
         context = dataclasses.replace(
             context, batch_dim=None, solver_result=_Shared.of(result.inverse_estimate, equilibrium)
         )
-    if not own:
-        attached = attach(func, equilibrium, strategy, context)
-        result.z = structure.pack(attached) if structure is not None else attached
-    if torch.is_grad_enabled():
+    taken = result.iterations
+    if own:
         for observer in observers:
-            observer(_observed(func, equilibrium, attached, strategy, context, result))
+            observer(Solve.of(func, equilibrium, attached, strategy, context, taken))
+    else:
+        attached = attach_observed(observers, func, equilibrium, strategy, context, taken)
+        result.z = structure.pack(attached) if structure is not None else attached
     return result
 
 
@@ -365,23 +365,3 @@ class _Shared:
         vector = rows.reshape(self.estimate.shape)
         product: Tensor = self.estimate.apply_fixed_point_adjoint_inverse(vector)
         return product.reshape(rows.shape)
-
-
-def _observed(
-    func: Any, state: State, attached: State, strategy: GradStrategy, context: Context, result: Any
-) -> Solve:
-    devices = [x.device for x in flatten(state)[0][:1] if x.device.type == "cuda"]
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        image = func(state)
-    return Solve(
-        func=func,
-        initial_state=context.initial_state,
-        equilibrium=state,
-        attached=attached,
-        strategy=strategy,
-        step=context.current_step,
-        residual=relative_residual(state, image, context.batch_dim),
-        nfe=result.iterations,
-        batch_dim=context.batch_dim,
-        solver_result=context.solver_result,
-    )

@@ -23,9 +23,9 @@ from ..attach import attach, attach_states
 from ..memory import Memory
 from ..registry import get_strategy
 from ..state import State
-from ..strategy import BackwardStats, Context, GradStrategy
+from ..strategy import BackwardStats, BatchDim, Context, GradStrategy
 from . import torchdeq_solvers
-from .host import PatchingHost, Solve
+from .host import Counted, PatchingHost, Solve, with_counted
 from .patches import Patches
 from .torchdeq_form import Form, evaluate
 
@@ -86,9 +86,7 @@ class TorchDEQ(PatchingHost):
         """See `Host.observe`."""
 
         def before(deq: Any, args: Any, kwargs: Any) -> Any:
-            if args:
-                return (_Counted(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "func": _Counted(kwargs["func"])}
+            return with_counted(args, kwargs)
 
         def after(deq: Any, args: Any, kwargs: Any, output: Any) -> Any:
             if not (deq.training and torch.is_grad_enabled()):
@@ -187,6 +185,12 @@ def _as_list(grad: Any) -> list[Any]:
 def _is_named(grad: Any) -> bool:
     """Whether any part of a `grad` is for us."""
     return any(not _is_steps(spec) for spec in _as_list(grad))
+
+
+def _batch_dim(deq: Any) -> BatchDim:
+    """Return what an equilibrium says of its samples, see `Context.batch_dim`."""
+    told: BatchDim = getattr(deq, "grad_batch_dim", "auto")
+    return told
 
 
 def _n_equilibria(deq: Any) -> int:
@@ -335,7 +339,7 @@ def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
                 kwargs["solver_kwargs"] = {**options, "keep_inverse": True}
             solved = original(self, deq_func, z_init, *args, **kwargs)
             known = torchdeq_solvers.take_inverse_jacobian(solved[-1])
-        if isinstance(deq_func.func, _Counted):
+        if isinstance(deq_func.func, Counted):
             deq_func.func.solver_result = known
         call.initial_states += [z_init] * len(producers)
         call.infos += [known] * len(producers)
@@ -378,8 +382,7 @@ class ProduceGrad:
             )
         form = Form(deq_func)
         context = Context(
-            # Of an equilibrium whose samples are coupled, as a graph's nodes are: None.
-            batch_dim=getattr(deq, "grad_batch_dim", "auto"),
+            batch_dim=_batch_dim(deq),
             initial_state=None if call is None else form.unpack(call.initial_states[self.index]),
             solver_result=None if call is None else call.infos[self.index],
             monitor=None if writer is None else functools.partial(_report, writer),
@@ -422,37 +425,29 @@ def _report(writer: Callable[[Any], None], stats: BackwardStats) -> None:
 # --- observation ------------------------------------------------------------------------------
 
 
-class _Counted:
-    """A function, how often it was called without and with autograd, and how its solve ended."""
-
-    def __init__(self, func: Callable[..., Any]) -> None:
-        self.func = func
-        self.calls = {False: 0, True: 0}
-        self.solver_result: Any = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls[torch.is_grad_enabled()] += 1
-        return self.func(*args, **kwargs)
-
-
 def _solve(deq: Any, producer: Any, args: Any, kwargs: Any, attached: State, info: Any) -> Solve:
     counted, start = _func_and_start(args, kwargs)
-    assert isinstance(counted, _Counted)
+    assert isinstance(counted, Counted)
     named = isinstance(producer, ProduceGrad)
+    strategy = producer.strategy if named else HostGrad(producer, deq.no_stat)
     steps = [m.step for m in deq.modules() if isinstance(m, Memory) and m.step is not None]
-    residual = info["rel_lowest"]
-    return Solve(
-        func=functools.partial(evaluate, counted.func),
+    context = Context(
+        batch_dim=_batch_dim(deq),
         initial_state=start if isinstance(start, Tensor) else list(start),
-        equilibrium=_map(Tensor.detach, attached),
-        attached=attached,
-        strategy=producer.strategy if named else HostGrad(producer, deq.no_stat),
-        step=steps[0] if steps else None,
-        # TorchDEQ's -1 is "not known".
-        residual=torch.where(residual < 0, torch.nan, residual),
-        # Solvers run without autograd; a strategy that owns the solve runs with it.
-        nfe=counted.calls[False] or counted.calls[True],
         solver_result=counted.solver_result,
+        step=steps[0] if steps else None,
+    )
+    residual = info["rel_lowest"].detach()
+    # -1 is TorchDEQ's "not known"; what a strategy found that owns the solve, it never is.
+    known = not strategy.resolve(context).owns_solve and bool((residual >= 0).all())
+    return Solve.of(
+        functools.partial(evaluate, counted.func),
+        _map(Tensor.detach, attached),
+        attached,
+        strategy,
+        context,
+        counted.nfe,
+        known_residual=residual if known else None,
     )
 
 

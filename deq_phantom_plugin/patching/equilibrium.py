@@ -15,7 +15,7 @@ from ..attach import attach
 from ..memory import Memory
 from ..registry import Spec, get_strategy
 from ..state import State
-from ..strategy import Context
+from ..strategy import BatchDim, Context, check_batch_dim
 from ..switch import set_grad
 
 RUN_GRAD = "DEQ_PHANTOM_RUN_GRAD"
@@ -42,9 +42,10 @@ class Equilibrium(nn.Module):
         ValueError: if the spec is invalid.
     """
 
-    def __init__(self, grad: Spec, batch_dim: int | None = 0) -> None:
+    def __init__(self, grad: Spec, batch_dim: BatchDim = "auto") -> None:
         super().__init__()
         self.grad = get_strategy(grad)
+        check_batch_dim(batch_dim)
         self.batch_dim = batch_dim
         self.memory = Memory()
 
