@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .trial import Trial
+
 
 class Memory(nn.Module):
     """The training step and warm starts of one equilibrium of one model.
@@ -35,8 +37,9 @@ class Memory(nn.Module):
         return kept.to(device=like.device, dtype=like.dtype)
 
     def keep(self, name: str, value: Tensor) -> None:
-        """Keep a detached tensor under `name` for the next step."""
-        self._warm_starts[name] = value.detach()
+        """Keep a detached tensor under `name` for the next step; what a trial found is not kept."""
+        if not Trial.depth():
+            self._warm_starts[name] = value.detach()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.step is not None:
