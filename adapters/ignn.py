@@ -29,8 +29,7 @@ from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.extras import require
-from deq_phantom_plugin.hosts import Host
-from deq_phantom_plugin.hosts.host import Solve
+from deq_phantom_plugin.hosts import Host, Solve, tell
 
 from .graph import Edges, Graph, LastGraph, check_edges, parse_edges
 
@@ -543,13 +542,10 @@ class IGNNHost(Host):
         def after(equilibrium: Any, args: Any, attached: Tensor) -> None:
             if equilibrium.training and torch.is_grad_enabled():
                 func, start = args
-                callback(_solve(equilibrium, func, start, attached))
+                context = dpp.Context(
+                    batch_dim=None, initial_state=start, memory=equilibrium.memory
+                )
+                grad, nfe = equilibrium.grad, equilibrium.nfe
+                tell([callback], func, attached.detach(), attached, grad, context, nfe)
 
         return module.register_forward_hook(after).remove
-
-
-def _solve(
-    equilibrium: FixedPoint, func: Callable[[Tensor], Tensor], start: Tensor, attached: Tensor
-) -> Solve:
-    context = dpp.Context(batch_dim=None, initial_state=start, memory=equilibrium.memory)
-    return Solve.of(func, attached.detach(), attached, equilibrium.grad, context, equilibrium.nfe)

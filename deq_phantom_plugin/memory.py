@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .trial import Trial
+
 LARGEST_STEP = 2**53
 """Up to here float64 tells whole numbers apart."""
 
@@ -57,8 +59,9 @@ class Memory(nn.Module):
         return kept.to(device=like.device, dtype=like.dtype)
 
     def keep(self, name: str, value: Tensor) -> None:
-        """Keep a detached tensor under `name` for the next step."""
-        self._warm_starts[name] = value.detach()
+        """Keep a detached tensor under `name` for the next step; what a trial found is not kept."""
+        if not Trial.depth():
+            self._warm_starts[name] = value.detach()
 
     def doubt(self) -> None:
         """Ask again what F is like: a solve that relied on what was found has stopped short.

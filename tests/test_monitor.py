@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.hosts import find_equilibria
+from deq_phantom_plugin.patching import Equilibrium
 
 torchdeq = pytest.importorskip("torchdeq")
 
@@ -293,3 +296,139 @@ def test_bad_arguments_are_named_and_nothing_is_watched(change, message):
     with pytest.raises(ValueError, match=message):
         dpp.monitor(**{"model": model, "writer": print, **change})
     assert not model.deq._forward_hooks
+
+
+class Own(nn.Module):
+    """A solve of its own, with dropout and, outside of the model, a batch norm inside F."""
+
+    def __init__(self, grad="ift(max_iter=9)", inner=None):
+        super().__init__()
+        self.encoder, self.layer = nn.Linear(5, 8), nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.2)
+        self.equilibrium = Equilibrium(grad)
+        self.inner = None if inner is None else Equilibrium(inner)
+        self.elsewhere = (nn.BatchNorm1d(8),)  # in a tuple it is no part of the model
+        self.dtypes = []
+
+    def forward(self, x):
+        u = self.encoder(x)
+
+        def func(h):
+            image = self.elsewhere[0](self.layer(self.dropout(h)))
+            self.dtypes.append(self.layer(h).dtype)
+            if self.inner is not None:
+                image = self.inner(lambda k: 0.3 * torch.tanh(k + image), torch.zeros_like(image))
+            return torch.tanh(0.5 * image + u)
+
+        h = torch.zeros_like(u)
+        with torch.no_grad():
+            for _ in range(9):
+                h = func(h)
+        return self.equilibrium(func, h)
+
+
+def ended(every, between=lambda model: None, autocast=False, **settings):
+    """What is left of a training, the state of F's own modules included, and the steps logged."""
+    torch.manual_seed(0)
+    model, log = Own(**settings), Log()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = every and dpp.monitor(model, log, every=every)
+    torch.manual_seed(1)
+    for step in range(4):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = model(batch(step).float())
+        out.square().mean().backward()
+        optimizer.step()
+        between(model)
+    if handle:
+        handle.remove()
+    state = {**model.state_dict(), "random": torch.get_rng_state()}
+    return {**state, **model.elsewhere[0].state_dict(prefix="elsewhere.")}, log, model
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.filterwarnings("ignore")  # with dropout in F nothing converges
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"autocast": True},
+        {"inner": "jfb"},
+        {"inner": "ift(warm_start=True)"},
+        {"inner": "upg(lam='adaptive')"},
+    ],
+)
+def test_modules_outside_the_model_and_equilibria_inside_f_are_left_alone(settings):
+    plain, _, _ = ended(None, **settings)
+    watched, log, model = ended(2, **settings)
+    assert_same(plain, watched)
+    outer = [step for step, numbers in log.entries if "equilibrium/cosine" in numbers]
+    inner = [step for step, numbers in log.entries if "inner/cosine" in numbers]
+    assert outer == [0, 2]
+    assert inner == ([0, 2] if "inner" in settings else [])  # once, however many products
+    assert set(model.dtypes) == {torch.bfloat16 if settings.get("autocast") else torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_report_in_between_is_noticed_neither_by_training_nor_by_the_monitor():
+    def report(model):
+        loss = lambda h: h.square().mean()  # noqa: E731
+        dpp.model_report(model, batch(9).float(), loss, ["jfb", "npg"], repeats=1)
+
+    plain, _, _ = ended(None)
+    watched, log, _ = ended(2, between=report)
+    assert_same(plain, watched)
+    assert log.steps == [0, 2]
+
+
+def test_a_residual_is_that_of_f_as_the_solve_saw_it():
+    model, solves = Own(), []
+    model.dropout.p = 0.0
+    ((host, module),) = find_equilibria(model)
+    end = host.observe(module, solves.append)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(batch(0).float())
+        now = solves[0].residual
+        model(batch(0).float())
+    end()
+    model.dtypes.clear()
+    torch.testing.assert_close(solves[1].residual, now, rtol=0.2, atol=1e-2)  # later, outside
+    assert model.dtypes == [torch.bfloat16]
+
+
+def test_a_warning_that_was_given_is_not_given_again_for_a_measurement():
+    dpp.enable()
+    model = net(grad="ift(tol=1e-12, max_iter=1)")
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        with dpp.monitor(model, Log(), every=1):
+            train(model, 3)
+    assert len([w for w in given if issubclass(w.category, dpp.ConvergenceWarning)]) == 1
+
+
+def test_parameters_behind_compiled_code_are_left_out_and_the_training_is_the_same():
+    """A second backward pass through compiled code is refused, or spoils the first."""
+
+    def run(every):
+        torch.compiler.reset()
+        model, log = net(grad=2), Log()
+        model.encoder.forward = torch.compile(model.encoder.forward, backend="aot_eager")
+        train(model, 2)  # compiles the backward pass as it is without a monitor
+        handle = every and dpp.monitor(model, log, every=every)
+        train(model, 4)
+        if handle:
+            handle.remove()
+        return model.state_dict(), log
+
+    plain, _ = run(None)
+    with pytest.warns(UserWarning, match="leaves out 2 parameters") as given:
+        watched, log = run(2)
+    assert len(given) == 1
+    assert_same(plain, watched)
+    assert all(0.5 < numbers["deq/cosine"] <= 1 + 1e-9 for _, numbers in log.entries)
+    assert log.steps == [0, 2]

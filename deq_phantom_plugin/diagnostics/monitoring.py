@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -50,8 +51,9 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
 
     Training is the same bit for bit with and without it: weights, `.grad`, random state and the
     buffers of all modules in F, as batch norms have them, are left as they were, and between logs F
-    is not evaluated once more. Only hooks on modules and parameters of F are called for the
-    evaluations and products of a measurement too. What was compiled is measured as it was written.
+    is not evaluated once more. Only hooks on modules and parameters are called for the
+    evaluations and products of a measurement too. What was compiled is measured as it was written;
+    parameters whose gradient comes to F through compiled code are left out, with a warning.
     The step is that of `dpp.set_step`; where it was never called, training forward passes are
     counted instead.
 
@@ -110,6 +112,7 @@ class _Watch:
     every: int
     _forwards: int = field(default=-1, init=False)
     _logged: dict[int, int] = field(default_factory=dict, init=False)
+    _said: bool = field(default=False, init=False)
 
     def __call__(self, solve: Solve) -> None:
         if Trial.depth():  # of a report, or of an equilibrium whose F this one is inside of
@@ -128,7 +131,7 @@ class _Watch:
         name = self.name if solve.index == 0 else f"{self.name} #{solve.index + 1}"
         # Without the attached state, which would hold the hook that holds it.
         backward = partial(self._on_backward, name, step, places, replace(solve, attached=None))
-        torch.autograd.graph.register_multi_grad_hook(leaves, backward)
+        torch.autograd.graph.register_multi_grad_hook(leaves, _once(backward))
 
     def _on_backward(
         self,
@@ -138,8 +141,6 @@ class _Watch:
         solve: Solve,
         grads: Sequence[Tensor | None],
     ) -> None:
-        if Trial.depth():  # the gradient of one that comes later in the model reaches back
-            return
         numbers = {"nfe": float(solve.nfe)}
         v = [torch.zeros_like(h) for h in flatten(solve.equilibrium)[0]]
         for i, grad in zip(places, grads, strict=True):
@@ -149,7 +150,7 @@ class _Watch:
                 numbers["forward_residual"] = float(solve.residual.mean())
                 # A loss scaler's overflow says nothing about the model.
                 if all(bool(torch.isfinite(vi).all()) for vi in v):
-                    params = [p for p in self.model.parameters() if p.requires_grad]
+                    params = self._params(name, solve)
                     loss = partial(inner_product, v)
                     problem = Problem(solve.func, solve.equilibrium, loss, params, solve.context)
                     numbers |= self._measure(problem, solve.strategy)
@@ -162,6 +163,28 @@ class _Watch:
             numbers |= {f"{kind}_failures": float(n) for kind, n in counts.items()}
         finite = {f"{name}/{key}": x for key, x in numbers.items() if x == x}
         self.write(finite, step)
+
+    def _params(self, name: str, solve: Solve) -> list[Tensor]:
+        """Return the parameters to differentiate with respect to.
+
+        Compiled code may overwrite what it saved for its backward pass, which is the model's to
+        take: no measurement goes through the graph that the model has built with it.
+        """
+        params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        if "torch._dynamo" not in sys.modules:
+            return params
+        with torch.enable_grad():
+            ends = flatten([solve.func(solve.equilibrium), solve.initial_state])[0]
+        behind = _behind_compiled_code(ends)
+        left: list[Tensor] = [p for p in params if id(p) not in behind]
+        if len(left) < len(params) and not self._said:
+            self._said = True
+            warnings.warn(
+                f"monitor: {name}: F is built from what compiled code returned; the cosine leaves "
+                f"out {len(params) - len(left)} parameters, whose gradient goes through that",
+                stacklevel=2,
+            )
+        return left
 
     def _measure(self, problem: Problem, strategy: GradStrategy) -> dict[str, float]:
         coupled = problem.inspect().coupled
@@ -181,6 +204,40 @@ class _Watch:
             "cosine": own.cosine(reference),
             "reference_residual": reference.residual,
         }
+
+
+def _behind_compiled_code(ends: Sequence[Tensor]) -> set[int]:
+    """Return the ids of the leaves that a backward pass reaches through compiled code."""
+    found: set[int] = set()
+    seen: set[tuple[Any, bool]] = set()
+    todo: list[tuple[Any, bool]] = [(end.grad_fn, False) for end in ends]
+    while todo:
+        node, behind = todo.pop()
+        if node is None or (node, behind) in seen:
+            continue
+        seen.add((node, behind))
+        if behind and hasattr(node, "variable"):
+            found.add(id(node.variable))
+        behind = behind or node.name().startswith("CompiledFunction")
+        todo += [(child, behind) for child, _ in node.next_functions]
+    return found
+
+
+def _once(measure: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return a hook that measures the first time, and not in a trial.
+
+    The measurement of an equilibrium that comes later in the model reaches back here, and products
+    with the Jacobian of one whose F this one is inside of come through many times.
+    """
+    done = False
+
+    def hook(grads: Any) -> None:
+        nonlocal done
+        if not done and not Trial.depth():
+            done = True
+            measure(grads)
+
+    return hook
 
 
 def _as_callable(writer: Any) -> Writer:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .. import entry_points
-from .host import Host, PatchingHost, Solve, attach_observed, relative_residual
+from .host import Host, PatchingHost, Solve, attach_observed, relative_residual, tell
 
 __all__ = [
     "Host",
@@ -26,6 +26,7 @@ __all__ = [
     "host_names",
     "host_versions",
     "relative_residual",
+    "tell",
 ]
 
 _hosts: dict[str, Host] = {}

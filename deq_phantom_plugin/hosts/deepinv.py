@@ -20,7 +20,7 @@ from ..memory import Memory
 from ..registry import get_strategy
 from ..strategies import IFT, JFB
 from ..strategy import Context, GradStrategy
-from .host import PatchingHost, Solve, attach_observed
+from .host import PatchingHost, attach_observed, tell
 from .patches import Patches
 
 _MODULE = "deepinv.optim.optimizers"
@@ -137,8 +137,7 @@ def _hook_step(host: DeepInv) -> Callable[[Any], Any]:
                 x = x.view_as(x)
                 acting: GradStrategy = JFB() if self.DEQ_config.jacobian_free else IFT()
                 attached = (x, *found[1:])
-                for observer in observers:
-                    observer(Solve.of(func, found, attached, acting, context, self.max_iter))
+                tell(observers, func, found, attached, acting, context, self.max_iter)
                 return x
             acting = strategy.resolve(context)
             if acting.owns_solve:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from ..adjoint.packing import Packing
 from ..attach import attach
+from ..compilation import never_compiled
 from ..precision import AutocastState
 from ..state import State, flatten
 from ..strategy import BatchDim, Context, GradStrategy
@@ -161,6 +162,24 @@ def with_counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, di
     return args, {**kwargs, "func": Counted(kwargs["func"])}
 
 
+@never_compiled
+def tell(
+    observers: Sequence[Callable[[Solve], None]],
+    func: Callable[[State], State],
+    found: State,
+    attached: State,
+    strategy: GradStrategy,
+    context: Context,
+    nfe: int,
+    **known: Any,
+) -> None:
+    """Call observers with the solve that `Solve.of` makes of the other arguments."""
+    if observers:
+        solve = Solve.of(func, found, attached, strategy, context, nfe, **known)
+        for observer in observers:
+            observer(solve)
+
+
 def attach_observed(
     observers: Sequence[Callable[[Solve], None]],
     func: Callable[[State], State],
@@ -185,11 +204,10 @@ def attach_observed(
     """
     if not observers or not torch.is_grad_enabled():
         return attach(func, found, strategy, context)
-    counted = Counted(func) if strategy.owns_solve else None
-    attached = attach(counted or func, found, strategy, context)
-    for observer in observers:
-        taken = nfe if counted is None else counted.nfe
-        observer(Solve.of(func, found, attached, strategy, context, taken, index=index))
+    counted = Counted(func)
+    attached = attach(counted if strategy.owns_solve else func, found, strategy, context)
+    taken = counted.nfe if strategy.owns_solve else nfe
+    tell(observers, func, found, attached, strategy, context, taken, index=index)
     return attached
 
 
@@ -368,5 +386,5 @@ def relative_residual(state: State, image: State, batch_dim: BatchDim) -> Tensor
     before, after = flatten(state)[0], flatten(image)[0]
     packing = Packing(before, 0 if isinstance(batch_dim, str) else batch_dim)
     h, f = packing.pack(before), packing.pack(after)
-    residual: Tensor = torch.linalg.vector_norm(f - h, dim=1) / torch.linalg.vector_norm(f, dim=1)
-    return residual
+    ratio: Tensor = torch.linalg.vector_norm(f - h, dim=1) / torch.linalg.vector_norm(f, dim=1)
+    return ratio

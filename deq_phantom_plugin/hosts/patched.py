@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..compilation import never_compiled
 from ..patching import Equilibrium
 from ..registry import get_strategy
 from ..strategy import Context
-from .host import Host, Solve, with_counted
+from .host import Host, Solve, tell, with_counted
 
 _SIGNATURE = inspect.signature(Equilibrium.forward)
 
@@ -53,7 +54,7 @@ class Patched(Host):
 
         def after(equilibrium: Any, args: Any, kwargs: Any, attached: Any) -> None:
             if equilibrium.training and torch.is_grad_enabled():
-                callback(_solve(equilibrium, args, kwargs, attached))
+                _tell(callback, equilibrium, args, kwargs, attached)
 
         handles = [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -67,7 +68,14 @@ class Patched(Host):
         return end
 
 
-def _solve(equilibrium: Equilibrium, args: Any, kwargs: Any, attached: Any) -> Solve:
+@never_compiled
+def _tell(
+    callback: Callable[[Solve], None],
+    equilibrium: Equilibrium,
+    args: Any,
+    kwargs: Any,
+    attached: Any,
+) -> None:
     given = _SIGNATURE.bind(equilibrium, *args, **kwargs)
     given.apply_defaults()
     _, counted, found, start, step = given.args
@@ -80,4 +88,4 @@ def _solve(equilibrium: Equilibrium, args: Any, kwargs: Any, attached: Any) -> S
         memory=equilibrium.memory,
     )
     nfe = counted.nfe if strategy.resolve(context).owns_solve else 0
-    return Solve.of(counted.func, found, attached, strategy, context, nfe)
+    tell([callback], counted.func, found, attached, strategy, context, nfe)

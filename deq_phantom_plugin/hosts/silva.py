@@ -26,7 +26,7 @@ from ..registry import get_strategy
 from ..state import State, flatten, unflatten
 from ..strategies import BPTT, IFT, JFB, NPG, SHINE, UPG
 from ..strategy import BatchDim, Context, GradStrategy
-from .host import PatchingHost, Solve, attach_observed
+from .host import PatchingHost, Solve, attach_observed, tell
 from .patches import Patches
 
 OWN_MODES = ("unrolled", "implicit", "phantom", "neumann", "jfb", "shine")
@@ -339,8 +339,7 @@ def solve(
         )
     taken = result.iterations
     if own:
-        for observer in observers:
-            observer(Solve.of(func, equilibrium, attached, strategy, context, taken))
+        tell(observers, func, equilibrium, attached, strategy, context, taken)
     else:
         attached = attach_observed(observers, func, equilibrium, strategy, context, taken)
         result.z = structure.pack(attached) if structure is not None else attached

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import attach, attach_states
+from ..compilation import never_compiled
 from ..memory import Memory
 from ..registry import get_strategy
 from ..state import State
 from ..strategy import BackwardStats, BatchDim, Context, GradStrategy
 from . import torchdeq_solvers
-from .host import Counted, PatchingHost, Solve, with_counted
+from .host import Counted, PatchingHost, Solve, tell, with_counted
 from .patches import Patches
 from .torchdeq_form import Form, evaluate
 
@@ -97,7 +98,7 @@ class TorchDEQ(PatchingHost):
             last = _map(lambda leaf: leaf.view_as(leaf), states[-1])
             # A solver that stops early hands DEQIndexing fewer states than there are entries.
             producer = deq.produce_grad[: len(states)][-1]
-            callback(_solve(deq, producer, args, kwargs, last, info))
+            _tell(callback, deq, producer, args, kwargs, last, info)
             return [*states[:-1], last], info
 
         handles = [
@@ -425,7 +426,16 @@ def _report(writer: Callable[[Any], None], stats: BackwardStats) -> None:
 # --- observation ------------------------------------------------------------------------------
 
 
-def _solve(deq: Any, producer: Any, args: Any, kwargs: Any, attached: State, info: Any) -> Solve:
+@never_compiled
+def _tell(
+    callback: Callable[[Solve], None],
+    deq: Any,
+    producer: Any,
+    args: Any,
+    kwargs: Any,
+    attached: State,
+    info: Any,
+) -> None:
     counted, start = _func_and_start(args, kwargs)
     assert isinstance(counted, Counted)
     named = isinstance(producer, ProduceGrad)
@@ -440,7 +450,8 @@ def _solve(deq: Any, producer: Any, args: Any, kwargs: Any, attached: State, inf
     residual = info["rel_lowest"].detach()
     # -1 is TorchDEQ's "not known"; what a strategy found that owns the solve, it never is.
     known = not strategy.resolve(context).owns_solve and bool((residual >= 0).all())
-    return Solve.of(
+    tell(
+        [callback],
         functools.partial(evaluate, counted.func),
         _map(Tensor.detach, attached),
         attached,
