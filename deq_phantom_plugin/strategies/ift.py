@@ -104,7 +104,7 @@ class IFT(GradStrategy):
             g = rescue(self, v, g, solution)
         elif not solution.converged:
             self._warn(solution)
-            if context.memory is not None:
+            if context.memory is not None and context.sample_dim is not None:
                 context.memory.doubt()
         if memory is not None:
             for name, leaf in zip(_names(g), g, strict=True):
