@@ -616,6 +616,20 @@ def test_sketches_draw_nothing():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("steps", [2, 20])
+def test_a_backward_pass_waits_for_the_device_once(steps, monkeypatch):
+    problem, waited = nested(), []
+    attached = dpp.attach(problem.func, zeros(problem), dpp.Reversible(steps))
+    loss = problem.probe(attached)
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda x, own=own, name=name: waited.append(name) or own(x)
+        )
+    loss.backward(inputs=problem.params)
+    assert waited == ["tolist"]
+
+
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_a_random_f_is_noticed(steps):
     layer = nn.Linear(20, 20)
