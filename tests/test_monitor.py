@@ -434,7 +434,7 @@ def test_parameters_behind_compiled_code_are_left_out_and_the_training_is_the_sa
     assert log.steps == [0, 2]
 
 
-@pytest.mark.parametrize("grad", ["upg", "bptt(steps=3)"])
+@pytest.mark.parametrize("grad", ["bptt(steps=3)", pytest.param("upg", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # parameters left out
 def test_a_compiled_model_trains_the_same(grad):
     """What is told to observers is not part of what is compiled: its gradients came out wrong."""
