@@ -432,3 +432,26 @@ def test_parameters_behind_compiled_code_are_left_out_and_the_training_is_the_sa
     assert_same(plain, watched)
     assert all(0.5 < numbers["deq/cosine"] <= 1 + 1e-9 for _, numbers in log.entries)
     assert log.steps == [0, 2]
+
+
+@pytest.mark.parametrize("grad", ["bptt(steps=3)", pytest.param("upg", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # parameters left out
+def test_a_compiled_model_trains_the_same(grad):
+    """What is told to observers is not part of what is compiled: its gradients came out wrong."""
+    dpp.enable()
+
+    def run(every):
+        torch.compiler.reset()
+        model, log = net(grad=grad), Log()
+        handle = every and dpp.monitor(model, log, every=every)
+        compiled = torch.compile(model, backend="aot_eager")
+        losses = train(compiled, 4, told=False)
+        if handle:
+            handle.remove()
+        return losses, model.state_dict(), log
+
+    (plain, before, _), (watched, after, log) = run(None), run(2)
+    assert watched == plain
+    assert_same(before, after)
+    assert log.steps == [0, 2]
+    assert all("deq/cosine" in numbers for _, numbers in log.entries)
