@@ -45,14 +45,16 @@ def never_compiled(function: _F) -> _F:
     compiled, the import of the compiler included.
     """
 
-    disabled = functools.cache(lambda: torch.compiler.disable(function))
+    disabled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return torch.compiler.disable(function)(*args, **kwargs)
         if may_be_compiled():  # the compiler may have given up on our caller, but not on us
-            return disabled()(*args, **kwargs)
+            if not disabled:
+                disabled.append(torch.compiler.disable(function))
+            return disabled[0](*args, **kwargs)
         return function(*args, **kwargs)
 
     # The compiler counts by code: of one that all functions share it would soon have enough.
