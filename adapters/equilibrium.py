@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.compilation import Calls
 from deq_phantom_plugin.extras import require
 
 require("transformers", "text")
@@ -80,19 +81,18 @@ def solve(
         func: F, from and to shape (B, ...).
         start: the initial state.
     """
-    calls = {False: 0, True: 0}
+    calls = Calls()
 
     def counted(state: Tensor) -> Tensor:
-        calls[torch.is_grad_enabled()] += 1
+        calls.note()
         return func(state)
 
     states, info = deq(counted, start)
     state: Tensor = states[-1]
-    # Solvers run without grad. A strategy that owns the solve runs with it, and TorchDEQ then has
-    # no residual.
-    residual = info["rel_lowest"].detach() if calls[False] else _residual(func, state.detach())
-    nfe = torch.tensor(calls[False] or calls[True])
-    return state, EquilibriumInfo(residual=residual, nfe=nfe)
+    # Where a strategy owns the solve, TorchDEQ has no residual.
+    known = calls.by_solver()
+    residual = info["rel_lowest"].detach() if known else _residual(func, state.detach())
+    return state, EquilibriumInfo(residual=residual, nfe=calls.of_solve())
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.compilation import Calls
 from deq_phantom_plugin.extras import require
 from deq_phantom_plugin.hosts import Host, Solve, tell
 
@@ -88,7 +89,6 @@ class FixedPoint(nn.Module):
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
         memory: what the strategy keeps between steps.
-        nfe: evaluations of the map in the last solve.
     """
 
     def __init__(self, grad: Any, f_max_iter: int, f_tol: float) -> None:
@@ -100,7 +100,12 @@ class FixedPoint(nn.Module):
         self.grad = dpp.get_strategy(grad)
         self.memory = dpp.Memory()
         self.f_max_iter, self.f_tol = f_max_iter, f_tol
-        self.nfe = 0
+        self._calls = Calls()
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the map in the last solve."""
+        return int(self._calls.of_solve())
 
     def forward(self, func: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         """Return the equilibrium: attached in training, as it is in evaluation.
@@ -111,10 +116,10 @@ class FixedPoint(nn.Module):
         # Nodes depend on one another: the state is one sample.
         context = dpp.Context(batch_dim=None, initial_state=start, memory=self.memory)
         attaching = self.training and torch.is_grad_enabled()
-        self.nfe = 0
+        self._calls = calls = Calls()
 
         def counted(state: Tensor) -> Tensor:
-            self.nfe += 1
+            calls.note()
             return func(state)
 
         owns_solve = attaching and self.grad.resolve(context).owns_solve

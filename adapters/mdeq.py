@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.compilation import Calls, never_compiled
 
 __all__ = ["MDEQ", "PRESETS", "MDEQConfig", "MDEQSolve", "VariationalDropout2d", "WeightNormConv2d"]
 
@@ -529,10 +530,10 @@ class MDEQ(nn.Module):
         shared = self._share(injection)
         func = self.equilibrium_func(injection, shared)
         start = self.initial_state(injection)
-        calls = {False: 0, True: 0}
+        calls = Calls()
 
         def counted(*state: Tensor) -> list[Tensor]:
-            calls[torch.is_grad_enabled()] += 1
+            calls.note()
             return func(list(state))
 
         states, info = self.deq(counted, start)
@@ -540,12 +541,11 @@ class MDEQ(nn.Module):
             for _ in range(self.eval_steps):
                 states = [*states[:-1], self._damped_step(counted, states[-1])]
         solved = [h.detach() for h in states[-1]]
-        # Solvers run without grad. A strategy that owns the solve runs with it, and TorchDEQ then
-        # has no residual.
-        residual = info["rel_lowest"].detach() if calls[False] else _residual(func, solved)
+        # Where a strategy owns the solve, TorchDEQ has no residual.
+        residual = info["rel_lowest"].detach() if calls.by_solver() else _residual(func, solved)
         self.last = MDEQSolve(
             residual=residual,
-            nfe=torch.tensor(calls[False] or calls[True]),
+            nfe=calls.of_solve(),
             equilibrium=solved,
             injection=injection.detach(),
             shared=[None if tensor is None else tensor.detach() for tensor in shared],
@@ -555,8 +555,7 @@ class MDEQ(nn.Module):
             return logits
         penalty = None
         if self.training and torch.is_grad_enabled():
-            memories = (m for m in self.deq.modules() if isinstance(m, dpp.Memory))
-            penalty = jac_reg(func, solved, next((m.step for m in memories), None))
+            penalty = self._penalty(jac_reg, func, solved)
         return logits, injection.new_zeros(()) if penalty is None else penalty
 
     def spectral_radius(self, lam: float | None = None, **options: Any) -> Tensor:
@@ -579,6 +578,16 @@ class MDEQ(nn.Module):
         return dpp.spectral_radius(
             func, [_for_autograd(h) for h in self.last.equilibrium], lam, **options
         )
+
+    @never_compiled  # for the sake of the step, which changes
+    def _penalty(
+        self,
+        jac_reg: dpp.JacobianRegularization,
+        func: Callable[[list[Tensor]], list[Tensor]],
+        state: list[Tensor],
+    ) -> Tensor | None:
+        memories = (m for m in self.deq.modules() if isinstance(m, dpp.Memory))
+        return jac_reg(func, state, next((m.step for m in memories), None))
 
     @torch.no_grad()
     def _damped_step(self, func: Callable[..., list[Tensor]], state: list[Tensor]) -> list[Tensor]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.compilation import never_compiled
 from deq_phantom_plugin.draws import SameDraws
 from deq_phantom_plugin.extras import require
 from deq_phantom_plugin.output import write_whole
@@ -424,6 +425,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         p = self.config.dropout
         return x * dropout_mask(x, (x.shape[0], 1, x.shape[2]), p) if self.training and p > 0 else x
 
+    @never_compiled  # for the sake of the step, which changes
     def _jac_loss(
         self, func: Callable[[Tensor], Tensor], state: Tensor, real: Tensor | None
     ) -> Tensor | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from .state import State
 
@@ -39,29 +40,111 @@ def may_compile(solver: Callable[..., R]) -> Callable[..., R]:
 def never_compiled(function: _F) -> _F:
     """Run a function as it is also inside a compiled model, with all that it calls.
 
-    For code on hooks of saved tensors and modes, of which compiled graphs know nothing. Unlike
-    `torch.compiler.disable` it costs nothing where nothing is compiled, the import of the compiler
-    included.
+    For code on hooks of saved tensors and modes, of which compiled graphs know nothing, and for
+    what changes with every call. Unlike `torch.compiler.disable` it costs nothing where nothing is
+    compiled, the import of the compiler included.
     """
+
+    disabled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return torch.compiler.disable(function)(*args, **kwargs)
+        if may_be_compiled():  # the compiler may have given up on our caller, but not on us
+            if not disabled:
+                disabled.append(torch.compiler.disable(function))
+            return disabled[0](*args, **kwargs)
         return function(*args, **kwargs)
 
+    # The compiler counts by code: of one that all functions share it would soon have enough.
+    call.__code__ = call.__code__.replace(co_name=function.__name__)
     return cast(_F, call)
 
 
-def eager() -> AbstractContextManager[Any]:
+class _Eager(AbstractContextManager[None]):
+    """`torch.compiler.set_stance("force_eager")`, for as long as any thread is inside.
+
+    The stance is one for all threads, and each would put back what it found.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # Where nothing is compiled yet, the import would take seconds.
+            if self._stance is None and may_be_compiled():
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stance is not None:
+                stance, self._stance = self._stance, None
+                stance.__exit__(None, None, None)
+
+
+_eager = _Eager()
+
+
+def may_be_compiled() -> bool:
+    """Whether anything that runs here may be compiled code; false before the first compilation."""
+    return torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
+
+
+def eager() -> AbstractContextManager[None]:
     """Run what was compiled as it was written, inside a `with` block.
 
     A backward pass that was compiled where no graph was to be kept may overwrite what was saved
     for it; on such a graph the second product is refused or, from a cache on disk that another
     process has filled, silently wrong (PyTorch 2.13.0 and 2.14.1). An eager graph is good for any
-    number of products.
+    number of products, and for second derivatives, which compiled code has none of.
+
+    What goes on in other threads meanwhile is not compiled either. For functions that are
+    `never_compiled`: the compiler refuses to change its ways in the middle of its own code.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        return contextlib.nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+    return _eager
+
+
+def as_written(func: Callable[..., R]) -> Callable[..., R]:
+    """Return a function that runs what was compiled as it was written, see `eager`."""
+
+    @never_compiled
+    def evaluate(*args: Any, **kwargs: Any) -> R:
+        with eager():
+            return func(*args, **kwargs)
+
+    return evaluate
+
+
+class Calls:
+    """How often a map was called, counted outside of compiled code.
+
+    A number that changes with every call is a constant to the compiler, which compiles anew for
+    each until it gives up.
+    """
+
+    def __init__(self) -> None:
+        self._made = {False: 0, True: 0}  # without and with autograd
+
+    @never_compiled
+    def note(self) -> None:
+        """Count a call."""
+        self._made[torch.is_grad_enabled()] += 1
+
+    @never_compiled
+    def by_solver(self) -> bool:
+        """Whether a solver called it. A strategy that owns the solve runs with autograd, others do
+        so too, but after a solver, which runs without.
+        """
+        return self._made[False] > 0
+
+    @never_compiled
+    def of_solve(self) -> Tensor:
+        """Return how many calls the solve took, an integer tensor of shape ()."""
+        return torch.tensor(self._made[False] or self._made[True])

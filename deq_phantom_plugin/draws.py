@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compilation import as_written, may_be_compiled
 from .state import State, flatten
 
 
@@ -19,7 +20,9 @@ class SameDraws:
     would anyway; later ones begin with the random state in which that one began, and leave the
     state as they found it. An F that draws nothing pays for one look at that.
 
-    PyTorch's own generators are meant, the CPU's and that of the state's device.
+    PyTorch's own generators are meant, the CPU's and that of the state's device. Compiled code
+    makes other numbers of the same random state, and products with the Jacobian are of F as it was
+    written: so is all of an F that draws.
 
     Args:
         func: F, for one solve and its backward.
@@ -40,12 +43,13 @@ class SameDraws:
             image = self._func(*state)
             self._draws = not is_same(start, random_state(leaves))
             self._start = start
-            return image
+            if not (self._draws and may_be_compiled()):
+                return image
         if not self._draws:
             return self._func(*state)
         with forked_rng(leaves):
             _set_random_state(leaves, self._start)
-            return self._func(*state)
+            return as_written(self._func)(*state)
 
 
 def random_state(leaves: Iterable[Tensor]) -> list[Tensor]:

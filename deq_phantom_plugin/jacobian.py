@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .adjoint import Linearization, Packing, mixes_samples
 from .adjoint.spectrum import leading_eigenvalue, random_start
+from .compilation import as_written, never_compiled
 from .errors import warn_once
 from .inspection import say_coupled
 from .precision import full_precision
@@ -20,12 +21,14 @@ from .strategy import BatchDim, check_batch_dim
 SPECTRAL_RADIUS_TOL = 1e-3
 
 
+@never_compiled
 def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: int = 1) -> Tensor:
     """Estimate ||J||_F^2 / numel, differentiable in what `func` captures.
 
     Hutchinson's estimator with Gaussian probes, E ||J^T e||^2 = ||J||_F^2 (Bai, Koltun & Kolter
     2021, "Stabilizing Equilibrium Models by Jacobian Regularization", eq. 4). Costs one evaluation
-    of `func` and one vector-Jacobian product a probe. The equilibrium itself is held fixed.
+    of `func` and one vector-Jacobian product a probe. The equilibrium itself is held fixed. A
+    `func` that was compiled runs as it was written, since compiled code is differentiated once.
 
     Args:
         func: F, from a state to a state of the same structure.
@@ -43,9 +46,10 @@ def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: 
     check_equilibrium(equilibrium)
     leaves, structure = flatten(equilibrium)
     differentiable = torch.is_grad_enabled()
+    checked = CheckedFunc(as_written(func), equilibrium)
     with torch.enable_grad():
         inputs = [leaf.clone().requires_grad_() for leaf in leaves]
-        outputs, _ = flatten(CheckedFunc(func, equilibrium)(unflatten(inputs, structure)))
+        outputs, _ = flatten(checked(unflatten(inputs, structure)))
         outputs = [output for output in outputs if output.requires_grad]
         total = leaves[0].new_zeros((), dtype=Packing(leaves, None).dtype)
         for _ in range(n_samples if outputs else 0):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .compilation import never_compiled
 from .errors import warn_once
 from .jacobian import jacobian_reg
 from .state import State
@@ -71,6 +72,7 @@ class JacobianRegularization:
             step = 0
         return max(0.0, self.weight + self.increment * (step // self.interval))
 
+    @never_compiled
     def __call__(
         self, func: Callable[[State], State], equilibrium: State, step: int | None = None
     ) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from .compilation import never_compiled
 from .errors import warn_once
 from .registry import Spec, get_strategy, register_strategy
 from .state import State
@@ -45,6 +46,7 @@ class Schedule(GradStrategy):
         stages = tuple(sorted(((step, get_strategy(spec)) for step, spec in pairs), key=_start))
         object.__setattr__(self, "stages", stages)
 
+    @never_compiled  # or for each step anew
     def resolve(self, context: Context) -> GradStrategy:
         """Return the strategy of the current step's stage."""
         step = context.current_step

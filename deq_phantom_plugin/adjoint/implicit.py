@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compilation import never_compiled
+from ..compilation import as_written, never_compiled
 from ..precision import AutocastState, full_precision
 from ..state import State, flatten, unflatten
 from .captured import call_with, find_captured
@@ -53,6 +53,9 @@ def implicit(
 ) -> State:
     """Return F(h*) attached to all that F captures, by a gradient that is differentiable itself.
 
+    An F that was compiled runs as it was written: compiled code has no second derivative, and
+    does not tell what it captures.
+
     The gradient of an equilibrium is a linear function of the g that solves g = v + J^T g, which is
     an equilibrium too: its own gradient is had in the same way, and so on.
 
@@ -68,6 +71,7 @@ def implicit(
     Raises:
         ValueError: if `func` captures a tensor in a way that cannot be seen.
     """
+    func = as_written(func)
     leaves, structure = flatten(equilibrium)
     autocast = AutocastState(leaves)
     inputs = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -98,6 +102,7 @@ class _Implicit(torch.autograd.Function):
         return tuple(value.clone() for value in tensors[:n])
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         system, n = ctx.system, ctx.n
         saved = ctx.saved_tensors

@@ -120,6 +120,7 @@ class _Attach(torch.autograd.Function):
         return tuple(value.clone() for value in tensors[:n])
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adjoint import Linearization
 from ..adjoint.probe import with_probe
 from ..attach import attach
+from ..compilation import as_written
 from ..errors import NonFiniteError
 from ..registry import Spec
 from ..state import CheckedFunc, State, check_equilibrium, flatten
@@ -121,6 +122,7 @@ def ascent_condition(
             large for dense matrices; `measured_inner_product` has no such limit.
         NonFiniteError: if a derivative of `func` or of the strategy is NaN or infinite.
     """
+    func = as_written(func)
     graph, thetas, cotangents = _problem(func, equilibrium, params, loss_grad)
     d_h = sum(v.numel() for v in cotangents)
     d_theta = sum(theta.numel() for theta in thetas)
@@ -200,7 +202,7 @@ def measured_inner_product(
         ValueError: if an argument breaks the contract.
         NonFiniteError: if a gradient is NaN or infinite.
     """
-    tol = positive_float("tol", tol)
+    tol, func = positive_float("tol", tol), as_written(func)
     _, thetas, cotangents = _problem(func, equilibrium, params, loss_grad)
     tol = max(tol, *(10 * torch.finfo(v.dtype).eps for v in cotangents))
     residuals: list[float] = []

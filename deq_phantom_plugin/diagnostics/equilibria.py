@@ -10,10 +10,12 @@ from ..hosts import Host, find_equilibria, host_names
 def named_equilibria(model: nn.Module) -> list[tuple[str, Host, nn.Module]]:
     """Return every equilibrium inside a model, with its name there and its host.
 
+    A model that was compiled has the names of the one inside it.
+
     Raises:
         ValueError: if there is none.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names = {m: name.replace("_orig_mod.", "") for name, m in model.named_modules()}
     found = find_equilibria(model)
     if not found:
         raise ValueError(

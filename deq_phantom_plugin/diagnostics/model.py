@@ -78,7 +78,8 @@ def model_report(
     The model runs once in training mode. Each equilibrium that it solves is then measured by
     itself, with the dL/dh that the model's current gradient method sends it; that method gets a row
     of its own. The gradient is that of all parameters which F depends on, those of the
-    injection included. The model, its buffers and those of all modules in F, `.grad` and the random
+    injection included. What was compiled runs as it was written, since its derivatives are taken
+    more than once. The model, its buffers and those of all modules in F, `.grad` and the random
     state are left as they were.
 
     Args:
@@ -128,7 +129,8 @@ def model_report(
             reports.append(
                 measure(problem, [*current, *strategies], repeats, name=name, nfe=solve.nfe)
             )
-    return ModelReport(type(model).__name__, value.item(), reports)
+    name = type(getattr(model, "_orig_mod", model)).__name__  # of one that was compiled
+    return ModelReport(name, value.item(), reports)
 
 
 def _collect(solves: list[tuple[str, Solve]], name: str, solve: Solve) -> None:
@@ -183,8 +185,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     memories = [(m, m.step, m.kept()) for m in model.modules() if isinstance(m, Memory)]
-    # Times are to be those of compiled code, so that buffers inside it have to be known from above.
-    with Trial([*model.parameters()], compiled=True):
+    with Trial([*model.parameters()]):
         if not model.training:
             model.train()
         try:

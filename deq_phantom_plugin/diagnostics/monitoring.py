@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import muted
+from ..errors import AssumptionWarning, muted
 from ..hosts.host import Solve
 from ..jacobian import spectral_radius
 from ..state import flatten
@@ -45,7 +44,8 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
     - `adjoint_residual`: ||v - (I - J^T) g|| / ||v|| of the g behind the model's own gradient;
     - `spectral_radius`: rho(J), the largest of the batch, from at most 20 products;
     - `cosine`: of the model's own dL/dtheta to that of a better reference, GMRES with at most 30
-      products, whose own residual is `reference_residual`;
+      products, whose own residual is `reference_residual`. In a model that was compiled as a
+      whole, of the gradients of what F captures: those go through compiled code once, in training;
     - `forward_failures`, `adjoint_failures`: samples in which solves have failed so far, as `guard`
       counted them, once there is one.
 
@@ -150,10 +150,10 @@ class _Watch:
                 numbers["forward_residual"] = float(solve.residual.mean())
                 # A loss scaler's overflow says nothing about the model.
                 if all(bool(torch.isfinite(vi).all()) for vi in v):
-                    params = self._params(name, solve)
+                    params = [p for p in self.model.parameters() if p.requires_grad]
                     loss = partial(inner_product, v)
                     problem = Problem(solve.func, solve.equilibrium, loss, params, solve.context)
-                    numbers |= self._measure(problem, solve.strategy)
+                    numbers |= self._measure(self._short_of_compiled(problem, name), solve.strategy)
         except Exception as error:  # what is only watched must not stop the training
             warnings.warn(
                 f"monitor: {name}, step {step}: {type(error).__name__}: {error}", stacklevel=2
@@ -164,27 +164,18 @@ class _Watch:
         finite = {f"{name}/{key}": x for key, x in numbers.items() if x == x}
         self.write(finite, step)
 
-    def _params(self, name: str, solve: Solve) -> list[Tensor]:
-        """Return the parameters to differentiate with respect to.
-
-        Compiled code may overwrite what it saved for its backward pass, which is the model's to
-        take: no measurement goes through the graph that the model has built with it.
-        """
-        params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        if "torch._dynamo" not in sys.modules:
-            return params
-        with torch.enable_grad():
-            ends = flatten([solve.func(solve.equilibrium), solve.initial_state])[0]
-        behind = _behind_compiled_code(ends)
-        left: list[Tensor] = [p for p in params if id(p) not in behind]
-        if len(left) < len(params) and not self._said:
+    def _short_of_compiled(self, problem: Problem, name: str) -> Problem:
+        short = problem.short_of_compiled()
+        if short is not problem and not self._said:
             self._said = True
             warnings.warn(
-                f"monitor: {name}: F is built from what compiled code returned; the cosine leaves "
-                f"out {len(params) - len(left)} parameters, whose gradient goes through that",
+                f"monitor: {name}: F is built from what compiled code returned, through which only "
+                "training goes back: the cosine is of the gradients of what F captures, not of "
+                "the parameters behind that. Compile F alone to have it of all",
+                AssumptionWarning,
                 stacklevel=2,
             )
-        return left
+        return short
 
     def _measure(self, problem: Problem, strategy: GradStrategy) -> dict[str, float]:
         coupled = problem.inspect().coupled
@@ -204,23 +195,6 @@ class _Watch:
             "cosine": own.cosine(reference),
             "reference_residual": reference.residual,
         }
-
-
-def _behind_compiled_code(ends: Sequence[Tensor]) -> set[int]:
-    """Return the ids of the leaves that a backward pass reaches through compiled code."""
-    found: set[int] = set()
-    seen: set[tuple[Any, bool]] = set()
-    todo: list[tuple[Any, bool]] = [(end.grad_fn, False) for end in ends]
-    while todo:
-        node, behind = todo.pop()
-        if node is None or (node, behind) in seen:
-            continue
-        seen.add((node, behind))
-        if behind and hasattr(node, "variable"):
-            found.add(id(node.variable))
-        behind = behind or node.name().startswith("CompiledFunction")
-        todo += [(child, behind) for child, _ in node.next_functions]
-    return found
 
 
 def _once(measure: Callable[[Any], None]) -> Callable[[Any], None]:

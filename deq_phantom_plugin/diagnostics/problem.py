@@ -8,19 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_map_only
 
 from ..adjoint import Linearization
 from ..adjoint.probe import with_probe
 from ..attach import attach
+from ..compilation import as_written
 from ..inspection import Findings, inspect_map
 from ..state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from ..strategy import Context, GradStrategy
-from .derivatives import as_vector, check_params, reached, vjp
+from .derivatives import as_vector, check_params, reached, short_of_compiled, vjp
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
     """What all strategies are measured on.
+
+    An F that was compiled is measured as it was written: compiled code is differentiated once.
 
     Attributes:
         func: F, from a state to a state.
@@ -28,6 +33,7 @@ class Problem:
         loss: from a state to a scalar.
         params: the tensors to differentiate with respect to, which F captures or is built from.
         context: for the strategies.
+        edges: places in the graph before F to differentiate with respect to, too.
     """
 
     func: Callable[[State], State]
@@ -35,10 +41,12 @@ class Problem:
     loss: Callable[[State], Tensor]
     params: Sequence[Tensor]
     context: Context = field(default_factory=Context)
+    edges: Sequence[GradientEdge] = ()
 
     def __post_init__(self) -> None:
         check_equilibrium(self.equilibrium)
-        object.__setattr__(self, "params", check_params(self.params))
+        if not self.edges:
+            object.__setattr__(self, "params", check_params(self.params))
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +72,9 @@ class Problem:
                 )
             )
 
-    def pull_back(self, attached: State, v: Sequence[Tensor], to: Sequence[Tensor]) -> list[Tensor]:
+    def pull_back(
+        self, attached: State, v: Sequence[Tensor], to: Sequence[Tensor | GradientEdge]
+    ) -> list[Tensor]:
         """Return the gradient of <v, attached> with respect to tensors; zero where none flows."""
         return vjp(flatten(attached)[0], to, v)
 
@@ -72,23 +82,27 @@ class Problem:
         """Return the equilibrium attached by a strategy, to F unless another map is given."""
         with torch.enable_grad():
             return attach(
-                self.func if func is None else func, self.equilibrium, strategy, self.context
+                self._written if func is None else func, self.equilibrium, strategy, self.context
             )
 
     def differentiate(self, strategy: GradStrategy) -> Gradient:
         """Return the gradient that a strategy gives, with its evaluations and products counted."""
-        counted = _Counted(self.func)
+        counted = _Counted(self._written)
         probed, probes = with_probe(counted, self.equilibrium)
         attached = self.attach(strategy, probed)
         v = self.cotangent(attached)
-        grads = self.pull_back(attached, v, [*self.params, *probes])
-        split = len(self.params)
+        grads = self.pull_back(attached, v, [*self.params, *self.edges, *probes])
+        split = len(self.params) + len(self.edges)
         return Gradient(
             as_vector(grads[:split]),
             self._residual(v, grads[split:]),
             counted.n_evaluations,
             counted.n_vjp,
         )
+
+    @property
+    def _written(self) -> Callable[[State], State]:
+        return as_written(self.func)
 
     def second_derivative(self, strategy: GradStrategy) -> Tensor | None:
         """Return the gradient of <dL/dtheta, w> for a fixed random w, as one vector of float64.
@@ -131,10 +145,23 @@ class Problem:
             "it uses, themselves and not copies"
         )
 
+    def short_of_compiled(self) -> Problem:
+        """Return the same problem with gradients that end where compiled code before F begins.
+
+        Those that an iteration has in its initial state are left out then.
+        """
+        start = self.context.initial_state
+        before = [x for x in flatten(start)[0] if isinstance(x, Tensor)]
+        params, edges = short_of_compiled(self.linearize().outputs, self.params)
+        if not edges and not short_of_compiled(before, self.params)[1]:
+            return self
+        context = replace(self.context, initial_state=tree_map_only(Tensor, Tensor.detach, start))
+        return replace(self, params=params, edges=edges, context=context)
+
     def forward_residual(self) -> float:
         """Return ||F(h) - h|| / ||F(h)|| of the equilibrium, the whole batch together."""
         with torch.no_grad():
-            image = flatten(CheckedFunc(self.func, self.equilibrium)(self.equilibrium))[0]
+            image = flatten(CheckedFunc(self._written, self.equilibrium)(self.equilibrium))[0]
         state = flatten(self.equilibrium)[0]
         return _norm([f - h for f, h in zip(image, state, strict=True)]) / max(
             _norm(image), torch.finfo(torch.float64).tiny

@@ -161,6 +161,9 @@ def gradient_report(
     of 1e-8 (or ten roundings of the state's dtype, if that is more), and if that stalls again
     dense where the matrices fit into 1 GiB. Its own residual is shown.
 
+    A `func` that was compiled is measured as it was written, since compiled code is differentiated
+    once; so are the times.
+
     Args:
         func: F, from a state to a state of the same structure, as for `dpp.attach`.
         equilibrium: h*, detached.

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from ..adjoint.packing import Packing
 from ..attach import attach
-from ..compilation import never_compiled
+from ..compilation import Calls, never_compiled
 from ..precision import AutocastState
 from ..state import State, flatten
 from ..strategy import BatchDim, Context, GradStrategy
@@ -139,20 +139,25 @@ class Counted:
 
     def __init__(self, func: Callable[..., Any]) -> None:
         self.func = func
-        self.calls = {False: 0, True: 0}
+        self.calls = Calls()
         self.solver_result: Any = None
         self._depth = Trial.depth()  # a report may run the whole model in one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the map."""
-        if Trial.depth() == self._depth:
-            self.calls[torch.is_grad_enabled()] += 1
+        self._note()
         return self.func(*args, **kwargs)
 
+    @never_compiled
+    def _note(self) -> None:
+        if Trial.depth() == self._depth:
+            self.calls.note()
+
     @property
+    @never_compiled
     def nfe(self) -> int:
         """Evaluations of the solve: solvers run without autograd, strategies that own it with."""
-        return self.calls[False] or self.calls[True]
+        return int(self.calls.of_solve())
 
 
 def with_counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
