@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.compilation import Calls
+from deq_phantom_plugin.calls import Calls
+from deq_phantom_plugin.compilation import never_compiled
 from deq_phantom_plugin.extras import require
+from deq_phantom_plugin.trial import Trial
 
 require("transformers", "text")
 from transformers.utils.generic import ModelOutput  # noqa: E402
@@ -95,8 +97,10 @@ def solve(
     return state, EquilibriumInfo(residual=residual, nfe=calls.of_solve())
 
 
+@never_compiled
 @torch.no_grad()
 def _residual(func: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
-    image = func(state)
+    with Trial(state):
+        image = func(state)
     error: Tensor = (image - state).flatten(1).norm(dim=1) / (image.flatten(1).norm(dim=1) + 1e-9)
     return error

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.compilation import Calls
+from deq_phantom_plugin.calls import Calls
 from deq_phantom_plugin.extras import require
 from deq_phantom_plugin.hosts import Host, Solve, tell
 

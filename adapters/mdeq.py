@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.compilation import Calls, never_compiled
+from deq_phantom_plugin.calls import Calls
+from deq_phantom_plugin.compilation import never_compiled
+from deq_phantom_plugin.trial import Trial
 
 __all__ = ["MDEQ", "PRESETS", "MDEQConfig", "MDEQSolve", "VariationalDropout2d", "WeightNormConv2d"]
 
@@ -637,10 +639,12 @@ def _in_place(modules: Sequence[_OncePerSolve], tensors: Sequence[Tensor | None]
             module.shared = None
 
 
+@never_compiled
 @torch.no_grad()
 def _residual(func: Callable[[list[Tensor]], list[Tensor]], state: list[Tensor]) -> Tensor:
     """Return ||f(h) - h|| / ||f(h)|| of each sample."""
-    h, image = (torch.cat([x.flatten(1) for x in s], dim=1) for s in (state, func(state)))
+    with Trial(state):
+        h, image = (torch.cat([x.flatten(1) for x in s], dim=1) for s in (state, func(state)))
     residual: Tensor = (image - h).norm(dim=1) / (image.norm(dim=1) + 1e-9)
     return residual
 

@@ -13,7 +13,7 @@ or without any framework:
 from .attach import attach
 from .checkpoint import load_memory_state_dict, memory_state_dict
 from .diagnostics import gradient_report, model_report, monitor
-from .errors import ConvergenceError, ConvergenceWarning, NonFiniteError
+from .errors import AssumptionWarning, ConvergenceError, ConvergenceWarning, NonFiniteError
 from .guard import Guard
 from .hosts import disable, enable, enabled
 from .jacobian import jacobian_reg, spectral_radius
@@ -36,6 +36,7 @@ __all__ = [
     "NPGRR",
     "SHINE",
     "UPG",
+    "AssumptionWarning",
     "BackwardStats",
     "Context",
     "ConvergenceError",

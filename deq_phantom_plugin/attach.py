@@ -43,11 +43,14 @@ def attach(
             time.
 
     Raises:
+        TypeError: if `context` is no `Context`.
         ValueError: if the spec is invalid, the equilibrium carries a graph or holds NaN or Inf, or
             `func` returns another structure, shape or dtype than it was given.
     """
     strategy = get_strategy(grad)
     context = Context() if context is None else context
+    if not isinstance(context, Context):
+        raise TypeError(f"context={context!r:.60}; expected a dpp.Context, such as dpp.Context()")
     attaching = torch.is_grad_enabled()
     # To look at numbers is to wait for the device, and cannot be exported.
     check_equilibrium(equilibrium, finite=attaching and not strategy.accepts_nonfinite)

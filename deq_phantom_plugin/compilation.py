@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 from .state import State
 
@@ -44,7 +43,6 @@ def never_compiled(function: _F) -> _F:
     what changes with every call. Unlike `torch.compiler.disable` it costs nothing where nothing is
     compiled, the import of the compiler included.
     """
-
     disabled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
@@ -58,7 +56,8 @@ def never_compiled(function: _F) -> _F:
         return function(*args, **kwargs)
 
     # The compiler counts by code: of one that all functions share it would soon have enough.
-    call.__code__ = call.__code__.replace(co_name=function.__name__)
+    code: Any = call
+    code.__code__ = code.__code__.replace(co_name=function.__name__)
     return cast(_F, call)
 
 
@@ -120,31 +119,3 @@ def as_written(func: Callable[..., R]) -> Callable[..., R]:
             return func(*args, **kwargs)
 
     return evaluate
-
-
-class Calls:
-    """How often a map was called, counted outside of compiled code.
-
-    A number that changes with every call is a constant to the compiler, which compiles anew for
-    each until it gives up.
-    """
-
-    def __init__(self) -> None:
-        self._made = {False: 0, True: 0}  # without and with autograd
-
-    @never_compiled
-    def note(self) -> None:
-        """Count a call."""
-        self._made[torch.is_grad_enabled()] += 1
-
-    @never_compiled
-    def by_solver(self) -> bool:
-        """Whether a solver called it. A strategy that owns the solve runs with autograd, others do
-        so too, but after a solver, which runs without.
-        """
-        return self._made[False] > 0
-
-    @never_compiled
-    def of_solve(self) -> Tensor:
-        """Return how many calls the solve took, an integer tensor of shape ()."""
-        return torch.tensor(self._made[False] or self._made[True])

@@ -30,9 +30,7 @@ class SameDraws:
 
     def __init__(self, func: Callable[..., Any]) -> None:
         self._func = func
-        self._start: list[Tensor] | None = (
-            None  # the random state, None before the first evaluation
-        )
+        self._start: list[Tensor] | None = None  # the random state at first, once there was one
         self._draws = False
 
     def __call__(self, *state: State) -> Any:

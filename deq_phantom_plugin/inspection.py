@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 
 from .adjoint import Linearization, Packing, mixes_samples
 from .compilation import never_compiled
-from .draws import is_same, random_state
+from .draws import forked_rng, is_same, random_state
 from .errors import AssumptionWarning, warn_once
 from .memory import Memory
 from .state import State, flatten
@@ -29,7 +29,10 @@ from .trial import Trial
 # in another order each time. Without a sign of chance it may be that of 16 bits inside F.
 _ROUNDING, _ROUNDING_INSIDE = 64, 1e-3
 
-REMEDY = "Draw masks once a solve, or put what draws or updates in evaluation mode."
+REMEDY = (
+    "Draw masks once a solve (deq_phantom_plugin.draws.SameDraws(func), made anew in every forward "
+    "pass, does), or put what draws or updates in evaluation mode."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +89,10 @@ def settled(
         equilibrium: h*, detached.
         cares: whether the gradient depends on it; if not, nothing is evaluated.
     """
-    if context.batch_dim != "auto":
-        return context
     leaves, structure = flatten(equilibrium)
+    if context.batch_dim != "auto":
+        _check_told(context.batch_dim, leaves)
+        return context
     packing = Packing(leaves, 0)
     if packing.batch_dim is None:  # no dimension that counts samples
         return replace(context, batch_dim=None)
@@ -104,6 +108,16 @@ def settled(
     return replace(context, batch_dim=None if found.coupled else 0)
 
 
+def _check_told(batch_dim: int | None, leaves: Sequence[Tensor]) -> None:
+    """Refuse a dimension that no leaf has; 0 is what counts nothing in a state of numbers."""
+    most = max(leaf.dim() for leaf in leaves)
+    if batch_dim and batch_dim not in range(-most, most):
+        raise ValueError(
+            f"batch_dim={batch_dim} of a state with at most {most} dimensions; expected one of "
+            "these, None where samples depend on one another, or 'auto' to find that out"
+        )
+
+
 def _recalled(memory: Memory, key: str) -> Findings | None:
     found: Findings | None = memory.findings.get((memory.training, key))
     return found if found is not None and found.are_current else None
@@ -115,7 +129,8 @@ def say_coupled() -> None:
         "coupled samples",
         "the samples of the batch depend on one another (batch normalisation in training, "
         "attention over the batch, nodes of a graph), so the batch is treated as one system. Pass "
-        "batch_dim=None in the context to say so, and nothing need be found out. Said once.",
+        "batch_dim=None in the context (with TorchDEQ: deq.grad_batch_dim = None) to say so, and "
+        "nothing need be found out. Said once a run.",
         AssumptionWarning,
     )
 
@@ -188,13 +203,19 @@ def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 
 
 def _reasons(func: Callable[[State], State], equilibrium: State) -> tuple[str, ...]:
-    """Evaluate F once more, and return what in it draws or updates, in words."""
-    with _Watch(flatten(equilibrium)[0]) as watch, torch.no_grad():
-        func(equilibrium)
-        watch.look()  # at what came after the last module
+    """Evaluate F twice more, and return what in it draws or updates, in words."""
+    leaves = flatten(equilibrium)[0]
+    images = []
+    for _ in range(2):
+        with forked_rng(leaves), _Watch(leaves) as watch, torch.no_grad():
+            images.append(flatten(func(equilibrium))[0])
+            watch.look()  # at what came after the last module
+    # With the same draws: batch normalisation updates what its value does not depend on.
+    same = _difference(*images) <= _rounding(leaves)
+    updated = set() if same else watch.updated - watch.drew
     return (
         *(f"{name} draws at random" for name in sorted(watch.drew)),
-        *(f"{name} updates its buffers" for name in sorted(watch.updated - watch.drew)),
+        *(f"{name} updates its buffers" for name in sorted(updated)),
     )
 
 

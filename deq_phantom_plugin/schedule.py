@@ -55,7 +55,8 @@ class Schedule(GradStrategy):
                 warn_once(
                     "schedule",
                     f"{self!r} was not told the training step and takes it to be 0; call "
-                    "dpp.set_step(model, step) in the training loop",
+                    "dpp.set_step(model, step) in the training loop, of a model whose dpp.Memory "
+                    "is in the context",
                 )
             step = 0
         active = [strategy for start, strategy in self._pairs if start <= step][-1]

@@ -28,7 +28,7 @@ def vjp(
     return list(
         torch.autograd.grad(
             [output for output, _ in pairs],
-            list(inputs),
+            list(inputs),  # type: ignore[arg-type]  # it takes a mixture
             [v for _, v in pairs],
             retain_graph=True,
             allow_unused=True,

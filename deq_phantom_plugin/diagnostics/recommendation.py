@@ -22,6 +22,8 @@ def recommend(report: GradientReport) -> list[str]:
     Whether damping helps is judged by the measured radius of lam J + (1 - lam) I over lam, never
     by rho(J): eigenvalues of -1.4 are damped into the unit circle, those of 1.4 never.
     """
+    if report.map_difference > 0:  # every number is of another map: none advises anything
+        return _caveats(report)
     sentences = [*_caveats(report), _about_damping(report)]
     if report.reference_norm == 0:
         sentences.append("The gradient is zero here: nothing can be said of directions.")

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 
 from ..adjoint.packing import Packing
 from ..attach import attach
-from ..compilation import Calls, never_compiled
+from ..calls import Calls
+from ..compilation import never_compiled
 from ..precision import AutocastState
 from ..state import State, flatten
 from ..strategy import BatchDim, Context, GradStrategy
@@ -141,17 +142,11 @@ class Counted:
         self.func = func
         self.calls = Calls()
         self.solver_result: Any = None
-        self._depth = Trial.depth()  # a report may run the whole model in one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the map."""
-        self._note()
+        self.calls.note()
         return self.func(*args, **kwargs)
-
-    @never_compiled
-    def _note(self) -> None:
-        if Trial.depth() == self._depth:
-            self.calls.note()
 
     @property
     @never_compiled
