@@ -411,7 +411,7 @@ def test_a_warning_that_was_given_is_not_given_again_for_a_measurement():
     assert len([w for w in given if issubclass(w.category, dpp.ConvergenceWarning)]) == 1
 
 
-def test_parameters_behind_compiled_code_are_left_out_and_the_training_is_the_same():
+def test_behind_compiled_code_nothing_is_differentiated_and_the_training_is_the_same():
     """A second backward pass through compiled code is refused, or spoils the first."""
 
     def run(every):
@@ -426,7 +426,7 @@ def test_parameters_behind_compiled_code_are_left_out_and_the_training_is_the_sa
         return model.state_dict(), log
 
     plain, _ = run(None)
-    with pytest.warns(UserWarning, match="leaves out 2 parameters") as given:
+    with pytest.warns(dpp.AssumptionWarning, match="built from what compiled code") as given:
         watched, log = run(2)
     assert len(given) == 1
     assert_same(plain, watched)
@@ -435,7 +435,7 @@ def test_parameters_behind_compiled_code_are_left_out_and_the_training_is_the_sa
 
 
 @pytest.mark.parametrize("grad", ["bptt(steps=3)", pytest.param("upg", marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore::UserWarning")  # parameters left out
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.AssumptionWarning")
 def test_a_compiled_model_trains_the_same(grad):
     """What is told to observers is not part of what is compiled: its gradients came out wrong."""
     dpp.enable()
