@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 
 class Seen(NamedTuple):
@@ -67,7 +68,8 @@ class Buffers:
         if module not in self.modules:
             self.modules[module] = None
             for name, buffer in module._buffers.items():
-                self.seen[module, name] = Seen.now(buffer)
+                if buffer is None or not is_lazy(buffer):  # or its first evaluation makes it
+                    self.seen[module, name] = Seen.now(buffer)
 
     @contextmanager
     def noting(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ class SameDraws:
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
-        self._func = func
+        self._func = self.__wrapped__ = func
         self._start: list[Tensor] | None = None  # the random state at first, once there was one
         self._draws = False
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from .trial import Trial
 # A difference that rounding can account for, in units of the dtype's eps: kernels on a GPU may add
 # in another order each time. Without a sign of chance it may be that of 16 bits inside F.
 _ROUNDING, _ROUNDING_INSIDE = 64, 1e-3
+_AGAIN = {10**n for n in range(2, 12)}
+_DEEPEST = 10  # wrappers around F
+_DRAWS = 16  # more evaluations of an F that has drawn, and returned the same
 
 REMEDY = (
     "Draw masks once a solve (deq_phantom_plugin.draws.SameDraws(func), made anew in every forward "
@@ -46,12 +50,14 @@ class Findings:
         reasons: module types in F that draw at random or update buffers, in words; only where
             there is a difference.
         modes: the modules that ran, and which of them were in training mode.
+        uses: how often this was relied on, one number that changes.
     """
 
     coupled: bool | None
     difference: float = 0.0
     reasons: tuple[str, ...] = ()
     modes: tuple[tuple[weakref.ref[nn.Module], bool], ...] = ()
+    uses: list[int] = field(default_factory=lambda: [0])
 
     @property
     def are_current(self) -> bool:
@@ -98,13 +104,13 @@ def settled(
         return replace(context, batch_dim=None)
     if not cares or packing.rows == 0 or packing.columns == 0:
         return replace(context, batch_dim=0)
-    memory, key = context.memory, f"{structure}"
+    memory, key = context.memory, (f"{structure}", *_identity(func))
     found = None if memory is None else _recalled(memory, key)
     if found is None or (found.coupled is None and packing.rows > 1):
         found = inspect_map(func, equilibrium)
         _say(found)
         if memory is not None:
-            memory.findings[memory.training, key] = found
+            memory.findings[(memory.training, *key)] = found
     return replace(context, batch_dim=None if found.coupled else 0)
 
 
@@ -118,9 +124,41 @@ def _check_told(batch_dim: int | None, leaves: Sequence[Tensor]) -> None:
         )
 
 
-def _recalled(memory: Memory, key: str) -> Findings | None:
-    found: Findings | None = memory.findings.get((memory.training, key))
-    return found if found is not None and found.are_current else None
+def _recalled(memory: Memory, key: tuple[Any, ...]) -> Findings | None:
+    found: Findings | None = memory.findings.get((memory.training, *key))
+    if found is None or not found.are_current:
+        return None
+    # Weights that begin at zero couple nothing yet: asked again at the 100th use, the 1,000th, ...
+    found.uses[0] += 1
+    return None if found.uses[0] in _AGAIN else found
+
+
+def _identity(func: Any) -> tuple[Any, ...]:
+    """Return what tells maps apart that share a memory: F's code, and modules it closes over.
+
+    Closures are made anew in every step, and their code is not.
+    """
+    inside: list[Any] = []
+    for _ in range(_DEEPEST):
+        if isinstance(func, functools.partial):
+            inside += [*func.args, *func.keywords.values()]
+            func = func.func
+        elif callable(inner := getattr(func, "__wrapped__", None)):
+            func = inner
+        else:
+            break
+    inside.append(getattr(func, "__self__", func))
+    inside += [c.cell_contents for c in getattr(func, "__closure__", None) or () if _full(c)]
+    code = getattr(getattr(func, "__func__", func), "__code__", type(func))
+    return (code, *(id(x) for x in inside if isinstance(x, nn.Module)))
+
+
+def _full(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def say_coupled() -> None:
@@ -165,15 +203,26 @@ def inspect_map(
         drew = not is_same(before, random_state(graph.inputs))
         packing = Packing(graph.inputs, batch_dim)
         coupled = mixes_samples(graph, packing) if packing.rows > 1 else None
-        with torch.no_grad():
-            again = flatten(func(equilibrium))[0]
-        difference = _difference(graph.outputs, again)
+        difference = _second_look(func, equilibrium, graph.outputs)
         signs = drew or trial.has_changed_buffers
-        if difference <= (_rounding(graph.inputs) if signs else _ROUNDING_INSIDE):
+        limit = _rounding(graph.inputs) if signs else _ROUNDING_INSIDE
+        for _ in range(_DRAWS if drew else 0):  # a layer that is seldom skipped, say
+            if difference > limit:
+                break
+            difference = _second_look(func, equilibrium, graph.outputs)
+        if difference <= limit:
             difference = 0.0
         reasons = _reasons(func, equilibrium) if difference else ()
         modes = tuple((weakref.ref(module), module.training) for module in trial.modules)
     return Findings(coupled, difference, reasons, modes)
+
+
+@torch.no_grad()
+def _second_look(
+    func: Callable[[State], State], equilibrium: State, first: Sequence[Tensor]
+) -> float:
+    """Evaluate F again; return how far it is from the first time."""
+    return _difference(first, flatten(func(equilibrium))[0])
 
 
 def _rounding(leaves: Sequence[Tensor]) -> float:
@@ -189,13 +238,13 @@ def _rounding(leaves: Sequence[Tensor]) -> float:
 
 
 def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Return ||a - b|| / ||a|| over all leaves; zero where it is not finite."""
+    """Return ||a - b|| over the larger of both; zero where it is not finite."""
 
     def norm(leaves: Sequence[Tensor]) -> float:
         return math.hypot(*(float(torch.linalg.vector_norm(leaf.detach())) for leaf in leaves))
 
     change = norm([a.detach() - b.to(a.dtype) for a, b in zip(first, second, strict=True)])
-    size = norm(first)
+    size = max(norm(first), norm(second))
     return change / size if size > 0 and math.isfinite(change / size) else 0.0
 
 

@@ -17,6 +17,7 @@ from .precision import full_precision
 from .state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from .strategies.arguments import positive_float, positive_int
 from .strategy import BatchDim, check_batch_dim
+from .trial import Trial
 
 SPECTRAL_RADIUS_TOL = 1e-3
 
@@ -114,7 +115,8 @@ def spectral_radius(
         )
     check_batch_dim(batch_dim)
     check_equilibrium(equilibrium)
-    graph = Linearization(CheckedFunc(func, equilibrium), equilibrium)
+    with Trial(equilibrium):  # looking at an equilibrium does not change it
+        graph = Linearization(CheckedFunc(func, equilibrium), equilibrium)
     packing = _packing(graph, batch_dim)
     random = start = random_start(packing)
     radii = []

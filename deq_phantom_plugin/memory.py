@@ -46,7 +46,7 @@ class Memory(nn.Module):
         self.step: int | None = None
         self.failures: Counter[str] = Counter()
         self.histories: dict[str, Any] = {}
-        self.findings: dict[tuple[bool, str], Any] = {}
+        self.findings: dict[tuple[Any, ...], Any] = {}
         self._doubts = 0
         self._warm_starts: dict[str, Tensor] = {}
         self._on_meta = torch.get_default_device().type == "meta"

@@ -83,7 +83,7 @@ class CheckedFunc:
     """
 
     def __init__(self, func: Callable[[State], State], like: State) -> None:
-        self._func = func
+        self._func = self.__wrapped__ = func
         leaves, self._structure = flatten(like)
         self._like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
 

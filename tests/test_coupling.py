@@ -213,6 +213,59 @@ def test_shine_refines_the_blocks_that_the_solver_shares_as_one_system():
     assert error(30) < error(4)
 
 
+@pytest.mark.parametrize("batch_dim", ["auto", 0])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_warm_start_that_others_reached_into_is_no_other_system(solver, batch_dim):
+    """Taken back in some samples, it is missing in those that it had reached."""
+    torch.manual_seed(49)
+    mix = 0.4 * torch.randn(6, 6, dtype=torch.float64) / 6**0.5
+    h, v = torch.zeros(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    memory = dpp.Memory()
+    for step in range(6):
+        coupled = float(step > 0)  # nothing to be found in the first step
+        z = torch.zeros_like(h).requires_grad_()
+        spec = f"ift(solver={solver!r}, warm_start=True, max_iter=100)"
+        context = dpp.Context(batch_dim=batch_dim, memory=memory)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            func = lambda h, c=coupled, z=z: 0.3 * h + c * (mix @ h) + z  # noqa: E731
+            dpp.attach(func, h, spec, context).backward(v)
+        system = 0.7 * torch.eye(6, dtype=torch.float64) - coupled * mix.T
+        want = torch.linalg.solve(system, v)
+        assert (z.grad - want).norm() <= 1e-2 * want.norm() or said
+        v = v.clone()
+        v[torch.rand(6) < 0.4] = torch.randn(4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("ratio", [1e-1, 1e-2, 1e-3])
+def test_short_rows_in_float16_are_rows_of_the_same_system(solver, ratio):
+    mix = torch.zeros(4, 4)
+    mix[0, 1], mix[2, 3] = 0.4, 0.5
+    v = torch.tensor([1.0, ratio, 1.0, ratio])[:, None].expand(4, 3)
+    z = torch.zeros(4, 3, dtype=torch.float16, requires_grad=True)
+    func = lambda h: 0.3 * h + mix.half() @ h + z  # noqa: E731
+    dpp.attach(func, z.detach(), f"ift(solver={solver!r})", dpp.Context(0)).backward(v.half())
+    want = torch.linalg.solve(0.7 * torch.eye(4) - mix.T, v)
+    assert (z.grad.float() - want).norm() <= 20 * torch.finfo(torch.float16).eps * want.norm()
+
+
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
+@pytest.mark.parametrize("seed", [2, 8, 11, 20, 28, 30])
+def test_a_solve_that_explodes_is_not_worse_than_none(seed):
+    torch.manual_seed(seed)
+    a, mix = 0.5 * torch.randn(3, 3) / 3**0.5, 0.3 * torch.randn(16, 16) / 4
+    u, stats = torch.randn(16, 3, requires_grad=True), []
+    h, v = torch.zeros(16, 3), torch.rand(16, 1).expand(16, 3) ** 3
+    func = lambda h: h @ a.T + mix @ h + u  # noqa: E731
+    try:
+        dpp.attach(func, h, "ift", dpp.Context(0, monitor=stats.append)).backward(v)
+    except dpp.NonFiniteError as error:
+        assert "batch_dim=None" in str(error)  # noqa: PT017
+        return
+    assert u.grad.norm() <= 1e3 * v.norm()
+
+
 # --- no false alarm ----------------------------------------------------------------------------
 
 
@@ -424,7 +477,7 @@ def test_weights_that_begin_at_zero_are_asked_about_again():
         context = dpp.Context(memory=memory)
         attached = dpp.attach(func, h, "ift(tol=1e-5, max_iter=20)", context)
         torch.autograd.grad(attached.square().sum(), mix)
-        return memory.findings[True, "*"].coupled if (True, "*") in memory.findings else None
+        return next((found.coupled for found in memory.findings.values()), None)
 
     assert g() is False
     with torch.no_grad():
@@ -432,6 +485,87 @@ def test_weights_that_begin_at_zero_are_asked_about_again():
     with pytest.warns(dpp.ConvergenceWarning, match="batch_dim"):
         g()
     assert g() is True
+
+
+@pytest.mark.usefixtures("ignored")
+@pytest.mark.parametrize("spec", ["ift(max_iter=200)", "guard('ift(max_iter=200)')", "exact"])
+def test_maps_that_share_a_memory_are_told_apart(spec):
+    """One solver for an encoder of independent samples and a decoder that mixes them."""
+    from torchdeq import get_deq
+
+    torch.manual_seed(0)
+    a, b = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    weight = torch.linspace(0, 3, 6, dtype=torch.float64)[:, None]
+
+    def encoder(z):
+        return lambda h: torch.tanh(0.5 * a(h) + z)
+
+    def decoder(z):
+        return lambda h: torch.tanh(0.4 * b(h) + 0.4 * torch.softmax(h @ h.T, -1) @ h + z)
+
+    def gradient(solve):
+        loss = (weight * solve(decoder(solve(encoder(x))))).sum()
+        grads = torch.autograd.grad(loss, [*a.parameters(), *b.parameters()])
+        return torch.cat([grad.flatten() for grad in grads])
+
+    def unrolled(func):
+        h = torch.zeros_like(x)
+        for _ in range(150):
+            h = func(h)
+        return h
+
+    want = gradient(unrolled)
+    with dpp.enabled("torchdeq"):
+        deq = get_deq(grad=spec, f_solver="fixed_point_iter", f_max_iter=200, f_tol=1e-12)
+        for _ in range(3):
+            got = gradient(lambda func: deq(func, torch.zeros_like(x))[0][-1])
+            assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+@pytest.mark.usefixtures("ignored")
+def test_a_guard_asks_again_too():
+    """What was found at weights of zero is doubted by whoever solves."""
+    torch.manual_seed(0)
+    mix, u = torch.zeros(6, 6), torch.randn(6, 4)
+    memory = dpp.Memory()
+
+    def func(h):
+        return torch.tanh(0.2 * h + mix @ h + u)
+
+    def coupled():
+        h = torch.zeros(6, 4)
+        with torch.no_grad():
+            for _ in range(200):
+                h = func(h)
+        context = dpp.Context(memory=memory)
+        dpp.attach(func, h.clone(), "guard('ift(tol=1e-6, max_iter=12)')", context)
+        extra = torch.zeros_like(h, requires_grad=True)
+        attached = dpp.attach(
+            lambda h: func(h) + extra, h, "guard('ift(tol=1e-6, max_iter=12)')", context
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dpp.ConvergenceWarning)
+            attached.square().sum().backward()
+        return [found.coupled for found in memory.findings.values()]
+
+    assert not any(coupled())
+    mix += 0.7 * torch.linalg.qr(torch.randn(6, 6)).Q
+    coupled()
+    assert any(coupled())
+
+
+@pytest.mark.usefixtures("ignored")
+def test_it_is_asked_again_after_a_hundred_uses():
+    model = Normed("npg(k=1, lam='adaptive')")
+    model.norm.eval()
+    costs = []
+    for _ in range(102):
+        model(torch.randn(3, 4))
+        costs.append(model.evaluations)
+    assert costs[0] == costs[100] == 3
+    assert set(costs[1:100]) == {1}
+    assert costs[101] == 1
 
 
 def test_third_party_strategies_see_a_dimension_or_none():

@@ -108,6 +108,39 @@ def test_a_report_says_that_first_and_gives_no_other_advice(name):
     assert not any(word in str(report) for word in ("Tighten", "Float64"))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_what_draws_seldom_is_found_too(seed):
+    """Two evaluations may skip the same layer by chance."""
+    torch.manual_seed(seed)
+    linear = nn.Linear(6, 6)
+
+    def func(h):
+        return 0.3 * linear(h) * (torch.rand(()) > 0.3) / 0.7
+
+    found = inspect_map(func, torch.randn(5, 6))
+    assert found.difference > 0
+    assert found.reasons == ("F itself draws at random",)
+
+
+def test_batch_statistics_are_not_blamed_for_dropout():
+    module = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3))
+    found = inspect_map(lambda h: 0.3 * module(h), torch.randn(8, 6))
+    assert found.reasons == ("Dropout draws at random",)
+
+
+def test_reports_and_radii_leave_no_trace():
+    module = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3))
+    before, state = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    func, h = lambda h: 0.3 * module(h), torch.ones(8, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dpp.gradient_report(func, h, lambda h: h.square().sum(), list(module.parameters()))
+        dpp.spectral_radius(func, h)
+    assert torch.equal(state, torch.get_rng_state())
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def same_maps():
     drop = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.3))
     batch_norm = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))

@@ -73,7 +73,7 @@ def test_a_guess_that_is_no_help_is_dropped_in_its_sample_only():
     guess[1] = 1e6 * torch.randn(12, dtype=torch.float64)
     (got,), found = solve(graph.vjp, [v], start=[guess], **options)
     torch.testing.assert_close(got, g, rtol=1e-8, atol=1e-8)
-    assert found.n_vjp <= cold.n_vjp + 1
+    assert found.n_vjp <= cold.n_vjp + 2  # of the guess, and of what is left of it
     # The stated residual is the true one.
     (image,) = graph.vjp([got])
     residual = (v - got + image).norm(dim=1) / v.norm(dim=1)

@@ -107,7 +107,12 @@ def solve(
     packing = Packing(cotangents, batch_dim) if packing is None else packing
     rhs = packing.pack(cotangents)
     unit, length, finite = _normalised(rhs)
-    scale = _relative(length, packing)
+    scale = None
+    if packing.rows > 1:
+        scale = _relative(length, packing)
+        if packing.is_half and packing.rows:
+            # Rows too short for that keep their size against the longest, and are judged by it.
+            unit, length = unit * length / (scale * length.amax()), scale * length.amax()
 
     def apply(x: Tensor) -> Tensor:
         # Rows are scaled each by itself, which is another system where one reaches into another:
@@ -119,7 +124,7 @@ def solve(
     function = SOLVERS[solver] if isinstance(solver, str) else solver
 
     def solved(unit: Tensor) -> Solution:
-        if start is None or max_vjp < 2:
+        if start is None or max_vjp < 3:
             return function(apply, unit, tol, max_vjp)
         return _from_start(function, apply, unit, tol, max_vjp, packing.pack(start) / length)
 
@@ -177,22 +182,22 @@ def _normalised(rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return unit, length, finite.squeeze(1)
 
 
-def _relative(length: Tensor, packing: Packing) -> Tensor | None:
-    """Return the norms over the largest, shape (B, 1); None where there is one row."""
-    if packing.rows < 2:
-        return None
+def _relative(length: Tensor, packing: Packing) -> Tensor:
+    """Return the norms over the largest, shape (B, 1), as far as numbers bear it."""
     # In float16 products of much shorter rows would be lost; else the limit is that of numbers.
     least = 2.0**-6 if packing.is_half else 1e8 * torch.finfo(length.dtype).tiny
-    return (length / length.amax()).clamp(min=least)
+    return (length / length.amax()).clamp(min=least) if len(length) else length
 
 
 def _from_start(
     solver: AdjointSolver, apply: Apply, rhs: Tensor, tol: float, max_vjp: int, start: Tensor
 ) -> Solution:
     """Solve for what is missing from a first guess."""
-    missing = rhs - start + apply(start)
+    missing, n_vjp = rhs - start + apply(start), 1
     better = torch.linalg.vector_norm(missing, dim=1) < torch.linalg.vector_norm(rhs, dim=1)
-    start = torch.where(better[:, None], start, 0)
-    missing = torch.where(better[:, None], missing, rhs)
-    found = solver(apply, missing, tol, max_vjp - 1)
-    return replace(found, x=start + found.x, n_vjp=found.n_vjp + 1)
+    dropped = ~better & (start != 0).any(dim=1)
+    if bool(dropped.any()):  # of what is left of the guess: others may have reached into it
+        start = start.masked_fill(dropped[:, None], 0)
+        missing, n_vjp = rhs - start + apply(start), 2
+    found = solver(apply, missing, tol, max_vjp - n_vjp)
+    return replace(found, x=start + found.x, n_vjp=found.n_vjp + n_vjp)

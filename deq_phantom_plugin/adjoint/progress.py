@@ -231,15 +231,20 @@ class Progress:
     def solution(self) -> Solution:
         """Return the best iterate that was recorded for each sample.
 
-        Where a solve stops short with iterates of different steps, one more product tells their
-        residual: were samples said to be independent that are not, it would be another.
+        Where a solve stops short, a sample whose every iterate is worse than zero gets its
+        right-hand side instead. One more product then tells the residual, and so it does where
+        iterates are of different steps: were samples said to be independent that are not, it would
+        be another.
 
         Raises:
             NonFiniteError: if a residual is NaN or infinite.
         """
         self._evaluate(self._late.last())
         better, counted = self._last
-        if bool(self.active.any()) and not bool((better | ~counted).all()):
+        worse = self.active & (self._best_residual > torch.linalg.vector_norm(self.rhs, dim=1))
+        mixed = worse.any() | ~(better | ~counted).all()
+        if bool(self.active.any() & mixed):
+            self._best = choose(worse, self.rhs, self._best)
             rest = self.rhs - self._best + self.apply(self._best)
             self._best_residual = torch.linalg.vector_norm(rest, dim=1)
             self._trace.append(self._best_residual)

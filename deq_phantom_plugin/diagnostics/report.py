@@ -24,6 +24,7 @@ from ..state import State, flatten
 from ..strategies import IFT, Exact
 from ..strategies.arguments import positive_int
 from ..strategy import Context, GradStrategy
+from ..trial import Trial
 from .cost import now, peak_bytes
 from .derivatives import check_params
 from .problem import Gradient, Problem
@@ -157,6 +158,8 @@ def gradient_report(
 ) -> GradientReport:
     """Measure strategies on your own equilibrium against a reference gradient.
 
+    Random state, and the buffers of all modules that run in F, are left as they were.
+
     The reference is a dense solve up to 1024 elements a sample, else GMRES to a relative residual
     of 1e-8 (or ten roundings of the state's dtype, if that is more), and if that stalls again
     dense where the matrices fit into 1 GiB. Its own residual is shown.
@@ -187,8 +190,10 @@ def gradient_report(
     """
     problem = Problem(func, equilibrium, loss, check_params(params), context or Context())
     strategies = [get_strategy(spec) for spec in grads]
-    report = measure(problem, strategies, positive_int("repeats", repeats), name="equilibrium")
-    return _with_second_order(report, problem, strategies) if second_order else report
+    repeats = positive_int("repeats", repeats)
+    with Trial(equilibrium):
+        report = measure(problem, strategies, repeats, name="equilibrium")
+        return _with_second_order(report, problem, strategies) if second_order else report
 
 
 def measure(

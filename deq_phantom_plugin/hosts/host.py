@@ -139,7 +139,7 @@ class Counted:
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
-        self.func = func
+        self.func = self.__wrapped__ = func
         self.calls = Calls()
         self.solver_result: Any = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,9 +48,16 @@ class Form:
         """Return a state in TorchDEQ's form."""
         return self._deq_func.list2vec(state) if self._flat else state
 
-    def func(self, state: State) -> State:
-        """Evaluate the user's function on the user's state."""
-        return evaluate(self._deq_func.func if self._wrapped else self._deq_func, state)
+    @property
+    def func(self) -> Callable[[State], State]:
+        """The user's function, on the user's state."""
+        func = self._deq_func.func if self._wrapped else self._deq_func
+
+        @functools.wraps(func, assigned=(), updated=())
+        def on_state(state: State) -> State:
+            return evaluate(func, state)
+
+        return on_state
 
 
 def evaluate(func: Callable[..., Any], state: State) -> State:

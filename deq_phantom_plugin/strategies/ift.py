@@ -37,9 +37,9 @@ class IFT(GradStrategy):
             do not improve the residual beyond the rounding of F, as in 16 bits; with a `tol` other
             than the default that warns.
         max_iter: the most vector-Jacobian products.
-        warm_start: whether to begin with the last step's g, for one more product and where that is
-            better than to begin without. For training on one and the same batch, such as a single
-            graph; needs a host, whose memory keeps g (and saves it with the model).
+        warm_start: whether to begin with the last step's g, for a product or two more and where
+            that is better than to begin without. For training on one and the same batch, such as a
+            single graph; needs a memory, as hosts have, which keeps g (`dpp.memory_state_dict`).
         higher_order: whether the gradient can be differentiated again, to any order, for gradient
             penalties and MAML. Memory then holds h* and what F captures, and no graph; backward
             evaluates F once more, so F must do the same each time, and what it captures must be
@@ -99,13 +99,17 @@ class IFT(GradStrategy):
                 without_broken=rescue is not None and rescue.goes_on,
             )
         except NonFiniteError as error:
-            raise NonFiniteError(f"{self!r}, adjoint solve: {error}") from None
+            self._doubt(context)
+            raise NonFiniteError(
+                f"{self!r}, adjoint solve: {error}. If samples depend on one another and batch_dim "
+                "says otherwise, pass batch_dim=None in the context"
+            ) from None
+        if not solution.converged:
+            self._doubt(context)
         if rescue is not None:
             g = rescue(self, v, g, solution)
         elif not solution.converged:
             self._warn(solution)
-            if context.memory is not None and context.sample_dim is not None:
-                context.memory.doubt()
         if memory is not None:
             for name, leaf in zip(_names(g), g, strict=True):
                 memory.keep(name, leaf)
@@ -114,6 +118,12 @@ class IFT(GradStrategy):
                 BackwardStats(repr(self), solution.n_vjp, solution.residual, solution.trace)
             )
         return g
+
+    @staticmethod
+    def _doubt(context: Context) -> None:
+        """Let it be asked again whether samples are independent: the solve relied on that."""
+        if context.memory is not None and context.sample_dim is not None:
+            context.memory.doubt()
 
     def _warn(self, solution: Solution) -> None:
         above = solution.residual > self.tol
