@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .adjoint import Packing
+from .compilation import never_compiled
 from .failure import FailurePolicy
 from .registry import Spec, get_strategy, parse_spec, register_strategy
 from .state import State, flatten, unflatten
@@ -90,14 +91,14 @@ class Guard(GradStrategy):
         equilibrium = _finite(equilibrium, packing, context)
         failed = _residual(func, equilibrium, packing) > self.forward_tol
         told = replace(context, on_failure=policy)
-        any_failed = bool(failed.any())
+        any_failed = _is_true(failed.any())
         if any_failed:
             message = f"the forward solve left a relative residual above {self.forward_tol}"
             policy.note("forward", failed, context.memory, message)
         if not any_failed or policy.fallback is None:
             return self._strategy.attach(func, equilibrium, told)
         fallback = policy.fallback.resolve(context).attach(func, equilibrium, context)
-        if bool(failed.all()):
+        if _is_true(failed.all()):
             return fallback
         attached, structure = flatten(self._strategy.attach(func, equilibrium, told))
         chosen = [
@@ -130,6 +131,11 @@ def _parsed(on_failure: object) -> tuple[str, GradStrategy | None]:
     return action, get_strategy(args[0])
 
 
+@never_compiled  # which would say aloud that it cannot look at numbers
+def _is_true(value: Tensor) -> bool:
+    return bool(value)
+
+
 @torch.no_grad()
 def _residual(func: Callable[[State], State], equilibrium: State, packing: Packing) -> Tensor:
     """Return ||F(h) - h|| / ||F(h)|| of each sample, shape (B,); infinite where it is NaN."""
@@ -144,7 +150,7 @@ def _finite(equilibrium: State, packing: Packing, context: Context) -> State:
     """Return the state, with samples that are not finite at the initial state, or at zero."""
     leaves, structure = flatten(equilibrium)
     broken = ~torch.isfinite(packing.pack(leaves)).all(dim=1)
-    if not bool(broken.any()):
+    if not _is_true(broken.any()):
         return equilibrium
     starts = [torch.zeros_like(leaf) for leaf in leaves]
     if context.initial_state is not None:
