@@ -264,7 +264,7 @@ def _solved(batches: Batches, solver: str, steps: int) -> tuple[Tensor, list[Ten
         seen.append(g[0])
         return list(torch.autograd.grad(image, h, g[0], retain_graph=True))
 
-    # Solvers work on v scaled to norm one in each row.
+    # Products are of rows in units of the longest row of v; TorchDEQ's, of rows of norm one.
     length = torch.linalg.vector_norm(batches.v, dim=1, keepdim=True)
     if solver == "broyden":
         unit = batches.v / length
@@ -277,7 +277,7 @@ def _solved(batches: Batches, solver: str, steps: int) -> tuple[Tensor, list[Ten
     except dpp.NonFiniteError:
         g = torch.full_like(batches.v, torch.nan)
         seen.pop()  # the iterate whose residual is not finite
-    return g, [x * length for x in seen]
+    return g, [x * length.amax() for x in seen]
 
 
 def _nan_once_not_finite(iterates: Sequence[Tensor]) -> list[Tensor]:

@@ -318,9 +318,10 @@ def small_layer(grad):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("make", [small_mdeq, small_language_model, small_layer])
-@pytest.mark.parametrize("spec", ["upg", "schedule({0: 'upg', 2: 'npg', 5: 'upg'})"])
+@pytest.mark.parametrize(
+    ("spec", "watched"), [("upg", False), ("schedule({0: 'upg', 2: 'npg', 5: 'upg'})", True)]
+)
 def test_models_are_not_compiled_anew(make, spec, watched):
     """Steps, evaluations and what a monitor counts change all the time."""
     model, loss, batch, nfe = make(spec)
@@ -351,15 +352,18 @@ def test_models_are_not_compiled_anew(make, spec, watched):
 def test_a_graph_network_is_not_compiled_anew():
     ignn = pytest.importorskip("deq_phantom_plugin.adapters.ignn")
     torch.manual_seed(0)
-    conv = ignn.IGNNConv(4, 4, lambda_pf=2.0, f_max_iter=12, f_tol=0.0)
+    conv = ignn.IGNNConv(4, 4, lambda_pf=2.0)
     edges = torch.tensor([[0, 1, 2, 3, 4, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 0, 1, 2, 3, 4]])
     features = torch.randn(5, 4)
     run = torch.compile(conv, backend="eager")
 
     def step():
-        with pytest.warns(dpp.ConvergenceWarning):
-            run(features, edges).sum().backward()
-        assert conv.equilibrium.nfe == 12
+        run(features, edges).sum().backward()
+        assert conv.equilibrium.nfe == want
+
+    conv(features, edges)
+    want = conv.equilibrium.nfe
+    assert want > 1
 
     step(), step()
     with torch._dynamo.config.patch(error_on_recompile=True):

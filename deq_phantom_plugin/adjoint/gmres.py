@@ -60,7 +60,7 @@ def _cycle(progress: Progress, residual: Tensor, length: int) -> Tensor:
     used, least = 0, norm.new_tensor(progress.tol)
     for j in range(length):
         image = progress.apply(last)
-        if j == _LONG and j < length - 1:
+        if j == _LONG and j < length - 1 and progress.tol > 0:
             least = progress.rounding(last, image).clamp(min=progress.tol)
         torch.sub(last, image, out=vector)
         column, below, exhausted = _orthogonalise(vector, basis, progress, running)

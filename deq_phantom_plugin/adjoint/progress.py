@@ -146,7 +146,8 @@ class Progress:
         self.active = self._best_residual > self._limit
         # A solver that looks at once had thought to be there: its next try is the proof.
         patience = 1 if at_once else _PATIENCE
-        if len(self._trace) > patience and (len(self._trace) - 1) % patience == 0:
+        due = len(self._trace) > patience and (len(self._trace) - 1) % patience == 0
+        if due and self.tol > 0:  # with a tolerance of zero all products are to be taken
             self._stop_at_rounding(x, residual, self._trace[-patience - 1], at_once)
         late = None if at_once else self._late
         return not self.go_on(self.active, norm, counted, late)
