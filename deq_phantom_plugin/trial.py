@@ -35,15 +35,12 @@ class Trial(AbstractContextManager["Trial"]):
 
     Args:
         state: any state of the equilibrium, for its devices.
-        compiled: whether what was compiled runs compiled all the same, where time is measured; the
-            modules in it are not seen then.
 
     Attributes:
         modules: what ran, in order of their first run; each once.
     """
 
-    def __init__(self, state: State, compiled: bool = False) -> None:
-        self._compiled = compiled
+    def __init__(self, state: State) -> None:
         self._leaves: Sequence[Tensor] = flatten(state)[0]
         self._buffers = Buffers()
         self._stack = ExitStack()
@@ -64,8 +61,7 @@ class Trial(AbstractContextManager["Trial"]):
         return self._buffers.have_changed
 
     def __enter__(self) -> Trial:
-        if not self._compiled:
-            self._stack.enter_context(eager())
+        self._stack.enter_context(eager())
         self._stack.enter_context(forked_rng(self._leaves))
         self._stack.callback(self._buffers.put_back)
         self._stack.enter_context(self._buffers.noting())
