@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
+
+from .compilation import may_be_compiled
+from .errors import ignored
 
 
 class Seen(NamedTuple):
@@ -82,7 +85,8 @@ class Buffers:
 
         handle = register_module_forward_pre_hook(note)
         try:
-            yield
+            with _unsaid() if may_be_compiled() else nullcontext():
+                yield
         finally:
             handle.remove()
 
@@ -95,3 +99,8 @@ class Buffers:
         """Give the modules their buffers back."""
         for (module, name), seen in self.seen.items():
             seen.put_back(module, name)
+
+
+def _unsaid() -> AbstractContextManager[None]:
+    """Keep PyTorch from warning of our hook where a compiled module runs: nobody can act on it."""
+    return ignored(r"Using `torch.compile\(module\)` when there are global hooks", UserWarning)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .buffers import Buffers
 from .compilation import as_written, may_be_compiled
 from .state import State, flatten
 
@@ -37,16 +38,32 @@ class SameDraws:
         """Evaluate F."""
         leaves = flatten(state)[0]
         if self._start is None:
-            start = random_state(leaves)
-            image = self._func(*state)
-            self._draws = not is_same(start, random_state(leaves))
-            self._start = start
-            if not (self._draws and may_be_compiled()):
-                return image
+            return self._first(state, leaves)
         if not self._draws:
             return self._func(*state)
         with forked_rng(leaves):
             _set_random_state(leaves, self._start)
+            return as_written(self._func)(*state)
+
+    def _first(self, state: tuple[State, ...], leaves: Sequence[Tensor]) -> Any:
+        """Evaluate F, and find out whether it draws."""
+        start = random_state(leaves)
+        if torch.is_grad_enabled() and may_be_compiled():
+            # Whoever counts what autograd saves is to see one evaluation, as it will be again.
+            buffers = Buffers()
+            with forked_rng(leaves), buffers.noting(), torch.no_grad():
+                as_written(self._func)(*state)
+                self._draws = not is_same(start, random_state(leaves))
+            buffers.put_back()
+            self._start = start
+            return (as_written(self._func) if self._draws else self._func)(*state)
+        image = self._func(*state)
+        self._draws = not is_same(start, random_state(leaves))
+        self._start = start
+        if not (self._draws and may_be_compiled()):
+            return image
+        with forked_rng(leaves):
+            _set_random_state(leaves, start)
             return as_written(self._func)(*state)
 
 

@@ -54,3 +54,22 @@ def muted() -> Iterator[None]:
             yield
     finally:
         _given.update(given)
+
+
+@contextmanager
+def ignored(message: str, category: type[Warning]) -> Iterator[None]:
+    """Give no warning of a kind inside a `with` block; others once a run, as outside."""
+    outside = warnings.filters
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message, category)
+        inside = warnings.filters
+        _rename(outside, inside)
+        try:
+            yield
+        finally:
+            _rename(inside, outside)
+
+
+def _rename(old: object, new: object) -> None:
+    for key in [key for key, filters in _given.items() if filters is old]:
+        _given[key] = new

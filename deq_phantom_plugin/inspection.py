@@ -21,15 +21,15 @@ from .adjoint import Linearization, Packing, mixes_samples
 from .compilation import never_compiled
 from .draws import forked_rng, is_same, random_state
 from .errors import AssumptionWarning, warn_once
-from .memory import Memory
 from .state import State, flatten
 from .strategy import Context
 from .trial import Trial
 
-# A difference that rounding can account for, in units of the dtype's eps: kernels on a GPU may add
-# in another order each time. Without a sign of chance it may be that of 16 bits inside F.
-_ROUNDING, _ROUNDING_INSIDE = 64, 1e-3
-_AGAIN = {10**n for n in range(2, 12)}
+# Kernels on a GPU may add in another order each time. Where random state or a buffer moved, that is
+# measured, by two evaluations of the same; such pairs differ by chance, hence the factor. Without a
+# sign of chance it may be that of 16 bits inside F.
+_ROUNDING, _ROUNDING_INSIDE = 8, 1e-3
+_EARLY, _EVERY = (8, 16, 32), 64  # uses at which the question is asked again
 _DEEPEST = 10  # wrappers around F
 _DRAWS = 16  # more evaluations of an F that has drawn, and returned the same
 
@@ -68,6 +68,18 @@ class Findings:
                 return False
         return True
 
+    @property
+    def is_due(self) -> bool:
+        """Count a use, and tell whether it is time to ask again.
+
+        Weights that begin at zero couple nothing yet, and dropout may be warmed up: the 8th use,
+        the 16th and 32nd, and every 64th, which is less than a percent of the work of the steps.
+        """
+        if not self.are_current:
+            return True
+        self.uses[0] += 1
+        return self.uses[0] in _EARLY or self.uses[0] % _EVERY == 0
+
 
 def in_words(difference: float, reasons: Sequence[str]) -> str:
     """Return what `Findings` say of a map that is not the same each time."""
@@ -105,11 +117,14 @@ def settled(
     if not cares or packing.rows == 0 or packing.columns == 0:
         return replace(context, batch_dim=0)
     memory, key = context.memory, (f"{structure}", *_identity(func))
-    found = None if memory is None else _recalled(memory, key)
-    if found is None or (found.coupled is None and packing.rows > 1):
+    known = None if memory is None else memory.findings.get((memory.training, *key))
+    found: Findings | None = known
+    if found is None or found.is_due or (found.coupled is None and packing.rows > 1):
         found = inspect_map(func, equilibrium)
         _say(found)
         if memory is not None:
+            if known is not None and known.are_current:
+                found = replace(found, uses=known.uses)
             memory.findings[(memory.training, *key)] = found
     return replace(context, batch_dim=None if found.coupled else 0)
 
@@ -122,15 +137,6 @@ def _check_told(batch_dim: int | None, leaves: Sequence[Tensor]) -> None:
             f"batch_dim={batch_dim} of a state with at most {most} dimensions; expected one of "
             "these, None where samples depend on one another, or 'auto' to find that out"
         )
-
-
-def _recalled(memory: Memory, key: tuple[Any, ...]) -> Findings | None:
-    found: Findings | None = memory.findings.get((memory.training, *key))
-    if found is None or not found.are_current:
-        return None
-    # Weights that begin at zero couple nothing yet: asked again at the 100th use, the 1,000th, ...
-    found.uses[0] += 1
-    return None if found.uses[0] in _AGAIN else found
 
 
 def _identity(func: Any) -> tuple[Any, ...]:
@@ -198,21 +204,24 @@ def inspect_map(
     """
     with Trial(equilibrium) as trial:
         # A second run that draws would draw something else: random state goes on inside a trial.
-        before = random_state(flatten(equilibrium)[0])
+        states = [random_state(flatten(equilibrium)[0])]
         graph = Linearization(func, equilibrium)
-        drew = not is_same(before, random_state(graph.inputs))
+        states.append(random_state(graph.inputs))
         packing = Packing(graph.inputs, batch_dim)
         coupled = mixes_samples(graph, packing) if packing.rows > 1 else None
         difference = _second_look(func, equilibrium, graph.outputs)
-        signs = drew or trial.has_changed_buffers
-        limit = _rounding(graph.inputs) if signs else _ROUNDING_INSIDE
-        for _ in range(_DRAWS if drew else 0):  # a layer that is seldom skipped, say
+        states.append(random_state(graph.inputs))
+        signs = trial.has_changed_buffers or not is_same(*states[:2])
+        draws = not is_same(*states[1:])  # again: not the masks of a whole solve
+        known = not signs or not (difference or draws)
+        limit = _ROUNDING_INSIDE if known else _rounding(func, equilibrium)
+        for _ in range(_DRAWS if draws else 0):  # a layer that is seldom skipped, say
             if difference > limit:
                 break
             difference = _second_look(func, equilibrium, graph.outputs)
         if difference <= limit:
             difference = 0.0
-        reasons = _reasons(func, equilibrium) if difference else ()
+        reasons = _reasons(func, equilibrium, limit) if difference else ()
         modes = tuple((weakref.ref(module), module.training) for module in trial.modules)
     return Findings(coupled, difference, reasons, modes)
 
@@ -225,16 +234,14 @@ def _second_look(
     return _difference(first, flatten(func(equilibrium))[0])
 
 
-def _rounding(leaves: Sequence[Tensor]) -> float:
-    """Return the relative difference that rounding can make."""
-    eps = 0.0
-    for leaf in leaves:
-        kind = leaf.device.type
-        dtypes = [leaf.dtype]
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            dtypes.append(torch.get_autocast_dtype(kind))
-        eps = max(eps, *(torch.finfo(dtype).eps for dtype in dtypes))
-    return _ROUNDING * eps
+def _rounding(func: Callable[[State], State], equilibrium: State) -> float:
+    """Return the relative difference of two evaluations with the same draws and buffers."""
+    images = []
+    for _ in range(2):
+        with Trial(equilibrium), torch.no_grad():
+            images.append(flatten(func(equilibrium))[0])
+    finest = min(torch.finfo(leaf.dtype).eps for leaf in [*images[0], torch.empty(0)])
+    return _ROUNDING * max(_difference(*images), finest)
 
 
 def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
@@ -251,8 +258,14 @@ def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 # --- who draws ---------------------------------------------------------------------------------
 
 
-def _reasons(func: Callable[[State], State], equilibrium: State) -> tuple[str, ...]:
-    """Evaluate F twice more, and return what in it draws or updates, in words."""
+def _reasons(func: Callable[[State], State], equilibrium: State, limit: float) -> tuple[str, ...]:
+    """Evaluate F twice more, and return what in it draws or updates, in words.
+
+    Args:
+        func: F.
+        equilibrium: where to evaluate it.
+        limit: the relative difference that rounding can make.
+    """
     leaves = flatten(equilibrium)[0]
     images = []
     for _ in range(2):
@@ -260,7 +273,7 @@ def _reasons(func: Callable[[State], State], equilibrium: State) -> tuple[str, .
             images.append(flatten(func(equilibrium))[0])
             watch.look()  # at what came after the last module
     # With the same draws: batch normalisation updates what its value does not depend on.
-    same = _difference(*images) <= _rounding(leaves)
+    same = _difference(*images) <= limit
     updated = set() if same else watch.updated - watch.drew
     return (
         *(f"{name} draws at random" for name in sorted(watch.drew)),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import AssumptionWarning, warn_once
 from .trial import Trial
 
 LARGEST_STEP = 2**53
@@ -177,6 +178,15 @@ def _step(key: str, value: Any) -> int | None:
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta:
         with contextlib.suppress(RuntimeError):  # some kinds of tensor have none
             number = value.item()
+    if number == math.inf and isinstance(value, Tensor) and value.dtype is torch.float16:
+        # A checkpoint cast to float16, which ends at 65,504.
+        warn_once(
+            "step lost",
+            f"{key} is infinite, since the checkpoint was cast to float16, which ends at 65,504: "
+            "the training step is not known. Tell it by dpp.set_step. Said once.",
+            AssumptionWarning,
+        )
+        return None
     fits = isinstance(number, Real) and not isinstance(number, bool)
     if not (fits and -math.inf < number <= LARGEST_STEP):
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import nn
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.adjoint import Linearization, Packing, mixes_samples
 from deq_phantom_plugin.errors import AssumptionWarning
+from deq_phantom_plugin.inspection import inspect_map
 
 SOLVERS = ("gmres", "fixed_point", "anderson", "broyden", "bicgstab")
 IMPLICIT = [
@@ -556,16 +557,47 @@ def test_a_guard_asks_again_too():
 
 
 @pytest.mark.usefixtures("ignored")
-def test_it_is_asked_again_after_a_hundred_uses():
+def test_it_is_asked_again_after_eight_uses_and_every_sixty_four():
     model = Normed("npg(k=1, lam='adaptive')")
     model.norm.eval()
-    costs = []
-    for _ in range(102):
+    asked = []
+    for use in range(130):
         model(torch.randn(3, 4))
-        costs.append(model.evaluations)
-    assert costs[0] == costs[100] == 3
-    assert set(costs[1:100]) == {1}
-    assert costs[101] == 1
+        assert model.evaluations in (1, 3)
+        if model.evaluations == 3:
+            asked.append(use)
+    assert asked == [0, 8, 16, 32, 64, 128]
+
+
+@pytest.mark.usefixtures("ignored")
+@pytest.mark.parametrize("spec", ["npg(k=9, lam='adaptive')", "upg(k=3, lam='adaptive')"])
+def test_a_coupling_that_grows_from_zero_is_found_within_sixty_four_steps(spec):
+    torch.manual_seed(0)
+    gate, mix = torch.zeros((), dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
+    memory, h = dpp.Memory(), torch.randn(5, 3, dtype=torch.float64)
+
+    def func(h):
+        return 0.4 * h + gate * (mix @ h)
+
+    for step in range(70):
+        gate.fill_(0.1 * step)
+        dpp.attach(func, h, spec, dpp.Context(memory=memory))
+    (found,) = memory.findings.values()
+    assert found.coupled
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_cancels_but_for_rounding_couples_nothing(seed):
+    """A softmax by hand that subtracts the largest number of the whole batch."""
+    torch.manual_seed(seed)
+    linear, x = nn.Linear(6, 6), torch.randn(8, 6)
+
+    def func(h):
+        scores = linear(h)
+        weights = torch.exp(scores - scores.max())
+        return torch.tanh(weights / weights.sum(-1, keepdim=True) + x)
+
+    assert inspect_map(func, torch.randn(8, 6)).coupled is False
 
 
 def test_third_party_strategies_see_a_dimension_or_none():

@@ -340,3 +340,72 @@ def test_what_running_statistics_see(spec, batch_dim):
     forward = updates()
     attached.square().sum().backward()
     assert (forward, updates() - forward) == UPDATES[spec]
+
+
+# --- in 16 bits ----------------------------------------------------------------------------------
+
+
+class Dropped(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.linear, self.drop = nn.Linear(6, 6), nn.Dropout(p)
+
+    def forward(self, h):
+        return 0.5 * self.drop(torch.tanh(self.linear(h)))
+
+
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_coarse_rounding_does_not_hide_what_draws(p, state):
+    torch.manual_seed(0)
+    module = Dropped(p).to(state)
+    inside = torch.bfloat16 if state is torch.float32 else state
+    with torch.autocast("cpu", inside, enabled=state is torch.float32):
+        found = inspect_map(lambda h: module(h).to(h.dtype), torch.randn(40, 6).to(state))
+    assert (found.difference > 0) == (p > 0)
+    assert found.reasons == (("Dropout draws at random",) if p else ())
+
+
+def test_batch_statistics_in_16_bits_are_no_alarm():
+    module = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).bfloat16()
+    assert inspect_map(module, torch.randn(9, 6).bfloat16()).difference == 0
+
+
+# --- where code may be compiled ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec", ["reversible(steps=4)", "upg(k=4, lam=1.0, checkpoint=True)", "bptt(steps=4)"]
+)
+def test_kept_masks_are_evaluated_once_by_whoever_counts(spec):
+    """With the compiler imported, who counts what autograd saves finds the same again."""
+    import torch._dynamo
+
+    torch.manual_seed(0)
+    module, norm = Dropped(0.3).double(), nn.BatchNorm1d(6).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+
+    def func(h):
+        return module(h) + 0.3 * torch.tanh(norm(h)) + x
+
+    def by_hand(steps):
+        """The masks of the first evaluation at every step."""
+        module.zero_grad()
+        torch.manual_seed(1)
+        start, h = torch.get_rng_state(), torch.zeros_like(x)
+        for _ in range(steps):
+            torch.set_rng_state(start)
+            h = func(h)
+        h.sum().backward()
+        return module.linear.weight.grad.clone()
+
+    torch.manual_seed(1)
+    context = dpp.Context(batch_dim=0)
+    dpp.attach(SameDraws(func), torch.zeros_like(x), spec, context).sum().backward()
+    got = module.linear.weight.grad.clone()
+    if spec.startswith("reversible"):  # two states in turn: another recursion
+        assert bool(got.abs().sum() > 0)
+        return
+    if spec.startswith("bptt"):
+        assert int(norm.num_batches_tracked) == 4
+    torch.testing.assert_close(got, by_hand(4))

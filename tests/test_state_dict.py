@@ -675,3 +675,12 @@ def test_distributed_checkpoints_in_one_process(one_process, wrap, full):
     assert list(state) == list(Net().state_dict())
     set_model_state_dict(target, state, options=options)
     assert steps(target) == [5]
+
+
+def test_a_checkpoint_cast_to_float16_loads_and_says_that_its_step_is_lost():
+    memory, other = dpp.Memory(), dpp.Memory()
+    memory.step = 100_000
+    saved = {key: value.half() for key, value in memory.state_dict().items()}
+    with pytest.warns(dpp.AssumptionWarning, match=r"dpp\.set_step"):
+        other.load_state_dict(saved)
+    assert other.step is None

@@ -9,13 +9,16 @@ from ..late_read import LateRead
 from .fixed_point import fixed_point
 from .progress import Apply, Progress, Solution
 
+_FEW = 5  # iterations
+
 
 def bicgstab(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
     """Solve (I - J^T) x = rhs by BiCGSTAB (van der Vorst 1992), a Krylov space for each sample.
 
     Takes two products an iteration and keeps six vectors, however many iterations. The residual
     it carries along drifts from the true one; so whenever that one says "solved", the true one is
-    computed, and if they differ the method starts again from there.
+    computed, and if they differ the method starts again from there. Below the rounding of F's own
+    products, measured in solves that take more than a few, it would only drift.
     """
     if max_vjp < 3:  # too few for one iteration and a true residual
         return fixed_point(apply, rhs, tol, max_vjp)
@@ -30,13 +33,14 @@ def bicgstab(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
         return torch.where(usable, a / torch.where(usable, b, 1), 0)
 
     x, residual = torch.zeros_like(rhs), rhs
+    rounding = rhs.new_zeros(())
     while not progress.exhausted:
         shadow = direction = residual
         rho = dot(shadow, residual)
-        running, flags = progress.active, LateRead(rhs.device)
+        running, flags, steps = progress.active, LateRead(rhs.device), 0
         # One product is kept back for the true residual at the end.
         while progress.remaining > 2:
-            image = direction - progress.apply(direction)
+            image = (probed := direction) - progress.apply(direction)
             alpha = divide(rho, dot(shadow, image)) * running[:, None]
             middle = residual - alpha * image
             other = middle - progress.apply(middle)
@@ -49,7 +53,11 @@ def bicgstab(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
             norm = torch.linalg.vector_norm(residual, dim=1)
             stuck = (omega.squeeze(1) == 0) | (rho.squeeze(1).abs() <= tiny)
             counted = running
-            running = running & (norm > progress.tol) & ~stuck
+            steps += 1
+            if steps == _FEW and tol > 0 and progress.remaining > 2:
+                rounding = progress.rounding(probed, probed - image)
+            floor = rounding * torch.linalg.vector_norm(x, dim=1)
+            running = running & (norm > floor.clamp(min=tol)) & ~stuck
             if not progress.go_on(running, norm, counted, flags):
                 break
         residual = rhs - x + progress.apply(x)

@@ -36,9 +36,12 @@ class Exact(GradStrategy):
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             packing = Packing(v, batch_dim)
             if mixes_samples(graph, packing):
+                if context.memory is not None:
+                    context.memory.findings.clear()
                 raise ValueError(
                     "exact: the samples depend on one another (a graph's nodes, batch norm inside "
-                    "F, a state without a batch dimension); pass batch_dim=None in the context"
+                    "F, a state without a batch dimension); pass batch_dim=None in the context. "
+                    "Where nobody said otherwise they have begun to: the next step asks anew"
                 )
             transposed = _transposed_jacobians(graph, packing)
             rhs = packing.pack(v)
