@@ -397,7 +397,7 @@ def test_in_channels_of_the_first_features(inference):
             model.eval()(x.double(), edge_index)
         assert not any(is_lazy(p) for p in model.parameters())
         assert all(p.dtype == torch.float64 for p in model.parameters())
-        assert all(is_lazy(a) == is_lazy(b) for a, b in zip(make().parameters(), twin.parameters()))
+        assert any(is_lazy(p) for p in twin.parameters())
         model.train()(x.double(), edge_index).square().sum().backward()
         assert all(p.grad is not None for p in model.parameters())
         twin.load_state_dict(model.state_dict())
