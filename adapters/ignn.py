@@ -236,14 +236,15 @@ class IGNNConv(GraphLayer):
     def reset_parameters(self) -> None:
         """Draw W and Omega as the official code does; the bias is zero.
 
-        W begins where that code's first forward puts it on a normalised graph. Left outside the
-        ball, entries that the projection makes zero would have no gradient.
+        W begins where that code's first forward puts it on a normalised graph, but a little inside.
+        Left outside the ball, entries that the projection makes zero would have no gradient; on its
+        surface, rounding (to 16 bits, say) would choose a side of the kink for each row.
         """
         limit = self.out_channels**-0.5
         nn.init.uniform_(self.weight, -limit, limit)
         self.reset_omega()
         with torch.no_grad():
-            self.weight.copy_(project_rows(self.weight, torch.tensor(self.kappa)))
+            self.weight.copy_(project_rows(self.weight, torch.tensor(self.kappa)) * (1 - 2**-8))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -314,7 +314,7 @@ def test_features_that_cannot_be_are_named():
 
 def scaled(out):
     """A loss as GradScaler scales it."""
-    return 1000 * out.float().square().mean()
+    return 100 * out.float().square().mean()
 
 
 NETWORKS = {
@@ -326,7 +326,9 @@ NETWORKS = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_layer_in_16_bits(dtype):
-    conv, (x, edge_index) = IGNNConv(3, 8, grad="npg(k=9)"), graph(torch.float32)
+    # With an eigenvalue of 1, W begins near the surface of its ball, which rounding must not cross.
+    conv, (x, _) = IGNNConv(3, 8, grad="npg(k=9)", lambda_pf=1.0), graph(torch.float32)
+    edge_index = torch.stack([torch.arange(NODES), torch.arange(NODES).roll(1)])
     expected = results(conv, x, edge_index, loss=scaled)
     for low in (conv, copy.deepcopy(conv).to(dtype)):  # beside other layers under autocast, too
         assert low(x.to(dtype), edge_index).dtype == dtype
