@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from deq_phantom_plugin.state import ordinary
+
 from .perron import PerronEigenvalue, csr
 
-__all__ = ["Edges", "Graph", "LastGraph", "check_edges", "parse_edges"]
+__all__ = ["Edges", "Graph", "LastGraph", "check_edges", "check_features", "parse_edges"]
 
 
 class Edges(NamedTuple):
@@ -47,6 +49,8 @@ class Graph:
 
     Attributes:
         weight: as given; where it requires grad, products are differentiated with it.
+        has_added_loops: whether a normalisation has put its self-loops, one a node, after the edges
+            that are none.
         renew: computes the weights anew, None where they are those of the user. What they were
             computed by can be differentiated once.
 
@@ -56,14 +60,17 @@ class Graph:
 
     def __init__(self, source: Tensor, target: Tensor, weight: Tensor, num_nodes: int) -> None:
         check_edges(Edges(source, target, weight, num_nodes))
-        self.source, self.target, self.weight = source, target, weight
-        self.num_nodes = num_nodes
+        self.num_nodes, self.has_added_loops = num_nodes, False
         self.renew: Callable[[], Tensor] | None = None
-        self._values = weight.detach()
-        if weight.requires_grad:  # and may be trained in place
-            self._values = self._values.clone()
-        self._incoming = _csr(target, source, self._values, num_nodes)
-        self._outgoing = _csr(source, target, self._values, num_nodes)
+        # Ordinary tensors: a graph that is first seen in inference mode may be trained on later.
+        with torch.inference_mode(False):
+            source, target, weight = ordinary(source), ordinary(target), ordinary(weight)
+            self.source, self.target, self.weight = source, target, weight
+            self._values = weight.detach()
+            if weight.requires_grad:  # and may be trained in place
+                self._values = self._values.clone()
+            self._incoming = _csr(target, source, self._values, num_nodes)
+            self._outgoing = _csr(source, target, self._values, num_nodes)
         self._eigenvalue: list[PerronEigenvalue] = []  # shared with the graphs of `with_weight`
 
     def with_weight(self, weight: Tensor) -> Graph:
@@ -122,9 +129,10 @@ class Graph:
         that require grad.
         """
         if not self._eigenvalue:
-            self._eigenvalue.append(
-                PerronEigenvalue(self.target, self.source, self.weight, self.num_nodes)
-            )
+            with torch.inference_mode(False):  # kept, as the graph is
+                self._eigenvalue.append(
+                    PerronEigenvalue(self.target, self.source, self._values, self.num_nodes)
+                )
         eigenvalue = self._eigenvalue[0]
         return eigenvalue.attached(self.weight) if self.weight.requires_grad else eigenvalue.value
 
@@ -189,9 +197,10 @@ class LastGraph:
         """Return the graph of these edges: the last one, or what is made of them."""
         last = self._last  # once: threads of DataParallel share this object
         if last is None or not _are_equal(last[0], edges):
-            source, target, weight = (tensor.detach().clone() for tensor in edges[:3])
-            own = Edges(source, target, weight, edges.num_nodes)
-            self._last = last = (own, make(own))
+            with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, without a graph
+                source, target, weight = (tensor.detach().clone() for tensor in edges[:3])
+                own = Edges(source, target, weight, edges.num_nodes)
+                self._last = last = (own, make(own))
         return last[1]
 
     def __reduce__(self) -> tuple[type[LastGraph], tuple[()]]:
@@ -212,12 +221,13 @@ def parse_edges(edge_index: Any, edge_weight: Tensor | None, x: Tensor) -> Edges
         edge_index: (2, num_edges), as a tensor or `EdgeIndex`; or the matrix A^T, PyG's `adj_t`
             (its rows are targets), as a sparse tensor or `torch_sparse.SparseTensor`.
         edge_weight: shape (num_edges,); ones if None.
-        x: node features, shape (num_nodes, channels), which give the dtype.
+        x: node features, shape (num_nodes, channels), which give the dtype; weights have 32 bits
+            at least, as sparse products know no fewer.
 
     Raises:
         ValueError: if shapes or types do not fit.
     """
-    num_nodes = len(x)
+    num_nodes, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
     if isinstance(edge_index, Tensor) and edge_index.layout == torch.strided:
         if edge_index.dim() != 2 or edge_index.shape[0] != 2:
             raise ValueError(f"edge_index has shape {tuple(edge_index.shape)}; expected (2, edges)")
@@ -245,13 +255,54 @@ def parse_edges(edge_index: Any, edge_weight: Tensor | None, x: Tensor) -> Edges
         if list(size) != [num_nodes] * 2:
             raise ValueError(f"adj_t is {size[0]} x {size[1]}, but x has {num_nodes} nodes")
     if edge_weight is None:
-        edge_weight = x.new_ones(len(source))
+        edge_weight = torch.ones(len(source), dtype=dtype, device=x.device)
     if edge_weight.shape != source.shape:
         raise ValueError(
             f"edge_weight has shape {tuple(edge_weight.shape)}; expected ({len(source)},), one "
             "number an edge"
         )
-    return Edges(source, target, edge_weight.to(x.dtype), num_nodes)
+    return Edges(source, target, edge_weight.to(dtype), num_nodes)
+
+
+def check_features(x: Any, channels: int) -> None:
+    """Refuse what is no features of one set of nodes.
+
+    Args:
+        x: dense, or one of PyTorch's sparse tensors.
+        channels: how many features each node has; -1 for any number.
+
+    Raises:
+        ValueError: if x is a pair, no tensor, of another shape or dtype, or holds NaN or infinite
+            numbers.
+    """
+    expected = f"(num_nodes, {'channels' if channels == -1 else channels})"
+    if isinstance(x, tuple | list):
+        raise ValueError(
+            "x is a pair (x_src, x_dst), the features of two node types (bipartite), as "
+            "HeteroConv and to_hetero hand it to a layer between them. An implicit layer has one "
+            "state for one set of nodes, and collects it again and again: expected one tensor and "
+            "an edge type within one node type. HeteroData.to_homogeneous() makes one graph of all"
+        )
+    if isinstance(x, torch.fx.Proxy):
+        raise ValueError(
+            "x is a placeholder of torch.fx, which to_hetero traces models with; what is done here "
+            "depends on the graph and cannot be traced. A model whose layers are IGNNConv can be: "
+            "layers are not looked into"
+        )
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"x is a {type(x).__name__}; expected a tensor of shape {expected}, dense or one of "
+            "PyTorch's sparse ones (torch_sparse: x.to_torch_sparse_csr_tensor())"
+        )
+    if x.dim() != 2 or channels not in (-1, x.shape[1]):
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected {expected}")
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; expected real floating-point numbers")
+    values = x
+    if x.layout != torch.strided:
+        values = (x.coalesce() if x.layout == torch.sparse_coo else x).values()
+    if not torch.isfinite(values).all():
+        raise ValueError(f"x holds {int((~torch.isfinite(values)).sum())} NaN or infinite numbers")
 
 
 def check_edges(edges: Edges) -> None:

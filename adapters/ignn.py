@@ -26,13 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.calls import Calls
 from deq_phantom_plugin.extras import require
-from deq_phantom_plugin.hosts import Host, Solve, tell
+from deq_phantom_plugin.precision import full_precision
 
-from .graph import Edges, Graph, LastGraph, check_edges, parse_edges
+from .graph import Edges, Graph, LastGraph, check_edges, check_features, parse_edges
+from .graph_layer import GraphLayer
+from .ignn_host import IGNNHost
 
 __all__ = ["ACTIVATIONS", "IGNN", "FixedPoint", "Graph", "IGNNConv", "IGNNHost", "project_rows"]
 
@@ -107,15 +110,22 @@ class FixedPoint(nn.Module):
         """Evaluations of the map in the last solve."""
         return int(self._calls.of_solve())
 
-    def forward(self, func: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    def forward(
+        self, func: Callable[[Tensor], Tensor], start: Tensor, explained: bool = False
+    ) -> Tensor:
         """Return the equilibrium: attached in training, as it is in evaluation.
+
+        Args:
+            func: the map.
+            start: where the solve begins.
+            explained: whether to attach it in evaluation, too: explainers differentiate there.
 
         Raises:
             NonFiniteError: if the solve makes a NaN or an infinity.
         """
         # Nodes depend on one another: the state is one sample.
         context = dpp.Context(batch_dim=None, initial_state=start, memory=self.memory)
-        attaching = self.training and torch.is_grad_enabled()
+        attaching = (self.training or explained) and torch.is_grad_enabled()
         self._calls = calls = Calls()
 
         def counted(state: Tensor) -> Tensor:
@@ -153,7 +163,7 @@ class FixedPoint(nn.Module):
         return state
 
 
-class IGNNConv(nn.Module):
+class IGNNConv(GraphLayer):
     r"""The implicit graph layer H = phi(A^T H W^T + A^T U Omega^T + bias) (paper, eq. 1 and 2).
 
     W is projected so that ||W||_inf <= kappa / lambda_pf(|A|), which makes the equilibrium exist,
@@ -164,10 +174,14 @@ class IGNNConv(nn.Module):
     ever seen.
 
     In training mode the result carries the gradient of `grad`; in evaluation mode, as of any
-    equilibrium of this package, none.
+    equilibrium of this package, none, but while an explainer of PyG has set a mask of edges.
+
+    Parameters and features of 16 bits, and autocast, are ways to store what goes in and out: the
+    equilibrium is solved, and differentiated, in 32 bits at least.
 
     Args:
-        in_channels: size of each node's features U.
+        in_channels: size of each node's features U; -1 for that of the first ones, or of the
+            checkpoint.
         out_channels: size of each node's state H.
         kappa: bound of the contraction, in (0, 1).
         grad: the gradient of the equilibrium, a spec of `dpp.get_strategy`; `dpp.set_grad` changes
@@ -204,19 +218,15 @@ class IGNNConv(nn.Module):
         f_max_iter: int = 300,
         f_tol: float = 3e-6,
     ) -> None:
-        super().__init__()
-        for name, size in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if size < 1:
-                raise ValueError(f"{name}={size!r}; expected a whole number of at least 1")
+        super().__init__(in_channels, out_channels)
         if not 0 < kappa < 1:
             raise ValueError(f"kappa={kappa!r}; expected a number above 0 and below 1")
         if lambda_pf is not None:
             lambda_pf = _check_lambda_pf(lambda_pf)
-        self.in_channels, self.out_channels = in_channels, out_channels
         self.kappa, self.lambda_pf = kappa, lambda_pf
         self.activation = _check_activation(activation)
         self.weight = nn.Parameter(torch.empty(out_channels, out_channels))
-        self.omega = nn.Parameter(torch.empty(out_channels, in_channels))
+        self.omega = self.make_omega()
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
         self.equilibrium = FixedPoint(grad, f_max_iter, f_tol)
@@ -226,16 +236,23 @@ class IGNNConv(nn.Module):
     def reset_parameters(self) -> None:
         """Draw W and Omega as the official code does; the bias is zero.
 
-        W begins where that code's first forward puts it on a normalised graph. Left outside the
-        ball, entries that the projection makes zero would have no gradient.
+        W begins where that code's first forward puts it on a normalised graph, but a little inside.
+        Left outside the ball, entries that the projection makes zero would have no gradient; on its
+        surface, rounding (to 16 bits, say) would choose a side of the kink for each row.
         """
         limit = self.out_channels**-0.5
         nn.init.uniform_(self.weight, -limit, limit)
-        nn.init.uniform_(self.omega, -limit, limit)
+        self.reset_omega()
         with torch.no_grad():
-            self.weight.copy_(project_rows(self.weight, torch.tensor(self.kappa)))
+            self.weight.copy_(project_rows(self.weight, torch.tensor(self.kappa)) * (1 - 2**-8))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def reset_omega(self) -> None:
+        """See `GraphLayer`."""
+        if not is_lazy(self.omega):
+            limit = self.out_channels**-0.5
+            nn.init.uniform_(self.omega, -limit, limit)
 
     def forward(
         self,
@@ -247,7 +264,7 @@ class IGNNConv(nn.Module):
         """Return the equilibrium.
 
         Args:
-            x: node features, shape (num_nodes, in_channels).
+            x: node features, shape (num_nodes, in_channels); dense, or a sparse tensor of PyTorch.
             edge_index: (2, num_edges), as a tensor or `EdgeIndex`; or the matrix A^T, PyG's
                 `adj_t`, as a sparse tensor or `torch_sparse.SparseTensor`; or a `Graph`.
             edge_weight: shape (num_edges,); ones if None. It may require grad.
@@ -259,14 +276,12 @@ class IGNNConv(nn.Module):
 
         Raises:
             ValueError: if x or the weights hold NaN or infinite numbers, an edge ends outside the
-                nodes, or shapes do not fit.
+                nodes, or shapes do not fit; if x is a pair, of two node types.
+            NotImplementedError: if something of PyG waits for single messages.
         """
-        if x.dim() != 2 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected (num_nodes, {self.in_channels})"
-            )
-        if not torch.isfinite(x).all():
-            raise ValueError(f"x holds {int((~torch.isfinite(x)).sum())} NaN or infinite numbers")
+        check_features(x, self.in_channels)
+        self.check_tools()
+        self._fix_in_channels(x.shape[1])
         if isinstance(edge_index, Graph):
             graph = _check_graph(edge_index, edge_weight, x)
         else:
@@ -274,9 +289,12 @@ class IGNNConv(nn.Module):
             graph = self._last_graph.get(edges, lambda new: Graph(*new))
             if edges.weight.requires_grad:
                 graph = graph.with_weight(edges.weight)
+        if self.is_explained:
+            graph = self.masked(graph)
         func = self.equilibrium_func(x, graph)
-        out: Tensor = self.equilibrium(func, x.new_zeros(len(x), self.out_channels))
-        return out
+        start = graph.weight.new_zeros(len(x), self.out_channels)
+        out: Tensor = self.equilibrium(func, start, explained=self.is_explained)
+        return out.to(x.dtype)
 
     def equilibrium_func(self, x: Tensor, graph: Graph) -> Callable[[Tensor], Tensor]:
         """Return the map whose equilibrium this layer is, on states (num_nodes, out_channels).
@@ -287,17 +305,22 @@ class IGNNConv(nn.Module):
         """
         weight, phi = self.projected_weight(graph), self.activation
         phi = phi if callable(phi) else _IN_PLACE.get(phi, ACTIVATIONS[phi])
-        injection = graph.propagate(F.linear(x, self.omega))
-        if self.bias is not None:
-            injection = injection + self.bias
+        with full_precision(x.device):
+            injection = graph.propagate(F.linear(_lifted(x), _lifted(self.omega)))
+            if self.bias is not None:
+                injection = injection + self.bias
 
         def func(state: Tensor) -> Tensor:
-            return phi(graph.propagate(F.linear(state, weight), bias=injection))
+            with full_precision(state.device):
+                return phi(graph.propagate(F.linear(state, weight), bias=injection))
 
         return func
 
     def projected_weight(self, graph: Graph) -> Tensor:
-        """Return W as it enters the layer on a graph, shape (out_channels, out_channels)."""
+        """Return W as it enters the layer on a graph, shape (out_channels, out_channels).
+
+        In 32 bits at least: rounded to 16, it might be outside the ball.
+        """
         radius: Any
         if self.lambda_pf is not None:
             radius = self.kappa / self.lambda_pf
@@ -305,7 +328,7 @@ class IGNNConv(nn.Module):
             # Of acyclic graphs it is 0; the radius, and its slope, are to stay finite.
             smallest = torch.finfo(graph.weight.dtype).tiny ** 0.5
             radius = self.kappa / graph.lambda_pf.clamp_min(smallest)
-        weight = self.weight
+        weight = _lifted(self.weight)
         return project_rows(
             weight, torch.as_tensor(radius, dtype=weight.dtype, device=weight.device)
         )
@@ -315,6 +338,11 @@ class IGNNConv(nn.Module):
             f"{type(self).__name__}({self.in_channels}, {self.out_channels}, kappa={self.kappa}, "
             f"grad={str(self.equilibrium.grad)!r})"
         )
+
+
+def _lifted(x: Tensor) -> Tensor:
+    """Return a tensor in 32 bits, if it has fewer."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_graph(graph: Graph, edge_weight: Tensor | None, x: Tensor) -> Graph:
@@ -344,6 +372,29 @@ def _check_activation(activation: str | Activation) -> str | Activation:
     return activation
 
 
+def _linear(in_channels: int, out_channels: int) -> nn.Linear:
+    if in_channels != -1:
+        return nn.Linear(in_channels, out_channels)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Lazy modules are a new feature")
+        return nn.LazyLinear(out_channels)
+
+
+def _check_batch(x: Tensor, batch: Tensor | None, batch_size: int | None) -> None:
+    if batch is None:
+        if batch_size not in (None, 1):
+            raise ValueError(f"batch_size={batch_size!r} without batch; expected the graph of each")
+        return
+    if batch.shape != (len(x),):
+        raise ValueError(f"batch has shape {tuple(batch.shape)}; expected ({len(x)},), one a node")
+    if len(x) and (batch.min() < 0 or (batch_size is not None and batch.max() >= batch_size)):
+        least, most = int(batch.min()), int(batch.max())
+        raise ValueError(
+            f"batch holds {least} to {most}, with batch_size={batch_size}; expected numbers from 0 "
+            "to below batch_size"
+        )
+
+
 class IGNN(nn.Module):
     """The networks of the official code, on `IGNNConv`; raw scores, without softmax.
 
@@ -355,7 +406,7 @@ class IGNN(nn.Module):
       their sum through ELU, but the last.
 
     Args:
-        in_channels: size of each node's features.
+        in_channels: size of each node's features; -1 for that of the first ones.
         hidden_channels: size of the states between layers; one number, or one for each
             (the official code's for PPI are 1024, 512, 512, 256).
         out_channels: scores a graph or node.
@@ -415,7 +466,7 @@ class IGNN(nn.Module):
             IGNNConv(a, b, kappa, grad, **settings) for a, b in itertools.pairwise(sizes)
         )
         self.skips = nn.ModuleList(
-            nn.Linear(a, b) for a, b in itertools.pairwise(sizes) if self.has_skips
+            _linear(a, b) for a, b in itertools.pairwise(sizes) if self.has_skips
         )
         self.hidden = nn.Linear(sizes[-1], sizes[-1]) if task == "graph" else None
         self.out = None if self.has_skips else nn.Linear(sizes[-1], out_channels, task == "graph")
@@ -433,18 +484,26 @@ class IGNN(nn.Module):
         edge_index: Any,
         edge_weight: Tensor | None = None,
         batch: Tensor | None = None,
+        batch_size: int | None = None,
     ) -> Tensor:
         """Return scores.
 
         Args:
-            x: node features, shape (num_nodes, in_channels).
+            x: see `IGNNConv.forward`.
             edge_index: see `IGNNConv.forward`; a `Graph` is one of `prepare`.
             edge_weight: shape (num_edges,); ones if None. It may require grad.
             batch: the graph of each node, shape (num_nodes,); one graph if None.
+            batch_size: how many graphs there are, PyG's `batch.num_graphs`. Without it the last one
+                is that of the last node: graphs without nodes behind it have no scores.
 
         Returns:
             Shape (num_graphs, out_channels) or (num_nodes, out_channels).
+
+        Raises:
+            ValueError: see `IGNNConv.forward`; or if `batch` and `batch_size` do not fit.
         """
+        check_features(x, self.convs[0].in_channels)
+        _check_batch(x, batch, batch_size)
         if isinstance(edge_index, Graph):
             graph = _check_graph(edge_index, edge_weight, x)
         else:
@@ -453,18 +512,23 @@ class IGNN(nn.Module):
             if edges.weight.requires_grad:
                 graph = graph.with_weight(self._normalized(edges).weight)
         if self.has_skips:
+            if isinstance(self.skips[0], nn.LazyLinear):
+                with torch.inference_mode(False):  # which makes ordinary parameters
+                    self.skips[0].initialize_parameters(x)
             for conv, skip in zip(self.convs, self.skips, strict=True):
                 x = F.elu(x) if conv is not self.convs[0] else x
                 x = conv(x, graph) + skip(x)
             return x
         for conv in self.convs:
             x = conv(x, graph)
+        # In 16 bits the smallest length is zero, and a sum over many nodes stands still.
+        full, dtype = _lifted(x), x.dtype
         if self.hidden is None:
-            x = F.normalize(x, dim=-1)
+            x = F.normalize(full, dim=-1).to(dtype)
         else:
             from torch_geometric.nn import global_add_pool
 
-            x = F.relu(self.hidden(global_add_pool(x, batch)))
+            x = F.relu(self.hidden(global_add_pool(full, batch, batch_size).to(dtype)))
         assert self.out is not None
         scores: Tensor = self.out(F.dropout(x, self.dropout, self.training))
         return scores
@@ -475,6 +539,7 @@ class IGNN(nn.Module):
         For mini-batches that come again in every epoch; the last graph is kept anyway. Weights are
         as they are now, also where they require grad: once they are trained, the graph is refused.
         """
+        check_features(x, self.convs[0].in_channels)
         graph = self._as_seen(parse_edges(edge_index, edge_weight, x))
         if graph.weight.requires_grad:
             nodes = x.new_empty(len(x), 0)
@@ -486,7 +551,9 @@ class IGNN(nn.Module):
 
     def _as_seen(self, edges: Edges) -> Graph:
         check_edges(edges)  # gcn_norm would fail with an error of its own
-        return Graph(*self._normalized(edges))
+        graph = Graph(*self._normalized(edges))
+        graph.has_added_loops = self.normalize
+        return graph
 
     def _normalized(self, edges: Edges) -> Edges:
         if not self.normalize:
@@ -509,48 +576,3 @@ class IGNN(nn.Module):
             torch.stack([source, target]), weight, num_nodes, dtype=weight.dtype
         )
         return Edges(source, target, weight, num_nodes)
-
-
-class IGNNHost(Host):
-    """Lets `dpp.set_grad`, `dpp.model_report` and `dpp.monitor` find the layers in a model.
-
-    The layers take specs by themselves, so that there is nothing to enable, and need no package
-    but PyTorch.
-    """
-
-    name = "ignn"
-    package = "torch"
-    pip = '"deq-phantom-plugin[graph]"'
-
-    @property
-    def is_enabled(self) -> bool:
-        """False: nothing foreign is hooked."""
-        return False
-
-    def enable(self) -> None:
-        """Do nothing."""
-
-    def disable(self) -> None:
-        """Do nothing."""
-
-    def is_equilibrium(self, module: nn.Module) -> bool:
-        """Whether a module is the equilibrium of an `IGNNConv`."""
-        return isinstance(module, FixedPoint)
-
-    def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
-        """See `Host.prepare_grad`."""
-        return functools.partial(setattr, module, "grad", dpp.get_strategy(spec))
-
-    def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-        """See `Host.observe`."""
-
-        def after(equilibrium: Any, args: Any, attached: Tensor) -> None:
-            if equilibrium.training and torch.is_grad_enabled():
-                func, start = args
-                context = dpp.Context(
-                    batch_dim=None, initial_state=start, memory=equilibrium.memory
-                )
-                grad, nfe = equilibrium.grad, equilibrium.nfe
-                tell([callback], func, attached.detach(), attached, grad, context, nfe)
-
-        return module.register_forward_hook(after).remove

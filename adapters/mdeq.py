@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.calls import Calls
 from deq_phantom_plugin.compilation import never_compiled
+from deq_phantom_plugin.state import ordinary
 from deq_phantom_plugin.trial import Trial
 
 __all__ = ["MDEQ", "PRESETS", "MDEQConfig", "MDEQSolve", "VariationalDropout2d", "WeightNormConv2d"]
@@ -512,7 +513,7 @@ class MDEQ(nn.Module):
 
         Args:
             x: images, shape (B, in_channels, H, W), both sides multiples of
-                `self.config.size_divisor`.
+                `self.config.size_divisor`; B may be 0.
             all_states: also classify the states that the solve sampled on its way (`n_states`, in
                 training), for `torchdeq.loss.fp_correction`.
             jac_reg: also return the Jacobian regulariser of this training step, which joins the
@@ -538,7 +539,11 @@ class MDEQ(nn.Module):
             calls.note()
             return func(list(state))
 
-        states, info = self.deq(counted, start)
+        if len(x):
+            states, info = self.deq(counted, start)
+        else:  # nothing to solve; one evaluation, so that every parameter has a gradient of zero
+            states = [counted(*start)] * (len(self.deq.indexing) if self.training else 1)
+            info = {"rel_lowest": injection.new_zeros(0)}
         if not self.training:
             for _ in range(self.eval_steps):
                 states = [*states[:-1], self._damped_step(counted, states[-1])]
@@ -556,7 +561,7 @@ class MDEQ(nn.Module):
         if jac_reg is None:
             return logits
         penalty = None
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and len(x):
             penalty = self._penalty(jac_reg, func, solved)
         return logits, injection.new_zeros(()) if penalty is None else penalty
 
@@ -570,15 +575,18 @@ class MDEQ(nn.Module):
             **options: of `dpp.spectral_radius`.
 
         Raises:
-            RuntimeError: before the first forward.
+            RuntimeError: before the first forward, or after one on no images.
         """
         if self.last is None:
             raise RuntimeError("no equilibrium yet: call the model on a batch first")
+        if not len(self.last.injection):
+            raise RuntimeError("the last batch had no images: call the model on another one first")
         func = self.equilibrium_func(
-            _for_autograd(self.last.injection), [_for_autograd(t) for t in self.last.shared]
+            ordinary(self.last.injection),
+            [None if tensor is None else ordinary(tensor) for tensor in self.last.shared],
         )
         return dpp.spectral_radius(
-            func, [_for_autograd(h) for h in self.last.equilibrium], lam, **options
+            func, [ordinary(h) for h in self.last.equilibrium], lam, **options
         )
 
     @never_compiled  # for the sake of the step, which changes
@@ -647,8 +655,3 @@ def _residual(func: Callable[[list[Tensor]], list[Tensor]], state: list[Tensor])
         h, image = (torch.cat([x.flatten(1) for x in s], dim=1) for s in (state, func(state)))
     residual: Tensor = (image - h).norm(dim=1) / (image.norm(dim=1) + 1e-9)
     return residual
-
-
-def _for_autograd(x: Any) -> Any:
-    """Copy what a forward in inference mode has left: autograd cannot save it."""
-    return x.clone() if x is not None and x.is_inference() else x

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .inspection import settled
 from .registry import Spec, get_strategy
-from .state import CheckedFunc, State, check_equilibrium, flatten, unflatten
+from .state import CheckedFunc, State, check_equilibrium, flatten, ordinary, unflatten
 from .strategy import Context, GradStrategy
 
 
@@ -81,7 +81,7 @@ def attach_states(
 def _ordinary(equilibrium: State) -> State:
     """Return the state with inference tensors copied: autograd cannot save those."""
     leaves, structure = flatten(equilibrium)
-    return unflatten([x.clone() if x.is_inference() else x for x in leaves], structure)
+    return unflatten([ordinary(x) for x in leaves], structure)
 
 
 def _check_attached(strategy: GradStrategy, attached: State, state: State) -> None:

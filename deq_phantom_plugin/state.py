@@ -13,7 +13,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 State: TypeAlias = Any
 """A tensor, or any nesting of tuples, lists and dicts of tensors."""
 
-__all__ = ["CheckedFunc", "State", "check_equilibrium", "damped_step", "flatten", "unflatten"]
+__all__ = [
+    "CheckedFunc",
+    "State",
+    "check_equilibrium",
+    "damped_step",
+    "flatten",
+    "ordinary",
+    "unflatten",
+]
 
 
 _LEAF = tree_flatten(0)[1]  # the structure of a tensor alone
@@ -32,6 +40,11 @@ def unflatten(leaves: list[Tensor], structure: TreeSpec) -> State:
         (state,) = leaves
         return state
     return tree_unflatten(leaves, structure)
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """Return a tensor that autograd can save: a copy of one that inference mode has made."""
+    return x.clone() if x.is_inference() else x
 
 
 def check_equilibrium(equilibrium: State, finite: bool = True) -> None:

@@ -580,3 +580,33 @@ def test_damped_steps_in_eval_mode_are_those_of_upg_and_only_there():
 def test_damped_steps_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         MDEQ(TWO, **settings)
+
+
+# --- no images ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", ["upg", "npg", "ift", "shine", "bptt(steps=2)", [1]])
+def test_no_images_have_no_logits_and_gradients_of_zero(grad):
+    model = MDEQ(TWO, grad=grad, dropout=0.1, f_solver="broyden_fast")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    logits = model(images(batch=0))
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    assert model.last.residual.shape == (0,)
+    for name, buffer in model.named_buffers():
+        if "num_batches" not in name:
+            torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
+    assert model.eval()(images(batch=0)).shape == (0, 10)
+    with pytest.raises(RuntimeError, match="had no images"):
+        model.spectral_radius()
+    assert torch.isfinite(model.train()(images())).all()
+
+
+def test_no_images_have_as_many_states_and_no_regulariser():
+    model = MDEQ(TWO, grad=["upg", "npg"], n_states=2)
+    none = images(batch=0)
+    assert [states.shape for states in model(none, all_states=True)] == [(0, 10)] * 2
+    logits, penalty = model(none, jac_reg=dpp.JacobianRegularization(1.0))
+    assert logits.shape == (0, 10)
+    assert penalty == 0
