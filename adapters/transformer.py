@@ -579,10 +579,12 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
                     f"config.{name}={now[name]!r} was written after a model was made with "
                     f"{value!r}, on which it has no effect; put it back, or make a new model"
                 )
-        if config.vocab_size != self.embed_tokens.num_embeddings:
+        # What others put in the place of the embeddings may not tell.
+        embeddings = getattr(self.embed_tokens, "num_embeddings", config.vocab_size)
+        if config.vocab_size != embeddings:
             raise ValueError(
-                f"config.vocab_size={config.vocab_size} with {self.embed_tokens.num_embeddings} "
-                "embeddings; expected model.resize_token_embeddings to change both"
+                f"config.vocab_size={config.vocab_size} with {embeddings} embeddings; expected "
+                "model.resize_token_embeddings to change both"
             )
         solver = (config.f_solver, config.f_max_iter, config.f_tol)
         if solver != self._followed["solver"]:
@@ -593,7 +595,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             self._followed["grad"] = config.grad
         positions = _positions(config)
         if positions != self._followed["positions"]:
-            config.standardize_rope_params()
+            config.convert_rope_params_to_dict()
             config.validate_rope()
             device = self.rotary.inv_freq.device
             self.rotary = LlamaRotaryEmbedding(config).to(device)

@@ -15,6 +15,7 @@ from .deq_layer import CACHE
 require("transformers", "text")
 from transformers import PreTrainedConfig  # noqa: E402
 from transformers.masking_utils import create_causal_mask  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 __all__ = [
     "Tokens",
@@ -184,7 +185,8 @@ def visible(
     """
     implementation = config._attn_implementation
     documents, mask = tokens.documents, tokens.mask
-    if str(implementation).startswith(("flash", "flex", "paged")):
+    known = implementation == "eager" or implementation in ALL_ATTENTION_FUNCTIONS
+    if not known or implementation.startswith(("flash", "flex", "paged")):
         raise ValueError(
             f"attn_implementation={implementation!r}; expected sdpa, eager, or one of your own "
             "that is registered with its mask"
