@@ -707,7 +707,6 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
@@ -727,11 +726,13 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             logits_to_keep: how many last positions to return logits of, or which; 0 for all.
             num_items_in_batch: labels of the whole step, where this is a part of it; the first of
                 each row, which nothing predicts, do not count.
-            shift_labels: what each token is to predict, in place of `labels`, shape (B, L).
             output_hidden_states: see there.
             output_attentions: see there.
-            **kwargs: see there.
+            **kwargs: see there; and `shift_labels`, what each token is to predict, in place of
+                `labels`, shape (B, L).
         """
+        # A Trainer takes all that have labels in their names for what each batch must have.
+        shift_labels = kwargs.pop("shift_labels", None)
         targets = None
         if shift_labels is not None:
             targets = shift_labels
@@ -923,12 +924,13 @@ def _file(args: Any) -> str:
 # Where documents begin, beside positions.
 _OF_DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _ARGUMENTS = (
-    tuple(
+    *(
         name
         for name in inspect.signature(DEQTransformerForCausalLM.forward).parameters
         if name not in ("self", "kwargs")
-    )
-    + _OF_DOCUMENTS
+    ),
+    "shift_labels",
+    *_OF_DOCUMENTS,
 )
 
 smooth_outputs_of(DEQCausalLMOutput, _smoothed)
