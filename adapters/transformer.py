@@ -561,6 +561,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             )
         return (weights,)
 
+    @never_compiled
     def follow_config(self) -> None:
         """Let what has been written into the config act.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deq_phantom_plugin.compilation import never_compiled
 from deq_phantom_plugin.extras import require
 
 from .deq_layer import CACHE
@@ -96,6 +97,7 @@ class Tokens:
     documents: Tensor | None
 
 
+@never_compiled  # numbers in masks decide
 def read_tokens(
     shape: tuple[int, int],
     device: torch.device,
@@ -142,6 +144,7 @@ def read_tokens(
     return Tokens(positions, mask, _unless_all(real), _several(starts, real, past, before, shape))
 
 
+@never_compiled
 def check_length(tokens: Tokens, shape: tuple[int, int], before: int, limit: int) -> None:
     """Refuse sequences that are too long, and none at all.
 
@@ -172,6 +175,7 @@ def check_length(tokens: Tokens, shape: tuple[int, int], before: int, limit: int
         )
 
 
+@never_compiled
 def visible(
     config: PreTrainedConfig, embeddings: Tensor, tokens: Tokens, cache: Any, before: int
 ) -> Any:

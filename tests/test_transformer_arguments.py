@@ -222,6 +222,20 @@ def test_gradient_checkpointing_says_what_to_do_instead(enable):
         getattr(model, enable)()
 
 
+@pytest.mark.slow
+def test_a_compiled_model_has_the_same_numbers():
+    model = make(tight=False, grad="npg")
+    ids, mask = padded(tokens(2, 6), 2)
+    found = []
+    for call in (model, torch.compile(model)):
+        model.zero_grad()
+        out = call(ids, attention_mask=mask, labels=ids)
+        out.loss.backward()
+        found.append([out.loss, *(p.grad.clone() for p in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 # --- positions ---------------------------------------------------------------------------------
 
 
