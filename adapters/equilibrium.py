@@ -18,7 +18,13 @@ from deq_phantom_plugin.trial import Trial
 require("transformers", "text")
 from transformers.utils.generic import ModelOutput  # noqa: E402
 
-__all__ = ["EquilibriumInfo", "check_settings", "make_equilibrium", "solve"]
+__all__ = [
+    "EquilibriumInfo",
+    "change_solver",
+    "check_settings",
+    "make_equilibrium",
+    "solve",
+]
 
 
 @dataclass
@@ -71,6 +77,22 @@ def make_equilibrium(grad: Any, f_solver: str, f_max_iter: int, f_tol: float) ->
         {**settings, "f_stop_mode": "rel", "grad": grad}
     )
     return deq
+
+
+def change_solver(deq: nn.Module, f_solver: str, f_max_iter: int, f_tol: float) -> None:
+    """Give an equilibrium another forward solver; its gradient and its memory stay.
+
+    Args:
+        deq: of `make_equilibrium`.
+        f_solver: see `check_settings`, as the others.
+        f_max_iter: see there.
+        f_tol: see there.
+    """
+    new: Any = make_equilibrium("jfb", f_solver, f_max_iter, f_tol)
+    # What TorchDEQ derives from these three.
+    for name in ("f_solver", "no_stat", "f_max_iter", "eval_f_max_iter", "f_tol", "indexing"):
+        setattr(deq, name, getattr(new, name))
+    deq.args.update(f_solver=f_solver, f_max_iter=f_max_iter, f_tol=f_tol)
 
 
 def solve(

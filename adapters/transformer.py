@@ -15,6 +15,8 @@ what `save_pretrained` saved. Give `SetStep()` to a `Trainer` if anything depend
 
 from __future__ import annotations
 
+import copy
+import inspect
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,12 +30,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.compilation import never_compiled
 from deq_phantom_plugin.draws import SameDraws
+from deq_phantom_plugin.errors import AssumptionWarning, warn_once
 from deq_phantom_plugin.extras import require
 from deq_phantom_plugin.output import write_whole
 
 from .deq_layer import CACHE, EquilibriumLayer, deq_from_layer
-from .equilibrium import EquilibriumInfo, check_settings, make_equilibrium, solve
+from .equilibrium import (
+    EquilibriumInfo,
+    change_solver,
+    check_settings,
+    make_equilibrium,
+    solve,
+)
+from .label_smoothing import smooth_outputs_of
 from .transformer_block import DEQTransformerBlock, ScaledLinear, Surroundings, dropout_mask
+from .transformer_inputs import (
+    Tokens,
+    check_arguments,
+    check_length,
+    longest_sequence,
+    read_tokens,
+    visible,
+)
 
 require("transformers", "text")
 from transformers import (  # noqa: E402
@@ -49,7 +67,6 @@ from transformers import (  # noqa: E402
     initialization,
 )
 from transformers.activations import ACT2FN  # noqa: E402
-from transformers.masking_utils import create_causal_mask  # noqa: E402
 from transformers.modeling_outputs import (  # noqa: E402
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -71,15 +88,80 @@ __all__ = [
 ]
 
 
+def _whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
+
+
+def _probability(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r}; expected a probability in [0, 1)")
+
+
+def _activation(name: str, value: Any) -> None:
+    if value not in ACT2FN:
+        raise ValueError(f"{name}={value!r}; expected one of {', '.join(ACT2FN)}")
+
+
+def _grad(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={value!r}; expected a spec as a string, such as 'upg(k=5)'")
+    dpp.get_strategy(value)
+
+
+def _solver(name: str, value: Any) -> None:
+    # The others are such as go with any value.
+    check_settings(
+        "jfb", **{"f_solver": "fixed_point_iter", "f_max_iter": 3, "f_tol": 0, name: value}
+    )
+
+
+def _regularization(name: str, value: Any) -> None:
+    field = name.removeprefix("jac_reg_")
+    try:
+        dpp.JacobianRegularization(**{"interval": 1, field: value})
+    except ValueError as error:
+        raise ValueError(f"jac_reg_{error}") from None
+
+
+# What each value of a config must be, also one that is written later.
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ),
+        _whole,
+    ),
+    **dict.fromkeys(("dropout", "attention_dropout"), _probability),
+    "hidden_act": _activation,
+    "grad": _grad,
+    **dict.fromkeys(("f_solver", "f_max_iter", "f_tol"), _solver),
+    **dict.fromkeys(
+        ("jac_reg_weight", "jac_reg_freq", "jac_reg_increment", "jac_reg_interval"),
+        _regularization,
+    ),
+}
+
+
 class DEQTransformerConfig(PreTrainedConfig):
     """What a `DEQTransformerForCausalLM` is made of.
+
+    A model reads it in each forward pass. What is written later acts from the next one on and is
+    saved: gradient, solver, regulariser, dropout, attention, positions and `use_cache`. What the
+    model's modules were made with is refused then, if it has changed. Models that share a config
+    share what is written into it.
 
     Attributes:
         vocab_size: tokens.
         hidden_size: of each token's state; a multiple of twice `num_attention_heads`.
         intermediate_size: inner width of the feed-forward part.
         num_attention_heads: heads.
-        max_position_embeddings: the longest sequence. Positions are rotary, so relative.
+        max_position_embeddings: the longest sequence, or document of a row, before the factor of
+            `rope_parameters`. Positions are rotary, so relative.
         hidden_act: activation of the feed-forward part; the official code has relu.
         pre_layer_norm: False for the source's DEQ (PostLN), True for DEQ (PreLN).
         dropout: probability of dropping a feature of the embeddings, of the two parts of the block
@@ -89,7 +171,8 @@ class DEQTransformerConfig(PreTrainedConfig):
             that it is a contraction to begin with, whatever its size.
         layer_norm_eps: of the normalisations.
         tie_word_embeddings: whether the output layer has the embeddings for its weights.
-        rope_parameters: see Transformers' Llama.
+        rope_parameters: see Transformers' Llama: linear, dynamic, yarn, llama3 and longrope have a
+            `factor`, by which sequences may be longer.
         use_cache: whether to return the keys and values of the equilibrium, outside training.
         grad: the gradient of the equilibrium, a spec of `dpp.get_strategy` as a string.
         f_solver: TorchDEQ's name of the forward solver.
@@ -137,30 +220,25 @@ class DEQTransformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.num_hidden_layers = 1  # of the cache
         self.num_key_value_heads = self.num_attention_heads
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}; expected a whole number of at least 1")
+        self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _CHECKS.get(name)
+        if check is not None:
+            check(name, value)
+        super().__setattr__(name, value)
+
+    def check(self) -> None:
+        """Refuse values that do not fit together.
+
+        Raises:
+            ValueError: says which, and what is accepted.
+        """
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size={self.hidden_size} with num_attention_heads="
                 f"{self.num_attention_heads}; expected a multiple of twice the heads"
             )
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}; expected a probability in [0, 1)"
-                )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r}; expected one of {', '.join(ACT2FN)}")
-        if not isinstance(self.grad, str):
-            raise ValueError(f"grad={self.grad!r}; expected a spec as a string, such as 'upg(k=5)'")
         check_settings(self.grad, self.f_solver, self.f_max_iter, self.f_tol)
         self.jacobian_regularization()
 
@@ -202,6 +280,32 @@ class DEQCausalLMOutput(CausalLMOutputWithPast):
     equilibrium_info: EquilibriumInfo | None = None
 
 
+class Joins:
+    """Finds out whether the regulariser of a step joined the loss that was differentiated.
+
+    Who computes a loss of their own, a Trainer's `compute_loss_func` among them, has to add it.
+    """
+
+    def __init__(self) -> None:
+        self._passed: set[str] = set()
+
+    @never_compiled
+    def watch(self, states: Tensor, jac_loss: Tensor | None) -> None:
+        """Say so if the last backward pass left the regulariser out, and watch the next one."""
+        if self._passed == {"states"}:
+            warn_once(
+                "regulariser left out",
+                "a backward pass went through the states of a DEQ transformer in training, and "
+                "not through its Jacobian regulariser (config.jac_reg_weight); a loss of your own, "
+                "such as a Trainer's compute_loss_func, has to add output.jac_loss",
+                AssumptionWarning,
+            )
+        self._passed = passed = set()
+        if jac_loss is not None and jac_loss.requires_grad and states.requires_grad:
+            states.register_hook(lambda _: passed.add("states"))
+            jac_loss.register_hook(lambda _: passed.add("jac_loss"))
+
+
 class DEQTransformerPreTrainedModel(PreTrainedModel):
     """What both models share."""
 
@@ -234,15 +338,40 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
             ValueError: if the spec is invalid; then nothing is switched.
         """
         strategy = dpp.get_strategy(spec)
-        text = repr(strategy)
-        try:
-            lost = dpp.get_strategy(text) != strategy
-        except ValueError:
-            lost = True
-        if lost:
+        text = _written(strategy)
+        if text is None:
             raise ValueError(f"{spec!r} cannot be written in a config; dpp.set_grad takes it")
         dpp.set_grad(self, strategy)
-        self.config.grad = text
+        self.config.grad = self._base()._followed["grad"] = text
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save weights and config, with the gradient that acts: `dpp.set_grad` may have set it.
+
+        See Transformers' method for the arguments.
+        """
+        self._base().follow_config()
+        written = self.config.grad
+        self.config.grad = self._base().acting_grad()
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.grad = written
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what Transformers does for stacks of layers.
+
+        Raises:
+            ValueError: says what to do instead.
+        """
+        raise ValueError(
+            "gradient checkpointing is for stacks of layers; an equilibrium keeps no graph of its "
+            "solve. npg, jfb and ift keep that of one evaluation, and so does "
+            "model.set_grad('upg(checkpoint=True)')"
+        )
+
+    def _base(self) -> DEQTransformerModel:
+        base: DEQTransformerModel = getattr(self, self.base_model_prefix, self)
+        return base
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embeddings."""
@@ -267,7 +396,15 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self.inject = ScaledLinear(config.hidden_size, 3 * config.hidden_size, gain=2.0)
         self.rotary = LlamaRotaryEmbedding(config)
         self.block = DEQTransformerBlock(config)
-        self.deq = make_equilibrium(config.grad, config.f_solver, config.f_max_iter, config.f_tol)
+        solver = (config.f_solver, config.f_max_iter, config.f_tol)
+        self.deq = make_equilibrium(config.grad, *solver)
+        self._made_with = _made_with(config)
+        self._followed = {
+            "solver": solver,
+            "grad": config.grad,
+            "positions": _positions(config),
+        }
+        self._joins = Joins()
         self.post_init()
 
     @can_return_tuple
@@ -279,8 +416,13 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         past_key_values: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        jac_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> DEQModelOutput:
         """Solve for the states of all tokens.
@@ -289,35 +431,78 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         tokens are added: with the keys and values of a cache only the new tokens are solved for.
         Like the source's memory, such a cache carries no gradient.
 
+        Several documents in one row do not see one another. A document begins where
+        `position_ids` are 0 or do not grow, or where `cu_seq_lens_q` or `seq_idx` say so
+        (Transformers' `DataCollatorWithFlattening` gives any of these).
+
         Args:
             input_ids: tokens, shape (B, L).
-            attention_mask: 1 for tokens and 0 for padding, shape (B, P + L), P tokens in the cache.
-            position_ids: shape (B, L); counted from the cache's length if None.
-            cache: a `DynamicCache` from an earlier call.
+            attention_mask: 1 for tokens and 0 for padding, shape (B, P + L), P tokens in the cache;
+                or one prepared, of shape (B, 1 or heads, L, P + L): bool, True for what is seen, or
+                floating numbers that are added to the scores. The latter says all: positions then
+                tell no documents apart, and tokens that see nothing are padding.
+            position_ids: shape (B, L); counted from the cache's length, or from the beginning of
+                each document, if None.
+            cache: a `DynamicCache` from an earlier call, of rows of one document.
             inputs_embeds: in place of `input_ids`, shape (B, L, hidden_size).
             use_cache: whether to return a cache; `config.use_cache` if None, but not in training.
-            output_hidden_states: whether to return embeddings and states, as `hidden_states`.
+            output_hidden_states: whether to return embeddings and states, as `hidden_states`, or
+                which of the two; `config.output_hidden_states` if None.
+            output_attentions: whether to return how heads attend at the equilibrium, as
+                `attentions`; `config.output_attentions` if None. Needs eager attention.
             past_key_values: the name of `cache` before Transformers 5.24.
-            **kwargs: ignored.
+            cu_seq_lens_q: where documents end in a single row, from 0 to L.
+            cu_seq_lens_k: the same.
+            seq_idx: the number of each token's document, shape (B, L).
+            jac_weights: how much each sequence counts in the regulariser, shape (B,); as many
+                tokens as it has if None.
+            **kwargs: what Transformers passes and needs nothing done.
 
         Raises:
-            ValueError: if there are no tokens, or more than `config.max_position_embeddings`; if
-                the cache is of another kind; if the forward solve has diverged (in training).
+            ValueError: if there are no tokens, or more than `config.max_position_embeddings`, which
+                `config.rope_parameters` may scale; if the cache is of another kind; if a mask
+                could be read in two ways; if what was written into the config cannot act any more;
+                if the forward solve has diverged (in training).
+            TypeError: on an argument that is unknown.
         """
+        check_arguments(kwargs, _ARGUMENTS)
+        self.follow_config()
+        config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
         if cache is None:
             cache = past_key_values
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache = DynamicCache(config=config)
         if not isinstance(cache, DynamicCache | None):
-            raise ValueError(f"the cache is a {type(cache).__name__}; expected a DynamicCache")
-        real = self._real(inputs_embeds, attention_mask, cache)
-        around = self._surroundings(inputs_embeds, attention_mask, position_ids, cache)
+            raise ValueError(
+                f"the cache is a {type(cache).__name__}; expected a DynamicCache: in `generate` "
+                "cache_implementation='dynamic'"
+            )
+        before = 0 if cache is None else cache.get_seq_length()
+        shape = tuple(inputs_embeds.shape[:2])
+        tokens = read_tokens(
+            shape,
+            inputs_embeds.device,
+            before,
+            attention_mask,
+            position_ids,
+            cu_seq_lens_q,
+            cu_seq_lens_k,
+            seq_idx,
+        )
+        check_length(tokens, shape, before, longest_sequence(config))
+        _check_documents(cache, before, tokens)
+        real = None if tokens.real is None else tokens.real[..., None]
+        around = self._surroundings(inputs_embeds, tokens, cache, before)
 
         def func(state: Tensor) -> Tensor:
             image = self.block(state.to(inputs_embeds.dtype), around).to(state.dtype)
@@ -329,18 +514,93 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         # Solvers want more than half precision.
         dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
         state, info = solve(self.deq, func, torch.zeros_like(inputs_embeds, dtype=dtype))
-        jac_loss = self._jac_loss(func, state, real)
+        jac_loss = self._jac_loss(func, state, real, jac_weights)
         if use_cache and cache is not None:
             _, key, value = self.block.heads(state.detach().to(inputs_embeds.dtype), around)
             cache.update(key.detach(), value.detach(), 0)
+            if tokens.documents is not None:
+                cache.several_documents = True
+        attentions = None
+        if output_attentions:
+            attentions = self._attentions(state.to(inputs_embeds.dtype), around)
         states = self._dropped(state.to(inputs_embeds.dtype))
+        self._joins.watch(states, jac_loss)
         return DEQModelOutput(
             last_hidden_state=states,
             **{CACHE: cache if use_cache else None},
-            hidden_states=(inputs_embeds, states) if output_hidden_states else None,
+            hidden_states=_selected((inputs_embeds, states), output_hidden_states),
+            attentions=attentions,
             jac_loss=jac_loss,
             equilibrium_info=info,
         )
+
+    def acting_grad(self) -> str:
+        """Return what `config.grad` is to say of the gradient that acts, as far as it can."""
+        acting = self.deq.produce_grad[-1].strategy
+        if acting == dpp.get_strategy(self.config.grad):
+            return self.config.grad
+        text = _written(acting)
+        if text is None:
+            warn_once(
+                "grad is not saved",
+                f"the gradient that acts, {acting!r}, cannot be written in a config; saved is "
+                f"config.grad={self.config.grad!r}",
+                AssumptionWarning,
+            )
+            return self.config.grad
+        return text
+
+    def _attentions(self, state: Tensor, around: Surroundings) -> tuple[Tensor]:
+        """Return how heads attend at a state."""
+        _, weights = self.block.attend(state, around)
+        if weights is None:
+            raise ValueError(
+                f"output_attentions=True with attn_implementation="
+                f"{self.config._attn_implementation!r}, which does not tell; expected eager: "
+                "model.set_attn_implementation('eager')"
+            )
+        return (weights,)
+
+    @never_compiled
+    def follow_config(self) -> None:
+        """Let what has been written into the config act.
+
+        `grad`, the solver and the positions are followed here; the rest is read where it is used.
+
+        Raises:
+            ValueError: if something was written that could only have acted before the model was
+                made, or if values do not fit together.
+        """
+        config = self.config
+        config.check()
+        now = _made_with(config)
+        for name, value in self._made_with.items():
+            if now[name] != value:
+                raise ValueError(
+                    f"config.{name}={now[name]!r} was written after a model was made with "
+                    f"{value!r}, on which it has no effect; put it back, or make a new model"
+                )
+        # What others put in the place of the embeddings may not tell.
+        embeddings = getattr(self.embed_tokens, "num_embeddings", config.vocab_size)
+        if config.vocab_size != embeddings:
+            raise ValueError(
+                f"config.vocab_size={config.vocab_size} with {embeddings} embeddings; expected "
+                "model.resize_token_embeddings to change both"
+            )
+        solver = (config.f_solver, config.f_max_iter, config.f_tol)
+        if solver != self._followed["solver"]:
+            change_solver(self.deq, *solver)
+            self._followed["solver"] = solver
+        if config.grad != self._followed["grad"]:
+            dpp.set_grad(self, config.grad)
+            self._followed["grad"] = config.grad
+        positions = _positions(config)
+        if positions != self._followed["positions"]:
+            config.convert_rope_params_to_dict()
+            config.validate_rope()
+            device = self.rotary.inv_freq.device
+            self.rotary = LlamaRotaryEmbedding(config).to(device)
+            self._followed["positions"] = _positions(config)
 
     @torch.no_grad()
     def spectral_radius(
@@ -368,54 +628,17 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             handle.remove()
         return dpp.spectral_radius(*solves[0], lam, **options)
 
-    def _real(self, x: Tensor, attention_mask: Tensor | None, past: Cache | None) -> Tensor | None:
-        """Return where tokens are, shape (B, L, 1), None for everywhere.
-
-        Raises:
-            ValueError: if there are no tokens or too many.
-        """
-        length, limit = x.shape[1], self.config.max_position_embeddings
-        before = 0 if past is None else past.get_seq_length()
-        if x.shape[0] < 1 or length < 1:
-            raise ValueError(
-                f"input of shape {tuple(x.shape[:2])}; expected at least one sequence of at least "
-                "one token"
-            )
-        if before + length > limit:
-            raise ValueError(
-                f"a sequence of {before + length} tokens; expected at most {limit}, "
-                "config.max_position_embeddings"
-            )
-        if attention_mask is None or attention_mask.dim() != 2:
-            return None
-        return attention_mask[:, -length:, None].bool()
-
     def _surroundings(
-        self,
-        embeddings: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
+        self, embeddings: Tensor, tokens: Tokens, cache: Cache | None, before: int
     ) -> Surroundings:
-        before = 0 if cache is None else cache.get_seq_length()
-        if position_ids is None:
-            length = embeddings.shape[1]
-            position_ids = before + torch.arange(length, device=embeddings.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: cache},
-        )
         past = None
         if before:
             layer: Any = cache.layers[0]  # type: ignore[union-attr]
             past = (layer.keys, layer.values)
         return Surroundings(
             injection=self.inject(self._dropped(self.block.norm(embeddings))),
-            rotation=self.rotary(embeddings, position_ids),
-            attention_mask=mask,
+            rotation=self.rotary(embeddings, tokens.positions),
+            attention_mask=visible(self.config, embeddings, tokens, cache, before),
             past=past,
             keep=self.block.keep(embeddings),
         )
@@ -427,18 +650,31 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
 
     @never_compiled  # for the sake of the step, which changes
     def _jac_loss(
-        self, func: Callable[[Tensor], Tensor], state: Tensor, real: Tensor | None
+        self,
+        func: Callable[[Tensor], Tensor],
+        state: Tensor,
+        real: Tensor | None,
+        weights: Tensor | None,
     ) -> Tensor | None:
         if not (self.training and torch.is_grad_enabled()):
             return None
         memories = (m for m in self.deq.modules() if isinstance(m, dpp.Memory))
         step = next((m.step for m in memories), None)
+        regularized = func
+        if real is not None or weights is not None:
+            # ||J||_F^2 of each sequence over its own tokens, times its share; not of padding.
+            batch, length, _ = state.shape
+            count = state.new_full((batch,), length) if real is None else real.sum((1, 2))
+            share = (count if weights is None else weights).to(state.dtype)
+            share = share / share.sum().clamp_min(1)
+            scale = (share * batch * length / count.clamp_min(1)).sqrt()[:, None, None]
+
+            def regularized(h: Tensor) -> Tensor:
+                return func(h) * scale
+
         # The fused kernels of scaled_dot_product_attention have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
-            term = self.config.jacobian_regularization()(func, state.detach(), step)
-        if term is None or real is None:
-            return term
-        return term * (real.numel() / real.sum().clamp_min(1))  # not of padding
+            return self.config.jacobian_regularization()(regularized, state.detach(), step)
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
@@ -455,6 +691,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: DEQTransformerConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # of subclasses too, whatever their names
         self.model = DEQTransformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -471,6 +708,8 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> DEQCausalLMOutput:
         """Predict each next token.
@@ -482,12 +721,25 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             cache: see there.
             inputs_embeds: see there.
             labels: `input_ids` again, with -100 where there is nothing to predict, shape (B, L).
-                Predictions of padding, and from padding, are left out anyway.
+                Predictions of padding, from padding, and from one document of the next, are left
+                out anyway.
             use_cache: see there.
             logits_to_keep: how many last positions to return logits of, or which; 0 for all.
-            num_items_in_batch: labels of the whole step, where this is a part of it.
-            **kwargs: see there.
+            num_items_in_batch: labels of the whole step, where this is a part of it; the first of
+                each row, which nothing predicts, do not count.
+            output_hidden_states: see there.
+            output_attentions: see there.
+            **kwargs: see there; and `shift_labels`, what each token is to predict, in place of
+                `labels`, shape (B, L).
         """
+        # A Trainer takes all that have labels in their names for what each batch must have.
+        shift_labels = kwargs.pop("shift_labels", None)
+        targets = None
+        if shift_labels is not None:
+            targets = shift_labels
+        elif labels is not None:
+            targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        counts = None if targets is None else targets.ne(-100).sum(-1)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -495,7 +747,9 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            **{"jac_weights": counts, **kwargs, "return_dict": True},
         )
         states = output.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -504,22 +758,24 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
             states = states[:, -logits_to_keep:]
         logits = self.lm_head(states)
         loss, jac_loss = None, output.jac_loss
-        if labels is not None:
+        if targets is not None:
+            named = {name: kwargs.get(name) for name in _OF_DOCUMENTS}
             loss = self.loss_function(
                 logits=logits,
-                labels=_predictable(labels, attention_mask),
-                vocab_size=self.config.vocab_size,
+                labels=labels,
+                shift_labels=_predictable(targets, attention_mask, position_ids, named),
+                vocab_size=logits.shape[-1],
                 num_items_in_batch=num_items_in_batch,
             )
             if jac_loss is not None:
-                if num_items_in_batch is not None:
-                    jac_loss = jac_loss * (labels.ne(-100).sum() / num_items_in_batch)
+                jac_loss = share_of_step(jac_loss, targets, num_items_in_batch)
                 loss = loss + jac_loss
         return DEQCausalLMOutput(
             loss=loss,
             logits=logits,
             **{CACHE: output.get(CACHE)},
             hidden_states=output.hidden_states,
+            attentions=output.attentions,
             jac_loss=jac_loss,
             equilibrium_info=output.equilibrium_info,
         )
@@ -529,13 +785,93 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         return self.model.spectral_radius(*args, **kwargs)
 
 
-def _predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Leave out labels that are padding, or would be predicted from padding."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return labels
-    real = attention_mask[:, -labels.shape[1] :].bool()
-    before = torch.nn.functional.pad(real[:, :-1], (1, 0))
-    return labels.masked_fill(~(real & before), -100)
+def _written(strategy: Any) -> str | None:
+    """Return a strategy as a config can save it, None if it cannot."""
+    text = repr(strategy)
+    try:
+        return text if dpp.get_strategy(text) == strategy else None
+    except ValueError:
+        return None
+
+
+def share_of_step(
+    jac_loss: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """Weigh the regulariser of a part of a step by its labels, as cross-entropy is.
+
+    Args:
+        jac_loss: of this part.
+        targets: what each token is to predict, -100 for nothing.
+        num_items_in_batch: labels of the whole step; None where this is all of it.
+    """
+    if num_items_in_batch is None:
+        return jac_loss
+    items = torch.as_tensor(num_items_in_batch, device=jac_loss.device).reshape(-1)[0]
+    return jac_loss * (targets.ne(-100).sum().to(jac_loss.device) / items)
+
+
+def _smoothed(output: DEQCausalLMOutput, targets: Tensor, items: Any) -> Tensor | None:
+    """Return the regulariser that joins a loss with smoothed labels."""
+    jac_loss = output.jac_loss
+    return None if jac_loss is None else share_of_step(jac_loss, targets, items)
+
+
+def _predictable(
+    targets: Tensor,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    named: dict[str, Any],
+) -> Tensor:
+    """Leave out targets that are padding, predicted from padding, or of another document."""
+    batch, length = targets.shape
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        attention_mask = attention_mask[:, -length:]
+    tokens = read_tokens((batch, length), targets.device, 0, attention_mask, position_ids, **named)
+    left_out = torch.zeros_like(targets, dtype=torch.bool)
+    if tokens.real is not None:
+        left_out |= ~tokens.real
+        left_out[:, :-1] |= ~tokens.real[:, 1:]
+    if tokens.documents is not None:
+        left_out[:, :-1] |= tokens.documents[:, 1:] != tokens.documents[:, :-1]
+    return targets.masked_fill(left_out, -100)
+
+
+def _selected(
+    states: tuple[Tensor, ...], which: bool | int | list[int] | None
+) -> tuple[Tensor | None, ...] | None:
+    """Return all states, or those of some indices, None in the place of others."""
+    if isinstance(which, bool) or which is None:
+        return states if which else None
+    indices = [which] if isinstance(which, int) else list(which)
+    wanted = {i % len(states) for i in indices if -len(states) <= i < len(states)}
+    return tuple(state if i in wanted else None for i, state in enumerate(states))
+
+
+def _check_documents(cache: Any, before: int, tokens: Tokens) -> None:
+    """Refuse to go on after several documents: a cache does not tell them apart."""
+    prepared = tokens.mask is not None and tokens.mask.dim() == 4
+    if before and getattr(cache, "several_documents", False) and not prepared:
+        raise ValueError(
+            "the cache holds rows of several documents, as position_ids said; expected a cache of "
+            "one document a row, or a prepared attention_mask"
+        )
+
+
+def _made_with(config: DEQTransformerConfig) -> dict[str, Any]:
+    """Return what a model is made with, and cannot follow later."""
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "hidden_act",
+        "layer_norm_eps",
+    )
+    return {name: getattr(config, name) for name in names}
+
+
+def _positions(config: DEQTransformerConfig) -> tuple[Any, ...]:
+    """Return what rotary positions are made with."""
+    return copy.deepcopy(config.rope_parameters), config.max_position_embeddings
 
 
 class SetStep(TrainerCallback):
@@ -586,6 +922,19 @@ def _file(args: Any) -> str:
     return f"deq_phantom_memory{rank}.pt"
 
 
+# Where documents begin, beside positions.
+_OF_DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+_ARGUMENTS = (
+    *(
+        name
+        for name in inspect.signature(DEQTransformerForCausalLM.forward).parameters
+        if name not in ("self", "kwargs")
+    ),
+    "shift_labels",
+    *_OF_DOCUMENTS,
+)
+
+smooth_outputs_of(DEQCausalLMOutput, _smoothed)
 AutoConfig.register(DEQTransformerConfig.model_type, DEQTransformerConfig, exist_ok=True)
 AutoModel.register(DEQTransformerConfig, DEQTransformerModel, exist_ok=True)
 AutoModelForCausalLM.register(DEQTransformerConfig, DEQTransformerForCausalLM, exist_ok=True)

@@ -85,6 +85,19 @@ class DEQTransformerBlock(nn.Module):
     def forward(self, state: Tensor, around: Surroundings) -> Tensor:
         """Return the next state, shape (B, L, hidden_size)."""
         pre = self.config.pre_layer_norm
+        mixed, _ = self.attend(state, around)
+        mixed = self.output(mixed.reshape(state.shape))
+        x: Tensor = self.norm(around.drop("attention", mixed) + state)
+        inner = around.drop("inner", self.activation(self.up(x)))
+        x = x + around.drop("feed_forward", self.down(inner))
+        return x if pre else self.norm(x)
+
+    def attend(self, state: Tensor, around: Surroundings) -> tuple[Tensor, Tensor | None]:
+        """Return what the heads found, shape (B, L, heads, head size), and how they attended.
+
+        The latter has the shape (B, heads, L, P + L); None where the attention implementation
+        does not tell.
+        """
         query, key, value = self.heads(state, around)
         if around.past is not None:
             key = torch.cat([around.past[0], key], dim=2)
@@ -92,14 +105,10 @@ class DEQTransformerBlock(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        mixed, _ = attend(
+        mixed, weights = attend(
             self, query, key, value, around.attention_mask, dropout=0.0, scaling=self.scaling
         )
-        mixed = self.output(mixed.reshape(state.shape))
-        x: Tensor = self.norm(around.drop("attention", mixed) + state)
-        inner = around.drop("inner", self.activation(self.up(x)))
-        x = x + around.drop("feed_forward", self.down(inner))
-        return x if pre else self.norm(x)
+        return mixed, weights
 
     def heads(self, state: Tensor, around: Surroundings) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each of shape (B, heads, L, head size)."""
