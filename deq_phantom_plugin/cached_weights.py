@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -20,6 +23,8 @@ class CachedWeights:
 
     def prepare(self) -> None:
         """Be told that F is about to be evaluated."""
+        if torch.compiler.is_compiling():  # which casts by itself, and knows of no such cache
+            return
         if not torch.is_grad_enabled():
             self._evaluated = False
             return
@@ -35,3 +40,20 @@ class CachedWeights:
 
 def _under_autocast() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+@contextmanager
+def made_anew() -> Iterator[None]:
+    """Make weights anew in evaluations inside a `with` block, in spite of `parametrize.cached()`.
+
+    For evaluations that are done again in backward, when the cache holds something else.
+    """
+    before = parametrize._cache_enabled
+    if not before:
+        yield
+        return
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before

@@ -88,8 +88,9 @@ def outside_vmap(solver: Callable[..., R]) -> Callable[..., R]:
     def solve(func: Callable[[Any], Any], start: Any, **options: Any) -> R:
         if hides_numbers():
             raise RuntimeError(
-                f"deq_phantom_plugin.forward.{solver.__name__} looks at residuals, which torch.vmap "
-                "and linearize hide; there iterate F a fixed number of times, under torch.no_grad"
+                f"deq_phantom_plugin.forward.{solver.__name__} looks at residuals, which "
+                "torch.vmap and linearize hide; there iterate F a fixed number of times, under "
+                "torch.no_grad"
             )
         if not in_transform():
             return solver(func, start, **options)
@@ -150,8 +151,8 @@ def no_second_derivative(user: object) -> RuntimeError:
 def sample_by_sample(adjoint: Adjoint, cotangents: Sequence[Tensor]) -> Leaves:
     """Return adjoint(cotangents), also where `vmap` hands many of them over at once.
 
-    So it does for `is_grads_batched=True` and `jacobian(vectorize=True)`: each gets an adjoint solve
-    of its own, which may look at its numbers.
+    So it does for `is_grads_batched=True` and `jacobian(vectorize=True)`: each gets an adjoint
+    solve of its own, which may look at its numbers.
     """
     if torch.compiler.is_compiling():
         return adjoint(list(cotangents))

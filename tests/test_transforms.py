@@ -101,7 +101,7 @@ def of_samples(model):
     found = []
     for x in model.x:
         weight = model.params["weight"].clone().requires_grad_()
-        loss = model(x, {**model.params, "weight": weight}).sin().sum()
+        loss = model(x[None], {**model.params, "weight": weight}).sin().sum()
         found.append(torch.autograd.grad(loss, weight)[0])
     return torch.stack(found)
 
@@ -237,7 +237,12 @@ def refused_as(spec, kind):
     return name if refused else None
 
 
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+@pytest.mark.parametrize(
+    "door",
+    [pytest.param(d, marks=pytest.mark.slow if d is by_linearize else ()) for d in DOORS],
+    ids=lambda door: door.__name__,
+)
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_door_is_right_or_refused_by_name(spec, door):
     find, kind = DOORS[door]

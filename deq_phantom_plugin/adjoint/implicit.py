@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cached_weights import made_anew
 from ..compilation import as_written, never_compiled
 from ..precision import AutocastState, full_precision
 from ..state import State, flatten, unflatten
@@ -85,7 +86,7 @@ def implicit(
     leaves, structure = flatten(equilibrium)
     autocast = AutocastState(leaves)
     inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-    with torch.enable_grad():
+    with torch.enable_grad(), made_anew():
         image, captured = find_captured(
             lambda: func(unflatten(inputs, structure)), lambda state: flatten(state)[0], inputs
         )
@@ -96,7 +97,7 @@ def implicit(
 
     def explicit(x: Leaves, arguments: Leaves) -> list[Tensor]:
         replacements = {id(old): new for old, new in zip(captured, arguments, strict=True)}
-        with autocast():
+        with autocast(), made_anew():
             state = call_with(lambda: func(unflatten(list(x), structure)), replacements)
         return flatten(state)[0]
 

@@ -1,4 +1,4 @@
-"""Products with the Jacobian that PyTorch's transforms and forward mode differentiate themselves."""
+"""Products with the Jacobian that any transform or mode of PyTorch differentiates itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Pushforward:
         def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
             return tuple(flatten(func(unflatten(list(leaves), self.structure)))[0])
 
-        images, self._pull = torch.func.vjp(flat, *self.inputs)
+        found = torch.func.vjp(flat, *self.inputs)
+        images, self._pull = found[0], found[1]
         self.outputs = as_constants(images)
         self.change = [
             once_differentiable(image - value, user)
@@ -46,7 +47,7 @@ class Pushforward:
         ]
         # J^T v is linear in v: what is pulled back through that is pushed forward.
         zeros = [torch.zeros_like(value) for value in self.outputs]
-        _, self._push = torch.func.vjp(self._pulled, *zeros)
+        self._push = torch.func.vjp(self._pulled, *zeros)[1]
 
     def _pulled(self, *cotangents: Tensor) -> tuple[Tensor, ...]:
         images: tuple[Tensor, ...] = self._pull(cotangents, retain_graph=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..cached_weights import made_anew
 from ..compilation import never_compiled
 from ..errors import NonFiniteError, warn_once
 from ..precision import AutocastState
@@ -251,7 +252,7 @@ class _Tape:
             return _Key(number, len(saved) - 1, tensor._version, _address(tensor))
 
         narrow = [leaf.to(dtype) for leaf, dtype in zip(leaves, self._dtypes, strict=True)]
-        with saved_tensors_hooks(pack, self._unpack):
+        with saved_tensors_hooks(pack, self._unpack), made_anew():
             return flatten(self._func(unflatten(narrow, self._structure)))[0]
 
     def _unpack(self, key: _Key) -> Tensor:

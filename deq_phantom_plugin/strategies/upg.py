@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..adjoint import Linearization
+from ..cached_weights import made_anew
 from ..state import State, damped_step, flatten, unflatten
 from ..strategy import Context, GradStrategy
 from ..transforms import in_torch_func
@@ -87,6 +88,7 @@ class UPG(GradStrategy):
         leaves, structure = flatten(state)
 
         def step(*leaves: Tensor) -> list[Tensor]:
-            return flatten(damped_step(func, unflatten(list(leaves), structure), lam))[0]
+            with made_anew():
+                return flatten(damped_step(func, unflatten(list(leaves), structure), lam))[0]
 
         return unflatten(list(checkpoint(step, *leaves, use_reentrant=False)), structure)
