@@ -11,6 +11,7 @@ from .inspection import settled
 from .registry import Spec, get_strategy
 from .state import CheckedFunc, State, check_equilibrium, flatten, ordinary, unflatten
 from .strategy import Context, GradStrategy
+from .transforms import as_constants, in_forward_mode
 
 
 def attach(
@@ -51,7 +52,8 @@ def attach(
     context = Context() if context is None else context
     if not isinstance(context, Context):
         raise TypeError(f"context={context!r:.60}; expected a dpp.Context, such as dpp.Context()")
-    attaching = torch.is_grad_enabled()
+    # Forward mode goes on where autograd is off.
+    attaching = torch.is_grad_enabled() or in_forward_mode()
     # To look at numbers is to wait for the device, and cannot be exported.
     check_equilibrium(equilibrium, finite=attaching and not strategy.accepts_nonfinite)
     if not attaching:
@@ -79,9 +81,9 @@ def attach_states(
 
 
 def _ordinary(equilibrium: State) -> State:
-    """Return the state with inference tensors copied: autograd cannot save those."""
+    """Return the state as a constant, with inference tensors copied: autograd cannot save those."""
     leaves, structure = flatten(equilibrium)
-    return unflatten([ordinary(x) for x in leaves], structure)
+    return unflatten([ordinary(x) for x in as_constants(leaves)], structure)
 
 
 def _check_attached(strategy: GradStrategy, attached: State, state: State) -> None:

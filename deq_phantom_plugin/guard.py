@@ -15,6 +15,7 @@ from .registry import Spec, get_strategy, parse_spec, register_strategy
 from .state import State, flatten, unflatten
 from .strategies.arguments import positive_float
 from .strategy import Context, GradStrategy
+from .transforms import refuse_in_torch_func
 
 
 @register_strategy("guard")
@@ -43,6 +44,7 @@ class Guard(GradStrategy):
 
     Raises:
         ValueError: if an argument is out of range, or a spec invalid.
+        RuntimeError: in `attach`, inside a transform of `torch.func`.
     """
 
     grad: Spec = "ift"
@@ -86,6 +88,7 @@ class Guard(GradStrategy):
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
+        refuse_in_torch_func(self)  # where nobody can look at a residual
         policy: FailurePolicy = self._policy  # type: ignore[attr-defined]
         packing = Packing(flatten(equilibrium)[0], context.sample_dim)
         equilibrium = _finite(equilibrium, packing, context)

@@ -23,6 +23,7 @@ from .draws import forked_rng, is_same, random_state
 from .errors import AssumptionWarning, warn_once
 from .state import State, flatten
 from .strategy import Context
+from .transforms import in_torch_func
 from .trial import Trial
 
 # Kernels on a GPU may add in another order each time. Where random state or a buffer moved, that is
@@ -100,6 +101,7 @@ def settled(
     and each structure of the state, whatever its sizes; without a memory it is asked in every call.
     Costs two evaluations of F and, for B samples, n vector-Jacobian products with n choose n/2 at
     least B: 4 for 6 samples, 7 for 32, 10 for 252. Random state and buffers stay as they were.
+    Inside a transform of `torch.func` nothing is asked, and the state is one system.
 
     Args:
         context: of the caller.
@@ -116,6 +118,8 @@ def settled(
         return replace(context, batch_dim=None)
     if not cares or packing.rows == 0 or packing.columns == 0:
         return replace(context, batch_dim=0)
+    if in_torch_func():  # where nobody can look; one system is right for any map
+        return replace(context, batch_dim=None)
     memory, key = context.memory, (f"{structure}", *_identity(func))
     known = None if memory is None else memory.findings.get((memory.training, *key))
     found: Findings | None = known

@@ -17,6 +17,7 @@ from .precision import full_precision
 from .state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from .strategies.arguments import positive_float, positive_int
 from .strategy import BatchDim, check_batch_dim
+from .transforms import as_constants, refuse_in_torch_func
 from .trial import Trial
 
 SPECTRAL_RADIUS_TOL = 1e-3
@@ -42,10 +43,13 @@ def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: 
     Raises:
         ValueError: if `n_samples` is not a whole number of at least 1, or `func` or `equilibrium`
             break the contract (see `dpp.attach`).
+        RuntimeError: inside a transform of `torch.func`.
     """
     n_samples = positive_int("n_samples", n_samples)
+    refuse_in_torch_func("dpp.jacobian_reg")
     check_equilibrium(equilibrium)
     leaves, structure = flatten(equilibrium)
+    leaves = as_constants(leaves)  # of forward mode, which follows a solve without autograd too
     differentiable = torch.is_grad_enabled()
     checked = CheckedFunc(as_written(func), equilibrium)
     with torch.enable_grad():
@@ -116,7 +120,7 @@ def spectral_radius(
     check_batch_dim(batch_dim)
     check_equilibrium(equilibrium)
     with Trial(equilibrium):  # looking at an equilibrium does not change it
-        graph = Linearization(CheckedFunc(func, equilibrium), equilibrium)
+        graph = Linearization(CheckedFunc(func, equilibrium), equilibrium, "dpp.spectral_radius")
     packing = _packing(graph, batch_dim)
     random = start = random_start(packing)
     radii = []

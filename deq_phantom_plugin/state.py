@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from .cached_weights import CachedWeights
+from .transforms import in_torch_func
+
 State: TypeAlias = Any
 """A tensor, or any nesting of tuples, lists and dicts of tensors."""
 
@@ -52,11 +55,12 @@ def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
 
     Args:
         equilibrium: a state.
-        finite: whether it must be.
+        finite: whether it must be; not asked inside a transform of `torch.func`, such as vmap,
+            where nobody can look.
 
     Raises:
         ValueError: if the state has no leaves, a leaf is not a floating-point or complex
-            tensor, carries an autograd graph, or holds a NaN or an infinity.
+            tensor, is nested, carries an autograd graph, or holds a NaN or an infinity.
     """
     leaves, _ = flatten(equilibrium)
     if not leaves:
@@ -68,6 +72,12 @@ def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
                 f"{where} is a {type(leaf).__name__}; a state is a tensor or any nesting of "
                 "tuples, lists and dicts of tensors"
             )
+        if leaf.is_nested:
+            raise ValueError(
+                f"{where} is a nested tensor, whose samples differ in shape: dpp.attach and its "
+                "strategies take tensors of one shape. Pad it (torch.nested.to_padded_tensor) and "
+                "mask in func what was padded"
+            )
         if not (leaf.is_floating_point() or leaf.is_complex()):
             raise ValueError(f"{where} has dtype {leaf.dtype}; expected floating point or complex")
         if leaf.requires_grad:
@@ -75,7 +85,7 @@ def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
                 f"{where} carries an autograd graph (requires_grad=True); solve it under "
                 "torch.no_grad() or pass equilibrium.detach()"
             )
-        if not finite:
+        if not finite or in_torch_func():
             continue
         # A sum is read several times faster, but can overflow.
         if not math.isfinite(abs(leaf.sum())) and not torch.isfinite(leaf).all():
@@ -98,12 +108,14 @@ class CheckedFunc:
     def __init__(self, func: Callable[[State], State], like: State) -> None:
         self._func = self.__wrapped__ = func
         leaves, self._structure = flatten(like)
+        self._weights = CachedWeights()
         self._like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
 
     def __call__(self, state: State) -> State:
         """Evaluate the map, checked."""
         inputs, _ = flatten(state)
         versions = [leaf._version for leaf in inputs]
+        self._weights.prepare()
         result = self._func(state)
         if any(leaf._version != version for leaf, version in zip(inputs, versions, strict=True)):
             raise ValueError("func changed its input in place; it must return new tensors")
@@ -119,6 +131,8 @@ class CheckedFunc:
             where = f"leaf {index} of what func returned" if len(outputs) > 1 else "func's result"
             if not isinstance(output, Tensor):
                 raise ValueError(f"{where} is a {type(output).__name__}; expected a tensor")
+            if output.is_nested:
+                raise ValueError(f"{where} is a nested tensor, but the state is none")
             if output.shape != shape:
                 raise ValueError(
                     f"{where} has shape {tuple(output.shape)}, but the state has {tuple(shape)}"

@@ -24,6 +24,7 @@ from .implicit import VJP, implicit
 from .linearization import Linearization, inside_checkpoint, mixes_samples
 from .packing import Packing
 from .progress import Apply, Solution, choose
+from .pushforward import Pushforward
 
 __all__ = [
     "SOLVERS",
@@ -31,6 +32,7 @@ __all__ = [
     "Apply",
     "Linearization",
     "Packing",
+    "Pushforward",
     "Solution",
     "broyden",
     "check_solver",

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cached_weights import made_anew
 from ..compilation import as_written, never_compiled
 from ..precision import AutocastState, full_precision
 from ..state import State, flatten, unflatten
+from ..transforms import carries_tangent, no_forward_mode, refuse_in_torch_func, sample_by_sample
 from .captured import call_with, find_captured
 from .linearization import in_format
 
@@ -29,15 +31,17 @@ class System:
         func: G, from the leaves of x and the a to leaves like x.
         solve: solves its adjoint system.
         inner: solves the adjoint systems of that system, and so on.
+        user: whose errors those of this system are, such as a strategy.
     """
 
     func: Callable[[Leaves, Leaves], list[Tensor]]
     solve: AdjointSolve
     inner: AdjointSolve
+    user: object
 
     def adjoint(self) -> System:
         """Return g = v + J^T g as a system for g, where a is (v, x, the a of this system)."""
-        return System(self._adjoint_map, self.inner, self.inner)
+        return System(self._adjoint_map, self.inner, self.inner, self.user)
 
     def _adjoint_map(self, g: Leaves, arguments: Leaves) -> list[Tensor]:
         n = len(g)
@@ -49,7 +53,11 @@ class System:
 
 @never_compiled
 def implicit(
-    func: Callable[[State], State], equilibrium: State, solve: AdjointSolve, inner: AdjointSolve
+    func: Callable[[State], State],
+    equilibrium: State,
+    solve: AdjointSolve,
+    inner: AdjointSolve,
+    user: object,
 ) -> State:
     """Return F(h*) attached to all that F captures, by a gradient that is differentiable itself.
 
@@ -67,27 +75,33 @@ def implicit(
         equilibrium: h*, detached.
         solve: solves the adjoint system of F.
         inner: solves those behind it.
+        user: whose errors those of this equilibrium are, such as a strategy.
 
     Raises:
         ValueError: if `func` captures a tensor in a way that cannot be seen.
+        RuntimeError: inside a transform of `torch.func`, or in forward mode.
     """
+    refuse_in_torch_func(user)
     func = as_written(func)
     leaves, structure = flatten(equilibrium)
     autocast = AutocastState(leaves)
     inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-    with torch.enable_grad():
+    with torch.enable_grad(), made_anew():
         image, captured = find_captured(
             lambda: func(unflatten(inputs, structure)), lambda state: flatten(state)[0], inputs
         )
-    values = [leaf.detach() for leaf in flatten(image)[0]]
+    images = flatten(image)[0]
+    if carries_tangent([*captured, *images]):  # which would be lost without a word
+        raise no_forward_mode(user)
+    values = [leaf.detach() for leaf in images]
 
     def explicit(x: Leaves, arguments: Leaves) -> list[Tensor]:
         replacements = {id(old): new for old, new in zip(captured, arguments, strict=True)}
-        with autocast():
+        with autocast(), made_anew():
             state = call_with(lambda: func(unflatten(list(x), structure)), replacements)
         return flatten(state)[0]
 
-    system = System(explicit, solve, inner)
+    system = System(explicit, solve, inner, user)
     attached = _Implicit.apply(system, len(leaves), *values, *leaves, *captured)
     return unflatten(list(attached), structure)
 
@@ -104,25 +118,41 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     @never_compiled
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        system, n = ctx.system, ctx.n
+        needed = ctx.needs_input_grad[2 + 2 * ctx.n :]
         saved = ctx.saved_tensors
-        x, arguments = [leaf.detach() for leaf in saved[:n]], saved[n:]
-        differentiable = torch.is_grad_enabled()
-        v = [in_format(gradient, leaf) for gradient, leaf in zip(grads, x, strict=True)]
-        with torch.enable_grad():
-            if differentiable:
-                x = list(_Implicit.apply(system, n, *x, *x, *arguments))
-            inputs, parameters = _aliases(x), _aliases(arguments)
-            outputs = system.func(inputs, parameters)
-        with torch.no_grad(), full_precision(inputs[0].device):
-            g = system.solve(lambda w: _vjp(outputs, inputs, w), [leaf.detach() for leaf in v])
-        if differentiable:
-            g = list(_Implicit.apply(system.adjoint(), n, *g, *g, *v, *x, *arguments))
-        needed = ctx.needs_input_grad[2 + 2 * n :]
-        wanted = [p for p, flag in zip(parameters, needed, strict=True) if flag]
-        found = iter(_vjp(outputs, wanted, g, create_graph=differentiable, zeros=False))
+        found = iter(
+            sample_by_sample(lambda v: _gradient(ctx.system, ctx.n, saved, needed, v), grads)
+        )
         parts = [next(found) if flag else None for flag in needed]
-        return (None, None, *(None,) * (2 * n), *parts)
+        return (None, None, *(None,) * (2 * ctx.n), *parts)
+
+
+def _gradient(
+    system: System, n: int, saved: Leaves, needed: Sequence[bool], v: Leaves
+) -> list[Tensor]:
+    """Return the gradient of x by those of the a that need it.
+
+    Args:
+        system: which x solves.
+        n: the number of leaves of x.
+        saved: these, and the a.
+        needed: which of the a need it.
+        v: the gradient by x.
+    """
+    x, arguments = [leaf.detach() for leaf in saved[:n]], saved[n:]
+    differentiable = torch.is_grad_enabled()
+    v = [in_format(gradient, leaf) for gradient, leaf in zip(v, x, strict=True)]
+    with torch.enable_grad():
+        if differentiable:
+            x = list(_Implicit.apply(system, n, *x, *x, *arguments))
+        inputs, parameters = _aliases(x), _aliases(arguments)
+        outputs = system.func(inputs, parameters)
+    with torch.no_grad(), full_precision(inputs[0].device):
+        g = system.solve(lambda w: _vjp(outputs, inputs, w), [leaf.detach() for leaf in v])
+    if differentiable:
+        g = list(_Implicit.apply(system.adjoint(), n, *g, *g, *v, *x, *arguments))
+    wanted = [p for p, flag in zip(parameters, needed, strict=True) if flag]
+    return _vjp(outputs, wanted, g, create_graph=differentiable, zeros=False)
 
 
 def _aliases(tensors: Leaves) -> list[Tensor]:

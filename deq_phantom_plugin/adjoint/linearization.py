@@ -15,15 +15,19 @@ from torch import Tensor
 from ..compilation import eager, never_compiled
 from ..precision import full_precision
 from ..state import State, flatten, unflatten
+from ..transforms import (
+    Adjoint,
+    no_forward_mode,
+    no_second_derivative,
+    refuse_in_torch_func,
+    sample_by_sample,
+)
 from .packing import Packing
 
 # Where torch (before 2.8) cannot say which hooks are on top, the stack can.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 _ROUNDINGS = 8  # of numbers that cancel
-
-Adjoint = Callable[[list[Tensor]], list[Tensor]]
-"""From the incoming gradient v, a tensor a leaf, to the g that is passed on to F."""
 
 
 class Linearization:
@@ -34,6 +38,10 @@ class Linearization:
     Args:
         func: the map F.
         equilibrium: h*, detached.
+        user: whose errors those of this graph are, such as a strategy.
+
+    Raises:
+        RuntimeError: inside a transform of `torch.func`.
 
     Attributes:
         inputs: the leaves of h* as they entered the graph.
@@ -42,7 +50,14 @@ class Linearization:
     """
 
     @never_compiled
-    def __init__(self, func: Callable[[State], State], equilibrium: State) -> None:
+    def __init__(
+        self,
+        func: Callable[[State], State],
+        equilibrium: State,
+        user: object = "what linearises F",
+    ) -> None:
+        self._user = user
+        refuse_in_torch_func(user)
         leaves, self.structure = flatten(equilibrium)
         with torch.enable_grad(), _kept_from_checkpoint(), eager():
             anchor = torch.empty(0, requires_grad=True)
@@ -77,7 +92,8 @@ class Linearization:
 
         Args:
             values: the leaves of the state to return.
-            adjoint: from the leaves of v to the leaves of g, called once a backward pass.
+            adjoint: from the leaves of v to the leaves of g, called once a backward pass; of
+                several v at once, once for each.
         """
         inputs = self.inputs
 
@@ -85,7 +101,7 @@ class Linearization:
             with full_precision(inputs[0].device):
                 return adjoint([in_format(vi, leaf) for vi, leaf in zip(v, inputs, strict=True)])
 
-        attached = _Attach.apply(formatted, len(values), *values, *self.outputs)
+        attached = _Attach.apply(self._user, formatted, len(values), *values, *self.outputs)
         return unflatten(list(attached), self.structure)
 
 
@@ -117,21 +133,22 @@ class _Input(torch.autograd.Function):
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, adjoint: Adjoint, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.adjoint, ctx.n = adjoint, n
+    def forward(
+        ctx: Any, user: object, adjoint: Adjoint, n: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.user, ctx.adjoint, ctx.n = user, adjoint, n
         return tuple(value.clone() for value in tensors[:n])
 
     @staticmethod
     @never_compiled
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(
-                "a second derivative was asked for (create_graph=True) through an equilibrium "
-                "whose strategy gives first derivatives only: its graph holds the equilibrium "
-                "fixed, so the second would be silently wrong. ift(higher_order=True) and bptt "
-                "differentiate to any order."
-            )
-        return (None, None, *(None,) * ctx.n, *ctx.adjoint(list(grads)))
+            raise no_second_derivative(ctx.user)
+        return (None, None, None, *(None,) * ctx.n, *sample_by_sample(ctx.adjoint, grads))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise no_forward_mode(ctx.user)
 
 
 def mixes_samples(graph: Linearization, packing: Packing) -> bool:

@@ -10,10 +10,12 @@ from torch import Tensor
 from ..compilation import may_compile
 from ..precision import in_full_precision
 from ..state import State
+from ..transforms import outside_vmap
 from .tracking import ForwardSolution, Rows, Tracker
 
 
 @may_compile
+@outside_vmap
 @in_full_precision
 @torch.no_grad()
 def anderson(

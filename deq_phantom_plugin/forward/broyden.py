@@ -11,10 +11,12 @@ from ..adjoint.inverse_estimate import InverseEstimate
 from ..compilation import may_compile
 from ..precision import in_full_precision
 from ..state import State
+from ..transforms import outside_vmap
 from .tracking import ForwardSolution, InverseJacobian, Rows, Tracker
 
 
 @may_compile
+@outside_vmap
 @in_full_precision
 @torch.no_grad()
 def broyden(

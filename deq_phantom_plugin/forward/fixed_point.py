@@ -11,10 +11,12 @@ from ..adjoint import Packing
 from ..compilation import may_compile
 from ..precision import in_full_precision
 from ..state import State, damped_step, flatten, unflatten
+from ..transforms import outside_vmap
 from .tracking import ForwardSolution, Tracker
 
 
 @may_compile
+@outside_vmap
 @in_full_precision
 @torch.no_grad()
 def fixed_point(

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..adjoint import Linearization, Packing
 from ..adjoint.spectrum import leading_eigenvalue, random_start
 from ..precision import full_precision
+from ..transforms import as_constants
 
 # One Krylov space from a fixed random start. The last step's eigenvectors are a worse one wherever
 # the batch changes: nearly blind to its leading eigenvalues, they let rho come out far too low.
@@ -27,7 +28,8 @@ def damping(graph: Linearization, batch_dim: int | None) -> list[Tensor]:
     packing = Packing(graph.inputs, batch_dim)
 
     def apply(x: Tensor) -> Tensor:
-        return packing.pack(graph.vjp(packing.unpack(x)))
+        # Forward mode would follow the products, and take the factor for a function of F.
+        return packing.pack(as_constants(graph.vjp(packing.unpack(x))))
 
     if packing.columns == 0:
         return packing.spread(torch.ones(packing.rows, dtype=packing.dtype, device=packing.device))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adjoint import Linearization, Packing, mixes_samples
+from ..adjoint import Linearization, Packing, Pushforward, mixes_samples
 from ..state import State
 from ..strategy import BackwardStats, Context, GradStrategy
+from ..transforms import as_constants, in_transform
 
 _LIMIT = 2**30  # bytes that the dense Jacobians of a batch may take
 
@@ -21,7 +22,8 @@ class Exact(GradStrategy):
 
     The reference for diagnostics and tests. The value is F(h*). Costs one evaluation of F, one
     vector-Jacobian product for each of a sample's d elements, some more that tell whether samples
-    are independent (7 for 32), and d^2 memory a sample.
+    are independent (7 for 32), and d^2 memory a sample. Inside `torch.func` and in forward mode the
+    state is one system, and the context's monitor is told nothing.
 
     Raises:
         ValueError: in backward, if the Jacobians would take more than 1 GiB, or samples that were
@@ -30,7 +32,9 @@ class Exact(GradStrategy):
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
-        graph = Linearization(func, equilibrium)
+        if in_transform():
+            return self._attach_by_change(func, equilibrium)
+        graph = Linearization(func, equilibrium, self)
         batch_dim, monitor = context.sample_dim, context.monitor
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
@@ -56,16 +60,21 @@ class Exact(GradStrategy):
 
         return graph.attach(graph.outputs, adjoint)
 
+    def _attach_by_change(self, func: Callable[[State], State], equilibrium: State) -> State:
+        push = Pushforward(func, equilibrium, self)
+        packing = Packing(push.inputs, None)
+        _check_size(packing)
+        identity = torch.eye(packing.columns, dtype=packing.dtype, device=packing.device)
+        columns = [packing.pack(push(packing.unpack(unit[None])))[0] for unit in identity]
+        (jacobian,) = as_constants([torch.stack(columns, dim=1)])
+        change = torch.linalg.solve(identity - jacobian, packing.pack(push.change)[0])
+        return push.attach(push.outputs, packing.unpack(change[None]))
+
 
 def _transposed_jacobians(graph: Linearization, packing: Packing) -> Tensor:
     """Return J^T of each sample, shape (B, D, D): column i is J^T e_i."""
+    _check_size(packing)
     rows, size = packing.rows, packing.columns
-    needed = rows * size * size * packing.dtype.itemsize
-    if needed > _LIMIT:
-        raise ValueError(
-            f"exact needs {needed / 2**30:.1f} GiB for the dense Jacobians of {rows} samples of "
-            f"{size} elements; it is for states of at most 1 GiB. Use 'ift' with a tight tol"
-        )
     result = torch.empty(rows, size, size, dtype=packing.dtype, device=packing.device)
     unit = torch.zeros(rows, size, dtype=packing.dtype, device=packing.device)
     for i in range(size):
@@ -73,3 +82,14 @@ def _transposed_jacobians(graph: Linearization, packing: Packing) -> Tensor:
         result[:, :, i] = packing.pack(graph.vjp(packing.unpack(unit)))
         unit[:, i] = 0
     return result
+
+
+def _check_size(packing: Packing) -> None:
+    """Refuse Jacobians that memory may not hold."""
+    rows, size = packing.rows, packing.columns
+    needed = rows * size * size * packing.dtype.itemsize
+    if needed > _LIMIT:
+        raise ValueError(
+            f"exact needs {needed / 2**30:.1f} GiB for the dense Jacobians of {rows} samples of "
+            f"{size} elements; it is for states of at most 1 GiB. Use 'ift' with a tight tol"
+        )

@@ -79,8 +79,8 @@ class IFT(GradStrategy):
         if self.higher_order:
             alone = Context(context.sample_dim)
             inner = lambda vjp, v: self._solved(vjp, v, alone, None)  # noqa: E731
-            return implicit(func, equilibrium, adjoint, inner)
-        graph = Linearization(func, equilibrium)
+            return implicit(func, equilibrium, adjoint, inner, self)
+        graph = Linearization(func, equilibrium, self)
         return graph.attach(graph.outputs, lambda v: adjoint(graph.vjp, v))
 
     def _solved(

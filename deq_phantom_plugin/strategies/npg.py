@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adjoint import Linearization
+from ..adjoint import Linearization, Pushforward
 from ..state import State, flatten
 from ..strategy import BackwardStats, Context, GradStrategy
+from ..transforms import in_transform
 from .arguments import damping_factor, positive_int
 from .damping import damping
 
@@ -25,7 +26,8 @@ class NPG(GradStrategy):
     is the equilibrium itself, in a tensor of its own.
 
     Costs one evaluation of F, k - 1 vector-Jacobian products and one backward pass on the one
-    graph that memory holds, however large k.
+    graph that memory holds, however large k. Inside `torch.func` and in forward mode k - 1 products
+    are taken at once, memory holds a graph of each, and the context's monitor is told nothing.
 
     Args:
         k: the number of terms.
@@ -55,12 +57,14 @@ class NPG(GradStrategy):
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
-        graph = Linearization(func, equilibrium)
         batch_dim = context.sample_dim if self.tells_samples_apart else None
+        if in_transform():
+            return neumann_change(func, equilibrium, self, self.k, self.lam, batch_dim)
+        graph = Linearization(func, equilibrium, self)
         monitor = context.monitor
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
-            g = neumann(graph, v, self.k, self.lam, batch_dim)
+            g = neumann(graph.vjp, v, self.k, damping_factors(graph, self.lam, batch_dim))
             if monitor is not None:
                 monitor(BackwardStats(strategy=repr(self), n_vjp=self.k - 1))
             return g
@@ -69,30 +73,67 @@ class NPG(GradStrategy):
 
 
 def neumann(
-    graph: Linearization,
+    product: Callable[[list[Tensor]], list[Tensor]],
     v: list[Tensor],
     k: int,
-    lam: float | str,
-    batch_dim: int | None,
+    factors: Sequence[float | Tensor],
     weight: float = 1.0,
 ) -> list[Tensor]:
-    """Return lam * sum_{t<k} (weight * B)^t v with B = lam J^T + (1 - lam) I, by Horner's rule.
+    """Return lam * sum_{t<k} (weight * B)^t v with B = lam M + (1 - lam) I, by Horner's rule.
 
     Args:
-        graph: F at the equilibrium.
-        v: the incoming gradient, a tensor a leaf.
+        product: M, J^T for gradients and J for changes.
+        v: what to begin with, a tensor a leaf.
         k: the number of terms.
-        lam: the damping factor, "adaptive" to measure it.
-        batch_dim: see `Context.batch_dim`.
+        factors: lam of each leaf, see `damping_factors`.
         weight: what each term weighs relative to the one before.
     """
-    factors: Sequence[float | Tensor]
-    factors = damping(graph, batch_dim) if isinstance(lam, str) else [lam] * len(v)
     g = v
     for _ in range(k - 1):
-        image = graph.vjp(g)
+        image = product(g)
         g = [
             torch.add(vi, torch.lerp(gi, ji, factor), alpha=weight)
             for vi, gi, ji, factor in zip(v, g, image, factors, strict=True)
         ]
     return [factor * gi for factor, gi in zip(factors, g, strict=True)]
+
+
+def damping_factors(
+    graph: Linearization, lam: float | str, batch_dim: int | None
+) -> Sequence[float | Tensor]:
+    """Return lam of each leaf.
+
+    Args:
+        graph: F at the equilibrium.
+        lam: the damping factor, "adaptive" to measure it.
+        batch_dim: see `Context.batch_dim`.
+    """
+    return damping(graph, batch_dim) if isinstance(lam, str) else [lam] * len(graph.inputs)
+
+
+def neumann_change(
+    func: Callable[[State], State],
+    equilibrium: State,
+    strategy: GradStrategy,
+    k: int,
+    lam: float | str,
+    batch_dim: int | None,
+    weight: float = 1.0,
+) -> State:
+    """Return the equilibrium attached by `neumann`, for any transform and mode of PyTorch.
+
+    Args:
+        func: the map F.
+        equilibrium: h*, constant.
+        strategy: whose limits errors name.
+        k: the number of terms.
+        lam: the damping factor; "adaptive" is refused inside `torch.func`.
+        batch_dim: see `Context.batch_dim`.
+        weight: what each term weighs relative to the one before.
+    """
+    leaves, _ = flatten(equilibrium)
+    factors: Sequence[float | Tensor] = [lam] * len(leaves)  # type: ignore[list-item]
+    if isinstance(lam, str):
+        factors = damping(Linearization(func, equilibrium, strategy), batch_dim)
+    push = Pushforward(func, equilibrium, strategy)
+    return push.attach(leaves, neumann(push, push.change, k, factors, weight))

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..adjoint import Linearization
 from ..state import State, flatten
 from ..strategy import BackwardStats, Context, GradStrategy
+from ..transforms import in_transform
 from .arguments import damping_factor, probability
-from .npg import neumann
+from .npg import damping_factors, neumann, neumann_change
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,13 +65,18 @@ class NPGRR(GradStrategy):
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
-        graph = Linearization(func, equilibrium)
         batch_dim = context.sample_dim if self.tells_samples_apart else None
+        if in_transform():
+            terms, weight = draw_terms(self.p), 1 / self.p
+            return neumann_change(func, equilibrium, self, terms, self.lam, batch_dim, weight)
+        graph = Linearization(func, equilibrium, self)
         monitor = context.monitor
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             terms = draw_terms(self.p)
-            g = neumann(graph, v, terms, self.lam, batch_dim, weight=1 / self.p)
+            g = neumann(
+                graph.vjp, v, terms, damping_factors(graph, self.lam, batch_dim), 1 / self.p
+            )
             if monitor is not None:
                 monitor(BackwardStats(strategy=repr(self), n_vjp=terms - 1))
             return g
@@ -80,5 +86,6 @@ class NPGRR(GradStrategy):
 
 def draw_terms(p: float) -> int:
     """Draw K = 1, 2, ... with P(K > t) = p^t."""
-    uniform = 1 - torch.rand((), dtype=torch.float64, device="cpu").item()  # in (0, 1]
+    with torch._C._DisableFuncTorch():  # under vmap too it is one number for all
+        uniform = 1 - torch.rand((), dtype=torch.float64, device="cpu").item()  # in (0, 1]
     return 1 + int(math.log(uniform) / math.log(p))

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..cached_weights import made_anew
 from ..compilation import never_compiled
 from ..errors import NonFiniteError, warn_once
 from ..precision import AutocastState
 from ..state import State, flatten, unflatten
 from ..strategy import Context, GradStrategy
+from ..transforms import refuse_in_torch_func
 from .arguments import positive_int, relaxation
 from .drift import Drift
 from .replay import Replay
@@ -83,6 +85,7 @@ class Reversible(GradStrategy):
 
     Raises:
         ValueError: if an argument is out of range.
+        RuntimeError: inside a transform of `torch.func`, and in backward under `torch.vmap`.
     """
 
     owns_solve: ClassVar[bool] = True
@@ -107,6 +110,7 @@ class Reversible(GradStrategy):
         self, func: Callable[[State], State], equilibrium: State, context: Context
     ) -> Iterator[State]:
         """Yield the iterates z_1 ... z_steps."""
+        refuse_in_torch_func(self)
         start = equilibrium if context.initial_state is None else context.initial_state
         tape = _Tape(self, func, start)
         y = z = tape.widened(start)
@@ -223,7 +227,7 @@ class _Tape:
         leaves = []
         for leaf, f in zip(old.leaves, image, strict=True):
             if f.requires_grad:
-                f.register_hook(functools.partial(self._drift.weigh, number))
+                f.register_hook(functools.partial(self._weigh, number))
             # beta F is rounded by itself, as on the way back, where a zero is then a zero again.
             leaves.append(torch.add(beta * f.to(leaf.dtype), leaf, alpha=1 - beta))
         new = _Iterate(leaves, self._drift.keep(leaves))
@@ -232,6 +236,10 @@ class _Tape:
             self._kept[number] = self._end
         self._restart()
         return new
+
+    def _weigh(self, number: int, cotangent: Tensor | None) -> None:
+        refuse_in_torch_func(self._strategy)  # is_grads_batched=True
+        self._drift.weigh(number, cotangent)
 
     def _evaluate(self, number: int, leaves: list[Tensor]) -> list[Tensor]:
         """Return F's leaves; its saved tensors stay at hand until the tape moves on."""
@@ -244,10 +252,11 @@ class _Tape:
             return _Key(number, len(saved) - 1, tensor._version, _address(tensor))
 
         narrow = [leaf.to(dtype) for leaf, dtype in zip(leaves, self._dtypes, strict=True)]
-        with saved_tensors_hooks(pack, self._unpack):
+        with saved_tensors_hooks(pack, self._unpack), made_anew():
             return flatten(self._func(unflatten(narrow, self._structure)))[0]
 
     def _unpack(self, key: _Key) -> Tensor:
+        refuse_in_torch_func(self._strategy)
         with self._lock:
             return self._found(key)
 

@@ -70,7 +70,7 @@ class SHINE(GradStrategy):
                 f"{self!r} in a context with batch_dim={context.sample_dim}: the forward solver's "
                 f"estimate is of samples along dimension {inverse.packing.batch_dim}"
             )
-        graph = Linearization(func, equilibrium)
+        graph = Linearization(func, equilibrium, self)
         monitor, blocks, estimate = context.monitor, inverse.packing, inverse.estimate
         together = context.sample_dim is None and blocks.batch_dim is not None
         packing = Packing(graph.inputs, None) if together else blocks

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..adjoint import Linearization
+from ..cached_weights import made_anew
 from ..state import State, damped_step, flatten, unflatten
 from ..strategy import Context, GradStrategy
+from ..transforms import in_torch_func
 from .arguments import boolean, damping_factor, positive_int
 from .damping import damping
 
@@ -25,7 +27,8 @@ class UPG(GradStrategy):
     The value is the k-th step.
 
     Costs k evaluations of F with their k backward passes. Memory holds k graphs; with
-    `checkpoint` k states and, in backward, one graph at a time, for k more evaluations.
+    `checkpoint` k states and, in backward, one graph at a time, for k more evaluations (k graphs
+    inside `torch.func`, which has no checkpoints).
 
     Args:
         k: the number of steps.
@@ -66,14 +69,14 @@ class UPG(GradStrategy):
         """Yield the k states h_1 ... h_k."""
         lam: float | list[Tensor]
         if isinstance(self.lam, str):
-            lam = damping(Linearization(func, equilibrium), context.sample_dim)
+            lam = damping(Linearization(func, equilibrium, self), context.sample_dim)
         else:
             lam = self.lam
         state = equilibrium
         for _ in range(self.k):
             state = (
                 self._checkpointed(func, state, lam)
-                if self.checkpoint
+                if self.checkpoint and not in_torch_func()  # which knows of no checkpoints
                 else damped_step(func, state, lam)
             )
             yield state
@@ -85,6 +88,7 @@ class UPG(GradStrategy):
         leaves, structure = flatten(state)
 
         def step(*leaves: Tensor) -> list[Tensor]:
-            return flatten(damped_step(func, unflatten(list(leaves), structure), lam))[0]
+            with made_anew():
+                return flatten(damped_step(func, unflatten(list(leaves), structure), lam))[0]
 
         return unflatten(list(checkpoint(step, *leaves, use_reentrant=False)), structure)
