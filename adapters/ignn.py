@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.attaching import Attaching
 from deq_phantom_plugin.calls import Calls
+from deq_phantom_plugin.evaluation import attaches, watched
 from deq_phantom_plugin.extras import require
-from deq_phantom_plugin.hosts import Host, Solve, tell
+from deq_phantom_plugin.hosts.own import Own
 
 from .graph import Edges, Graph, LastGraph, check_edges, parse_edges
 
@@ -77,7 +79,7 @@ def project_rows(weight: Tensor, radius: Tensor) -> Tensor:
     return torch.where(magnitude.sum(dim=1, keepdim=True) > radius, shrunk, weight)
 
 
-class FixedPoint(nn.Module):
+class FixedPoint(Attaching):
     """The equilibrium of a map, solved by iteration and attached by a strategy.
 
     Args:
@@ -85,20 +87,22 @@ class FixedPoint(nn.Module):
         f_max_iter: the most iterations.
         f_tol: largest change of a number at which to stop, of the largest number where that is
             above 1: float32 has no smaller ones there.
+        grad_in_eval: whether the gradient is attached in evaluation mode too.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
         memory: what the strategy keeps between steps.
     """
 
-    def __init__(self, grad: Any, f_max_iter: int, f_tol: float) -> None:
-        super().__init__()
+    def __init__(
+        self, grad: Any, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
+    ) -> None:
+        # Nodes depend on one another: the state is one sample.
+        super().__init__(grad, batch_dim=None, grad_in_eval=grad_in_eval)
         if isinstance(f_max_iter, bool) or not isinstance(f_max_iter, int) or f_max_iter < 1:
             raise ValueError(f"f_max_iter={f_max_iter!r}; expected a whole number of at least 1")
         if not f_tol >= 0:
             raise ValueError(f"f_tol={f_tol!r}; expected a number of at least 0")
-        self.grad = dpp.get_strategy(grad)
-        self.memory = dpp.Memory()
         self.f_max_iter, self.f_tol = f_max_iter, f_tol
         self._calls = Calls()
 
@@ -113,20 +117,17 @@ class FixedPoint(nn.Module):
         Raises:
             NonFiniteError: if the solve makes a NaN or an infinity.
         """
-        # Nodes depend on one another: the state is one sample.
-        context = dpp.Context(batch_dim=None, initial_state=start, memory=self.memory)
-        attaching = self.training and torch.is_grad_enabled()
+        context = self.context(start)
         self._calls = calls = Calls()
 
         def counted(state: Tensor) -> Tensor:
             calls.note()
             return func(state)
 
-        owns_solve = attaching and self.grad.resolve(context).owns_solve
-        state = start if owns_solve else self._solve(counted, start)
-        if attaching:
-            state = dpp.attach(counted if owns_solve else func, state, self.grad, context)
-        return state
+        if self.solving(context) is not None:
+            return self.attached(counted, start, context, 0)
+        state = self._solve(watched(self, counted), start)
+        return self.attached(func, state, context, self.nfe) if attaches(self) else state
 
     @torch.no_grad()
     def _solve(self, func: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
@@ -181,6 +182,7 @@ class IGNNConv(nn.Module):
             where they require grad; it has no second derivative in them.
         f_max_iter: the most iterations of the forward solve.
         f_tol: largest change at which the forward solve stops, relative to states above 1.
+        grad_in_eval: whether the gradient is attached in evaluation mode too.
 
     Shapes:
         - **input:** node features (num_nodes, in_channels), edge indices (2, num_edges), edge
@@ -203,6 +205,7 @@ class IGNNConv(nn.Module):
         lambda_pf: float | None = None,
         f_max_iter: int = 300,
         f_tol: float = 3e-6,
+        grad_in_eval: bool = False,
     ) -> None:
         super().__init__()
         for name, size in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -219,7 +222,7 @@ class IGNNConv(nn.Module):
         self.omega = nn.Parameter(torch.empty(out_channels, in_channels))
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
-        self.equilibrium = FixedPoint(grad, f_max_iter, f_tol)
+        self.equilibrium = FixedPoint(grad, f_max_iter, f_tol, grad_in_eval)
         self._last_graph = LastGraph()
         self.reset_parameters()
 
@@ -511,7 +514,7 @@ class IGNN(nn.Module):
         return Edges(source, target, weight, num_nodes)
 
 
-class IGNNHost(Host):
+class IGNNHost(Own):
     """Lets `dpp.set_grad`, `dpp.model_report` and `dpp.monitor` find the layers in a model.
 
     The layers take specs by themselves, so that there is nothing to enable, and need no package
@@ -519,38 +522,5 @@ class IGNNHost(Host):
     """
 
     name = "ignn"
-    package = "torch"
     pip = '"deq-phantom-plugin[graph]"'
-
-    @property
-    def is_enabled(self) -> bool:
-        """False: nothing foreign is hooked."""
-        return False
-
-    def enable(self) -> None:
-        """Do nothing."""
-
-    def disable(self) -> None:
-        """Do nothing."""
-
-    def is_equilibrium(self, module: nn.Module) -> bool:
-        """Whether a module is the equilibrium of an `IGNNConv`."""
-        return isinstance(module, FixedPoint)
-
-    def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
-        """See `Host.prepare_grad`."""
-        return functools.partial(setattr, module, "grad", dpp.get_strategy(spec))
-
-    def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-        """See `Host.observe`."""
-
-        def after(equilibrium: Any, args: Any, attached: Tensor) -> None:
-            if equilibrium.training and torch.is_grad_enabled():
-                func, start = args
-                context = dpp.Context(
-                    batch_dim=None, initial_state=start, memory=equilibrium.memory
-                )
-                grad, nfe = equilibrium.grad, equilibrium.nfe
-                tell([callback], func, attached.detach(), attached, grad, context, nfe)
-
-        return module.register_forward_hook(after).remove
+    modules = (FixedPoint,)

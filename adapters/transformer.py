@@ -95,6 +95,8 @@ class DEQTransformerConfig(PreTrainedConfig):
         f_solver: TorchDEQ's name of the forward solver.
         f_max_iter: the most iterations of the forward solve.
         f_tol: its relative residual of each sample.
+        grad_in_eval: whether the gradient is attached in evaluation mode too, as `from_pretrained`
+            leaves a model; for saliency maps and attacks.
         jac_reg_weight: of ||J||_F^2 / numel in the loss, see `dpp.JacobianRegularization`.
         jac_reg_freq: the probability that a training step has it.
         jac_reg_increment: what the weight grows by every `jac_reg_interval` steps.
@@ -128,6 +130,7 @@ class DEQTransformerConfig(PreTrainedConfig):
     f_solver: str = "anderson"
     f_max_iter: int = 30
     f_tol: float = 1e-3
+    grad_in_eval: bool = False
     jac_reg_weight: float = 0.0
     jac_reg_freq: float = 1.0
     jac_reg_increment: float = 0.0
@@ -161,7 +164,7 @@ class DEQTransformerConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r}; expected one of {', '.join(ACT2FN)}")
         if not isinstance(self.grad, str):
             raise ValueError(f"grad={self.grad!r}; expected a spec as a string, such as 'upg(k=5)'")
-        check_settings(self.grad, self.f_solver, self.f_max_iter, self.f_tol)
+        check_settings(self.grad, self.f_solver, self.f_max_iter, self.f_tol, self.grad_in_eval)
         self.jacobian_regularization()
 
     def jacobian_regularization(self) -> dpp.JacobianRegularization:
@@ -258,7 +261,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     """Embeddings, the equilibrium block and its solver, without an output layer.
 
     In training mode the states carry the gradient of `config.grad`; in evaluation mode, as of any
-    equilibrium of this package, none.
+    equilibrium of this package, none unless `config.grad_in_eval` was set when it was made.
     """
 
     def __init__(self, config: DEQTransformerConfig) -> None:
@@ -267,7 +270,9 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self.inject = ScaledLinear(config.hidden_size, 3 * config.hidden_size, gain=2.0)
         self.rotary = LlamaRotaryEmbedding(config)
         self.block = DEQTransformerBlock(config)
-        self.deq = make_equilibrium(config.grad, config.f_solver, config.f_max_iter, config.f_tol)
+        self.deq = make_equilibrium(
+            config.grad, config.f_solver, config.f_max_iter, config.f_tol, config.grad_in_eval
+        )
         self.post_init()
 
     @can_return_tuple
