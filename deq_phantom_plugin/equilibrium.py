@@ -131,8 +131,8 @@ class Equilibrium(Attaching):
                 of tensors. Only a strategy that owns the solve sends a gradient to it.
 
         Raises:
-            ValueError: if `start` is no state, `func` or the solver returns something else, or (in
-                training) the solve has diverged.
+            ValueError: if `start` is no state, or `func` or the solver returns something else; in
+                training also if what the solver returns is not finite.
         """
         begin = tree_map(_detached, start)
         check_equilibrium(begin, finite=False)
@@ -198,6 +198,7 @@ class Equilibrium(Attaching):
         context = replace(context, solver_result=solution)
         return tree_map(_detached, solution.state), solution.rel_lowest.detach(), context
 
+    @never_compiled  # for the sake of its length, which changes; an F compiled by itself stays so
     def _solution(
         self,
         func: Callable[[State], State],

@@ -72,7 +72,7 @@ def watched(module: nn.Module, func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def look(module: nn.Module, func: Callable[[State], State], state: State) -> None:
-    """Do what `watched` does where the solve is another's: evaluates F, once for each equilibrium.
+    """Do what `watched` does where the solve is another's: evaluates F, until there was a warning.
 
     Args:
         module: the equilibrium.
@@ -89,7 +89,6 @@ def _look_once(module: nn.Module, func: Callable[[State], State], state: State) 
         return
     with torch.no_grad(), Trial(state):
         _look(module, func, (state,), own_trial=True)
-    setattr(module, _SAID, True)  # or that there was nothing to say
 
 
 @never_compiled
