@@ -138,7 +138,10 @@ def test_a_strategy_that_solves_begins_at_h0_and_is_alone(spec, x):
 
 def test_by_hand_bptt_starts_at_the_initial_state_of_the_context(x):
     layer = nn.Linear(5, 5).double()
-    func = lambda h: torch.tanh(0.6 * layer(h) + x)
+
+    def func(h):
+        return torch.tanh(0.6 * layer(h) + x)
+
     start, elsewhere = torch.full_like(x, 0.2), torch.full_like(x, -0.4)
     context = dpp.Context(initial_state=start)
     for spec in ("bptt(steps=1)", "reversible(steps=1, beta=0.5)"):
@@ -308,7 +311,10 @@ def test_it_is_found_like_any_hosts(x, tmp_path, monkeypatch, capsys):
     jfb, npg = Net(grad="jfb").double(), Net(grad="npg(k=3)").double()
     for twin in (jfb, npg):
         twin.load_state_dict(model.state_dict())
-    grad = lambda net: torch.autograd.grad(net(x).square().sum(), net.layer.weight)[0]
+
+    def grad(net):
+        return torch.autograd.grad(net(x).square().sum(), net.layer.weight)[0]
+
     torch.testing.assert_close(grad(model), grad(npg), rtol=0, atol=0)
     assert dpp.set_grad(model, "jfb") == 1
     torch.testing.assert_close(grad(model), grad(jfb), rtol=0, atol=0)
@@ -339,7 +345,10 @@ def test_it_is_found_like_any_hosts(x, tmp_path, monkeypatch, capsys):
 
 def test_it_compiles_with_a_model(x):
     model = Net(grad="npg").double()
-    grad = lambda net: torch.autograd.grad(net(x).square().sum(), model.layer.weight)[0]
+
+    def grad(net):
+        return torch.autograd.grad(net(x).square().sum(), model.layer.weight)[0]
+
     want = grad(model)
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(grad(compiled), want)
@@ -435,7 +444,10 @@ def test_a_host_is_registered_without_a_package(registered, as_object, x):
     assert dpp.register_host(given) is given
     model, layer = Loop(), nn.Linear(5, 5).double()
     assert dpp.set_grad(model, "exact") == 1
-    func = lambda h: torch.tanh(0.3 * layer(h) + x)
+
+    def func(h):
+        return torch.tanh(0.3 * layer(h) + x)
+
     assert "loop" in dpp.enable("loop")
     got = torch.autograd.grad(model(func, torch.zeros_like(x)).sum(), layer.weight)
     want = torch.zeros_like(x)

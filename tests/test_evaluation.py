@@ -190,14 +190,20 @@ def test_an_injection_that_only_a_custom_function_sees():
 def test_shapes_and_start_are_no_sign_of_a_gradient():
     u = torch.ones(3, 2, requires_grad=True)
     equilibrium = dpp.Equilibrium().eval()
-    func = lambda h: (0.5 * h + 1).to(u.dtype).reshape(u.shape)
+
+    def func(h):
+        return (0.5 * h + 1).to(u.dtype).reshape(u.shape)
+
     assert told(lambda: equilibrium(func, 0 * u))[1] == []
 
 
 def test_under_func_grad(x):
     model = Model(own("npg")).double().eval()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    loss = lambda p: torch.func.functional_call(model, p, (x,)).sum()
+
+    def loss(p):
+        return torch.func.functional_call(model, p, (x,)).sum()
+
     _, seen = told(lambda: torch.func.grad(loss)(parameters))
     assert len(seen) == 1
 
@@ -226,7 +232,9 @@ def test_the_evaluation_exports_with_autograd_on(x):
 
     class Exported(Model):
         def forward(self, x):
-            func = lambda h: torch.tanh(0.6 * self.layer(h) + x)
+            def func(h):
+                return torch.tanh(0.6 * self.layer(h) + x)
+
             return self.head(self.solve(func, torch.zeros_like(x)))
 
     model = Exported(dpp.Equilibrium(loop)).double().eval()
@@ -297,7 +305,10 @@ def test_a_language_model_from_a_checkpoint(tmp_path):
         torch.testing.assert_close(got, want)
     model.eval()
     dpp.set_grad(model, "npg", in_eval=False)
-    generate = lambda: model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+    def generate():
+        return model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+
     assert told(generate)[1] == []
     assert len(told(lambda: model(ids))[1]) == 1
     with pytest.raises(ValueError, match="grad_in_eval='yes'; expected True or False"):
@@ -356,7 +367,10 @@ def test_the_slope_of_an_image_classifier(eval_steps):
                 conv.weight.mul_(30)
     model.eval()
     x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    score = lambda images: model(images)[:, 0]
+
+    def score(images):
+        return model(images)[:, 0]
+
     want = by_central_differences(score, x, 1e-6)
     assert want.norm() > 1e-3
     assert (forces(score, x) - want).norm() < 1e-5 * want.norm()
@@ -382,7 +396,10 @@ def test_the_slope_of_a_language_model():
         grad_in_eval=True,
     )
     model = DEQTransformerForCausalLM(config).double().eval()
-    score = lambda x: model(inputs_embeds=x).logits[..., 3]
+
+    def score(x):
+        return model(inputs_embeds=x).logits[..., 3]
+
     x = torch.randn(1, 3, 8, dtype=torch.float64)
     torch.testing.assert_close(
         forces(score, x), by_central_differences(score, x), rtol=1e-5, atol=1e-7
