@@ -1,4 +1,4 @@
-"""A solve of one's own by dpp.Equilibrium, hosts without an entry point, and models with neither."""
+"""Solves by dpp.Equilibrium, hosts without an entry point, and models with neither."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_bad_settings_are_named(settings, message):
 
 def test_bad_states_are_named(x):
     model = Net().double()
-    with pytest.raises(ValueError, match="has dtype torch.int64"):
+    with pytest.raises(ValueError, match=r"has dtype torch\.int64"):
         model(x, torch.zeros(4, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match="func's result has shape"):
         dpp.Equilibrium()(lambda h: h[:2], x)
@@ -459,7 +459,7 @@ def test_a_host_is_registered_without_a_package(registered, as_object, x):
         dpp.set_grad(model, "jfb", in_eval=True)
     assert repr(model.grad) == "exact()"
     dpp.disable("loop")
-    with pytest.raises(ValueError, match="unknown host 'lop' .did you mean 'loop'"):
+    with pytest.raises(ValueError, match=r"unknown host 'lop' \(did you mean 'loop'"):
         dpp.enable("lop")
 
 
