@@ -193,7 +193,7 @@ class Equilibrium(Attaching):
         if attaches(self) and self._may_ask(solution):
             # At the equilibrium: where the solve begins, J may be zero.
             context = settled(context, CheckedFunc(func, begin), solution.state)
-            if context.batch_dim is None and batch_dim is not None:
+            if context.batch_dim is None and solution.rel_lowest.numel() > 1:
                 solution = self._solution(in_solve, begin, context, None)
         context = replace(context, solver_result=solution)
         return tree_map(_detached, solution.state), solution.rel_lowest.detach(), context

@@ -211,6 +211,20 @@ def test_independent_samples_are_asked_about_once_and_nothing_is_said(x):
     assert first == nfe + 2 + 2
 
 
+def test_leaves_of_different_lengths_are_one_system(x):
+    model = Net(grad="upg(k=2)").double()
+    equilibrium, counted = model.equilibrium, model.func(x)
+
+    def func(state):
+        return [counted(state[0]), 0.5 * state[1] + state[0][0, :3]]
+
+    for _ in range(2):
+        model.evaluations = 0
+        equilibrium(func, [torch.zeros_like(x), x.new_zeros(3)])
+        assert equilibrium.last.residual.shape == (1,)
+        assert model.evaluations == int(equilibrium.last.nfe) + 2
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_no_samples(solver):
     equilibrium = dpp.Equilibrium(solver)
