@@ -62,6 +62,7 @@ def deq_from_layer(
     f_solver: str = "anderson",
     f_max_iter: int = 30,
     f_tol: float = 1e-3,
+    grad_in_eval: bool = False,
 ) -> EquilibriumLayer:
     """Turn a Transformers decoder layer into an equilibrium block.
 
@@ -80,6 +81,7 @@ def deq_from_layer(
         f_solver: TorchDEQ's name of the forward solver.
         f_max_iter: the most iterations of the forward solve.
         f_tol: its relative residual of each sample.
+        grad_in_eval: whether the gradient is attached in evaluation mode too.
 
     Raises:
         ValueError: if layers of this type are unknown, with a list of those that are not; or on a
@@ -110,7 +112,7 @@ def deq_from_layer(
         layer,
         config,
         _POSITIONS[kind](layer, config),
-        make_equilibrium(grad, f_solver, f_max_iter, f_tol),
+        make_equilibrium(grad, f_solver, f_max_iter, f_tol, grad_in_eval),
     )
 
 

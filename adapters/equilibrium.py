@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.calls import Calls
 from deq_phantom_plugin.compilation import never_compiled
+from deq_phantom_plugin.evaluation import check_flag
 from deq_phantom_plugin.extras import require
 from deq_phantom_plugin.trial import Trial
 
@@ -41,7 +42,9 @@ class EquilibriumInfo(ModelOutput):
     nfe: Tensor | None = None
 
 
-def check_settings(grad: Any, f_solver: str, f_max_iter: int, f_tol: float) -> None:
+def check_settings(
+    grad: Any, f_solver: str, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
+) -> None:
     """Refuse settings of an equilibrium before there is one.
 
     Args:
@@ -49,12 +52,14 @@ def check_settings(grad: Any, f_solver: str, f_max_iter: int, f_tol: float) -> N
         f_solver: TorchDEQ's name of a solver.
         f_max_iter: the most iterations of the forward solve.
         f_tol: relative residual at which it stops.
+        grad_in_eval: whether the gradient is attached in evaluation mode too.
 
     Raises:
         ValueError: names the value and what is accepted.
         ImportError: without TorchDEQ.
     """
     dpp.get_strategy(grad)
+    check_flag("grad_in_eval", grad_in_eval)
     dpp.enable("torchdeq")  # which adds solvers of its own
     known = require("torchdeq.solver", "text")._solvers
     if f_solver not in known:
@@ -69,12 +74,14 @@ def check_settings(grad: Any, f_solver: str, f_max_iter: int, f_tol: float) -> N
         raise ValueError(f"f_tol={f_tol!r}; expected a number of at least 0 and below 1")
 
 
-def make_equilibrium(grad: Any, f_solver: str, f_max_iter: int, f_tol: float) -> nn.Module:
+def make_equilibrium(
+    grad: Any, f_solver: str, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
+) -> nn.Module:
     """Return TorchDEQ's module with a gradient chosen by name; see `check_settings`."""
-    check_settings(grad, f_solver, f_max_iter, f_tol)
+    check_settings(grad, f_solver, f_max_iter, f_tol, grad_in_eval)
     settings = {"f_solver": f_solver, "f_max_iter": f_max_iter, "f_tol": f_tol}
     deq: nn.Module = require("torchdeq", "text").get_deq(
-        {**settings, "f_stop_mode": "rel", "grad": grad}
+        {**settings, "f_stop_mode": "rel", "grad": grad, "grad_in_eval": grad_in_eval}
     )
     return deq
 
@@ -101,7 +108,8 @@ def solve(
     """Solve h = F(h).
 
     Args:
-        deq: of `make_equilibrium`; in training mode the state carries its gradient.
+        deq: of `make_equilibrium`; in training mode the state carries its gradient, and in
+            evaluation mode where it was told to.
         func: F, from and to shape (B, ...).
         start: the initial state.
     """

@@ -29,7 +29,9 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.attaching import Attaching
 from deq_phantom_plugin.calls import Calls
+from deq_phantom_plugin.evaluation import attaches, watched
 from deq_phantom_plugin.extras import require
 from deq_phantom_plugin.precision import full_precision
 
@@ -80,7 +82,7 @@ def project_rows(weight: Tensor, radius: Tensor) -> Tensor:
     return torch.where(magnitude.sum(dim=1, keepdim=True) > radius, shrunk, weight)
 
 
-class FixedPoint(nn.Module):
+class FixedPoint(Attaching):
     """The equilibrium of a map, solved by iteration and attached by a strategy.
 
     Args:
@@ -88,20 +90,22 @@ class FixedPoint(nn.Module):
         f_max_iter: the most iterations.
         f_tol: largest change of a number at which to stop, of the largest number where that is
             above 1: float32 has no smaller ones there.
+        grad_in_eval: whether the gradient is attached in evaluation mode too.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
         memory: what the strategy keeps between steps.
     """
 
-    def __init__(self, grad: Any, f_max_iter: int, f_tol: float) -> None:
-        super().__init__()
+    def __init__(
+        self, grad: Any, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
+    ) -> None:
+        # Nodes depend on one another: the state is one sample.
+        super().__init__(grad, batch_dim=None, grad_in_eval=grad_in_eval)
         if isinstance(f_max_iter, bool) or not isinstance(f_max_iter, int) or f_max_iter < 1:
             raise ValueError(f"f_max_iter={f_max_iter!r}; expected a whole number of at least 1")
         if not f_tol >= 0:
             raise ValueError(f"f_tol={f_tol!r}; expected a number of at least 0")
-        self.grad = dpp.get_strategy(grad)
-        self.memory = dpp.Memory()
         self.f_max_iter, self.f_tol = f_max_iter, f_tol
         self._calls = Calls()
 
@@ -123,20 +127,19 @@ class FixedPoint(nn.Module):
         Raises:
             NonFiniteError: if the solve makes a NaN or an infinity.
         """
-        # Nodes depend on one another: the state is one sample.
-        context = dpp.Context(batch_dim=None, initial_state=start, memory=self.memory)
-        attaching = (self.training or explained) and torch.is_grad_enabled()
+        context = self.context(start)
+        attaching = attaches(self) or (explained and torch.is_grad_enabled())
         self._calls = calls = Calls()
 
         def counted(state: Tensor) -> Tensor:
             calls.note()
             return func(state)
 
-        owns_solve = attaching and self.grad.resolve(context).owns_solve
-        state = start if owns_solve else self._solve(counted, start)
-        if attaching:
-            state = dpp.attach(counted if owns_solve else func, state, self.grad, context)
-        return state
+        if not attaching:
+            return self._solve(watched(self, counted), start)
+        if self.grad.resolve(context).owns_solve:
+            return self.attached(counted, start, context, 0)
+        return self.attached(func, self._solve(counted, start), context, self.nfe)
 
     @torch.no_grad()
     def _solve(self, func: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
@@ -195,6 +198,7 @@ class IGNNConv(GraphLayer):
             where they require grad; it has no second derivative in them.
         f_max_iter: the most iterations of the forward solve.
         f_tol: largest change at which the forward solve stops, relative to states above 1.
+        grad_in_eval: whether the gradient is attached in evaluation mode too.
 
     Shapes:
         - **input:** node features (num_nodes, in_channels), edge indices (2, num_edges), edge
@@ -217,6 +221,7 @@ class IGNNConv(GraphLayer):
         lambda_pf: float | None = None,
         f_max_iter: int = 300,
         f_tol: float = 3e-6,
+        grad_in_eval: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels)
         if not 0 < kappa < 1:
@@ -229,7 +234,7 @@ class IGNNConv(GraphLayer):
         self.omega = self.make_omega()
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
-        self.equilibrium = FixedPoint(grad, f_max_iter, f_tol)
+        self.equilibrium = FixedPoint(grad, f_max_iter, f_tol, grad_in_eval)
         self._last_graph = LastGraph()
         self.reset_parameters()
 

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.calls import Calls
 from deq_phantom_plugin.compilation import never_compiled
+from deq_phantom_plugin.evaluation import attaches
 from deq_phantom_plugin.state import ordinary
 from deq_phantom_plugin.trial import Trial
 
@@ -392,7 +393,8 @@ class MDEQ(nn.Module):
             "On Training Implicit Models"); this is there to see that.
         eval_lam: their damping.
         **deq_settings: for `torchdeq.get_deq`, unchanged; they override the published ones
-            (f_solver, f_max_iter, f_tol, f_stop_mode, core, n_states, tau, ift, ...).
+            (f_solver, f_max_iter, f_tol, f_stop_mode, core, n_states, tau, ift, ...), and
+            `grad_in_eval=True` for a gradient in evaluation mode too.
 
     Attributes:
         last: the last forward solve, None before the first; not saved, copied or pickled.
@@ -599,11 +601,10 @@ class MDEQ(nn.Module):
         memories = (m for m in self.deq.modules() if isinstance(m, dpp.Memory))
         return jac_reg(func, state, next((m.step for m in memories), None))
 
-    @torch.no_grad()
     def _damped_step(self, func: Callable[..., list[Tensor]], state: list[Tensor]) -> list[Tensor]:
-        return [
-            torch.lerp(h, new, self.eval_lam) for h, new in zip(state, func(*state), strict=True)
-        ]
+        with torch.set_grad_enabled(attaches(self.deq)):
+            pairs = zip(state, func(*state), strict=True)
+            return [torch.lerp(h, new, self.eval_lam) for h, new in pairs]
 
     def _once_per_solve(self) -> list[_OncePerSolve]:
         return [m for m in self.layer.modules() if isinstance(m, _OncePerSolve)]

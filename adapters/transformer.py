@@ -178,6 +178,8 @@ class DEQTransformerConfig(PreTrainedConfig):
         f_solver: TorchDEQ's name of the forward solver.
         f_max_iter: the most iterations of the forward solve.
         f_tol: its relative residual of each sample.
+        grad_in_eval: whether the gradient is attached in evaluation mode too, as `from_pretrained`
+            leaves a model; for saliency maps and attacks.
         jac_reg_weight: of ||J||_F^2 / numel in the loss, see `dpp.JacobianRegularization`.
         jac_reg_freq: the probability that a training step has it.
         jac_reg_increment: what the weight grows by every `jac_reg_interval` steps.
@@ -211,6 +213,7 @@ class DEQTransformerConfig(PreTrainedConfig):
     f_solver: str = "anderson"
     f_max_iter: int = 30
     f_tol: float = 1e-3
+    grad_in_eval: bool = False
     jac_reg_weight: float = 0.0
     jac_reg_freq: float = 1.0
     jac_reg_increment: float = 0.0
@@ -239,7 +242,7 @@ class DEQTransformerConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} with num_attention_heads="
                 f"{self.num_attention_heads}; expected a multiple of twice the heads"
             )
-        check_settings(self.grad, self.f_solver, self.f_max_iter, self.f_tol)
+        check_settings(self.grad, self.f_solver, self.f_max_iter, self.f_tol, self.grad_in_eval)
         self.jacobian_regularization()
 
     def jacobian_regularization(self) -> dpp.JacobianRegularization:
@@ -350,12 +353,13 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
         See Transformers' method for the arguments.
         """
         self._base().follow_config()
-        written = self.config.grad
-        self.config.grad = self._base().acting_grad()
+        base, config = self._base(), self.config
+        written = config.grad, config.grad_in_eval
+        config.grad, config.grad_in_eval = base.acting_grad(), bool(base.deq.grad_in_eval)
         try:
             super().save_pretrained(*args, **kwargs)
         finally:
-            self.config.grad = written
+            config.grad, config.grad_in_eval = written
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what Transformers does for stacks of layers.
@@ -387,7 +391,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     """Embeddings, the equilibrium block and its solver, without an output layer.
 
     In training mode the states carry the gradient of `config.grad`; in evaluation mode, as of any
-    equilibrium of this package, none.
+    equilibrium of this package, none unless `config.grad_in_eval` was set when it was made.
     """
 
     def __init__(self, config: DEQTransformerConfig) -> None:
@@ -397,11 +401,12 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self.rotary = LlamaRotaryEmbedding(config)
         self.block = DEQTransformerBlock(config)
         solver = (config.f_solver, config.f_max_iter, config.f_tol)
-        self.deq = make_equilibrium(config.grad, *solver)
+        self.deq = make_equilibrium(config.grad, *solver, config.grad_in_eval)
         self._made_with = _made_with(config)
         self._followed = {
             "solver": solver,
             "grad": config.grad,
+            "grad_in_eval": config.grad_in_eval,
             "positions": _positions(config),
         }
         self._joins = Joins()
@@ -594,6 +599,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         if config.grad != self._followed["grad"]:
             dpp.set_grad(self, config.grad)
             self._followed["grad"] = config.grad
+        if config.grad_in_eval != self._followed["grad_in_eval"]:
+            self._followed["grad_in_eval"] = self.deq.grad_in_eval = config.grad_in_eval
         positions = _positions(config)
         if positions != self._followed["positions"]:
             config.convert_rope_params_to_dict()

@@ -7,15 +7,17 @@
 
 or without any framework:
 
-    h = dpp.attach(func, equilibrium, grad="npg")
+    eq = dpp.Equilibrium(grad="npg")                 # a module of the model
+    h = eq(func, h0)
 """
 
 from .attach import attach
 from .checkpoint import load_memory_state_dict, memory_state_dict
 from .diagnostics import gradient_report, model_report, monitor
+from .equilibrium import Equilibrium
 from .errors import AssumptionWarning, ConvergenceError, ConvergenceWarning, NonFiniteError
 from .guard import Guard
-from .hosts import disable, enable, enabled
+from .hosts import disable, enable, enabled, register_host
 from .jacobian import jacobian_reg, spectral_radius
 from .memory import Memory
 from .registry import get_strategy, list_strategies, register_strategy
@@ -41,6 +43,7 @@ __all__ = [
     "Context",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Equilibrium",
     "Exact",
     "GradStrategy",
     "Guard",
@@ -63,6 +66,7 @@ __all__ = [
     "memory_state_dict",
     "model_report",
     "monitor",
+    "register_host",
     "register_strategy",
     "set_grad",
     "set_step",

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from typing import Any
 
 from torch import nn
 
-from .hosts import find_equilibria
+from .evaluation import check_flag
+from .hosts import find_equilibria, what_is_found
 from .memory import LARGEST_STEP, Memory
 from .registry import Spec
 
+# Models without anything to tell the step to, of which that was said; `set_step` is called often.
+_said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-def set_grad(module: nn.Module, spec: Spec | list[Spec]) -> int:
+
+def set_grad(module: nn.Module, spec: Spec | list[Spec], *, in_eval: bool | None = None) -> int:
     """Switch every equilibrium inside a model to another strategy, in place, mid-training.
 
     Args:
         module: the model; its equilibria are found through the installed hosts.
         spec: the new strategy, see `get_strategy`; whatever the host takes as `grad` goes too.
+        in_eval: whether they attach in evaluation mode too, for forces, saliency maps and attacks;
+            None leaves that as it is.
 
     Returns:
         How many equilibria were switched; 0 if the model has none.
 
+    Warns:
+        UserWarning: if the model has none; says what would be found.
+
     Raises:
-        ValueError: if the spec is invalid; then nothing is switched.
+        ValueError: if the spec is invalid, or an equilibrium cannot attach in evaluation mode (or
+            cannot but do so); then nothing is switched.
         TypeError: if `module` is no `torch.nn.Module`.
     """
     found = find_equilibria(check_module(module))
+    if not found:
+        warnings.warn(f"set_grad: {what_is_found(module)}", stacklevel=2)
     switches = [host.prepare_grad(equilibrium, spec) for host, equilibrium in found]
+    if in_eval is not None:
+        check_flag("in_eval", in_eval)
+        switches += [host.prepare_in_eval(equilibrium, in_eval) for host, equilibrium in found]
     for switch in switches:
         switch()
-    return len(switches)
+    return len(found)
 
 
 def set_step(module: nn.Module, step: int) -> None:
@@ -39,14 +56,22 @@ def set_step(module: nn.Module, step: int) -> None:
         module: the model.
         step: the step that the next forward pass belongs to.
 
+    Warns:
+        UserWarning: once for a model that has neither an equilibrium nor a `Memory`; says what
+            would be found.
+
     Raises:
         ValueError: if `step` is not a whole number of at least 0, or too large for a float64.
     """
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= LARGEST_STEP:
         raise ValueError(f"step={step!r:.60}; expected a whole number of at least 0, at most 2**53")
-    for memory in check_module(module).modules():
-        if isinstance(memory, Memory):
-            memory.step = int(step)
+    memories = [m for m in check_module(module).modules() if isinstance(m, Memory)]
+    for memory in memories:
+        memory.step = int(step)
+    if not memories and module not in _said:
+        _said.add(module)
+        if not find_equilibria(module):  # TorchDEQ's own gradients need no step
+            warnings.warn(f"set_step: {what_is_found(module)}", stacklevel=2)
 
 
 def failures(module: nn.Module) -> dict[str, int]:

@@ -276,7 +276,7 @@ class IgnnCase(Case):
 class PatchedCase(Case):
     """What `deq-phantom patch` makes of a model with a solve of its own; nothing to hook."""
 
-    name = "patched"
+    name = "own"
     own = "jfb"
 
     class Model(nn.Module):
@@ -308,7 +308,22 @@ class PatchedCase(Case):
         return (model(x) * torch.linspace(0, 1, 5, dtype=torch.float64)).square().sum()
 
 
+class OwnCase(PatchedCase):
+    """A model that solves by `dpp.Equilibrium`; nothing to hook."""
+
+    class Model(PatchedCase.Model):
+        def __init__(self, grad: Any, inside: nn.Module | None) -> None:
+            super().__init__(grad, inside)
+            self.equilibrium = dpp.Equilibrium("fixed_point", grad, max_iter=60, tol=0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.inject(x)
+            return self.equilibrium(
+                lambda h: torch.tanh(0.7 * self.inside(self.weight(h)) + z), torch.ones_like(z)
+            )
+
+
 CASES = [TorchDEQCase(), HrmTextCase(), SilvaCase(), DeepInvCase()]
 
 # Those whose framework is our own need not pass what is about hooks.
-OBSERVED = [*CASES, IgnnCase(), PatchedCase()]
+OBSERVED = [*CASES, IgnnCase(), PatchedCase(), OwnCase()]

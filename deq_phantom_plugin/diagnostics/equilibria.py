@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..hosts import Host, find_equilibria, host_names
+from ..hosts import Host, find_equilibria, what_is_found
 
 
 def named_equilibria(model: nn.Module) -> list[tuple[str, Host, nn.Module]]:
@@ -19,8 +19,7 @@ def named_equilibria(model: nn.Module) -> list[tuple[str, Host, nn.Module]]:
     found = find_equilibria(model)
     if not found:
         raise ValueError(
-            f"no equilibrium found inside {type(model).__name__}; looked for those of "
-            f"{', '.join(host_names()) or 'no host, as none is installed'}. For a solver of your "
-            "own there is dpp.gradient_report(func, equilibrium, loss, params)"
+            f"{what_is_found(model)} For a state at hand there is dpp.gradient_report(func, "
+            "equilibrium, loss, params)"
         )
     return [(names[module] or "equilibrium", host, module) for host, module in found]

@@ -83,7 +83,7 @@ def model_report(
     state are left as they were.
 
     Args:
-        model: its equilibria are found through the installed hosts (TorchDEQ).
+        model: its equilibria are found through the hosts.
         inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword
             arguments.
         loss: from what the model returns to a scalar.

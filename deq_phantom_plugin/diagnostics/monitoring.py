@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AssumptionWarning, muted
+from ..hosts import find_equilibria, what_is_found
 from ..hosts.host import Solve
 from ..jacobian import spectral_radius
 from ..state import flatten
@@ -58,7 +59,7 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
     counted instead.
 
     Args:
-        model: its equilibria are found through the installed hosts (TorchDEQ).
+        model: its equilibria are found through the hosts.
         writer: TensorBoard's `SummaryWriter`, or a callable (numbers by name, step), such as
             `wandb.log`.
         every: steps from one log to the next.
@@ -66,18 +67,20 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
     Returns:
         A handle: `remove()` ends it, and so does leaving it as a `with` block.
 
+    Warns:
+        UserWarning: if the model has no equilibrium; says what would be found, and logs nothing.
+
     Raises:
-        ValueError: if the model has no equilibrium, `every` is not a whole number of at least 1,
-            or `writer` is neither.
+        ValueError: if `every` is not a whole number of at least 1, or `writer` is neither.
     """
-    found = named_equilibria(model)
+    write, every = _as_callable(writer), positive_int("every", every)
+    if not find_equilibria(model):
+        warnings.warn(f"monitor: {what_is_found(model)} Nothing is logged.", stacklevel=2)
+        return Monitor([])
     return Monitor(
         [
-            host.observe(
-                module,
-                _Watch(name, module, model, _as_callable(writer), positive_int("every", every)),
-            )
-            for name, host, module in found
+            host.observe(module, _Watch(name, module, model, write, every))
+            for name, host, module in named_equilibria(model)
         ]
     )
 

@@ -22,6 +22,7 @@ def anderson(
     func: Callable[[State], State],
     start: State,
     *,
+    batch_dim: int | None = 0,
     max_iter: int = 50,
     tol: float = 1e-3,
     stop_mode: str = "abs",
@@ -39,7 +40,9 @@ def anderson(
 
     Args:
         func: F.
-        start: the initial state; samples along dimension 0 of every leaf.
+        start: the initial state.
+        batch_dim: the dimension of every leaf that counts samples; None where they depend on one
+            another, and are solved as one.
         max_iter: the most evaluations, the two before the first mixing included.
         tol: the residual to reach in every sample.
         stop_mode: "abs" for ||F(h) - h||, "rel" for that over ||F(h)||.
@@ -56,7 +59,7 @@ def anderson(
     """
     if m < 2 or max_iter < 3:
         raise ValueError(f"m={m}, max_iter={max_iter}; expected at least m=2 and max_iter=3")
-    rows = Rows(func, start)
+    rows = Rows(func, start, batch_dim)
     x = rows.start
     tracker = Tracker(
         [x],

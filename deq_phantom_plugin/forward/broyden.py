@@ -23,6 +23,7 @@ def broyden(
     func: Callable[[State], State],
     start: State,
     *,
+    batch_dim: int | None = 0,
     max_iter: int = 50,
     tol: float = 1e-3,
     stop_mode: str = "abs",
@@ -39,7 +40,9 @@ def broyden(
 
     Args:
         func: F.
-        start: the initial state; samples along dimension 0 of every leaf.
+        start: the initial state.
+        batch_dim: the dimension of every leaf that counts samples; None where they depend on one
+            another, and are solved as one.
         max_iter: the most iterations.
         tol: the residual to reach in every sample.
         stop_mode: "abs" for ||F(h) - h||, "rel" for that over ||F(h)||.
@@ -63,7 +66,7 @@ def broyden(
             f"memory={memory} with keep_inverse=True: an estimate that begins anew is none of the "
             "Jacobian; leave memory out (TorchDEQ's LBFGS_thres)"
         )
-    rows = Rows(func, start)
+    rows = Rows(func, start, batch_dim)
     x = rows.start
     image = rows(x)
     tracker = Tracker(

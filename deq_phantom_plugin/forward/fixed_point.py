@@ -23,6 +23,7 @@ def fixed_point(
     func: Callable[[State], State],
     start: State,
     *,
+    batch_dim: int | None = 0,
     max_iter: int = 50,
     tol: float = 1e-3,
     stop_mode: str = "abs",
@@ -37,7 +38,9 @@ def fixed_point(
 
     Args:
         func: F.
-        start: the initial state; samples along dimension 0 of every leaf.
+        start: the initial state.
+        batch_dim: the dimension of every leaf that counts samples; None where they depend on one
+            another, and are solved as one.
         max_iter: the most iterations.
         tol: the residual of the damped map to reach in every sample.
         stop_mode: "abs" for ||F(h) - h||, "rel" for that over ||F(h)||.
@@ -51,10 +54,16 @@ def fixed_point(
         ValueError: if the stop mode is unknown, or `max_iter` below 1.
     """
     leaves, structure = flatten(start)
-    packing = Packing(leaves, 0)
+    packing = Packing(leaves, batch_dim)
     like = torch.zeros(packing.rows, dtype=packing.dtype, device=packing.device)
+    dim = packing.batch_dim or 0
+
+    def first(leaves: Sequence[Tensor]) -> list[Tensor]:
+        # Where the tracker looks for the samples.
+        return [leaf.movedim(dim, 0) for leaf in leaves] if dim else list(leaves)
+
     tracker = Tracker(
-        leaves,
+        first(leaves),
         like,
         max_iter=max_iter,
         tol=tol,
@@ -68,11 +77,17 @@ def fixed_point(
         image = damped_step(func, state, tau)
         # Copied, since F may return the same memory each time, as CUDA graphs do.
         new, old = [leaf.clone() for leaf in flatten(image)[0]], flatten(state)[0]
-        residual = _norm([a - b for a, b in zip(new, old, strict=True)], like)
+        residual = _norm(first([a - b for a, b in zip(new, old, strict=True)]), like)
         state = unflatten(new, structure)
-        if tracker.record(new, residual, _norm(new, like), iteration + 1):
+        moved = first(new)
+        if tracker.record(moved, residual, _norm(moved, like), iteration + 1):
             break
-    return tracker.solution(lambda tensors: unflatten(list(tensors), structure))
+
+    def restore(leaves: Sequence[Tensor]) -> State:
+        kept = [leaf.movedim(0, dim) for leaf in leaves] if dim else list(leaves)
+        return unflatten(kept, structure)
+
+    return tracker.solution(restore)
 
 
 def _norm(leaves: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -67,10 +67,12 @@ class Rows:
         start: the initial state, shape (B, D).
     """
 
-    def __init__(self, func: Callable[[State], State], start: State) -> None:
+    def __init__(
+        self, func: Callable[[State], State], start: State, batch_dim: int | None = 0
+    ) -> None:
         leaves, self._structure = flatten(start)
         self._func = func
-        self.packing = Packing([leaf.detach() for leaf in leaves], 0)
+        self.packing = Packing([leaf.detach() for leaf in leaves], batch_dim)
         self.start = self.packing.pack(leaves)
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from .. import entry_points
+from ..memory import Memory
 from .host import Host, PatchingHost, Solve, attach_observed, relative_residual, tell
 
 __all__ = [
@@ -25,9 +28,13 @@ __all__ = [
     "find_equilibria",
     "host_names",
     "host_versions",
+    "register_host",
     "relative_residual",
     "tell",
+    "what_is_found",
 ]
+
+_H = TypeVar("_H", bound=Host | type[Host])
 
 _hosts: dict[str, Host] = {}
 _warned: set[str] = set()
@@ -109,6 +116,60 @@ def enabled(host: str | None = None) -> Iterator[None]:
                 known.disable()
 
 
+def register_host(host: _H, *, replace: bool = False) -> _H:
+    """Let a host be found under its name, without an entry point: in a notebook, or a script.
+
+    Args:
+        host: a subclass of `Host`, or an object of one; works as a decorator of the class.
+        replace: whether it may take over a name that is known already; the host that had it is
+            disabled.
+
+    Returns:
+        What was given.
+
+    Raises:
+        ValueError: if the host's name is taken or no lower-case identifier.
+        TypeError: if it is no host, or its class lacks a method.
+    """
+    cls: Any = host if isinstance(host, type) else type(host)
+    if not issubclass(cls, Host):
+        raise TypeError(
+            f"{host!r:.80} is no host; expected a subclass of deq_phantom_plugin.hosts.Host or "
+            "PatchingHost, or an object of one"
+        )
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise TypeError(f"the host {cls.__qualname__} lacks {missing}")
+    name = getattr(host, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
+        raise ValueError(f"name={name!r}; expected a lower-case identifier such as 'my_framework'")
+    with _lock:
+        if not replace and name in {*_hosts, *entry_points.names(entry_points.HOSTS)}:
+            raise ValueError(
+                f"a host named {name!r} is known already; pass replace=True to take its place"
+            )
+        made: Host = cls() if isinstance(host, type) else host
+        if name in _hosts:
+            _hosts[name].disable()
+        _hosts[name] = made
+    return host
+
+
+def what_is_found(module: nn.Module) -> str:
+    """Return that a model has no equilibrium, and what would be one, in words."""
+    frameworks = ", ".join(name for name in host_names() if name != "own")
+    text = (
+        f"no equilibrium found inside {type(module).__name__}; looked for dpp.Equilibrium, those "
+        f"of patched repositories, and those of {frameworks}."
+    )
+    if any(isinstance(child, Memory) for child in module.modules()):
+        text += (
+            " It has a dpp.Memory: a solve of your own that ends in dpp.attach has the method that "
+            "is passed there. Solve through a dpp.Equilibrium instead, and it is found."
+        )
+    return text
+
+
 def find_equilibria(module: nn.Module) -> list[tuple[Host, nn.Module]]:
     """Return every equilibrium inside a module, with the host that knows it."""
     hosts = [host for host in _all().values() if host.installed()]
@@ -148,7 +209,7 @@ def _get(name: str) -> Host:
         try:
             _hosts[name] = _made(name, entry_points.load(entry_points.HOSTS, name))
         except KeyError:
-            names = entry_points.names(entry_points.HOSTS)
+            names = sorted({*_hosts, *entry_points.names(entry_points.HOSTS)})
             near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             valid = ", ".join(repr(known) for known in names)

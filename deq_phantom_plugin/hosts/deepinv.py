@@ -20,7 +20,7 @@ from ..memory import Memory
 from ..registry import get_strategy
 from ..strategies import IFT, JFB
 from ..strategy import Context, GradStrategy
-from .host import PatchingHost, attach_observed, tell
+from .host import PatchingHost, attach_observed, attaches_always, tell
 from .patches import Patches
 
 _MODULE = "deepinv.optim.optimizers"
@@ -59,6 +59,10 @@ class DeepInv(PatchingHost):
             _memory(module)
 
         return switch
+
+    def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
+        """See `Host.prepare_in_eval`; the framework does not look at the mode."""
+        return attaches_always(self, in_eval)
 
 
 def _memory(module: Any) -> Memory:

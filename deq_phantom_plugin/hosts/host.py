@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -188,6 +189,7 @@ def attach_observed(
     context: Context,
     nfe: int,
     index: int = 0,
+    known_residual: Tensor | None = None,
 ) -> State:
     """Attach a strategy to what a host found, as `dpp.attach` does, and tell observers.
 
@@ -201,13 +203,15 @@ def attach_observed(
         nfe: evaluations of F that the host's solve took; those of a strategy that owns the solve
             are counted.
         index: see `Solve`.
+        known_residual: of what was found, where the host's solver has it.
     """
     if not observers or not torch.is_grad_enabled():
         return attach(func, found, strategy, context)
     counted = Counted(func)
     attached = attach(counted if strategy.owns_solve else func, found, strategy, context)
     taken = counted.nfe if strategy.owns_solve else nfe
-    tell(observers, func, found, attached, strategy, context, taken, index=index)
+    known = {"index": index, "known_residual": known_residual}
+    tell(observers, func, found, attached, strategy, context, taken, **known)
     return attached
 
 
@@ -234,7 +238,7 @@ class Host(ABC):
 
     def installed(self) -> bool:
         """Whether the framework can be imported."""
-        return find_spec(self.package) is not None
+        return self.package in sys.modules or find_spec(self.package) is not None
 
     def version(self) -> str | None:
         """Return the framework's version, None where nothing tells it."""
@@ -276,6 +280,21 @@ class Host(ABC):
             ValueError: if the equilibrium cannot take it.
         """
 
+    def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
+        """Check whether an equilibrium is to attach in evaluation mode, return what switches that.
+
+        By default hosts attach in training mode alone, and say so.
+
+        Raises:
+            ValueError: if the equilibrium cannot.
+        """
+        if in_eval:
+            raise ValueError(
+                f"in_eval=True: the host {self.name} attaches in training mode only; call "
+                "model.train(), with dropout and the like in evaluation mode where need be"
+            )
+        return _nothing
+
     @abstractmethod
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
         """Call back after each solve of an equilibrium in training; nothing else changes.
@@ -285,6 +304,24 @@ class Host(ABC):
         Returns:
             A function that ends the observation.
         """
+
+
+def attaches_always(host: Host, in_eval: bool) -> Callable[[], None]:
+    """Do what `Host.prepare_in_eval` does where a framework attaches in either mode.
+
+    Raises:
+        ValueError: if it is not to.
+    """
+    if not in_eval:
+        raise ValueError(
+            f"in_eval=False: {host.name} attaches in evaluation mode too; evaluate under "
+            "torch.no_grad()"
+        )
+    return _nothing
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True, eq=False)

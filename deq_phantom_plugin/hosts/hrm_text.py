@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -27,10 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compilation import never_compiled
+from ..errors import AssumptionWarning
+from ..evaluation import attaches
 from ..memory import Memory
 from ..registry import FunctionStrategy, get_strategy
 from ..strategies import BPTT, UPG
 from ..strategy import Context, GradStrategy
+from ..trial import Trial
 from .host import PatchingHost, attach_observed
 from .patches import Patches
 
@@ -85,6 +90,10 @@ class HrmText(PatchingHost):
             module.config.grad = saved  # type: ignore[union-attr, assignment]
 
         return switch
+
+    def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
+        """See `Host.prepare_in_eval`; otherwise evaluation has the model's own gradient."""
+        return functools.partial(setattr, module, "grad_in_eval", in_eval)
 
 
 def _set_grad(self: nn.Module, spec: Any) -> None:
@@ -168,12 +177,15 @@ def _hook_init(host: HrmText) -> Callable[[Any], Any]:
 def _hook_forward(host: HrmText) -> Callable[[Any], Any]:
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not (self.training and torch.is_grad_enabled()):
-                return original(self, *args, **kwargs)
+            if not attaches(self):
+                output = original(self, *args, **kwargs)
+                if host.is_enabled and torch.is_grad_enabled() and output[0].requires_grad:
+                    _say_own(self)
+                return output
             strategies: tuple[GradStrategy, ...] = ()
             if host.is_enabled:
                 strategies = _current(self)
-            observers = host.observers(self)
+            observers = host.observers(self) if self.training else []
             if not strategies and not observers:
                 return original(self, *args, **kwargs)
             caches = [args[3] if len(args) > 3 else None, kwargs.get("cache")]
@@ -199,6 +211,22 @@ class _Parts(threading.local):
 
 
 _parts = _Parts()
+
+
+@never_compiled
+def _say_own(model: Any) -> None:
+    """Say once that the gradient in evaluation mode is not the one that was named."""
+    if Trial.depth() or model.__dict__.get("_said_of_eval") or not _current(model):
+        return
+    model.__dict__["_said_of_eval"] = True
+    warnings.warn(
+        f"{type(model).__name__} in evaluation mode has its own gradient, that of L_bp_cycles, and "
+        f"not grad={model.config.grad!r}. Call model.train() to train; for the named gradient in "
+        "evaluation mode dpp.set_grad(model, spec, in_eval=True). Where none is wanted, evaluate "
+        "under torch.no_grad(). Said once for each model.",
+        AssumptionWarning,
+        stacklevel=3,
+    )
 
 
 def _hook_part(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from ..registry import get_strategy
 from ..state import State, flatten, unflatten
 from ..strategies import BPTT, IFT, JFB, NPG, SHINE, UPG
 from ..strategy import BatchDim, Context, GradStrategy
-from .host import PatchingHost, Solve, attach_observed, tell
+from .host import PatchingHost, Solve, attach_observed, attaches_always, tell
 from .patches import Patches
 
 OWN_MODES = ("unrolled", "implicit", "phantom", "neumann", "jfb", "shine")
@@ -80,6 +80,10 @@ class Silva(PatchingHost):
             _with_mode(module, Mode.of(spec, _mode(module).extras))
 
         return switch
+
+    def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
+        """See `Host.prepare_in_eval`; the framework does not look at the mode."""
+        return attaches_always(self, in_eval)
 
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
         """See `Host.observe`; a config does not know whether its module trains."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..attach import attach, attach_states
 from ..compilation import never_compiled
+from ..evaluation import attaches, check_flag, watched
 from ..memory import Memory
 from ..registry import get_strategy
 from ..state import State
@@ -28,7 +29,7 @@ from ..strategy import BackwardStats, BatchDim, Context, GradStrategy
 from . import torchdeq_solvers
 from .host import Counted, PatchingHost, Solve, tell, with_counted
 from .patches import Patches
-from .torchdeq_form import Form, evaluate
+from .torchdeq_form import Form, evaluate, like_start
 
 # TorchDEQ's setting -> our argument, the value at which the setting says nothing (TorchDEQ's own
 # default, which argparse always sets), and how to translate any other.
@@ -82,6 +83,10 @@ class TorchDEQ(PatchingHost):
             _install(module, strategies, args)
 
         return switch
+
+    def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
+        """See `Host.prepare_in_eval`; TorchDEQ's own gradients are attached there too."""
+        return functools.partial(setattr, module, "grad_in_eval", in_eval)
 
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
         """See `Host.observe`."""
@@ -141,6 +146,9 @@ def _hook_init(original: Callable[..., None]) -> Callable[..., None]:
             "indexing": indexing,
         }
         effective = {**settings, **_config(args), **kwargs}
+        self.__dict__["grad_in_eval"] = check_flag(
+            "grad_in_eval", effective.get("grad_in_eval", False)
+        )
         if not _is_named(effective["grad"]):
             original(self, args, **settings, **kwargs)
             self.__dict__["_grad_settings"] = settings
@@ -273,6 +281,7 @@ class _Call:
     """What one forward pass knows that TorchDEQ does not hand to `produce_grad`."""
 
     z_init: State
+    in_eval: bool = False
     solves: int = 0
     initial_states: list[State] = field(default_factory=list)
     infos: list[Any] = field(default_factory=list)
@@ -290,14 +299,22 @@ _calls = _Calls()
 
 def _hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        in_eval = not self.training and attaches(self)
+        if not (self.training or in_eval):
+            args, kwargs = _with_func(args, kwargs, functools.partial(watched, self))
         named = self.training and any(isinstance(p, ProduceGrad) for p in self.produce_grad)
-        if not named and not torchdeq_solvers.sees_states(self.f_solver):
+        if not (named or in_eval) and not torchdeq_solvers.sees_states(self.f_solver):
             return original(self, *args, **kwargs)
         # By thread: several may run one model at once.
         calls, key = _calls.by_deq, id(self)
-        before, calls[key] = calls.get(key), _Call(_func_and_start(args, kwargs)[1])
+        func, start = _func_and_start(args, kwargs)
+        before, calls[key] = calls.get(key), (call := _Call(start, in_eval))
         try:
-            return original(self, *args, **kwargs)
+            states, info = original(self, *args, **kwargs)
+            if in_eval:
+                writer = kwargs.get("backward_writer")
+                states = [*states[:-1], _attached_in_eval(self, call, func, states[-1], writer)]
+            return states, info
         finally:
             del calls[key]
             if before is not None:
@@ -314,13 +331,40 @@ def _func_and_start(args: Any, kwargs: Any) -> tuple[Callable[..., Any], State]:
     return given[0], given[1]
 
 
+def _with_func(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a core's `forward` with another F."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, ({**kwargs, "func": change(kwargs["func"])} if "func" in kwargs else kwargs)
+
+
+def _attached_in_eval(
+    deq: Any, call: _Call, func: Callable[..., Any], found: State, writer: Any
+) -> State:
+    """Attach the gradient of the last state to what was solved for in evaluation mode."""
+    producer = deq.produce_grad[-1]
+    named = isinstance(producer, ProduceGrad)
+    strategy = producer.strategy if named else HostGrad(producer, deq.no_stat)
+    context = Context(
+        batch_dim=_batch_dim(deq),
+        initial_state=call.z_init if isinstance(call.z_init, Tensor) else list(call.z_init),
+        solver_result=call.infos[-1],
+        monitor=None if writer is None else functools.partial(_report, writer),
+        memory=deq.grad_memory[-1] if named else None,
+    )
+    state = like_start(_map(Tensor.detach, found), call.z_init)
+    return attach(functools.partial(evaluate, func), state, strategy, context)
+
+
 def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
     def _solve_fixed_point(self: Any, deq_func: Any, z_init: Any, *args: Any, **kwargs: Any) -> Any:
         call = _calls.by_deq.get(id(self))
         if call is None:
             return original(self, deq_func, z_init, *args, **kwargs)
         Form.remember(deq_func, call.z_init)
-        if not self.training:
+        if not (self.training or call.in_eval):
             return original(self, deq_func, z_init, *args, **kwargs)
         from torchdeq.core import DEQIndexing
         from torchdeq.solver.stat import SolverStat
@@ -328,6 +372,8 @@ def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
         # DEQSliced solves once a state, DEQIndexing once for all of them.
         at_once = isinstance(self, DEQIndexing)
         producers = self.produce_grad if at_once else [self.produce_grad[call.solves]]
+        if call.in_eval:
+            producers = self.produce_grad[-1:]
         call.solves += 1
         strategies = [p.current(self) if isinstance(p, ProduceGrad) else None for p in producers]
         if torch.is_grad_enabled() and all(s is not None and s.owns_solve for s in strategies):

@@ -39,10 +39,7 @@ class Form:
         """Return the user's state: a tensor or a list of tensors."""
         if not self._flat:
             return z if isinstance(z, Tensor) else list(z)
-        leaves = self._deq_func.vec2list(z)
-        if self._models is None:
-            return leaves
-        return [_like(leaf, model) for leaf, model in zip(leaves, self._models, strict=True)]
+        return like_start(self._deq_func.vec2list(z), self._models)
 
     def pack(self, state: State) -> Any:
         """Return a state in TorchDEQ's form."""
@@ -63,6 +60,13 @@ class Form:
 def evaluate(func: Callable[..., Any], state: State) -> State:
     """Evaluate the user's function, which takes a list of tensors one by one."""
     return func(state) if isinstance(state, Tensor) else list(func(*state))
+
+
+def like_start(state: State, start: State | None) -> State:
+    """Return a list of tensors in the memory formats of the initial state, if that is known."""
+    if start is None or isinstance(state, Tensor):
+        return state
+    return [_like(leaf, model) for leaf, model in zip(state, start, strict=True)]
 
 
 def _like(leaf: Tensor, model: Tensor) -> Tensor:

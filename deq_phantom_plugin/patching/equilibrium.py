@@ -11,19 +11,19 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..attach import attach
-from ..memory import Memory
+from ..attaching import Attaching
+from ..evaluation import attaches, look
+from ..hosts import find_equilibria
 from ..registry import Spec, get_strategy
 from ..state import State
-from ..strategy import BatchDim, Context, check_batch_dim
 from ..switch import set_grad
 
 RUN_GRAD = "DEQ_PHANTOM_RUN_GRAD"
 """The environment variable in which `deq-phantom run` has its spec."""
 
 
-class Equilibrium(nn.Module):
-    """The gradient of one equilibrium of a patched model, by name.
+class Equilibrium(Attaching):
+    """The gradient of one equilibrium that a patched model solves itself, by name.
 
     A module without parameters, so that `dpp.set_grad` and `dpp.set_step` find it in the model.
     It adds one number to the model's `state_dict`, the step of its memory, the same all through
@@ -33,6 +33,7 @@ class Equilibrium(nn.Module):
     Args:
         grad: the strategy's spec, see `get_strategy`.
         batch_dim: see `Context.batch_dim`.
+        grad_in_eval: whether it attaches in evaluation mode too, where the model calls it there.
 
     Attributes:
         grad: the strategy.
@@ -42,13 +43,6 @@ class Equilibrium(nn.Module):
         ValueError: if the spec is invalid.
     """
 
-    def __init__(self, grad: Spec, batch_dim: BatchDim = "auto") -> None:
-        super().__init__()
-        self.grad = get_strategy(grad)
-        check_batch_dim(batch_dim)
-        self.batch_dim = batch_dim
-        self.memory = Memory()
-
     def forward(
         self,
         func: Callable[[State], State],
@@ -56,7 +50,7 @@ class Equilibrium(nn.Module):
         start: State | None = None,
         step: int | None = None,
     ) -> State:
-        """Return the equilibrium attached to autograd; as it was given outside training.
+        """Return the equilibrium attached to autograd, in evaluation mode as it was given.
 
         Args:
             func: F, from a state to a state like the equilibrium.
@@ -66,23 +60,13 @@ class Equilibrium(nn.Module):
             step: the training step, None or negative where it is not known.
         """
         equilibrium = tree_map(torch.Tensor.detach, equilibrium)
-        if not (self.training and torch.is_grad_enabled()):
+        if not attaches(self):
+            look(self, func, equilibrium)
             return equilibrium
         if start is None:
             start = tree_map(torch.zeros_like, equilibrium)
-        context = Context(
-            batch_dim=self.batch_dim,
-            initial_state=start,
-            step=None if step is None or step < 0 else int(step),
-            memory=self.memory,
-        )
-        owns = self.grad.resolve(context).owns_solve
-        begin = tree_map(torch.Tensor.detach, start) if owns else equilibrium
-        return attach(func, begin, self.grad, context)
-
-    def extra_repr(self) -> str:
-        """Show the strategy."""
-        return repr(self.grad)
+        context = self.context(start, None if step is None or step < 0 else int(step))
+        return self.attached(func, equilibrium, context, 0)
 
 
 def grad_argument(text: str) -> str:
@@ -105,11 +89,12 @@ def switch(model: nn.Module, grad: Spec) -> None:
         ValueError: if the model has no equilibrium, since a part of the patch is missing then; or
             the spec is invalid.
     """
-    if set_grad(model, os.environ.get(RUN_GRAD, grad)) == 0:
+    if not find_equilibria(model):
         raise ValueError(
             f"{type(model).__name__} has no equilibrium whose gradient could be switched: a file "
             "of the patched repository is missing or was put back. `deq-phantom doctor` says which"
         )
+    set_grad(model, os.environ.get(RUN_GRAD, grad))
 
 
 def default_grad(parser: argparse.ArgumentParser, grad: Spec) -> None:

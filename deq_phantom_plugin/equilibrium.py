@@ -1,0 +1,284 @@
+"""Equilibrium: a solve of one's own as a module, its solver and its gradient chosen by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .attaching import Attaching
+from .calls import Calls
+from .compilation import never_compiled
+from .errors import ConvergenceWarning, warn_once
+from .evaluation import attaches, watched
+from .forward import ForwardSolution, anderson, broyden, fixed_point
+from .hosts.host import relative_residual
+from .inspection import settled
+from .late_read import LateRead
+from .registry import Spec
+from .state import CheckedFunc, State, check_equilibrium, flatten
+from .strategies.arguments import positive_int
+from .strategy import BatchDim, Context
+from .trial import Trial
+
+SOLVERS: Mapping[str, Callable[..., ForwardSolution]] = MappingProxyType(
+    {"anderson": anderson, "broyden": broyden, "fixed_point": fixed_point}
+)
+
+Solver = str | Callable[[Callable[[State], State], State], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class LastSolve:
+    """The last solve of an `Equilibrium`; nothing in it carries an autograd graph.
+
+    Attributes:
+        residual: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,); (1,) where they are one.
+        nfe: evaluations of F that the solve took for the batch, an integer tensor of shape ().
+    """
+
+    residual: Tensor
+    nfe: Tensor
+
+
+class Equilibrium(Attaching):
+    """Solve h = F(h) without a graph, and attach the named gradient.
+
+        self.equilibrium = dpp.Equilibrium(grad="npg(k=9)", tol=1e-4)  # in a model
+        h = self.equilibrium(func, h0)  # in its forward
+
+    A module without parameters, so that `dpp.set_grad`, `dpp.set_step`, `dpp.monitor` and
+    `dpp.model_report` find it in the model; in the `state_dict` it has one number, the step.
+
+    A strategy that owns the solve (bptt, reversible) begins at h0, and no other solve is made. In
+    evaluation mode, and under `torch.no_grad`, the equilibrium carries no gradient.
+
+    Args:
+        solver: "anderson", "broyden" or "fixed_point", those of `deq_phantom_plugin.forward`; or a
+            function (func, start) -> state of your own, called without autograd, which may also
+            return a `ForwardSolution`.
+        grad: the gradient, a spec of `get_strategy`. `shine` needs `solver="broyden"`.
+        max_iter: the most iterations, 50 by default; a function has its own.
+        tol: the relative residual to reach in every sample, 1e-3 by default. A function has its
+            own; given all the same, its result is judged by it.
+        batch_dim: see `Context.batch_dim`. Where samples are coupled the batch is solved as one;
+            by default that is found out at the first equilibrium in training.
+        grad_in_eval: whether the gradient is attached in evaluation mode too, for forces, saliency
+            maps and attacks.
+
+    Attributes:
+        grad: the strategy; `dpp.set_grad` replaces it.
+        memory: what the strategy keeps between steps, see `Memory`.
+        last: the last solve, None before the first; not saved, copied or pickled. Where the solver
+            does not tell the residual (a strategy that owns the solve, a function that returns a
+            state), it is from one more evaluation, which leaves no trace.
+
+    Warns:
+        ConvergenceWarning: once, if a solve stopped above `tol`.
+        AssumptionWarning: once, if samples turn out to be coupled, or F is not the same map each
+            time; or if it is in evaluation mode where a gradient may be expected.
+
+    Raises:
+        ValueError: if an argument is out of range; says what is accepted.
+    """
+
+    def __init__(
+        self,
+        solver: Solver = "anderson",
+        grad: Spec = "upg",
+        *,
+        max_iter: int | None = None,
+        tol: float | None = None,
+        batch_dim: BatchDim = "auto",
+        grad_in_eval: bool = False,
+    ) -> None:
+        super().__init__(grad, batch_dim, grad_in_eval)
+        self.solver, self.max_iter, self.tol = solver, max_iter, tol
+        if callable(solver):
+            if max_iter is not None:
+                raise ValueError(
+                    f"max_iter={max_iter!r} beside a function as solver, which has its own limit; "
+                    f"max_iter goes with {', '.join(SOLVERS)}"
+                )
+        elif solver in SOLVERS:
+            self.max_iter = positive_int("max_iter", 50 if max_iter is None else max_iter)
+            self.tol = 1e-3 if tol is None else tol
+            if solver == "anderson" and self.max_iter < 3:
+                raise ValueError(f"max_iter={max_iter!r}; expected at least 3 for anderson")
+        else:
+            raise ValueError(
+                f"solver={solver!r}; expected one of {', '.join(SOLVERS)}, or a function "
+                "(func, start) -> state"
+            )
+        if tol is not None and not (_is_number(tol) and 0 <= tol < math.inf):
+            raise ValueError(f"tol={tol!r}; expected a finite number of at least 0")
+        self.last: LastSolve | None = None
+        self._late: tuple[torch.device, LateRead] | None = None
+
+    def forward(self, func: Callable[[State], State], start: State) -> State:
+        """Return the equilibrium, in a state like the initial one.
+
+        Args:
+            func: F, from a state to a state of the same structure, shapes and dtypes; see
+                `dpp.attach`.
+            start: where the solve begins, h0: a tensor, or any nesting of tuples, lists and dicts
+                of tensors. Only a strategy that owns the solve sends a gradient to it.
+
+        Raises:
+            ValueError: if `start` is no state, or `func` or the solver returns something else; in
+                training also if what the solver returns is not finite.
+        """
+        begin = tree_map(_detached, start)
+        check_equilibrium(begin, finite=False)
+        context, calls = self.context(start), Calls()
+
+        def counted(state: State) -> State:
+            calls.note()
+            return func(state)
+
+        counted.__wrapped__ = func  # type: ignore[attr-defined]
+        if self.solving(context) is not None:
+            attached = self.attached(counted, begin, context, 0)
+            self._note(func, tree_map(_detached, attached), None, calls, context)
+            return attached
+        in_solve: Callable[[State], State] = watched(self, counted)
+        if not torch.is_inference_mode_enabled():  # whose tensors do not count their changes
+            in_solve = CheckedFunc(in_solve, begin)
+        if callable(self.solver):
+            found, residual, context = self._by_function(in_solve, begin, context)
+        else:
+            found, residual, context = self._by_name(func, in_solve, begin, context)
+        nfe = self._note(func, found, residual, calls, context)
+        if not attaches(self):
+            return found
+        return self.attached(func, found, context, nfe, residual)
+
+    def _by_function(
+        self, func: Callable[[State], State], begin: State, context: Context
+    ) -> tuple[State, Tensor | None, Context]:
+        """Return what the caller's solver found, its residual if it tells, and the context."""
+        solver: Any = self.solver
+        with torch.no_grad():
+            result = solver(func, begin)
+        residual = None
+        if isinstance(result, ForwardSolution):
+            context = replace(context, solver_result=result)
+            result, residual = result.state, result.rel_lowest
+        if flatten(result)[1] != flatten(begin)[1]:
+            raise ValueError(
+                f"the solver {solver!r:.60} returned the structure {flatten(result)[1]}; expected "
+                f"that of the initial state, {flatten(begin)[1]}"
+            )
+        return tree_map(_detached, result), residual, context
+
+    def _by_name(
+        self,
+        func: Callable[[State], State],
+        in_solve: Callable[[State], State],
+        begin: State,
+        context: Context,
+    ) -> tuple[State, Tensor | None, Context]:
+        """Return what a solver of ours found, the residual, and the context with what is known."""
+        leaves = flatten(begin)[0]
+        if all(leaf.numel() == 0 for leaf in leaves):
+            return begin, leaves[0].abs().new_zeros(0), context
+        batch_dim = self._samples()
+        solution = self._solution(in_solve, begin, context, batch_dim)
+        if attaches(self) and self._may_ask(solution):
+            # At the equilibrium: where the solve begins, J may be zero.
+            context = settled(context, CheckedFunc(func, begin), solution.state)
+            if context.batch_dim is None and solution.rel_lowest.numel() > 1:
+                solution = self._solution(in_solve, begin, context, None)
+        context = replace(context, solver_result=solution)
+        return tree_map(_detached, solution.state), solution.rel_lowest.detach(), context
+
+    @never_compiled  # for the sake of its length, which changes; an F compiled by itself stays so
+    def _solution(
+        self,
+        func: Callable[[State], State],
+        begin: State,
+        context: Context,
+        batch_dim: int | None,
+    ) -> ForwardSolution:
+        options: dict[str, Any] = {}
+        if self.solver == "broyden" and attaches(self):
+            options["keep_inverse"] = self.grad.resolve(context).wants_inverse_jacobian
+        return SOLVERS[str(self.solver)](
+            func,
+            begin,
+            batch_dim=batch_dim,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            stop_mode="rel",
+            **options,
+        )
+
+    @never_compiled
+    def _samples(self) -> int | None:
+        """Return the dimension to solve along: as was said, or has been found out so far."""
+        if not isinstance(self.batch_dim, str):
+            return self.batch_dim
+        return None if any(found.coupled for found in self.memory.findings.values()) else 0
+
+    @never_compiled
+    def _may_ask(self, solution: ForwardSolution) -> bool:
+        """Whether what was found is a state to ask at; looked at until something is known."""
+        return bool(self.memory.findings) or bool(torch.isfinite(solution.rel_lowest).all())
+
+    @never_compiled
+    def _note(
+        self,
+        func: Callable[[State], State],
+        found: State,
+        residual: Tensor | None,
+        calls: Calls,
+        context: Context,
+    ) -> int:
+        """Keep what the solve reached and took; return its evaluations."""
+        nfe = calls.of_solve()
+        judged = self.solving(context) is None
+        if residual is None:
+            with torch.no_grad(), Trial(found):
+                residual = relative_residual(found, func(found), context.batch_dim)
+        self.last = LastSolve(residual, nfe)
+        if judged and self.tol and residual.numel() and not Trial.depth():
+            self._judge(residual, self.tol)
+        return int(nfe)
+
+    def _judge(self, residual: Tensor, tol: float) -> None:
+        """Say once that a solve stopped short; on a GPU one solve later, without a wait."""
+        if self._late is None or self._late[0] != residual.device:
+            self._late = residual.device, LateRead(residual.device)
+        left = self._late[1].read(torch.count_nonzero(~(residual <= tol)))
+        if left:
+            limit = "" if self.max_iter is None else f" after max_iter={self.max_iter} iterations"
+            warn_once(
+                "solve of an Equilibrium",
+                f"the forward solve of a dpp.Equilibrium stopped{limit} above tol={tol} in {left} "
+                f"of {residual.numel()} samples: `last.residual` says where. Raise max_iter or "
+                "tol, or take another solver. Said once.",
+                ConvergenceWarning,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "last": None, "_late": None}
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        settings = ("max_iter", "tol", "batch_dim", "grad_in_eval")
+        shown = (f"{name}={getattr(self, name)!r}" for name in settings)
+        return ", ".join([f"solver={self.solver!r}", f"grad={self.grad!r}", *shown])
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
