@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.compilation import never_compiled
@@ -433,9 +432,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             return None
         memories = (m for m in self.deq.modules() if isinstance(m, dpp.Memory))
         step = next((m.step for m in memories), None)
-        # The fused kernels of scaled_dot_product_attention have no second derivative.
-        with sdpa_kernel(SDPBackend.MATH):
-            term = self.config.jacobian_regularization()(func, state.detach(), step)
+        term = self.config.jacobian_regularization()(func, state.detach(), step)
         if term is None or real is None:
             return term
         return term * (real.numel() / real.sum().clamp_min(1))  # not of padding
