@@ -38,7 +38,7 @@ def language_model(kind, attention="sdpa", **settings):
     else:
         sizes = {"hidden_size": SIZE, "num_attention_heads": 2, "num_key_value_heads": 1}
         sizes |= {"intermediate_size": 16, "num_hidden_layers": LAYERS, "head_dim": 4}
-    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    ends = {"bos_token_id": None, "eos_token_id": VOCAB - 1, "pad_token_id": 0}
     config = AutoConfig.for_model(
         kind, vocab_size=VOCAB, attn_implementation=attention, **{**sizes, **ends, **settings}
     )
