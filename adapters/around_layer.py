@@ -219,9 +219,18 @@ def _causal_mask(
 
 
 def _documents(position_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
-    """Number the documents that a row of tokens holds, None if none holds several."""
+    """Number the documents that a row of tokens holds, None if none holds several.
+
+    What positions padding has does not matter: one begins where they do not go on from those of the
+    last token before.
+    """
     real = attention_mask > 0
-    restarts = (position_ids.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]
+    positions = position_ids.expand(real.shape)
+    index = torch.arange(real.shape[1], device=real.device)
+    last = index.where(real, -1).cummax(-1).values[:, :-1]
+    before, here = positions.gather(1, last.clamp_min(0)), positions[:, 1:]
+    restarts = torch.where(last == index[:-1], here != before + 1, here <= before)
+    restarts = restarts & real[:, 1:] & (last >= 0)
     if not bool(restarts.any()):
         return None
     return torch.nn.functional.pad(restarts.long().cumsum(-1), (1, 0))
