@@ -14,18 +14,13 @@ from torch import Tensor, nn
 from deq_phantom_plugin.draws import SameDraws
 from deq_phantom_plugin.extras import require
 
+from .around_layer import CACHE, Collected, Past, layer_mask
 from .equilibrium import EquilibriumInfo, make_equilibrium, solve
 
 require("transformers", "text")
-from transformers import PreTrainedConfig  # noqa: E402
-from transformers.masking_utils import create_causal_mask  # noqa: E402
+from transformers import Cache, EncoderDecoderCache, PreTrainedConfig  # noqa: E402
 
-__all__ = ["EquilibriumLayer", "deq_from_layer"]
-
-# What Transformers calls the cache, in arguments and in outputs; 5.24 renamed it.
-CACHE = (
-    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-)
+__all__ = ["CACHE", "EquilibriumLayer", "deq_from_layer"]
 
 
 def _rotary(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
@@ -68,10 +63,11 @@ def deq_from_layer(
 
         block = deq_from_layer(llama.model.layers[0], grad="npg(k=9)")
         states = block(embeddings, attention_mask)
+        llama.model.layers[0] = block  # works in the model that it came from, `generate` included
 
-    Limits: decoder layers of GPT-2, Llama, Mistral, Qwen2 and Qwen3; full attention only, no
-    sliding window; no cache and no cross-attention. Nothing makes the equilibrium of a layer from a
-    trained stack exist: look at `block.last.residual`, and train it as an equilibrium.
+    Limits: decoder layers of GPT-2, Llama, Mistral, Qwen2 and Qwen3, without cross-attention.
+    Nothing makes the equilibrium of a layer from a trained stack exist: look at
+    `block.last.residual`, and train it as an equilibrium.
 
     Args:
         layer: the layer, taken over with its parameters; pass a deep copy to keep it apart.
@@ -100,12 +96,6 @@ def deq_from_layer(
         raise ValueError(f"no equilibrium block for layers of {kind!r}; there is one for {known}")
     if "DecoderLayer" not in type(layer).__name__ and type(layer).__name__ != "GPT2Block":
         raise ValueError(f"{type(layer).__name__} is not a decoder layer of {kind}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(layer, "attention_type", "") != "full_attention":
-        raise ValueError(
-            f"the layer attends to a sliding window of {window} tokens; expected full attention: "
-            "config.sliding_window = None"
-        )
     if config._attn_implementation is None:
         config._attn_implementation = "sdpa"
     return EquilibriumLayer(
@@ -123,6 +113,11 @@ class EquilibriumLayer(nn.Module):
     equilibrium only where all its parts add up to zero. Dropout inside the layer draws the same
     masks at every evaluation of a solve.
 
+    It takes what the model around gives to the layer, returns what that returns, and passes for it
+    where the model reads its attributes. A token's equilibrium does not depend on later tokens. So
+    a cache gets the keys and values of the equilibrium, once a solve, and with those of earlier
+    tokens in it only the new ones are solved for.
+
     Args:
         layer: the decoder layer.
         config: its config.
@@ -139,60 +134,114 @@ class EquilibriumLayer(nn.Module):
         super().__init__()
         self.config, self.layer, self.rotary, self.deq = config, layer, rotary, deq
         self.norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False)
+        self._names = list(inspect.signature(type(layer).forward).parameters)[2:]
         self.last: EquilibriumInfo | None = None
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the equilibrium, shape (B, L, hidden_size).
 
         Args:
             hidden_states: the injection x, shape (B, L, hidden_size).
-            attention_mask: 1 for tokens and 0 for padding, whose states are zero; shape (B, L).
-            position_ids: shape (B, L); counted from 0 if None.
+            *args: `attention_mask` and `position_ids`; or what the layer takes, in its own order.
+            **kwargs: the same by name. All but these go to the layer as they are:
+
+                - `attention_mask`: 1 for tokens and 0 for padding, whose states are zero, shape
+                  (B, P + L) with P tokens in the cache; or prepared for the layer, shape
+                  (1 or B, 1 or heads, L, keys), where states of queries that see no key are zero;
+                - `position_ids`: shape (1 or B, L); counted from P if None. Where they restart, and
+                  the mask is none of four dimensions, documents do not see one another;
+                - `position_embeddings`: cos and sin of the positions; made here if None;
+                - `cache` (`past_key_values` before Transformers 5.24): gets the keys and values.
+
+        Raises:
+            ValueError: if a shape does not fit; on cross-attention.
         """
-        func = self.equilibrium_func(hidden_states, attention_mask, position_ids)
+        func, past = self._problem(hidden_states, args, kwargs)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        collected = Collected()
         state, self.last = solve(self.deq, func, torch.zeros_like(hidden_states, dtype=dtype))
-        return state.to(hidden_states.dtype)
+        collected.forget()
+        if past is not None or collected.wants("attentions"):
+            # Once more at the equilibrium, for what the layer leaves behind.
+            with Past.written(past):
+                func(state)
+        output = state.to(hidden_states.dtype)
+        collected.states(hidden_states, output)
+        return output
 
     def equilibrium_func(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Callable[[Tensor], Tensor]:
         """Return the map whose equilibrium this is; for the arguments see `forward`."""
-        x = hidden_states
+        return self._problem(hidden_states, args, kwargs)[0]
+
+    def _problem(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[[Tensor], Tensor], Past | None]:
+        """Return the map, and the cache as it sees that."""
         if x.dim() != 3 or x.shape[-1] != self.config.hidden_size or 0 in x.shape:
             raise ValueError(
                 f"hidden_states of shape {tuple(x.shape)}; expected (batch, length, "
                 f"{self.config.hidden_size}) with at least one token"
             )
-        if position_ids is None:
-            position_ids = torch.arange(x.shape[1], device=x.device)[None]
-        settings: dict[str, Any] = {
-            "attention_mask": create_causal_mask(
-                config=self.config,
-                inputs_embeds=x,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE: None},
-            )
-        }
-        if self.rotary is not None:
-            settings["position_embeddings"] = self.rotary(x, position_ids)
+        settings = self._named(args, kwargs)
+        if settings.get("encoder_hidden_states") is not None:
+            raise ValueError("encoder_hidden_states; an equilibrium block has no cross-attention")
+        cache = settings[CACHE]
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        past = None if cache is None else Past(cache, self._attention.layer_idx)
+        settings[CACHE] = past
+        positions = settings["position_ids"]
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+            positions = positions if past is None else positions + past.length
+            settings["position_ids"] = positions
+        mask, real = layer_mask(
+            self.config, self._window, x, settings["attention_mask"], positions, past
+        )
+        settings["attention_mask"] = mask
+        x = x if real is None else x.where(real, 0)  # what padding holds does not matter
+        if self.rotary is not None and settings.get("position_embeddings") is None:
+            settings["position_embeddings"] = self.rotary(x, positions)
 
         def func(state: Tensor) -> Tensor:
             image = self.norm(self.layer(state.to(x.dtype) + x, **settings)).to(state.dtype)
-            return (
-                image if attention_mask is None else image.where(attention_mask[..., None] > 0, 0)
-            )
+            # Padding rests at zero, where it adds nothing to any residual.
+            return image if real is None else image.where(real, 0)
 
-        return SameDraws(func)
+        return SameDraws(func), past
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the layer by their names."""
+        names = self._names
+        if names[0] == CACHE and len(args) < 3 and not isinstance(next(iter(args), None), Cache):
+            names = ["attention_mask", "position_ids"]  # GPT-2's model gives three
+        settings = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = [settings.pop(name, None) for name in ("past_key_values", "cache")]
+        settings[CACHE] = next((cache for cache in given if cache is not None), None)
+        return {"attention_mask": None, "position_ids": None, **settings}
+
+    @property
+    def _attention(self) -> Any:
+        """The layer's self-attention."""
+        return next(module for module in self.layer.modules() if hasattr(module, "layer_idx"))
+
+    @property
+    def _window(self) -> int | None:
+        """How many tokens a token sees, None for all before it."""
+        own = getattr(self.config, "sliding_window", None)
+        window: int | None = getattr(self._attention, "sliding_window", own)
+        return window
+
+    def __getattr__(self, name: str) -> Any:
+        """Models read attributes of their layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("layer"), name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.compilation import never_compiled
@@ -679,9 +678,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             def regularized(h: Tensor) -> Tensor:
                 return func(h) * scale
 
-        # The fused kernels of scaled_dot_product_attention have no second derivative.
-        with sdpa_kernel(SDPBackend.MATH):
-            return self.config.jacobian_regularization()(regularized, state.detach(), step)
+        return self.config.jacobian_regularization()(regularized, state.detach(), step)
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):

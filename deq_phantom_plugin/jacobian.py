@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .compilation import as_written, never_compiled
 from .errors import warn_once
 from .inspection import say_coupled
 from .precision import full_precision
+from .second_order import DoubleBackward
 from .state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from .strategies.arguments import positive_float, positive_int
 from .strategy import BatchDim, check_batch_dim
@@ -30,7 +32,9 @@ def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: 
     Hutchinson's estimator with Gaussian probes, E ||J^T e||^2 = ||J||_F^2 (Bai, Koltun & Kolter
     2021, "Stabilizing Equilibrium Models by Jacobian Regularization", eq. 4). Costs one evaluation
     of `func` and one vector-Jacobian product a probe. The equilibrium itself is held fixed. A
-    `func` that was compiled runs as it was written, since compiled code is differentiated once.
+    `func` that was compiled runs as it was written, since compiled code is differentiated once, and
+    `scaled_dot_product_attention` takes its MATH kernel, the one that has a second derivative.
+    Where something else in `func` has none, the number is right and its backward is an error.
 
     Args:
         func: F, from a state to a state of the same structure.
@@ -54,19 +58,16 @@ def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: 
     checked = CheckedFunc(as_written(func), equilibrium)
     with torch.enable_grad():
         inputs = [leaf.clone().requires_grad_() for leaf in leaves]
-        outputs, _ = flatten(checked(unflatten(inputs, structure)))
+        twice = DoubleBackward("dpp.jacobian_reg") if differentiable else None
+        with twice or nullcontext():
+            outputs, _ = flatten(checked(unflatten(inputs, structure)))
         outputs = [output for output in outputs if output.requires_grad]
         total = leaves[0].new_zeros((), dtype=Packing(leaves, None).dtype)
+        grad: Callable[..., Sequence[Tensor]] = torch.autograd.grad if twice is None else twice.grad
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         for _ in range(n_samples if outputs else 0):
-            products = torch.autograd.grad(
-                outputs,
-                inputs,
-                [torch.randn_like(output) for output in outputs],
-                retain_graph=True,
-                create_graph=differentiable,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            probes = [torch.randn_like(output) for output in outputs]
+            products = grad(outputs, inputs, probes, **options)
             total = total + sum(p.abs().square().sum(dtype=p.real.dtype) for p in products)
     reg = total / (n_samples * sum(leaf.numel() for leaf in leaves))
     return reg if differentiable else reg.detach()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import threading
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deq_phantom_plugin as dpp
 from conftest import equilibria, make_equilibrium
@@ -235,3 +241,124 @@ def test_radii_of_several_factors_at_once_are_those_of_each_alone():
 def test_damping_factors_of_a_radius_are_checked(lam):
     with pytest.raises(ValueError, match="lam="):
         dpp.spectral_radius(lambda h: h, torch.zeros(1, 2), lam)
+
+
+# --- kernels without a second derivative ---------------------------------------------------------
+
+
+def attention(h):
+    return F.scaled_dot_product_attention(h, h, h)
+
+
+def eager_attention(h):
+    return torch.softmax(h @ h.mT * h.shape[-1] ** -0.5, dim=-1) @ h
+
+
+def fused_attention(h):
+    """What a model of its own does that chooses a kernel."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return attention(h)
+
+
+class _Kernel(torch.autograd.Function):
+    """x^3, by a kernel whose backward is another kernel."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            return gradient * 3 * x**2
+
+
+class _Once(_Kernel):
+    backward = staticmethod(once_differentiable(_Kernel.backward))
+
+
+class _Twice(_Kernel):
+    """One whose backward is made of ordinary operations."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * 3 * x**2
+
+
+def second(method, part):
+    """A gradient through a second derivative of an equilibrium with a `part` in its map."""
+    torch.manual_seed(0)
+    weight = (0.3 * torch.randn(8, 8, dtype=torch.float64)).requires_grad_()
+    x = torch.randn(2, 2, 4, 8, dtype=torch.float64)
+    func = lambda h: torch.tanh(0.3 * part(h @ weight) + x)  # noqa: E731
+    h = torch.zeros_like(x)
+    with torch.no_grad():
+        for _ in range(80):
+            h = func(h)
+    if method == "jacobian_reg":
+        loss = dpp.jacobian_reg(func, h)
+    else:
+        state = dpp.attach(func, h, f"{method[:-1]}, tol=1e-12)", dpp.Context(batch_dim=0))
+        (gradient,) = torch.autograd.grad(state.square().sum(), weight, create_graph=True)
+        loss = gradient.square().sum()
+    return torch.autograd.grad(loss, weight)[0]
+
+
+METHODS = ["jacobian_reg", "ift(higher_order=True)"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_attention_has_the_second_derivative_of_eager_attention(method):
+    fused = torch.backends.cuda.flash_sdp_enabled()
+    torch.testing.assert_close(second(method, attention), second(method, eager_attention))
+    assert torch.backends.cuda.flash_sdp_enabled() == fused  # for the layers around
+    torch.testing.assert_close(second(method, _Twice.apply), second(method, lambda h: h**3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        (fused_attention, "a kernel that has no second derivative"),
+        (_Once.apply, "marked once_differentiable"),
+        (_Kernel.apply, "_Kernel, a custom function whose backward is not differentiable"),
+    ],
+)
+def test_what_has_no_second_derivative_is_refused_in_backward(method, part, what):
+    with pytest.raises(RuntimeError, match=f"{re.escape(method)}.*{what}.*'eager'.*MATH kernel"):
+        second(method, part)
+
+
+def test_the_regulariser_of_what_has_no_second_derivative_is_a_number():
+    """For a log: nothing is refused before somebody asks for a gradient."""
+    h = torch.randn(2, 3, dtype=torch.float64)
+    for part in (_Kernel.apply, _Once.apply):
+        torch.manual_seed(0)
+        found = dpp.jacobian_reg(part, h)
+        torch.manual_seed(0)
+        torch.testing.assert_close(found.detach(), dpp.jacobian_reg(lambda h: h**3, h))
+        with pytest.raises(RuntimeError, match="jacobian_reg"):
+            found.backward()
+
+
+def test_threads_leave_the_choice_of_the_kernel_as_it_was():
+    weight = torch.randn(8, 8, requires_grad=True)
+    inside = threading.Barrier(2, timeout=60)
+
+    def func(h):
+        inside.wait()  # both have chosen
+        return attention(h @ weight)
+
+    def regularise():
+        dpp.jacobian_reg(func, torch.zeros(1, 1, 4, 8))
+
+    threads = [threading.Thread(target=regularise) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()

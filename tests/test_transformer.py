@@ -876,8 +876,6 @@ def test_layers_that_cannot_be():
         deq_from_layer(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="LlamaAttention is not a decoder layer of llama"):
         deq_from_layer(layer.self_attn)
-    with pytest.raises(ValueError, match="sliding window of 7 tokens"):
-        deq_from_layer(decoder_layer("mistral", sliding_window=7)[1])
     with pytest.raises(ValueError, match="unknown strategy 'nope'"):
         deq_from_layer(layer, grad="nope")
     with pytest.raises(ValueError, match=r"shape \(2, 0, 8\); expected \(batch, length, 8\)"):
@@ -886,7 +884,7 @@ def test_layers_that_cannot_be():
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for name in ("equilibrium", "deq_layer", "transformer_block", "transformer"):
+    for name in ("equilibrium", "around_layer", "deq_layer", "transformer_block", "transformer"):
         monkeypatch.delitem(sys.modules, f"deq_phantom_plugin.adapters.{name}")
     with pytest.raises(ImportError, match=r'pip install "deq-phantom-plugin\[text\]"'):
         importlib.import_module("deq_phantom_plugin.adapters.transformer")

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..second_order import graph_nodes
+
 R = TypeVar("R")
 
 
@@ -120,13 +122,6 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def _leaves_of_graph(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield the tensors where a backward pass from the outputs would accumulate gradients."""
-    waiting = [output.grad_fn for output in outputs]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(outputs):
         if hasattr(node, "variable"):
             yield node.variable
-        waiting += [following for following, _ in node.next_functions]

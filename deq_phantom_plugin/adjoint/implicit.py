@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor
 from ..cached_weights import made_anew
 from ..compilation import as_written, never_compiled
 from ..precision import AutocastState, full_precision
+from ..second_order import DoubleBackward
 from ..state import State, flatten, unflatten
 from ..transforms import carries_tangent, no_forward_mode, refuse_in_torch_func, sample_by_sample
 from .captured import call_with, find_captured
 from .linearization import in_format
+
+_METHOD = "ift(higher_order=True)"  # the strategy that is differentiated again
 
 Leaves = Sequence[Tensor]
 VJP = Callable[[Leaves], list[Tensor]]
@@ -47,7 +51,9 @@ class System:
         n = len(g)
         v, x, rest = arguments[:n], arguments[n : 2 * n], arguments[2 * n :]
         inputs = _aliases(x)
-        images = _vjp(self.func(inputs, rest), inputs, g, create_graph=True)
+        with (twice := DoubleBackward(_METHOD)):
+            outputs = self.func(inputs, rest)
+        images = _vjp(outputs, inputs, g, twice)
         return [vi + image for vi, image in zip(v, images, strict=True)]
 
 
@@ -146,13 +152,15 @@ def _gradient(
         if differentiable:
             x = list(_Implicit.apply(system, n, *x, *x, *arguments))
         inputs, parameters = _aliases(x), _aliases(arguments)
-        outputs = system.func(inputs, parameters)
+        twice = DoubleBackward(_METHOD) if differentiable else None
+        with twice or nullcontext():
+            outputs = system.func(inputs, parameters)
     with torch.no_grad(), full_precision(inputs[0].device):
         g = system.solve(lambda w: _vjp(outputs, inputs, w), [leaf.detach() for leaf in v])
     if differentiable:
         g = list(_Implicit.apply(system.adjoint(), n, *g, *g, *v, *x, *arguments))
     wanted = [p for p, flag in zip(parameters, needed, strict=True) if flag]
-    return _vjp(outputs, wanted, g, create_graph=differentiable, zeros=False)
+    return _vjp(outputs, wanted, g, twice, zeros=False)
 
 
 def _aliases(tensors: Leaves) -> list[Tensor]:
@@ -164,20 +172,13 @@ def _vjp(
     outputs: Leaves,
     inputs: Leaves,
     cotangents: Leaves,
-    create_graph: bool = False,
+    twice: DoubleBackward | None = None,
     zeros: bool = True,
 ) -> list[Tensor]:
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not pairs or not inputs:
         return [torch.zeros_like(leaf) for leaf in inputs]
-    return list(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            inputs,
-            [c for _, c in pairs],
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=zeros,
-        )
-    )
+    images, v = [o for o, _ in pairs], [c for _, c in pairs]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": zeros}
+    grad: Callable[..., Leaves] = torch.autograd.grad if twice is None else twice.grad
+    return list(grad(images, inputs, v, **options))
