@@ -136,12 +136,14 @@ class Counted:
 
     Attributes:
         solver_result: how its solve ended, for hosts to fill in.
+        producer: what attached the state that it ended in, likewise.
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
         self.func = self.__wrapped__ = func
         self.calls = Calls()
         self.solver_result: Any = None
+        self.producer: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the map."""
