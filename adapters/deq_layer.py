@@ -16,7 +16,7 @@ from deq_phantom_plugin.extras import require
 
 from .equilibrium import EquilibriumInfo, make_equilibrium, solve
 
-require("transformers", "text")
+require("transformers.modeling_utils", "text")
 from transformers import PreTrainedConfig  # noqa: E402
 from transformers.masking_utils import create_causal_mask  # noqa: E402
 

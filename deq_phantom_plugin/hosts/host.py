@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +20,7 @@ from ..adjoint.packing import Packing
 from ..attach import attach
 from ..calls import Calls
 from ..compilation import never_compiled
+from ..extras import is_there, why_not
 from ..precision import AutocastState
 from ..state import State, flatten
 from ..strategy import BatchDim, Context, GradStrategy
@@ -235,8 +235,12 @@ class Host(ABC):
     known_versions: ClassVar[tuple[str, ...]] = ()
 
     def installed(self) -> bool:
-        """Whether the framework can be imported."""
-        return find_spec(self.package) is not None
+        """Whether the framework is there; it may be broken all the same. Imports nothing."""
+        return is_there(self.package)
+
+    def why_broken(self) -> str:
+        """Import the framework; return in words why that fails, nothing where it does not."""
+        return why_not(self.package)
 
     def version(self) -> str | None:
         """Return the framework's version, None where nothing tells it."""
