@@ -22,10 +22,12 @@ def require(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # a RuntimeError too, such as of what it has in C++
         package = module.partition(".")[0]
-        if is_there(package):
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module
+        if is_there(package) and not missing:
             raise ImportError(_broken(module, error)) from error
+        name = module if is_there(package) else package
         raise ImportError(
-            f'{package} is not installed: pip install "deq-phantom-plugin[{extra}]"'
+            f'{name} is not installed: pip install "deq-phantom-plugin[{extra}]"'
         ) from error
 
 

@@ -60,7 +60,8 @@ def enable(host: str | None = None, *, force: bool = False) -> list[str]:
                     try:
                         _enable(candidate, force)
                     except Exception as error:  # a broken one is not to break the others
-                        why = candidate.why_broken() or f"{type(error).__name__}: {error}"
+                        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+                        why = candidate.why_broken() or f"{kind}{error}"
                         warnings.warn(f"{candidate.name} is not hooked: {why}", stacklevel=2)
         else:
             chosen = _get(host)
