@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -248,10 +249,15 @@ class DeepInvCase(Case):
         )
 
     def loss(self, model: nn.Module) -> Tensor:
+        y = torch.linspace(0, 1, 32, dtype=torch.float64).view(2, 1, 4, 4)
+        return model(y, self.physics).square().sum()
+
+    @functools.cached_property
+    def physics(self) -> nn.Module:
+        """One for all steps: what is found out about F is asked anew for another."""
         import deepinv
 
-        y = torch.linspace(0, 1, 32, dtype=torch.float64).view(2, 1, 4, 4)
-        return model(y, deepinv.physics.Denoising()).square().sum()
+        return deepinv.physics.Denoising()
 
 
 class IgnnCase(Case):

@@ -36,7 +36,8 @@ def diagnose(root: Path | None = None) -> str:
     """
     lines = [f"python            {platform.python_version()}  {sys.executable}"]
     lines.append(f"{'deq-phantom-plugin':17} {version('deq-phantom-plugin')}")
-    missing, unusable = [], {}
+    missing: list[str] = []
+    unusable: dict[str, None] = {}  # the reasons, each once
     for name, (module, pip) in _PACKAGES.items():
         try:
             # The metadata of a wheel may lack the local part of PyTorch's version, such as +cu130.
