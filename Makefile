@@ -39,19 +39,25 @@ types: $(VENV)/.installed
 wheel: $(VENV)/.installed  ## install the built wheel into an empty environment and use it there
 	bash .ci/wheel $(BIN)/python
 
-.PHONY: compat
+# The newest PyTorch that this package was run with.
+NEWEST_TORCH ?= 2.14.1
+
+.PHONY: compat compat-newest
 compat:  ## the oldest and the newest packages that are admitted; COMPAT="tests/test_ignn.py -x"
 	@# An environment is made once: remove it to see what is the newest today.
 	PYTHON=$(PYTHON) bash .ci/compat oldest $(COMPAT)
 	PYTHON=$(PYTHON) bash .ci/compat newest $(COMPAT)
 
+compat-newest:  ## the newest PyTorch too, with deepinv and a torchvision for it: 6 GB on Linux
+	PYTHON=$(PYTHON) TORCH=$(NEWEST_TORCH) bash .ci/compat newest $(COMPAT)
+
 .PHONY: test-silva test-deepinv
 test-silva: .venv-silva/.installed  ## silva-networks as a host, in an environment of its own
 	.venv-silva/bin/python -m pytest tests/test_host_suite.py tests/test_silva.py -k "silva or hosts"
 
-test-deepinv: $(VENV)/.installed  ## deepinv as a host; it needs a torchvision for this PyTorch
-	$(INSTALL) deepinv
-	$(BIN)/python -m pytest -rs tests/test_host_suite.py tests/test_deepinv.py -k "deepinv or hosts"
+test-deepinv: .venv-deepinv/.installed  ## deepinv as a host, in an environment of its own: 6 GB
+	.venv-deepinv/bin/python -m pytest tests/test_host_suite.py tests/test_deepinv.py \
+		-k "deepinv or hosts"
 
 .PHONY: bench bench-silva
 bench: $(VENV)/.installed  ## ours against TorchDEQ and floors; BENCH="--images F.npz --graphs DIR"
@@ -66,6 +72,18 @@ bench-silva: .venv-silva/.installed  ## the same with silva-networks, which need
 	.venv-silva/bin/python -m pip install --quiet -c constraints.txt torch
 	.venv-silva/bin/python -m pip install --quiet -c constraints.txt \
 		"numpy<2" silva-networks==1.2.2 pytest hypothesis -e ".[vision,text]"
+	touch $@
+
+# Of three "=", pip takes the index's own build, for which there is a torchvision; a local one, such
+# as 2.13.0+cpu, has none there, and torchvision then ends in "operator torchvision::nms does not
+# exist".
+.venv-deepinv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-deepinv
+	echo '*' > .venv-deepinv/.gitignore
+	.venv-deepinv/bin/python -m pip install --quiet --disable-pip-version-check \
+		"torch===$$(sed -n 's/^torch==//p' constraints.txt)" torchvision deepinv \
+		pytest hypothesis -e ".[text,vision]"
+	.venv-deepinv/bin/python -c "import torchvision, deepinv"
 	touch $@
 
 .PHONY: docs docs-links
@@ -105,7 +123,7 @@ FUZZ_SECONDS ?= 120
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-silva .venv-docs .venv-fuzz .venv-compat-* site build dist runs *.egg-info
+	rm -rf $(VENV) .venv-silva .venv-deepinv .venv-docs .venv-fuzz .venv-compat-* site build dist runs *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

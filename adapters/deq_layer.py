@@ -17,7 +17,7 @@ from deq_phantom_plugin.extras import require
 from .around_layer import CACHE, Collected, Past, layer_mask
 from .equilibrium import EquilibriumInfo, make_equilibrium, solve
 
-require("transformers", "text")
+require("transformers.modeling_utils", "text")
 from transformers import Cache, EncoderDecoderCache, PreTrainedConfig  # noqa: E402
 
 __all__ = ["CACHE", "EquilibriumLayer", "deq_from_layer"]

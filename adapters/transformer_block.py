@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deq_phantom_plugin.extras import require
 
-require("transformers", "text")
+require("transformers.modeling_utils", "text")
 from transformers.activations import ACT2FN  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward  # noqa: E402

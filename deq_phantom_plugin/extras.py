@@ -1,8 +1,10 @@
-"""Optional packages: imported when first needed, and if missing, said how to get."""
+"""Optional packages: imported when first needed, and if missing or broken, said so."""
 
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -14,11 +16,49 @@ def require(module: str, extra: str) -> Any:
         extra: the extra of this package that installs it.
 
     Raises:
-        ImportError: if it is missing; gives the pip command.
+        ImportError: if it is missing, and then gives the pip command, or broken.
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # a RuntimeError too, such as of what it has in C++
+        package = module.partition(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module
+        if is_there(package) and not missing:
+            raise ImportError(_broken(module, error)) from error
+        name = module if is_there(package) else package
         raise ImportError(
-            f'{module} is not installed: pip install "deq-phantom-plugin[{extra}]"'
+            f'{name} is not installed: pip install "deq-phantom-plugin[{extra}]"'
         ) from error
+
+
+def is_there(package: str) -> bool:
+    """Whether a package is installed; it may be broken all the same. Imports nothing."""
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # somebody made the module by hand
+        return sys.modules.get(package) is not None
+
+
+def why_not(module: str) -> str:
+    """Import a module; return in words why that fails, nothing where it does not."""
+    if not is_there(module.partition(".")[0]):
+        return f"{module} is not installed"
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return _broken(module, error)
+    return ""
+
+
+def _broken(module: str, error: Exception) -> str:
+    """Say that a module is there and cannot be imported."""
+    reasons: list[BaseException] = [error]
+    while (cause := reasons[-1].__cause__) is not None:
+        reasons.append(cause)
+    text = f"{module} cannot be imported: {type(reasons[-1]).__name__}: {reasons[-1]}"
+    if any("torchvision" in str(reason) for reason in reasons):
+        text += (
+            "; a torchvision that was built with another PyTorch breaks what imports it: install "
+            "the two together from one index, or uninstall torchvision"
+        )
+    return text

@@ -106,13 +106,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     add("--seed", type=int, default=0, help="of weights (0)")
     args = parser.parse_args(argv)
     try:
-        import deepinv
+        dpp.enable("deepinv")
     except ImportError as error:
-        raise SystemExit(
-            f"deepinv is not there ({error}): pip install deepinv, with a torchvision for this "
-            "PyTorch"
-        ) from None
-    dpp.enable("deepinv")
+        raise SystemExit(str(error)) from None
+    import deepinv
+
     for grad in args.grad:
         if grad not in OWN:
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.adapters.ignn import IGNNConv
+from deq_phantom_plugin.extras import why_not
 from deq_phantom_plugin.hosts.hrm_text import HrmText
 from deq_phantom_plugin.patching import Equilibrium
 
@@ -62,9 +63,8 @@ class Case:
 
 
 def without(*packages: str) -> str:
-    """Return which packages are missing, in words."""
-    missing = [name for name in packages if find_spec(name) is None]
-    return f"{', '.join(missing)} not installed" if missing else ""
+    """Return which packages are missing or broken, in words."""
+    return "; ".join(why for why in map(why_not, packages) if why)
 
 
 class TorchDEQCase(Case):
@@ -106,7 +106,9 @@ class TorchDEQCase(Case):
 
 class HrmTextCase(Case):
     name = "hrm_text"
-    missing = "" if HrmText().installed() else "no Transformers that has hrm_text"
+    missing = (
+        HrmText().why_broken() if HrmText().installed() else "no Transformers that has hrm_text"
+    )
     exact, precision = "ift(tol=1e-6, max_iter=400)", 1e-4  # the model normalises in float32
     channels, width = 4, 8
     own = None
@@ -203,10 +205,7 @@ class SilvaCase(Case):
 
 class DeepInvCase(Case):
     name = "deepinv"
-    missing = without("deepinv", "torchvision") and (
-        f"{without('deepinv', 'torchvision')}; `make test-deepinv` where there is a torchvision "
-        "for this PyTorch"
-    )
+    missing = without("deepinv") and f"{without('deepinv')}; `make test-deepinv`"
     own = None
     patched = (
         ("deepinv.optim.optimizers.DEQConfig", "__init__"),
@@ -250,10 +249,15 @@ class DeepInvCase(Case):
         )
 
     def loss(self, model: nn.Module) -> Tensor:
+        y = torch.linspace(0, 1, 32, dtype=torch.float64).view(2, 1, 4, 4)
+        return model(y, self.physics).square().sum()
+
+    @functools.cached_property
+    def physics(self) -> nn.Module:
+        """One for all steps: what is found out about F is asked anew for another."""
         import deepinv
 
-        y = torch.linspace(0, 1, 32, dtype=torch.float64).view(2, 1, 4, 4)
-        return model(y, deepinv.physics.Denoising()).square().sum()
+        return deepinv.physics.Denoising()
 
 
 class IgnnCase(Case):

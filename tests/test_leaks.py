@@ -101,9 +101,13 @@ def test_memory_is_flat_over_2000_steps(make, spec):
     training = Training(make, spec, *ENDINGS)
     training.steps(501)  # allocators and caches have filled by then
     gc.collect()
-    tensors, memory = live_tensors(), resident()
-    training.steps(2001)  # as often in each way
-    gc.collect()
-    assert live_tensors() <= tensors
-    # A tensor kept in each step would be 500 bytes at the least, of which 2,000 are a megabyte.
-    assert resident() - memory < 2**19
+    tensors, grown = live_tensors(), []
+    # A tensor kept in each step would be 500 bytes at the least, of which 2,000 are a megabyte. An
+    # allocator takes a megabyte once, a leak in every window.
+    while len(grown) < 2 and not any(growth < 2**19 for growth in grown):
+        memory = resident()
+        training.steps(2001)  # as often in each way
+        gc.collect()
+        grown.append(resident() - memory)
+        assert live_tensors() <= tensors
+    assert min(grown) < 2**19

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin import adjoint, registry
+from deq_phantom_plugin.extras import why_not
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -89,7 +89,7 @@ def test_code_blocks_run(page, monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     namespace = {"__name__": page.stem}
     for run, module, code in BLOCK.findall(page.read_text()):
-        if module and importlib.util.find_spec(module) is None:
-            pytest.skip(f"needs {module}")
+        if module and (why := why_not(module)):
+            pytest.skip(why)
         if run:
             exec(compile(code, relative(page), "exec", dont_inherit=True), namespace)

@@ -10,7 +10,6 @@ import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,11 +20,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.extras import why_not
 from host_cases import CASES
 
 DRIVER = Path(__file__).parent / "drivers" / "state_dict.py"
 WARM = "ift(warm_start=True, tol=1e-6, max_iter=100)"
-needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="no Transformers")
+needs_transformers = pytest.mark.skipif(
+    bool(why_not("transformers.modeling_utils")), reason=why_not("transformers.modeling_utils")
+)
 
 
 class Net(nn.Module):
@@ -295,7 +297,7 @@ def test_our_language_model_is_loaded_without_a_word(tmp_path):
         assert steps(loaded) == [None]
 
 
-@pytest.mark.skipif(find_spec("accelerate") is None, reason="no Accelerate")
+@pytest.mark.skipif(bool(why_not("accelerate")), reason="no Accelerate")
 @pytest.mark.parametrize("buffers", [False, True])
 def test_accelerate_offloads_models_with_memories(buffers, tmp_path):
     import accelerate

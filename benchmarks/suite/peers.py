@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.extras import why_not
 from deq_phantom_plugin.state import State
 
 from .contest import Unavailable
@@ -51,8 +52,8 @@ def torchdeq(**settings: Any) -> Any:
     Raises:
         Unavailable: without TorchDEQ, or if it has no solver of that name.
     """
-    if importlib.util.find_spec("torchdeq") is None:
-        raise Unavailable("TorchDEQ is not installed")
+    if why := why_not("torchdeq"):
+        raise Unavailable(why)
     dpp.enable("torchdeq")
     from torchdeq import get_deq
     from torchdeq.solver import _solvers
@@ -107,8 +108,8 @@ class Silva(nn.Module):
 
     def __init__(self, parameters: Iterable[Tensor], **settings: Any) -> None:
         super().__init__()
-        if importlib.util.find_spec("silva_networks") is None:
-            raise Unavailable("silva-networks is not installed: make bench-silva")
+        if why := why_not("silva_networks"):
+            raise Unavailable(f"{why}: make bench-silva")
         from silva_networks.deq_engine import SILVADEQEngine
         from silva_networks.solvers import SolverConfig
 

@@ -134,7 +134,7 @@ class Tracker:
         if max_iter < 1:
             raise ValueError(f"max_iter allows for {max_iter} iterations; expected at least 1")
         self._max_iter, self._tol, self._stop_mode = max_iter, tol, stop_mode
-        self._sample_at, self._sampled = frozenset(sample_at), list[list[Tensor]]()
+        self._sample_at, self._sampled = sample_at, list[list[Tensor]]()
         self._keep_going, self._return_final = keep_going or return_final, return_final
         self._start = torch.full_like(like, 1e8)
         self._lowest, self._norms = self._start, list[tuple[Tensor, Tensor]]()

@@ -22,6 +22,7 @@ __all__ = [
     "PatchingHost",
     "Solve",
     "attach_observed",
+    "broken_hosts",
     "disable",
     "enable",
     "enabled",
@@ -56,7 +57,8 @@ def enable(host: str | None = None, *, force: bool = False) -> list[str]:
 
     Raises:
         ValueError: if there is no host of that name.
-        ImportError: if the named framework is not installed; gives the pip command.
+        ImportError: if the named framework is not installed, and then gives the pip command, or
+            if it is and cannot be imported.
     """
     with _lock:
         if host is None:
@@ -64,12 +66,17 @@ def enable(host: str | None = None, *, force: bool = False) -> list[str]:
                 if candidate.installed():
                     try:
                         _enable(candidate, force)
-                    except ImportError as error:  # a broken one is not to break the others
-                        warnings.warn(f"{candidate.name} is not hooked: {error}", stacklevel=2)
+                    except Exception as error:  # a broken one is not to break the others
+                        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+                        why = candidate.why_broken() or f"{kind}{error}"
+                        warnings.warn(f"{candidate.name} is not hooked: {why}", stacklevel=2)
         else:
             chosen = _get(host)
             if not chosen.installed():
                 raise ImportError(f"{host} is not installed: pip install {chosen.pip}")
+            # Many are hooked when they are first imported; one that is asked for by name is needed.
+            if why := chosen.why_broken():
+                raise ImportError(f"{host} is not hooked: {why}")
             _enable(chosen, force)
         return sorted(name for name, known in _hosts.items() if known.is_enabled)
 
@@ -181,6 +188,12 @@ def find_equilibria(module: nn.Module) -> list[tuple[Host, nn.Module]]:
 def host_names() -> list[str]:
     """Return the names of the hosts whose frameworks are installed."""
     return sorted(name for name, host in _all().items() if host.installed())
+
+
+def broken_hosts() -> dict[str, str]:
+    """Import every host's framework that is installed; return why that fails, where it does."""
+    hosts = {name: host for name, host in sorted(_all().items()) if host.installed()}
+    return {name: why for name, host in hosts.items() if (why := host.why_broken())}
 
 
 def host_versions() -> dict[str, tuple[str, bool]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +20,7 @@ from ..adjoint.packing import Packing
 from ..attach import attach
 from ..calls import Calls
 from ..compilation import never_compiled
+from ..extras import is_there, why_not
 from ..precision import AutocastState
 from ..state import State, flatten
 from ..strategy import BatchDim, Context, GradStrategy
@@ -137,12 +136,14 @@ class Counted:
 
     Attributes:
         solver_result: how its solve ended, for hosts to fill in.
+        producer: what attached the state that it ended in, likewise.
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
         self.func = self.__wrapped__ = func
         self.calls = Calls()
         self.solver_result: Any = None
+        self.producer: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the map."""
@@ -237,8 +238,12 @@ class Host(ABC):
     known_versions: ClassVar[tuple[str, ...]] = ()
 
     def installed(self) -> bool:
-        """Whether the framework can be imported."""
-        return self.package in sys.modules or find_spec(self.package) is not None
+        """Whether the framework is there; it may be broken all the same. Imports nothing."""
+        return is_there(self.package)
+
+    def why_broken(self) -> str:
+        """Import the framework; return in words why that fails, nothing where it does not."""
+        return why_not(self.package)
 
     def version(self) -> str | None:
         """Return the framework's version, None where nothing tells it."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..compilation import never_compiled
 from ..errors import AssumptionWarning
 from ..evaluation import attaches
+from ..extras import is_there, why_not
 from ..memory import Memory
 from ..registry import FunctionStrategy, get_strategy
 from ..strategies import BPTT, UPG
@@ -52,9 +53,13 @@ class HrmText(PatchingHost):
 
     def installed(self) -> bool:
         """Whether there is a Transformers that has the model; does not import it."""
-        spec = find_spec(self.package)
+        spec = find_spec(self.package) if is_there(self.package) else None
         folders = spec.submodule_search_locations if spec is not None else None
         return any((Path(folder) / "models" / "hrm_text").is_dir() for folder in folders or ())
+
+    def why_broken(self) -> str:
+        """See `Host.why_broken`; Transformers imports its models when they are asked for."""
+        return why_not(_MODULE)
 
     def patch(self, patches: Patches) -> None:
         """Hook the model and the modules of its recurrence, when Transformers loads them."""

@@ -12,8 +12,9 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..attach import attach, attach_states
 from ..compilation import never_compiled
+from ..errors import AssumptionWarning, warn_once
 from ..evaluation import attaches, check_flag, watched
 from ..memory import Memory
 from ..registry import get_strategy
@@ -98,12 +100,12 @@ class TorchDEQ(PatchingHost):
             if not (deq.training and torch.is_grad_enabled()):
                 return None
             states, info = output
+            if not states:  # no entry has as many steps as sup_gap
+                return None
             # A tensor of its own: a gradient taken at the state that hook_ift returns would be the
             # one that TorchDEQ's hook has already turned into g.
             last = _map(lambda leaf: leaf.view_as(leaf), states[-1])
-            # A solver that stops early hands DEQIndexing fewer states than there are entries.
-            producer = deq.produce_grad[: len(states)][-1]
-            _tell(callback, deq, producer, args, kwargs, last, info)
+            _tell(callback, deq, len(states), args, kwargs, last, info)
             return [*states[:-1], last], info
 
         handles = [
@@ -207,6 +209,13 @@ def _n_equilibria(deq: Any) -> int:
     return len(deq.indexing)
 
 
+def _solves_at_once(deq: Any) -> bool:
+    """Whether one solve hands out all states; else there is a solve for each, and none missing."""
+    from torchdeq.core import DEQIndexing
+
+    return isinstance(deq, DEQIndexing)
+
+
 def _defaults(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of TorchDEQ that differ from its defaults, under our names."""
     found = {}
@@ -263,12 +272,17 @@ def _install(deq: Any, strategies: list[GradStrategy | int], args: Mapping[str, 
     sup_gap, sup_loc = args.get("sup_gap") or -1, args.get("sup_loc") or []
     if not hasattr(deq, "grad_memory"):
         deq.grad_memory = nn.ModuleList(Memory() for _ in strategies)
+    tau = args.get("tau", 1.0)
+    if all(_is_steps(strategy) for strategy in strategies):
+        deq.produce_grad = [
+            backward_factory(grad_type=steps, tau=tau, sup_gap=sup_gap, sup_loc=sup_loc)
+            for steps in strategies
+        ]
+        return
     deq.produce_grad = [
-        backward_factory(
-            grad_type=strategy, tau=args.get("tau", 1.0), sup_gap=sup_gap, sup_loc=sup_loc
-        )
+        ProduceSteps(index, strategy, sup_gap, tuple(sup_loc), tau)
         if isinstance(strategy, int)
-        else ProduceGrad(strategy, index, sup_gap, tuple(sup_loc))
+        else ProduceGrad(index, strategy, sup_gap, tuple(sup_loc))
         for index, strategy in enumerate(strategies)
     ]
 
@@ -278,13 +292,22 @@ def _install(deq: Any, strategies: list[GradStrategy | int], args: Mapping[str, 
 
 @dataclass
 class _Call:
-    """What one forward pass knows that TorchDEQ does not hand to `produce_grad`."""
+    """What one forward pass knows that TorchDEQ does not hand to `produce_grad`.
+
+    Attributes:
+        z_init: the initial state, in the user's form.
+        solves: how many there were.
+        initial_states: where each sampled state's solve began.
+        infos: how it ended.
+        entries: which entry of `produce_grad` each state has that DEQIndexing hands out.
+    """
 
     z_init: State
     in_eval: bool = False
     solves: int = 0
     initial_states: list[State] = field(default_factory=list)
     infos: list[Any] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)
 
 
 class _Calls(threading.local):
@@ -302,7 +325,7 @@ def _hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         in_eval = not self.training and attaches(self)
         if not (self.training or in_eval):
             args, kwargs = _with_func(args, kwargs, functools.partial(watched, self))
-        named = self.training and any(isinstance(p, ProduceGrad) for p in self.produce_grad)
+        named = self.training and any(isinstance(p, Entry) for p in self.produce_grad)
         if not (named or in_eval) and not torchdeq_solvers.sees_states(self.f_solver):
             return original(self, *args, **kwargs)
         # By thread: several may run one model at once.
@@ -366,11 +389,9 @@ def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
         Form.remember(deq_func, call.z_init)
         if not (self.training or call.in_eval):
             return original(self, deq_func, z_init, *args, **kwargs)
-        from torchdeq.core import DEQIndexing
         from torchdeq.solver.stat import SolverStat
 
-        # DEQSliced solves once a state, DEQIndexing once for all of them.
-        at_once = isinstance(self, DEQIndexing)
+        at_once = _solves_at_once(self)
         producers = self.produce_grad if at_once else [self.produce_grad[call.solves]]
         if call.in_eval:
             producers = self.produce_grad[-1:]
@@ -384,8 +405,13 @@ def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
             if wanted and torchdeq_solvers.keeps_inverse_jacobian(self.f_solver):
                 options = kwargs.get("solver_kwargs") or {}
                 kwargs["solver_kwargs"] = {**options, "keep_inverse": True}
+            if at_once and "indexing" in kwargs:
+                kwargs["indexing"] = Asked(kwargs["indexing"])
             solved = original(self, deq_func, z_init, *args, **kwargs)
             known = torchdeq_solvers.take_inverse_jacobian(solved[-1])
+            if at_once:
+                indexing = kwargs.get("indexing", self.indexing)
+                call.entries = _entries(indexing, len(solved[1]), producers)
         if isinstance(deq_func.func, Counted):
             deq_func.func.solver_result = known
         call.initial_states += [z_init] * len(producers)
@@ -395,25 +421,73 @@ def _hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
     return _solve_fixed_point
 
 
-@dataclass(frozen=True)
-class ProduceGrad:
-    """An entry of TorchDEQ's `produce_grad`: attaches a named strategy to one sampled state.
+class Asked(list[int]):
+    """The steps of DEQIndexing; knows at which of them a solver handed out a state.
+
+    Solvers ask `step in indexing` and then keep the state, but not its step.
 
     Attributes:
-        strategy: the strategy.
-        index: which of the sampled states it is for.
-        sup_gap: TorchDEQ's gap between the states that are handed out, below 1 for none.
-        sup_loc: TorchDEQ's numbers of the steps whose states are handed out.
+        found: those steps, in the order in which they were reached.
     """
 
-    strategy: GradStrategy
-    index: int
-    sup_gap: int
-    sup_loc: tuple[int, ...]
+    def __init__(self, steps: Iterable[int]) -> None:
+        super().__init__(steps)
+        self.found: list[int] = []
 
-    def current(self, deq: Any) -> GradStrategy:
-        """Return the strategy of the current step."""
-        return self.strategy.resolve(Context(memory=deq.grad_memory[self.index]))
+    def __contains__(self, step: object) -> bool:
+        """Whether a state is sampled at a step."""
+        sampled = super().__contains__(step)
+        if sampled:
+            self.found.append(step)  # type: ignore[arg-type]
+        return sampled
+
+
+def _entries(indexing: Sequence[int], n_states: int, producers: Sequence[Any]) -> list[int]:
+    """Return which entry each state has that a solve of DEQIndexing hands out.
+
+    TorchDEQ pairs the first with the first: where a solver stops early, leaves out its first steps
+    or has a step twice in its list, states get the entries of others.
+
+    Args:
+        indexing: the step of each entry, the limit of the solve for the last.
+        n_states: how many states the solve handed out.
+        producers: TorchDEQ's `produce_grad`.
+    """
+    last = len(producers) - 1
+    steps = indexing.found if isinstance(indexing, Asked) else []
+    if len(steps) != n_states:  # a solver of the user's may ask in its own way
+        steps = sorted(set(indexing))
+    before = list(indexing[:-1])
+    if before != sorted(before) and _differ(producers):
+        warn_once(
+            f"unsorted {before}",
+            f"indexing={before} is not in ascending order: each entry of grad goes with the step "
+            "beside it, while the states are handed out in the order of their steps",
+            AssumptionWarning,
+        )
+    n_handed_out = min(n_states, len(producers))  # a longer solve than that which grad was made for
+    entries = [min(indexing.index(step), last) for step in steps[: n_handed_out - 1]]
+    return [*entries, last]
+
+
+def _differ(producers: Sequence[Any]) -> bool:
+    """Whether entries of a `grad` with names differ from one another."""
+    alike = [replace(entry, index=0) for entry in producers if isinstance(entry, Entry)]
+    return any(entry != alike[0] for entry in alike)
+
+
+@dataclass(frozen=True)
+class Entry(ABC):
+    """An entry of TorchDEQ's `produce_grad`, where a `grad` has names in it.
+
+    TorchDEQ calls the first one for the first state, and so on; which entry that state has, the
+    forward pass knows.
+
+    Attributes:
+        index: which of the sampled states it is for.
+    """
+
+    index: int
 
     def __call__(
         self, deq: Any, deq_func: Any, z: State, writer: Any = None, **kwargs: Any
@@ -422,6 +496,84 @@ class ProduceGrad:
         call = _calls.by_deq.get(id(deq))
         if call is not None and len(call.infos) <= self.index:  # disabled in the middle of it
             call = None
+        entry = self
+        if call is not None and call.entries:
+            entry = deq.produce_grad[call.entries[self.index]]
+        elif call is None and _solves_at_once(deq) and _differ(deq.produce_grad):
+            warn_once(
+                "entries without a host",
+                "the host torchdeq is not enabled: where a solver stops early, DEQIndexing hands "
+                "out states with the gradients of others; call dpp.enable()",
+                AssumptionWarning,
+            )
+        states = entry.produce(call, deq, deq_func, z, writer)
+        counted = getattr(deq_func, "func", None)
+        if states and isinstance(counted, Counted):
+            counted.producer = entry
+        return states
+
+    @abstractmethod
+    def produce(
+        self, call: _Call | None, deq: Any, deq_func: Any, z: State, writer: Any
+    ) -> list[Any]:
+        """Return the states of this entry; `call` is None where the host is not enabled."""
+
+
+@dataclass(frozen=True)
+class ProduceSteps(Entry):
+    """An integer among names: TorchDEQ's own phantom gradient.
+
+    Attributes:
+        steps: its steps.
+        sup_gap: TorchDEQ's setting of that name.
+        sup_loc: likewise.
+        tau: likewise.
+    """
+
+    steps: int
+    sup_gap: int
+    sup_loc: tuple[int, ...]
+    tau: float
+
+    @property
+    def function(self) -> Callable[..., list[Any]]:
+        """What TorchDEQ makes of the integer."""
+        from torchdeq.grad import backward_factory
+
+        function: Callable[..., list[Any]] = backward_factory(
+            grad_type=self.steps, tau=self.tau, sup_gap=self.sup_gap, sup_loc=self.sup_loc
+        )
+        return function
+
+    def produce(
+        self, call: _Call | None, deq: Any, deq_func: Any, z: State, writer: Any
+    ) -> list[Any]:
+        """See `Entry.produce`."""
+        return self.function(deq, deq_func, z, writer=writer)
+
+
+@dataclass(frozen=True)
+class ProduceGrad(Entry):
+    """A named strategy for one sampled state.
+
+    Attributes:
+        strategy: the strategy.
+        sup_gap: TorchDEQ's gap between the states that are handed out, below 1 for none.
+        sup_loc: TorchDEQ's numbers of the steps whose states are handed out.
+    """
+
+    strategy: GradStrategy
+    sup_gap: int
+    sup_loc: tuple[int, ...]
+
+    def current(self, deq: Any) -> GradStrategy:
+        """Return the strategy of the current step."""
+        return self.strategy.resolve(Context(memory=deq.grad_memory[self.index]))
+
+    def produce(
+        self, call: _Call | None, deq: Any, deq_func: Any, z: State, writer: Any
+    ) -> list[Any]:
+        """See `Entry.produce`."""
         if call is None and self.current(deq).owns_solve:
             raise RuntimeError(
                 f"{self.strategy!r} owns the solve, which TorchDEQ leaves to it only while the "
@@ -476,7 +628,7 @@ def _report(writer: Callable[[Any], None], stats: BackwardStats) -> None:
 def _tell(
     callback: Callable[[Solve], None],
     deq: Any,
-    producer: Any,
+    n_states: int,
     args: Any,
     kwargs: Any,
     attached: State,
@@ -484,8 +636,12 @@ def _tell(
 ) -> None:
     counted, start = _func_and_start(args, kwargs)
     assert isinstance(counted, Counted)
-    named = isinstance(producer, ProduceGrad)
-    strategy = producer.strategy if named else HostGrad(producer, deq.no_stat)
+    producer = counted.producer or _last_producer(deq.produce_grad, n_states)
+    if isinstance(producer, ProduceGrad):
+        strategy = producer.strategy
+    else:
+        function = producer.function if isinstance(producer, ProduceSteps) else producer
+        strategy = HostGrad(function, deq.no_stat)
     steps = [m.step for m in deq.modules() if isinstance(m, Memory) and m.step is not None]
     context = Context(
         batch_dim=_batch_dim(deq),
@@ -494,8 +650,10 @@ def _tell(
         step=steps[0] if steps else None,
     )
     residual = info["rel_lowest"].detach()
-    # -1 is TorchDEQ's "not known"; what a strategy found that owns the solve, it never is.
-    known = not strategy.resolve(context).owns_solve and bool((residual >= 0).all())
+    # -1 is TorchDEQ's "not known"; what a strategy found that owns the solve, it never is. Nor is
+    # the last of DEQIndexing's states, if the solve ended between two steps that are sampled.
+    owned, sampled = strategy.resolve(context).owns_solve, _n_equilibria(deq) > 1
+    known = not owned and not (sampled and _solves_at_once(deq)) and bool((residual >= 0).all())
     tell(
         [callback],
         functools.partial(evaluate, counted.func),
@@ -506,6 +664,22 @@ def _tell(
         counted.nfe,
         known_residual=residual if known else None,
     )
+
+
+def _last_producer(producers: Sequence[Any], n_states: int) -> Any:
+    """Return which of TorchDEQ's own producers handed out the last of the states."""
+    for producer in producers:
+        known = inspect.getclosurevars(producer).nonlocals if inspect.isfunction(producer) else {}
+        if "sup_gap" in known:
+            n_states -= known["n_grad_step"] // known["sup_gap"]
+        elif "sup_loc" in known:
+            reached = range(1, known["n_grad_step"] + 1)
+            n_states -= 1 + len(set(known["sup_loc"]).intersection(reached))
+        else:
+            n_states -= 1
+        if n_states <= 0:
+            break
+    return producer
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,18 +9,22 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
 from pathlib import Path
 
+import torch
+
 from .. import entry_points as groups
-from ..hosts import host_names, host_versions
+from ..extras import why_not
+from ..hosts import broken_hosts, host_names, host_versions
 from ..registry import list_strategies, strategy_class
 from .patch import check_committed, status
 from .repository import Match, check_root, check_unpatched, outside_links, plan, recognise
 
+# The module to import, and what to install where it is missing.
 _PACKAGES = {
-    "torch": "torch",
-    "torchdeq": '"deq-phantom-plugin[torchdeq]"',
-    "torch-geometric": '"deq-phantom-plugin[graph]"',
-    "transformers": '"deq-phantom-plugin[text]"',
-    "libcst": '"deq-phantom-plugin[patch]"',
+    "torch": ("torch", "torch"),
+    "torchdeq": ("torchdeq", '"deq-phantom-plugin[torchdeq]"'),
+    "torch-geometric": ("torch_geometric", '"deq-phantom-plugin[graph]"'),
+    "transformers": ("transformers.modeling_utils", '"deq-phantom-plugin[text]"'),
+    "libcst": ("libcst", '"deq-phantom-plugin[patch]"'),
 }
 
 
@@ -32,24 +36,35 @@ def diagnose(root: Path | None = None) -> str:
     """
     lines = [f"python            {platform.python_version()}  {sys.executable}"]
     lines.append(f"{'deq-phantom-plugin':17} {version('deq-phantom-plugin')}")
-    missing = []
-    for name, pip in _PACKAGES.items():
+    missing: list[str] = []
+    unusable: dict[str, None] = {}  # the reasons, each once
+    for name, (module, pip) in _PACKAGES.items():
         try:
-            lines.append(f"{name:17} {version(name)}")
+            # The metadata of a wheel may lack the local part of PyTorch's version, such as +cu130.
+            number = torch.__version__ if name == "torch" else version(name)
         except PackageNotFoundError:
             lines.append(f"{name:17} missing")
             missing.append(f"{name}: pip install {pip}")
+            continue
+        why = why_not(module)
+        lines.append(f"{name:17} {number}{', broken' if why else ''}")
+        if why:
+            unusable[why] = None
     with warnings.catch_warnings(record=True) as broken:
         warnings.simplefilter("always")
         lines.append(f"hosts             {', '.join(host_names()) or 'none'}")
+        broken_ones = broken_hosts()
+        unusable.update(dict.fromkeys(broken_ones.values()))
         for name, (number, known) in host_versions().items():
-            lines.append(f"  {name:15} {number}{'' if known else ', unknown to this package: off'}")
+            note = "" if known else ", unknown to this package: off"
+            lines.append(f"  {name:15} {number}{', broken' if name in broken_ones else note}")
         lines.append("strategies")
         for name in list_strategies():
             lines.append(f"  {name:15} {_origin(name)}")
         if root is not None:
             lines += _repository(check_root(root))
     lines += [f"warning: {warning.message}" for warning in broken]
+    lines += [f"broken: {line}" for line in unusable]
     lines += [f"missing: {line}" for line in missing]
     return "\n".join(lines)
 

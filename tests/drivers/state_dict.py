@@ -10,7 +10,6 @@ import shutil
 import sys
 import tempfile
 import warnings
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.extras import why_not
 from deq_phantom_plugin.hosts.hrm_text import HrmText
 from deq_phantom_plugin.patching import Equilibrium
 
@@ -88,9 +88,9 @@ def hrm_text():
 
 
 MODELS = {model.__name__: model for model in (own, patched, torchdeq, transformer, mdeq)}
-if find_spec("torch_geometric") is not None:
+if not why_not("torch_geometric"):
     MODELS["ignn"] = ignn
-if HrmText().installed():
+if HrmText().installed() and not HrmText().why_broken():
     MODELS["hrm_text"] = hrm_text
 
 
@@ -307,7 +307,7 @@ def cases():
     on_meta = [own, patched, torchdeq]  # the others are Transformers', or compute as they are built
     for make in on_meta:
         yield f"meta | {make.__name__}", by_meta, make
-    if find_spec("accelerate") is not None:
+    if not why_not("accelerate"):
         for model, make in MODELS.items():
             for kind, together in (("FULL", True), ("SHARDED", True), ("SHARDED", False)):
                 name = f"accelerate | {model} | {kind}, {'together' if together else 'apart'}"

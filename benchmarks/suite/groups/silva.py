@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.extras import why_not
 
 from .. import work
 from ..contest import Contender, Contest, Ratio, Settings, Unavailable
@@ -28,8 +28,8 @@ PAIRS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 def contests(settings: Settings) -> Iterator[Contest]:
     """Yield one contest a size."""
-    if find_spec("silva_networks") is None:
-        raise Unavailable("silva-networks is not installed: make bench-silva")
+    if why := why_not("silva_networks"):
+        raise Unavailable(f"{why}: make bench-silva")
     dpp.enable("silva")
     for width, batch in ((16, 2),) if settings.quick else SIZES:
         problem = work.synthetic(width, batch, settings)
