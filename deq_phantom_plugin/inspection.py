@@ -129,6 +129,7 @@ def settled(
         if memory is not None:
             if known is not None and known.are_current:
                 found = replace(found, uses=known.uses)
+            _forget_the_dead(memory.findings)
             memory.findings[(memory.training, *key)] = found
     return replace(context, batch_dim=None if found.coupled else 0)
 
@@ -160,7 +161,15 @@ def _identity(func: Any) -> tuple[Any, ...]:
     inside.append(getattr(func, "__self__", func))
     inside += [c.cell_contents for c in getattr(func, "__closure__", None) or () if _full(c)]
     code = getattr(getattr(func, "__func__", func), "__code__", type(func))
-    return (code, *(id(x) for x in inside if isinstance(x, nn.Module)))
+    # Not by `id`, which another module may have later.
+    return (code, *(weakref.ref(x) for x in inside if isinstance(x, nn.Module)))
+
+
+def _forget_the_dead(findings: dict[tuple[Any, ...], Any]) -> None:
+    """Drop what was found of maps whose modules are gone, as of one made anew in each step."""
+    for key in list(findings):
+        if any(isinstance(part, weakref.ref) and part() is None for part in key):
+            del findings[key]
 
 
 def _full(cell: Any) -> bool:

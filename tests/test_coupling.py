@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 import warnings
@@ -598,6 +599,20 @@ def test_what_cancels_but_for_rounding_couples_nothing(seed):
         return torch.tanh(weights / weights.sum(-1, keepdim=True) + x)
 
     assert inspect_map(func, torch.randn(8, 6)).coupled is False
+
+
+def test_modules_made_anew_in_each_step_leave_nothing_behind():
+    memory, x = dpp.Memory(), torch.randn(3, 4)
+
+    def step():
+        module = nn.Linear(4, 4)
+        dpp.attach(lambda h: 0.1 * module(h) + x, x, "ift", dpp.Context(memory=memory))
+
+    for _ in range(20):
+        step()
+    gc.collect()
+    step()
+    assert len(memory.findings) <= 2
 
 
 def test_third_party_strategies_see_a_dimension_or_none():
