@@ -221,15 +221,16 @@ def _causal_mask(
 def _documents(position_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
     """Number the documents that a row of tokens holds, None if none holds several.
 
-    What positions padding has does not matter: one begins where they do not go on from those of the
-    last token before.
+    One begins where positions do not go on from those of the last token before or, after padding,
+    from those that the padding has, as in generation.
     """
     real = attention_mask > 0
     positions = position_ids.expand(real.shape)
     index = torch.arange(real.shape[1], device=real.device)
     last = index.where(real, -1).cummax(-1).values[:, :-1]
     before, here = positions.gather(1, last.clamp_min(0)), positions[:, 1:]
-    restarts = torch.where(last == index[:-1], here != before + 1, here <= before)
+    after = (here <= before) & ((here <= positions[:, :-1]) | (here == 0))
+    restarts = torch.where(last == index[:-1], here != before + 1, after)
     restarts = restarts & real[:, 1:] & (last >= 0)
     if not bool(restarts.any()):
         return None

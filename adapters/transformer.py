@@ -397,7 +397,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.inject = ScaledLinear(config.hidden_size, 3 * config.hidden_size, gain=2.0)
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
         self.block = DEQTransformerBlock(config)
         solver = (config.f_solver, config.f_max_iter, config.f_tol)
         self.deq = make_equilibrium(config.grad, *solver, config.grad_in_eval)
@@ -604,8 +604,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         if positions != self._followed["positions"]:
             config.convert_rope_params_to_dict()
             config.validate_rope()
-            device = self.rotary.inv_freq.device
-            self.rotary = LlamaRotaryEmbedding(config).to(device)
+            device = self.rotary_emb.inv_freq.device
+            self.rotary_emb = LlamaRotaryEmbedding(config).to(device)
             self._followed["positions"] = _positions(config)
 
     @torch.no_grad()
@@ -643,7 +643,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             past = (layer.keys, layer.values)
         return Surroundings(
             injection=self.inject(self._dropped(self.block.norm(embeddings))),
-            rotation=self.rotary(embeddings, tokens.positions),
+            rotation=self.rotary_emb(embeddings, tokens.positions),
             attention_mask=visible(self.config, embeddings, tokens, cache, before),
             past=past,
             keep=self.block.keep(embeddings),

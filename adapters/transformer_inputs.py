@@ -126,7 +126,10 @@ def read_tokens(
         ValueError: names the value and what is accepted.
     """
     mask = _checked_mask(attention_mask, shape, before)
-    starts = _starts(position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k, shape, before, device)
+    told = mask[:, before:] if mask is not None and mask.dim() == 2 else None
+    starts = _starts(
+        position_ids, told, seq_idx, cu_seq_lens_q, cu_seq_lens_k, shape, before, device
+    )
     count = torch.arange(shape[1], device=device)
     if position_ids is not None:
         positions = position_ids.to(device)
@@ -287,6 +290,7 @@ def _checked_mask(mask: Any, shape: tuple[int, int], before: int) -> Tensor | No
 
 def _starts(
     position_ids: Tensor | None,
+    real: Tensor | None,
     seq_idx: Tensor | None,
     cu_seq_lens_q: Any,
     cu_seq_lens_k: Any,
@@ -300,9 +304,16 @@ def _starts(
     if position_ids is not None:
         _check_rows("position_ids", position_ids, shape)
         positions = position_ids.to(device).expand(shape)
+        # After padding one has to go on from the last token or, as in generation, from the padding.
         # The first of all follows what is in the cache, if it is no beginning.
-        previous = torch.nn.functional.pad(positions[:, :-1], (1, 0), value=-1)
-        starts = (positions <= previous) | (positions == 0)
+        count = torch.arange(length, device=device).expand(shape)
+        last = count if real is None else count.where(real.to(device), -1).cummax(-1).values
+        last = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+        previous = positions.gather(1, last.clamp_min(0)).where(last >= 0, -1)
+        beside = torch.nn.functional.pad(positions[:, :-1], (1, 0), value=-1)
+        starts = (positions <= torch.minimum(previous, beside)) | (positions == 0)
+        if real is not None:
+            starts = starts & real.to(device)
     given = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
     given = {name: value for name, value in given.items() if value is not None}
     if given and before:

@@ -178,7 +178,8 @@ def _step(key: str, value: Any) -> int | None:
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta:
         with contextlib.suppress(RuntimeError):  # some kinds of tensor have none
             number = value.item()
-    if number == math.inf and isinstance(value, Tensor) and value.dtype is torch.float16:
+    is_half = isinstance(value, Tensor) and value.dtype is torch.float16
+    if is_half and isinstance(number, float) and number == math.inf:
         # A checkpoint cast to float16, which ends at 65,504.
         warn_once(
             "step lost",

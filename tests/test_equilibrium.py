@@ -59,7 +59,9 @@ def zeros(state):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(("n_leaves", "nest"), [n[1:] for n in NESTINGS], ids=lambda n: str(n))
+@pytest.mark.parametrize(
+    ("n_leaves", "nest"), [n[1:] for n in NESTINGS], ids=[n[0] for n in NESTINGS]
+)
 def test_the_gradient_is_that_of_a_dense_solve_for_any_state(solver, n_leaves, nest):
     known = make_equilibrium([(3, 2), (3, 4), (3,)][:n_leaves], nest)
     equilibrium = dpp.Equilibrium(solver, "ift(tol=1e-12, max_iter=200)", **TIGHT)

@@ -96,7 +96,8 @@ def test_an_edge_mask_is_a_weight(apply_sigmoid, training):
     probe = torch.randn_like(expected)
     (reference,) = torch.autograd.grad((probe * expected).sum(), mask)
 
-    before = conv(x, edge_index).detach()
+    with torch.no_grad():
+        before = conv(x, edge_index)
     set_masks(conv, mask, edge_index, apply_sigmoid)
     found = conv(x, edge_index)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
@@ -108,7 +109,8 @@ def test_an_edge_mask_is_a_weight(apply_sigmoid, training):
     with torch.no_grad():
         assert not conv(x, edge_index).requires_grad
     clear_masks(conv)
-    assert torch.equal(conv(x, edge_index).detach(), before)
+    with torch.no_grad():
+        assert torch.equal(conv(x, edge_index), before)
 
 
 def test_a_mask_acts_after_the_normalisation_and_leaves_its_loops():
@@ -373,6 +375,7 @@ def test_a_state_of_zeros_has_no_direction_in_16_bits():
     assert not out.any()
 
 
+@torch.no_grad()
 def test_many_nodes_are_added_in_32_bits():
     # One after another in bfloat16, a sum of equal numbers stands still at 256 of them.
     model = IGNN(3, 4, 2, num_layers=1, dropout=0.0).eval()
@@ -395,7 +398,7 @@ def test_in_channels_of_the_first_features(inference):
         model = make().double()
         assert any(is_lazy(p) for p in model.parameters())
         twin = copy.deepcopy(model)
-        with torch.inference_mode(inference):
+        with torch.inference_mode() if inference else torch.no_grad():
             model.eval()(x.double(), edge_index)
         assert not any(is_lazy(p) for p in model.parameters())
         assert all(p.dtype == torch.float64 for p in model.parameters())
@@ -403,9 +406,9 @@ def test_in_channels_of_the_first_features(inference):
         model.train()(x.double(), edge_index).square().sum().backward()
         assert all(p.grad is not None for p in model.parameters())
         twin.load_state_dict(model.state_dict())
-        torch.testing.assert_close(
-            twin.eval()(x.double(), edge_index), model.eval()(x.double(), edge_index)
-        )
+        with torch.no_grad():
+            found, expected = (m.eval()(x.double(), edge_index) for m in (twin, model))
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_lazy_layer_until_then():
@@ -441,6 +444,7 @@ def test_sizes_that_cannot_be(size):
 # --- batches -------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_graphs_without_nodes_have_scores():
     model, (x, edge_index) = IGNN(3, 4, 2).double().eval(), graph()
     batch = torch.ones(NODES, dtype=torch.long)  # none in the first and in the last of three
@@ -470,6 +474,7 @@ def test_no_nodes(grad):
     assert all(not p.grad.any() for conv in model.convs for p in conv.parameters())
 
 
+@torch.no_grad()
 def test_loaders():
     model = IGNN(3, 4, 2).double().eval()
     graphs = [Data(*graph()) for _ in range(4)] + [

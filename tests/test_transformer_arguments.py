@@ -264,7 +264,7 @@ def test_scaled_positions_reach_as_far_as_their_factor(kind):
         rope_parameters=dict(rope),
     )
     for length in (128, 20):
-        ours = model.model.rotary(torch.zeros(1), torch.arange(length)[None])
+        ours = model.model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
         theirs = LlamaRotaryEmbedding(config)
         theirs(torch.zeros(1), torch.arange(128)[None])
         expected = theirs(torch.zeros(1), torch.arange(length)[None])

@@ -167,6 +167,30 @@ def test_padding_is_no_document_of_a_cache():
     close(torch.cat(parts, 1)[mask == 1], whole[mask == 1])
 
 
+def test_padding_in_the_middle_of_a_row_parts_nothing():
+    """As generation goes on after right padding, an assistant's tokens several at once."""
+    model = make().eval()
+    ids, _ = padded(tokens(length=7), 4, side="right")
+    ids = torch.cat([ids, tokens(length=3)], dim=1)
+    mask = torch.ones_like(ids)
+    mask[0, 3:7] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # as `generate` makes them
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask, position_ids=positions).logits
+        alone = model(torch.cat([ids[:1, :3], ids[:1, 7:]], dim=1)).logits
+    close(found[0, 7:], alone[0, 3:])
+    close(found[0, :3], alone[0, :3])
+
+
+def test_assisted_generation_after_right_padding_is_greedy():
+    torch.manual_seed(0)
+    model = make(initializer_range=1.0).eval()
+    ids, mask = padded(tokens(length=7), 4, side="right")
+    settings = {"attention_mask": mask[:1], "max_new_tokens": 8, "do_sample": False}
+    greedy = model.generate(ids[:1], **settings)
+    assert torch.equal(model.generate(ids[:1], assistant_model=model, **settings), greedy)
+
+
 def test_the_limit_is_of_a_document():
     model = make(tight=False, max_position_embeddings=6).eval()
     _, row, positions = documents(6, 5)
