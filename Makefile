@@ -53,6 +53,22 @@ test-deepinv: $(VENV)/.installed  ## deepinv as a host; it needs a torchvision f
 	$(INSTALL) deepinv
 	$(BIN)/python -m pytest -rs tests/test_host_suite.py tests/test_deepinv.py -k "deepinv or hosts"
 
+.PHONY: test-peers test-peers-transformers test-peers-deepinv test-peers-silva
+test-peers:  ## other projects' suites with ours at work; says what is missing and how to get it
+	@status=0; for name in transformers deepinv silva; do \
+		$(MAKE) --no-print-directory test-peers-$$name || status=1; \
+	done; exit $$status
+
+# PEERS="-x -k greedy" are arguments of pytest.
+test-peers-transformers: .venv-transformers/.installed
+	.venv-transformers/bin/python .ci/peers/run.py transformers $(PEERS)
+
+test-peers-deepinv: .venv-deepinv/.installed
+	.venv-deepinv/bin/python .ci/peers/run.py deepinv $(PEERS)
+
+test-peers-silva: .venv-silva/.installed
+	.venv-silva/bin/python .ci/peers/run.py silva $(PEERS)
+
 .PHONY: bench bench-silva
 bench: $(VENV)/.installed  ## ours against TorchDEQ and floors; BENCH="--images F.npz --graphs DIR"
 	$(BIN)/python benchmarks/bench.py $(BENCH)
@@ -66,6 +82,23 @@ bench-silva: .venv-silva/.installed  ## the same with silva-networks, which need
 	.venv-silva/bin/python -m pip install --quiet -c constraints.txt torch
 	.venv-silva/bin/python -m pip install --quiet -c constraints.txt \
 		"numpy<2" silva-networks==1.2.2 pytest hypothesis -e ".[vision,text]"
+	touch $@
+
+# What Transformers' own tests import besides.
+.venv-transformers/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-transformers
+	echo '*' > .venv-transformers/.gitignore
+	.venv-transformers/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-transformers/bin/python -m pip install --quiet -c constraints.txt \
+		httpx parameterized psutil pytest -e ".[text]"
+	touch $@
+
+# A torchvision and the PyTorch that it was built for, which need not be the one that is pinned.
+.venv-deepinv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-deepinv
+	echo '*' > .venv-deepinv/.gitignore
+	.venv-deepinv/bin/python -m pip install --quiet torch torchvision
+	.venv-deepinv/bin/python -m pip install --quiet deepinv==0.5.0 pytest hypothesis -e ".[vision,text]"
 	touch $@
 
 .PHONY: docs docs-links
@@ -105,7 +138,7 @@ FUZZ_SECONDS ?= 120
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-silva .venv-docs .venv-fuzz .venv-compat-* site build dist runs *.egg-info
+	rm -rf $(VENV) .venv-silva .venv-deepinv .venv-transformers .venv-docs .venv-fuzz .venv-compat-* site build dist runs *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
