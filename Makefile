@@ -98,7 +98,7 @@ bench-silva: .venv-silva/.installed  ## the same with silva-networks, which need
 	$(PYTHON) -m venv .venv-deepinv
 	echo '*' > .venv-deepinv/.gitignore
 	.venv-deepinv/bin/python -m pip install --quiet torch torchvision
-	.venv-deepinv/bin/python -m pip install --quiet deepinv==0.5.0 pytest hypothesis -e ".[vision,text]"
+	.venv-deepinv/bin/python -m pip install --quiet deepinv==0.5.0 ptwt pytest hypothesis -e ".[vision,text]"
 	touch $@
 
 .PHONY: docs docs-links
