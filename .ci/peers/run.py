@@ -53,7 +53,7 @@ class Suite:
         if absent:
             return f"{', '.join(absent)} not installed: {self.install}"
         if not (self.folder / "tests").is_dir() and self.clone:
-            return f"no tests in {self.folder}: {self.clone.format(version=self.version())}"
+            return f"no tests in {self.folder}: {self.clone.format(version=self.version())} {self.folder}"
         return ""
 
     def version(self) -> str:
@@ -95,8 +95,7 @@ SUITES = {
         "make .venv-transformers/.installed",
         (str(HERE / "test_transformers.py"),),
         HOSTS / "transformers",
-        "git clone --depth 1 --branch v{version} https://github.com/huggingface/transformers "
-        ".hosts/transformers",
+        "git clone --depth 1 --branch v{version} https://github.com/huggingface/transformers",
     ),
     "deepinv": Suite(
         "deepinv",
@@ -112,8 +111,7 @@ SUITES = {
         "make .venv-silva/.installed",
         ("tests",),
         HOSTS / "silva-networks",
-        "git clone --depth 1 --branch v{version} https://github.com/jseluis/silva-networks "
-        ".hosts/silva-networks",
+        "git clone --branch v{version} https://github.com/jseluis/silva-networks",
         host="silva",
     ),
 }
