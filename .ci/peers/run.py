@@ -35,7 +35,8 @@ class Suite:
         install: how to get them.
         tests: what pytest is given.
         folder: where it runs.
-        clone: how to get the folder, with {version} for the installed one; empty if it is there.
+        clone: how to get the folder, with {version} for the installed one; empty if it comes with
+            the package.
         host: what to enable: then the suite runs without it and with it. Empty for one run.
     """
 
@@ -53,7 +54,8 @@ class Suite:
         if absent:
             return f"{', '.join(absent)} not installed: {self.install}"
         if not (self.folder / "tests").is_dir() and self.clone:
-            return f"no tests in {self.folder}: {self.clone.format(version=self.version())} {self.folder}"
+            clone = self.clone.format(version=self.version())
+            return f"no tests in {self.folder}: {clone} {self.folder}"
         return ""
 
     def version(self) -> str:
