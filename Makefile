@@ -59,6 +59,22 @@ test-deepinv: .venv-deepinv/.installed  ## deepinv as a host, in an environment 
 	.venv-deepinv/bin/python -m pytest tests/test_host_suite.py tests/test_deepinv.py \
 		-k "deepinv or hosts"
 
+.PHONY: test-peers test-peers-transformers test-peers-deepinv test-peers-silva
+test-peers:  ## other projects' suites with ours at work; says what is missing and how to get it
+	@status=0; for name in transformers deepinv silva; do \
+		$(MAKE) --no-print-directory test-peers-$$name || status=1; \
+	done; exit $$status
+
+# PEERS="-x -k greedy" are arguments of pytest.
+test-peers-transformers: .venv-transformers/.installed
+	.venv-transformers/bin/python .ci/peers/run.py transformers $(PEERS)
+
+test-peers-deepinv: .venv-deepinv/.installed
+	.venv-deepinv/bin/python .ci/peers/run.py deepinv $(PEERS)
+
+test-peers-silva: .venv-silva/.installed
+	.venv-silva/bin/python .ci/peers/run.py silva $(PEERS)
+
 .PHONY: bench bench-silva
 bench: $(VENV)/.installed  ## ours against TorchDEQ and floors; BENCH="--images F.npz --graphs DIR"
 	$(BIN)/python benchmarks/bench.py $(BENCH)
@@ -74,6 +90,15 @@ bench-silva: .venv-silva/.installed  ## the same with silva-networks, which need
 		"numpy<2" silva-networks==1.2.2 pytest hypothesis -e ".[vision,text]"
 	touch $@
 
+# What Transformers' own tests import besides.
+.venv-transformers/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-transformers
+	echo '*' > .venv-transformers/.gitignore
+	.venv-transformers/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-transformers/bin/python -m pip install --quiet -c constraints.txt \
+		httpx parameterized psutil pytest -e ".[text]"
+	touch $@
+
 # Of three "=", pip takes the index's own build, for which there is a torchvision; a local one, such
 # as 2.13.0+cpu, has none there, and torchvision then ends in "operator torchvision::nms does not
 # exist".
@@ -81,8 +106,8 @@ bench-silva: .venv-silva/.installed  ## the same with silva-networks, which need
 	$(PYTHON) -m venv .venv-deepinv
 	echo '*' > .venv-deepinv/.gitignore
 	.venv-deepinv/bin/python -m pip install --quiet --disable-pip-version-check \
-		"torch===$$(sed -n 's/^torch==//p' constraints.txt)" torchvision deepinv \
-		pytest hypothesis -e ".[text,vision]"
+		"torch===$$(sed -n 's/^torch==//p' constraints.txt)" torchvision deepinv==0.5.0 \
+		ptwt pytest hypothesis -e ".[text,vision]"
 	.venv-deepinv/bin/python -c "import torchvision, deepinv"
 	touch $@
 
@@ -123,7 +148,7 @@ FUZZ_SECONDS ?= 120
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-silva .venv-deepinv .venv-docs .venv-fuzz .venv-compat-* site build dist runs *.egg-info
+	rm -rf $(VENV) .venv-silva .venv-deepinv .venv-transformers .venv-docs .venv-fuzz .venv-compat-* site build dist runs *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
