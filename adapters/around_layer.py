@@ -135,6 +135,8 @@ def layer_mask(
     else:
         mask = attention_mask
         _check_prepared(mask, config, batch, length, past)
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            mask = _added(mask, x.dtype)
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return mask, real  # as FlashAttention and FlexAttention take them
     if mask.dtype == torch.bool and config._attn_implementation == "eager":
@@ -148,6 +150,17 @@ def layer_mask(
         mask = mask.masked_fill(~sees, 0)
     seeing = sees.any(1).expand(batch, -1, -1)
     return mask, seeing if real is None else seeing & real
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask that is added to the scores, in their dtype."""
+    if bool(((mask == 0) | (mask == 1)).all()) and bool(mask.any()):
+        raise ValueError(
+            "an attention_mask of zeros and ones in floating numbers, which are added to the "
+            "scores; expected bool, or a very negative number where nothing may be seen"
+        )
+    hidden = mask <= torch.finfo(mask.dtype).min
+    return mask.to(dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
 
 def _tokens(mask: Tensor, x: Tensor, past: Past | None) -> tuple[Tensor | None, Tensor | None]:

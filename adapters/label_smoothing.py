@@ -18,7 +18,24 @@ from deq_phantom_plugin.hosts.patches import Patches
 require("transformers", "text")
 from transformers.trainer_pt_utils import LabelSmoother  # noqa: E402
 
-__all__ = ["smooth_outputs_of"]
+__all__ = ["OutputTuple", "smooth_outputs_of"]
+
+
+class OutputTuple(tuple[Any, ...]):
+    """An output as a tuple (`return_dict=False`), which still knows what it was.
+
+    Attributes:
+        output: the output.
+    """
+
+    output: Any
+
+    @classmethod
+    def of(cls, output: Any, values: tuple[Any, ...]) -> OutputTuple:
+        """Return the values of an output."""
+        made = cls(values)
+        made.output = output
+        return made
 
 
 def smooth_outputs_of(output: type, extra: Callable[[Any, Tensor, Any], Tensor | None]) -> None:
@@ -34,6 +51,8 @@ def smooth_outputs_of(output: type, extra: Callable[[Any, Tensor, Any], Tensor |
         def smooth(
             self: Any, model_output: Any, labels: Tensor, shift_labels: bool = False, **kwargs: Any
         ) -> Tensor:
+            if isinstance(model_output, OutputTuple):
+                model_output = model_output.output
             if not isinstance(model_output, output):
                 return original(self, model_output, labels, shift_labels, **kwargs)
             loss = original(self, model_output, labels, shift_labels=True, **kwargs)

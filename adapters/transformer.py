@@ -41,7 +41,7 @@ from .equilibrium import (
     make_equilibrium,
     solve,
 )
-from .label_smoothing import smooth_outputs_of
+from .label_smoothing import OutputTuple, smooth_outputs_of
 from .transformer_block import DEQTransformerBlock, ScaledLinear, Surroundings, dropout_mask
 from .transformer_inputs import (
     Tokens,
@@ -229,6 +229,19 @@ class DEQTransformerConfig(PreTrainedConfig):
         if check is not None:
             check(name, value)
         super().__setattr__(name, value)
+        if name in ("grad", "grad_in_eval"):  # which may also be set at the model: the last counts
+            self.__dict__["_writes"] = self.__dict__.get("_writes", 0) + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved."""
+        found: dict[str, Any] = super().to_dict()
+        found.pop("_writes", None)
+        return found
+
+    @property
+    def writes(self) -> int:
+        """How often the gradient was written."""
+        return int(self.__dict__.get("_writes", 0))
 
     def check(self) -> None:
         """Refuse values that do not fit together.
@@ -280,6 +293,10 @@ class DEQCausalLMOutput(CausalLMOutputWithPast):
 
     jac_loss: Tensor | None = None
     equilibrium_info: EquilibriumInfo | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return all that is not None; a `Trainer` with smoothed labels still knows what it was."""
+        return OutputTuple.of(self, super().to_tuple())
 
 
 class Joins:
@@ -344,7 +361,8 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
         if text is None:
             raise ValueError(f"{spec!r} cannot be written in a config; dpp.set_grad takes it")
         dpp.set_grad(self, strategy)
-        self.config.grad = self._base()._followed["grad"] = text
+        self.config.grad = text
+        self._base()._followed["writes"] = self.config.writes
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save weights and config, with the gradient that acts: `dpp.set_grad` may have set it.
@@ -359,6 +377,7 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
             super().save_pretrained(*args, **kwargs)
         finally:
             config.grad, config.grad_in_eval = written
+            base._followed["writes"] = config.writes
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what Transformers does for stacks of layers.
@@ -404,8 +423,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self._made_with = _made_with(config)
         self._followed = {
             "solver": solver,
-            "grad": config.grad,
-            "grad_in_eval": config.grad_in_eval,
+            "writes": config.writes,
             "positions": _positions(config),
         }
         self._joins = Joins()
@@ -595,11 +613,9 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         if solver != self._followed["solver"]:
             change_solver(self.deq, *solver)
             self._followed["solver"] = solver
-        if config.grad != self._followed["grad"]:
-            dpp.set_grad(self, config.grad)
-            self._followed["grad"] = config.grad
-        if config.grad_in_eval != self._followed["grad_in_eval"]:
-            self._followed["grad_in_eval"] = self.deq.grad_in_eval = config.grad_in_eval
+        if config.writes != self._followed["writes"]:
+            dpp.set_grad(self, config.grad, in_eval=config.grad_in_eval)
+            self._followed["writes"] = config.writes
         positions = _positions(config)
         if positions != self._followed["positions"]:
             config.convert_rope_params_to_dict()
@@ -817,7 +833,19 @@ def share_of_step(
 def _smoothed(output: DEQCausalLMOutput, targets: Tensor, items: Any) -> Tensor | None:
     """Return the regulariser that joins a loss with smoothed labels."""
     jac_loss = output.jac_loss
-    return None if jac_loss is None else share_of_step(jac_loss, targets, items)
+    if jac_loss is None:
+        return None
+    counts = targets.ne(-100).sum(-1)
+    if items is not None and bool((counts != counts[0]).any()):
+        warn_once(
+            "regulariser beside smoothed labels",
+            "label smoothing takes the labels away from the model, so that in a part of a step the "
+            "Jacobian regulariser weighs rows by their tokens, while parts weigh by their labels: "
+            "with rows of several lengths and gradient accumulation it is not quite that of one "
+            "batch. Said once.",
+            AssumptionWarning,
+        )
+    return share_of_step(jac_loss, targets, items)
 
 
 def _predictable(

@@ -304,6 +304,8 @@ def _starts(
     if position_ids is not None:
         _check_rows("position_ids", position_ids, shape)
         positions = position_ids.to(device).expand(shape)
+        if not positions.is_floating_point():
+            positions = positions.long()  # not unsigned: -1 is before all
         # After padding one has to go on from the last token or, as in generation, from the padding.
         # The first of all follows what is in the cache, if it is no beginning.
         count = torch.arange(length, device=device).expand(shape)

@@ -42,12 +42,16 @@ class Attaching(nn.Module):
         self, grad: Spec, batch_dim: BatchDim = "auto", grad_in_eval: bool = False
     ) -> None:
         super().__init__()
-        self.grad = get_strategy(grad)
+        self.grad: GradStrategy = get_strategy(grad)
         check_batch_dim(batch_dim)
         self.batch_dim = batch_dim
         self.grad_in_eval = check_flag("grad_in_eval", grad_in_eval)
         self.memory = Memory()
         self.observers: list[tuple[Callable[[Solve], None]]] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        new: Any = get_strategy(value) if name == "grad" else value
+        super().__setattr__(name, new)
 
     def context(self, start: State, step: int | None = None) -> Context:
         """Return what a strategy is told.

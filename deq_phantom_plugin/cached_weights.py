@@ -28,14 +28,18 @@ class CachedWeights:
         if not torch.is_grad_enabled():
             self._evaluated = False
             return
-        if parametrize._cache_enabled:
-            for key, weight in list(parametrize._cache.items()):
-                if isinstance(weight, Tensor) and not weight.requires_grad:
-                    del parametrize._cache[key]
+        _forget_constants()
         # PyTorch's own casts without autograd are not kept in all of its versions.
         if not self._evaluated and torch.is_autocast_cache_enabled() and _under_autocast():
             torch.clear_autocast_cache()
         self._evaluated = True
+
+
+def _forget_constants() -> None:
+    """Drop what `parametrize.cached()` holds that was made without autograd."""
+    for key, weight in list(parametrize._cache.items()):
+        if isinstance(weight, Tensor) and not weight.requires_grad:
+            del parametrize._cache[key]
 
 
 def _under_autocast() -> bool:
@@ -52,6 +56,8 @@ def made_anew() -> Iterator[None]:
     if not before:
         yield
         return
+    if torch.is_grad_enabled():  # what comes after the equilibrium may use the same weights
+        _forget_constants()
     parametrize._cache_enabled = 0
     try:
         yield

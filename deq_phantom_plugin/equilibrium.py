@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .attaching import Attaching
+from .cached_weights import made_anew
 from .calls import Calls
 from .compilation import never_compiled
-from .errors import ConvergenceWarning, warn_once
+from .errors import AssumptionWarning, ConvergenceWarning, warn_once
 from .evaluation import attaches, watched
 from .forward import ForwardSolution, anderson, broyden, fixed_point
 from .hosts.host import relative_residual
@@ -120,6 +121,7 @@ class Equilibrium(Attaching):
             raise ValueError(f"tol={tol!r}; expected a finite number of at least 0")
         self.last: LastSolve | None = None
         self._late: tuple[torch.device, LateRead] | None = None
+        self._own: Tensor | None = None  # residual of a strategy that owns the solve
 
     def forward(self, func: Callable[[State], State], start: State) -> State:
         """Return the equilibrium, in a state like the initial one.
@@ -147,6 +149,8 @@ class Equilibrium(Attaching):
             attached = self.attached(counted, begin, context, 0)
             self._note(func, tree_map(_detached, attached), None, calls, context)
             return attached
+        if self._own is not None and self.grad.resolve(context).owns_solve:
+            self._say_another_solve(self._own)
         in_solve: Callable[[State], State] = watched(self, counted)
         if not torch.is_inference_mode_enabled():  # whose tensors do not count their changes
             in_solve = CheckedFunc(in_solve, begin)
@@ -170,11 +174,7 @@ class Equilibrium(Attaching):
         if isinstance(result, ForwardSolution):
             context = replace(context, solver_result=result)
             result, residual = result.state, result.rel_lowest
-        if flatten(result)[1] != flatten(begin)[1]:
-            raise ValueError(
-                f"the solver {solver!r:.60} returned the structure {flatten(result)[1]}; expected "
-                f"that of the initial state, {flatten(begin)[1]}"
-            )
+        _check_like(solver, result, begin)
         return tree_map(_detached, result), residual, context
 
     def _by_name(
@@ -244,12 +244,26 @@ class Equilibrium(Attaching):
         nfe = calls.of_solve()
         judged = self.solving(context) is None
         if residual is None:
-            with torch.no_grad(), Trial(found):
+            with torch.no_grad(), Trial(found), made_anew():
                 residual = relative_residual(found, func(found), context.batch_dim)
         self.last = LastSolve(residual, nfe)
+        self._own = None if judged else residual
         if judged and self.tol and residual.numel() and not Trial.depth():
             self._judge(residual, self.tol)
         return int(nfe)
+
+    @never_compiled
+    def _say_another_solve(self, residual: Tensor) -> None:
+        """Say once that what is evaluated is not what was trained."""
+        if self.tol and not Trial.depth() and bool((residual > self.tol).any()):
+            warn_once(
+                "another solve of an Equilibrium",
+                f"{self.grad!r} ends at a relative residual of {float(residual.max()):.1e}, above "
+                f"tol={self.tol}; without a gradient {self.solver!r} solves instead, and finds "
+                "another state than the one that is trained. To evaluate the same steps let "
+                "`solver` be a function of so many, as docs/howto/loop.md has it. Said once.",
+                AssumptionWarning,
+            )
 
     def _judge(self, residual: Tensor, tol: float) -> None:
         """Say once that a solve stopped short; on a GPU one solve later, without a wait."""
@@ -267,7 +281,7 @@ class Equilibrium(Attaching):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "last": None, "_late": None}
+        return {**super().__getstate__(), "last": None, "_late": None, "_own": None}
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -278,6 +292,23 @@ class Equilibrium(Attaching):
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _check_like(solver: Any, result: Any, begin: State) -> None:
+    """Refuse what is no state like the initial one."""
+    (leaves, got), (like, want) = flatten(result), flatten(begin)
+    if got != want:
+        raise ValueError(
+            f"the solver {solver!r:.60} returned the structure {got}; expected that of the initial "
+            f"state, {want}"
+        )
+    for leaf, model in zip(leaves, like, strict=True):
+        found = (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+        if found != (tuple(model.shape), model.dtype):
+            raise ValueError(
+                f"the solver {solver!r:.60} returned {found!r:.60}; expected a tensor of shape "
+                f"{tuple(model.shape)}, {model.dtype}, as in the initial state"
+            )
 
 
 def _is_number(value: Any) -> bool:

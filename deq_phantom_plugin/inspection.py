@@ -186,8 +186,8 @@ def say_coupled() -> None:
         "coupled samples",
         "the samples of the batch depend on one another (batch normalisation in training, "
         "attention over the batch, nodes of a graph), so the batch is treated as one system. Pass "
-        "batch_dim=None in the context (with TorchDEQ: deq.grad_batch_dim = None) to say so, and "
-        "nothing need be found out. Said once a run.",
+        "batch_dim=None in the context or to dpp.Equilibrium (with TorchDEQ: deq.grad_batch_dim = "
+        "None) to say so, and nothing need be found out. Said once a run.",
         AssumptionWarning,
     )
 

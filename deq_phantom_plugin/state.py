@@ -123,7 +123,8 @@ class CheckedFunc:
         if structure != self._structure:
             raise ValueError(
                 f"func returned the structure {structure}, but was given {self._structure}; "
-                "it must map a state to a state of the same structure"
+                "it must map a state to a state of the same structure, a dict with its keys in "
+                "the same order"
             )
         for index, (output, (shape, dtype, device)) in enumerate(
             zip(outputs, self._like, strict=True)

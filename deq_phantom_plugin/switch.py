@@ -11,7 +11,7 @@ from torch import nn
 from .evaluation import check_flag
 from .hosts import find_equilibria, what_is_found
 from .memory import LARGEST_STEP, Memory
-from .registry import Spec
+from .registry import Spec, get_strategy
 
 # Models without anything to tell the step to, of which that was said; `set_step` is called often.
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -39,6 +39,8 @@ def set_grad(module: nn.Module, spec: Spec | list[Spec], *, in_eval: bool | None
     """
     found = find_equilibria(check_module(module))
     if not found:
+        if isinstance(spec, str):
+            get_strategy(spec)  # a name that nobody knows is no less wrong
         warnings.warn(f"set_grad: {what_is_found(module)}", stacklevel=2)
     switches = [host.prepare_grad(equilibrium, spec) for host, equilibrium in found]
     if in_eval is not None:

@@ -184,3 +184,34 @@ def test_autocasts_cache(spec):
         found.append(torch.autograd.grad(h.sum(), list(inner.parameters())))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(
+    "spec", ["upg(checkpoint=True)", "ift(higher_order=True)", "reversible(steps=20)", "npg", "jfb"]
+)
+@pytest.mark.parametrize("owner", ["attach", "Equilibrium"])
+def test_what_comes_after_the_equilibrium_uses_the_weight_too(owner, spec, steps):
+    """A read-out with the same weight: what a solve has cached is no constant there either."""
+
+    def gradients(block):
+        torch.manual_seed(2)
+        layer = parametrizations.weight_norm(nn.Linear(4, 4).double())
+        x = torch.randn(3, 4, dtype=torch.float64)
+        equilibrium = dpp.Equilibrium("fixed_point", spec, max_iter=60, tol=1e-12)
+
+        def by_hand(func, h):
+            with torch.no_grad():
+                for _ in range(60):
+                    h = func(h)
+            return dpp.attach(func, h, spec, dpp.Context(batch_dim=0))
+
+        solve = by_hand if owner == "attach" else equilibrium
+        for _ in range(steps):
+            layer.zero_grad()
+            with block():
+                h = solve(lambda h: torch.tanh(0.4 * layer(h) + x), torch.zeros_like(x))
+                layer(h).square().sum().backward()
+        return [p.grad for p in layer.parameters()]
+
+    torch.testing.assert_close(gradients(parametrize.cached), gradients(contextlib.nullcontext))

@@ -551,3 +551,58 @@ def test_a_monitor_of_nothing_is_a_handle():
     with handle:
         pass
     handle.remove()
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        lambda func, h: None,
+        lambda func, h: h[:2],
+        lambda func, h: func(h).float(),
+        lambda func, h: [func(h)],
+    ],
+    ids=["nothing", "shape", "dtype", "structure"],
+)
+def test_a_solver_that_returns_something_else_is_named(solver, x):
+    with pytest.raises(ValueError, match=r"the solver .* returned .*; expected"):
+        dpp.Equilibrium(solver)(lambda h: 0.5 * h + x, x)
+
+
+def test_a_strategy_can_be_written_as_an_attribute(x):
+    model = Net().double()
+    model.equilibrium.grad = "npg(k=3)"
+    assert model.equilibrium.grad == dpp.NPG(k=3)
+    with pytest.raises(ValueError, match="newton"):
+        model.equilibrium.grad = "newton"
+
+
+@pytest.mark.parametrize("spec", ["upg", "npg", "jfb", "bptt(steps=5)"])
+@pytest.mark.parametrize("solver", ["anderson", "broyden", "fixed_point"])
+def test_a_gradient_of_torch_func_is_that_of_backward(solver, spec, x):
+    model = Net(solver, spec, tol=1e-10, max_iter=300).double()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params):
+        return torch.func.functional_call(model, params, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(params)
+    model.zero_grad()
+    loss(dict(model.named_parameters())).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_evaluation_by_another_solve_than_was_trained_is_said_once(x):
+    model = Net("broyden", "bptt(steps=2)", tol=1e-8).double()
+    model(x)
+    told = pytest.warns(dpp.AssumptionWarning, match=r"solves instead.*function of so many")
+    with told, torch.no_grad():
+        model(x)
+    steps = Net(lambda func, h: func(func(h)), "bptt(steps=2)").double()
+    trained = steps(x).detach()
+    with torch.no_grad():
+        assert torch.equal(steps(x), trained)
+    enough = Net("broyden", "bptt(steps=200)", tol=1e-8).double()
+    enough(x)
+    with torch.no_grad():
+        enough(x)

@@ -543,3 +543,15 @@ def test_a_compiled_model():
     found = {name.replace(".layer.", "."): p.grad for name, p in ours.named_parameters()}
     assert_same(found, expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_mask_of_another_precision_hides_the_same(dtype):
+    block = convert(language_model("llama"), [0]).model.layers[0].float().eval()
+    x = torch.randn(2, 5, SIZE)
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    hidden = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x, hidden), block(x, seen))
+        with pytest.raises(ValueError, match="attention_mask of zeros and ones"):
+            block(x, seen.to(dtype))

@@ -438,3 +438,18 @@ def test_a_config_is_read_back_as_it_was(tmp_path):
     config = DEQTransformerConfig(vocab_size=9, hidden_size=8, num_attention_heads=2)
     config.save_pretrained(tmp_path)
     assert DEQTransformerConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_the_last_who_says_which_gradient_is_heard():
+    model = make(tight=False, grad="upg").train()
+    dpp.set_grad(model, "npg(k=3)", in_eval=True)
+    model(tokens())
+    assert model.model.acting_grad() == "npg(k=3)" or "k=3" in model.model.acting_grad()
+    model.config.grad, model.config.grad_in_eval = "upg", False  # as they were
+    model(tokens())
+    assert model.model.acting_grad() == "upg"
+    assert not model.model.deq.grad_in_eval
+    assert "_writes" not in model.config.to_dict()
+    dpp.set_grad(model, "jfb")
+    model(tokens())
+    assert model.model.acting_grad().startswith("jfb")

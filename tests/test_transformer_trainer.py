@@ -283,3 +283,16 @@ def test_a_pipeline_generates(tmp_path):
         # Padding is a special token, which a pipeline does not show.
         shown = [w for w in expected if w != "w0"]
         assert found[0]["generated_text"].split() == shown
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_smoothed_labels_are_of_the_next_token_in_tuples_too(tmp_path, return_dict):
+    model = make(tight=False, grad="jfb", f_tol=1e-6, f_solver="broyden", f_max_iter=60)
+    trainer = trainer_of(model, tmp_path, label_smoothing_factor=0.2)
+    ids = tokens()
+    inputs = {"input_ids": ids, "labels": ids, "return_dict": return_dict}
+    with torch.no_grad():
+        found = trainer.compute_loss(model.train(), inputs)
+        logits = model(ids).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ..adjoint import Packing
 from ..adjoint.inverse_estimate import InverseEstimate
@@ -83,6 +84,8 @@ class Rows:
         """Return F(h) in memory of its own: F may return the same each time, as CUDA graphs do."""
         leaves = flatten(self._func(self.state([rows])))[0]
         packed = self.packing.pack(leaves)
+        if is_functorch_wrapped_tensor(packed):  # which has no address to look at
+            return packed.clone()
         return packed.clone() if packed.data_ptr() == leaves[0].data_ptr() else packed
 
     def state(self, rows: Sequence[Tensor]) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import deque
@@ -169,7 +170,9 @@ class _Saved(NamedTuple):
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+    with contextlib.suppress(RuntimeError):  # a tangent that stands for zeros has no memory
+        return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+    return 0
 
 
 class _Tape:

@@ -59,7 +59,8 @@ class SHINE(GradStrategy):
         if inverse is None:
             raise ValueError(
                 f"{self!r} needs the inverse-Jacobian estimate of a quasi-Newton forward solve, "
-                "and this one has none to share; use f_solver='broyden_fast' with TorchDEQ, or "
+                "and this one has none to share; use solver='broyden' with dpp.Equilibrium, "
+                "f_solver='broyden_fast' with TorchDEQ, or "
                 "deq_phantom_plugin.forward.broyden(..., keep_inverse=True) as the context's "
                 "solver_result"
             )
