@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -221,7 +222,9 @@ def inspect_map(
         graph = Linearization(func, equilibrium)
         states.append(random_state(graph.inputs))
         packing = Packing(graph.inputs, batch_dim)
-        coupled = mixes_samples(graph, packing) if packing.rows > 1 else None
+        coupled: bool | None = None
+        if packing.rows > 1:
+            coupled = not _shards(trial.modules) and mixes_samples(graph, packing)
         difference = _second_look(func, equilibrium, graph.outputs)
         states.append(random_state(graph.inputs))
         signs = trial.has_changed_buffers or not is_same(*states[:2])
@@ -237,6 +240,26 @@ def inspect_map(
         reasons = _reasons(func, equilibrium, limit) if difference else ()
         modes = tuple((weakref.ref(module), module.training) for module in trial.modules)
     return Findings(coupled, difference, reasons, modes)
+
+
+def _shards(modules: Sequence[nn.Module]) -> bool:
+    """Say once that nothing is found out where a product would free the weights of the model.
+
+    A backward pass through a module that is sharded by itself ends, for FSDP, that of the whole
+    model, whose forward pass is not over.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = tuple(getattr(fsdp, name, ()) for name in ("FSDPModule", "FullyShardedDataParallel"))
+    if not any(isinstance(module, kind) for module in modules for kind in kinds):
+        return False
+    warn_once(
+        "sharded by itself",
+        "F holds modules that are sharded by themselves (FSDP), so that whether samples depend on "
+        "one another cannot be found out: they are taken for independent. Pass batch_dim=0 in the "
+        "context to say so, or None if they are not. Said once a run.",
+        AssumptionWarning,
+    )
+    return True
 
 
 @torch.no_grad()
