@@ -301,7 +301,7 @@ def _starts(
     """Return where documents begin, shape (B, L); None where nothing tells."""
     batch, length = shape
     starts = None
-    if position_ids is not None:
+    if position_ids is not None and length:
         _check_rows("position_ids", position_ids, shape)
         positions = position_ids.to(device).expand(shape)
         if not positions.is_floating_point():
