@@ -51,10 +51,12 @@ class SameDraws:
         if torch.is_grad_enabled() and may_be_compiled():
             # Whoever counts what autograd saves is to see one evaluation, as it will be again.
             buffers = Buffers()
-            with forked_rng(leaves), buffers.noting(), torch.no_grad():
-                as_written(self._func)(*state)
-                self._draws = not is_same(start, random_state(leaves))
-            buffers.put_back()
+            try:
+                with forked_rng(leaves), buffers.noting(), torch.no_grad():
+                    as_written(self._func)(*state)
+                    self._draws = not is_same(start, random_state(leaves))
+            finally:
+                buffers.put_back()
             self._start = start
             return (as_written(self._func) if self._draws else self._func)(*state)
         image = self._func(*state)
