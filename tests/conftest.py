@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin import registry
 
 # Everything here is small, and tests run side by side.
 torch.set_num_threads(int(os.environ.get("DEQ_PHANTOM_TEST_THREADS", "1")))
@@ -45,9 +46,12 @@ def load_example(name: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def _isolated():
-    """Every test starts from the same seed and leaves no host enabled."""
+    """Every test starts from the same seed, and leaves no host enabled and no strategy behind."""
     torch.manual_seed(0)
+    registered = dict(registry._registered)
     yield
+    registry._registered.clear()
+    registry._registered.update(registered)
     dpp.disable()
 
 
