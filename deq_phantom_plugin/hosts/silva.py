@@ -77,7 +77,9 @@ class Silva(PatchingHost):
             get_strategy(spec)
 
         def switch() -> None:
-            _with_mode(module, Mode.of(spec, _mode(module).extras))
+            extras = _mode(module).extras
+            extras.memory = _memory(module)
+            _with_mode(module, Mode.of(spec, extras))
 
         return switch
 
@@ -103,11 +105,12 @@ class Extras:
     """What an equilibrium has besides its config.
 
     Attributes:
-        memory: the module's.
+        memory: the module's, None until it is given a strategy: one that is only observed has no
+            step in its `state_dict`.
         observers: what is called after a solve, each in a tuple of its own; not copied or saved.
     """
 
-    memory: Memory
+    memory: Memory | None = None
     observers: list[tuple[Callable[[Solve], None]]] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,14 +139,23 @@ class Mode(str):
 def _mode(module: nn.Module) -> Mode:
     """Return a module's mode, made if its config has a plain one, or that of another module."""
     config: Any = module.config
-    mode, memory = config.backward_mode, getattr(module, "grad_memory", None)
-    if isinstance(mode, Mode) and mode.extras.memory is memory:
+    mode, extras = config.backward_mode, getattr(module, "grad_extras", None)
+    if isinstance(mode, Mode) and mode.extras is extras:
         return mode
-    if memory is None:
-        module.grad_memory = memory = Memory()
-    made = Mode.of(mode.spec if isinstance(mode, Mode) else mode, Extras(memory))
+    if extras is None:
+        extras = Extras(getattr(module, "grad_memory", None))
+        module.__dict__["grad_extras"] = extras
+    made = Mode.of(mode.spec if isinstance(mode, Mode) else mode, extras)
     _with_mode(module, made)
     return made
+
+
+def _memory(module: Any) -> Memory:
+    """Return a module's memory, made if it has none."""
+    if not hasattr(module, "grad_memory"):
+        module.grad_memory = Memory()
+    memory: Memory = module.grad_memory
+    return memory
 
 
 def _with_mode(module: Any, mode: Mode) -> None:
