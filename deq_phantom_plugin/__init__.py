@@ -13,19 +13,19 @@ or without any framework:
 
 from .attach import attach
 from .checkpoint import load_memory_state_dict, memory_state_dict
+from .contract.errors import AssumptionWarning, ConvergenceError, ConvergenceWarning, NonFiniteError
+from .contract.memory import Memory
+from .contract.state import State
+from .contract.strategy import BackwardStats, Context, GradStrategy
 from .diagnostics import gradient_report, model_report, monitor
 from .equilibrium import Equilibrium
-from .errors import AssumptionWarning, ConvergenceError, ConvergenceWarning, NonFiniteError
-from .guard import Guard
 from .hosts import disable, enable, enabled, register_host
 from .jacobian import jacobian_reg, spectral_radius
-from .memory import Memory
-from .registry import get_strategy, list_strategies, register_strategy
 from .regularization import JacobianRegularization
-from .schedule import Schedule
-from .state import State
 from .strategies import BPTT, IFT, JFB, NPG, NPGRR, SHINE, UPG, Exact, Reversible
-from .strategy import BackwardStats, Context, GradStrategy
+from .strategies.guard import Guard
+from .strategies.registry import get_strategy, list_strategies, register_strategy
+from .strategies.schedule import Schedule
 from .switch import failures, set_grad, set_step
 
 __version__ = "0.1.0"

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from ._plumbing.extras import require
 from .diagnostics import model_report
 from .diagnostics.report import DEFAULT_GRADS
-from .extras import require
-from .registry import get_strategy, list_strategies, strategy_class
+from .strategies.registry import get_strategy, list_strategies, strategy_class
 
 
 def main(argv: Sequence[str] | None = None) -> int:

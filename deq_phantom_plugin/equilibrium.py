@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .attaching import Attaching
-from .cached_weights import made_anew
-from .calls import Calls
-from .compilation import never_compiled
-from .errors import AssumptionWarning, ConvergenceWarning, warn_once
-from .evaluation import attaches, watched
+from ._plumbing.cached_weights import made_anew
+from ._plumbing.calls import Calls
+from ._plumbing.compilation import never_compiled
+from ._plumbing.late_read import LateRead
+from ._plumbing.once import warn_once
+from ._plumbing.trial import Trial
+from .contract.errors import AssumptionWarning, ConvergenceWarning
+from .contract.state import CheckedFunc, State, check_equilibrium, flatten
+from .contract.strategy import BatchDim, Context
 from .forward import ForwardSolution, anderson, broyden, fixed_point
+from .hosts.attaching import Attaching
+from .hosts.evaluation import attaches, watched
 from .hosts.host import relative_residual
 from .inspection import settled
-from .late_read import LateRead
-from .registry import Spec
-from .state import CheckedFunc, State, check_equilibrium, flatten
 from .strategies.arguments import positive_int
-from .strategy import BatchDim, Context
-from .trial import Trial
+from .strategies.registry import Spec
 
 SOLVERS: Mapping[str, Callable[..., ForwardSolution]] = MappingProxyType(
     {"anderson": anderson, "broyden": broyden, "fixed_point": fixed_point}

@@ -18,14 +18,15 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
+from ._plumbing.compilation import never_compiled
+from ._plumbing.once import warn_once
+from ._plumbing.random_state import forked_rng, is_same, random_state
+from ._plumbing.transforms import in_torch_func
+from ._plumbing.trial import Trial
 from .adjoint import Linearization, Packing, mixes_samples
-from .compilation import never_compiled
-from .draws import forked_rng, is_same, random_state
-from .errors import AssumptionWarning, warn_once
-from .state import State, flatten
-from .strategy import Context
-from .transforms import in_torch_func
-from .trial import Trial
+from .contract.errors import AssumptionWarning
+from .contract.state import State, flatten
+from .contract.strategy import Context
 
 # Kernels on a GPU may add in another order each time. Where random state or a buffer moved, that is
 # measured, by two evaluations of the same; such pairs differ by chance, hence the factor. Without a

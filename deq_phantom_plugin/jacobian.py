@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._plumbing.compilation import as_written, never_compiled
+from ._plumbing.once import warn_once
+from ._plumbing.precision import full_precision
+from ._plumbing.second_order import DoubleBackward
+from ._plumbing.transforms import as_constants, refuse_in_torch_func
+from ._plumbing.trial import Trial
 from .adjoint import Linearization, Packing, mixes_samples
 from .adjoint.spectrum import leading_eigenvalue, random_start
-from .compilation import as_written, never_compiled
-from .errors import warn_once
+from .contract.errors import ConvergenceWarning
+from .contract.state import CheckedFunc, State, check_equilibrium, flatten, unflatten
+from .contract.strategy import BatchDim, check_batch_dim
 from .inspection import say_coupled
-from .precision import full_precision
-from .second_order import DoubleBackward
-from .state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from .strategies.arguments import positive_float, positive_int
-from .strategy import BatchDim, check_batch_dim
-from .transforms import as_constants, refuse_in_torch_func
-from .trial import Trial
 
 SPECTRAL_RADIUS_TOL = 1e-3
 
@@ -139,6 +140,7 @@ def spectral_radius(
                 f"spectral_radius: after {found.n_vjp} vector-Jacobian products the leading Ritz "
                 f"pair has residual {found.residual.max():.1e}, above tol={tol:.1e}; raise "
                 "max_iter or tol",
+                ConvergenceWarning,
             )
         radii.append(found.radius if packing.batch_dim is not None else found.radius.squeeze(0))
         # The last eigenvector alone would be an invariant space that hides a new leading one.

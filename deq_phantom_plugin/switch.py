@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from .evaluation import check_flag
+from .contract.memory import LARGEST_STEP, Memory
 from .hosts import find_equilibria, what_is_found
-from .memory import LARGEST_STEP, Memory
-from .registry import Spec, get_strategy
+from .hosts.evaluation import check_flag
+from .strategies.registry import Spec, get_strategy
 
 # Models without anything to tell the step to, of which that was said; `set_step` is called often.
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import why_not
 from deq_phantom_plugin.adapters.ignn import IGNNConv
-from deq_phantom_plugin.extras import why_not
 from deq_phantom_plugin.hosts.hrm_text import HrmText
 from deq_phantom_plugin.patching import Equilibrium
 

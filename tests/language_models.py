@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from deq_phantom_plugin.adapters.transformer import (
-    DEQTransformerConfig,
-    DEQTransformerForCausalLM,
-)
+from deq_phantom_plugin.adapters.transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 
 TIGHT = {"f_solver": "broyden", "f_max_iter": 80, "f_tol": 1e-13}
 VOCAB = 23

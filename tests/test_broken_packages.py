@@ -10,7 +10,7 @@ import types
 import pytest
 
 from deq_phantom_plugin import hosts
-from deq_phantom_plugin.extras import is_there, require, why_not
+from deq_phantom_plugin._plumbing.extras import is_there, require, why_not
 
 NMS = "operator torchvision::nms does not exist"
 

@@ -278,7 +278,7 @@ def test_list_command(capsys):
 def test_missing_packages_are_named_with_the_pip_command(monkeypatch):
     import sys
 
-    from deq_phantom_plugin.extras import require
+    from deq_phantom_plugin._plumbing.extras import require
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "deq-phantom-plugin\[viz\]"'):

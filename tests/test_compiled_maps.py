@@ -19,8 +19,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.calls import Calls
-from deq_phantom_plugin.compilation import as_written, eager
+from deq_phantom_plugin._plumbing.calls import Calls
+from deq_phantom_plugin._plumbing.compilation import as_written, eager
 from deq_phantom_plugin.draws import SameDraws
 
 DRIVER = Path(__file__).parent / "drivers" / "compiled_maps.py"

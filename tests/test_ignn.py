@@ -20,7 +20,6 @@ from torch_geometric.sampler import BaseSampler, SamplerOutput
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin import hosts
-from deq_phantom_plugin.adapters import perron
 from deq_phantom_plugin.adapters.ignn import (
     ACTIVATIONS,
     IGNN,
@@ -28,9 +27,10 @@ from deq_phantom_plugin.adapters.ignn import (
     Graph,
     IGNNConv,
     IGNNHost,
+    perron,
     project_rows,
 )
-from deq_phantom_plugin.errors import AssumptionWarning
+from deq_phantom_plugin.contract.errors import AssumptionWarning
 
 TIGHT = {"f_max_iter": 3000, "f_tol": 1e-15}
 EXACT = "ift(tol=1e-13, max_iter=400)"

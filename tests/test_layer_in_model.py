@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from deq_phantom_plugin.adapters.deq_layer import CACHE, deq_from_layer
+from deq_phantom_plugin.adapters.transformer.layer import CACHE, deq_from_layer
 
 TIGHT = {"f_solver": "fixed_point_iter", "f_max_iter": 80, "f_tol": 1e-8}
 KINDS = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.contract.errors import AssumptionWarning
 from deq_phantom_plugin.draws import SameDraws
-from deq_phantom_plugin.errors import AssumptionWarning
 from deq_phantom_plugin.inspection import inspect_map
 
 

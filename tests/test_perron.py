@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.adapters import perron
-from deq_phantom_plugin.adapters.perron import PerronEigenvalue
+from deq_phantom_plugin.adapters.ignn import perron
+from deq_phantom_plugin.adapters.ignn.perron import PerronEigenvalue
 
 
 def ring(size, seed=0):

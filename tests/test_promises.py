@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin import adjoint, registry
-from deq_phantom_plugin.extras import why_not
+from deq_phantom_plugin import adjoint
+from deq_phantom_plugin._plumbing.extras import why_not
+from deq_phantom_plugin.strategies import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin import registry
+from deq_phantom_plugin.strategies import registry
 
 BUILT_IN = [
     "bptt",

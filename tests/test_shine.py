@@ -10,9 +10,9 @@ from torchdeq import get_deq
 
 import deq_phantom_plugin as dpp
 from conftest import NESTINGS, make_equilibrium
-from deq_phantom_plugin import registry
 from deq_phantom_plugin.adjoint import Linearization
 from deq_phantom_plugin.forward import broyden
+from deq_phantom_plugin.strategies import registry
 
 
 def solved(problem, max_iter=60, tol=1e-12):

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.extras import why_not
+from deq_phantom_plugin._plumbing.extras import why_not
 from host_cases import CASES
 
 DRIVER = Path(__file__).parent / "drivers" / "state_dict.py"
@@ -609,7 +609,7 @@ class Mine(dpp.GradStrategy):
 
 
 def test_a_registered_strategy_loads_too(monkeypatch):
-    from deq_phantom_plugin import registry
+    from deq_phantom_plugin.strategies import registry
 
     monkeypatch.setattr(registry, "_registered", {**registry._registered})
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import deq_phantom_plugin as dpp
 from conftest import NESTINGS, make_equilibrium
 from deq_phantom_plugin.adjoint import SOLVERS
-from deq_phantom_plugin.state import damped_step
+from deq_phantom_plugin.contract.state import damped_step
 
 ALL = ["bptt", "exact", "ift", "jfb", "npg", "upg"]
 ONE_GRAPH = ["exact", "ift", "npg", "npg(k=20)", "npg(lam='adaptive')"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.errors import AssumptionWarning
+from deq_phantom_plugin.contract.errors import AssumptionWarning
 from deq_phantom_plugin.hosts import find_equilibria
 
 torchdeq = pytest.importorskip("torchdeq")

@@ -26,13 +26,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from deq_phantom_plugin.adapters.deq_layer import CACHE
 from deq_phantom_plugin.adapters.transformer import (
     DEQTransformerConfig,
     DEQTransformerForCausalLM,
     SetStep,
     deq_from_layer,
 )
+from deq_phantom_plugin.adapters.transformer.layer import CACHE
 from language_models import TIGHT, VOCAB, gradients, loss_gradients, make, padded, solved, tokens
 
 BOTH = pytest.mark.parametrize("pre", [False, True], ids=["post-LN", "pre-LN"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.errors import AssumptionWarning
+from deq_phantom_plugin.contract.errors import AssumptionWarning
 
 pytest.importorskip("torchdeq")
 pytest.importorskip("transformers")
@@ -18,11 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from deq_phantom_plugin.adapters.deq_layer import CACHE
-from deq_phantom_plugin.adapters.transformer import (
-    DEQTransformerConfig,
-    DEQTransformerForCausalLM,
-)
+from deq_phantom_plugin.adapters.transformer import DEQTransformerConfig, DEQTransformerForCausalLM
+from deq_phantom_plugin.adapters.transformer.layer import CACHE
 from language_models import VOCAB, gradients, make, padded, solved, tokens
 
 # --- labels ------------------------------------------------------------------------------------

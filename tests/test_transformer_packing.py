@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
 from transformers.masking_utils import sdpa_mask
 
-from deq_phantom_plugin.adapters.deq_layer import CACHE
+from deq_phantom_plugin.adapters.transformer.layer import CACHE
 from language_models import VOCAB, make, padded, tokens
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deq_phantom_plugin.errors import AssumptionWarning
+from deq_phantom_plugin.contract.errors import AssumptionWarning
 
 pytest.importorskip("torchdeq")
 pytest.importorskip("transformers")

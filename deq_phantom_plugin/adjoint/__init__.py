@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..contract.errors import NonFiniteError
 from .anderson import anderson
 from .bicgstab import bicgstab
 from .broyden import broyden

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
-from ..late_read import LateRead
+from .._plumbing.late_read import LateRead
+from ..contract.errors import NonFiniteError
 
 Apply = Callable[[Tensor], Tensor]
 """x -> J^T x on (B, D) matrices."""

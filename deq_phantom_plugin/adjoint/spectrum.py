@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..contract.errors import NonFiniteError
 from .packing import Packing
 from .progress import Apply
 

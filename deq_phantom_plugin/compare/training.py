@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..diagnostics.cost import now, peak_bytes
-from ..registry import get_strategy
+from ..strategies.registry import get_strategy
 from ..switch import set_grad, set_step
 from .data import Dataset
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._plumbing.compilation import as_written
 from ..adjoint import Linearization
 from ..adjoint.probe import with_probe
 from ..attach import attach
-from ..compilation import as_written
-from ..errors import NonFiniteError
-from ..registry import Spec
-from ..state import CheckedFunc, State, check_equilibrium, flatten
+from ..contract.errors import NonFiniteError
+from ..contract.state import CheckedFunc, State, check_equilibrium, flatten
+from ..contract.strategy import BackwardStats, Context
 from ..strategies import IFT
 from ..strategies.arguments import positive_float
-from ..strategy import BackwardStats, Context
+from ..strategies.registry import Spec
 from .derivatives import as_vector, check_params, reached, vjp
 
 _BYTE_LIMIT = 2**30  # that all dense matrices may take

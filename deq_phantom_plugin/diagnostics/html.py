@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..extras import require
+from .._plumbing.extras import require
 from .render import HEADER, cells, facts, n_columns
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._plumbing.output import write_whole
+from .._plumbing.trial import Trial
+from ..contract.memory import Memory
+from ..contract.state import flatten
 from ..hosts.host import Solve
-from ..memory import Memory
-from ..output import write_whole
-from ..registry import Spec, get_strategy
-from ..state import flatten
 from ..strategies.arguments import positive_int
-from ..trial import Trial
+from ..strategies.registry import Spec, get_strategy
 from .derivatives import check_params
 from .equilibria import named_equilibria
 from .problem import Problem, check_scalar, inner_product

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AssumptionWarning, muted
+from .._plumbing.once import muted
+from .._plumbing.trial import Trial
+from ..contract.errors import AssumptionWarning, ConvergenceWarning
+from ..contract.state import flatten
+from ..contract.strategy import GradStrategy
 from ..hosts import find_equilibria, what_is_found
 from ..hosts.host import Solve
 from ..jacobian import spectral_radius
-from ..state import flatten
 from ..strategies import IFT
 from ..strategies.arguments import positive_int
-from ..strategy import GradStrategy
 from ..switch import failures
-from ..trial import Trial
 from .equilibria import named_equilibria
 from .problem import Problem, inner_product
 
@@ -149,7 +150,7 @@ class _Watch:
         for i, grad in zip(places, grads, strict=True):
             v[i] = v[i] if grad is None else grad
         try:
-            with solve.trial(), muted():
+            with solve.trial(), muted(ConvergenceWarning):
                 numbers["forward_residual"] = float(solve.residual.mean())
                 # A loss scaler's overflow says nothing about the model.
                 if all(bool(torch.isfinite(vi).all()) for vi in v):

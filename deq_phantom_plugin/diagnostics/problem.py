@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map_only
 
+from .._plumbing.compilation import as_written
 from ..adjoint import Linearization
 from ..adjoint.probe import with_probe
 from ..attach import attach
-from ..compilation import as_written
+from ..contract.state import CheckedFunc, State, check_equilibrium, flatten, unflatten
+from ..contract.strategy import Context, GradStrategy
 from ..inspection import Findings, inspect_map
-from ..state import CheckedFunc, State, check_equilibrium, flatten, unflatten
-from ..strategy import Context, GradStrategy
 from .derivatives import as_vector, check_params, reached, short_of_compiled, vjp
 
 

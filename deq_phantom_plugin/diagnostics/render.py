@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from ..output import text_table
+from .._plumbing.output import text_table
 
 if TYPE_CHECKING:
     from .report import GradientReport, StrategyResult

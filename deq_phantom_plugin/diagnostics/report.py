@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._plumbing.output import write_whole
+from .._plumbing.trial import Trial
 from ..adjoint import Packing
-from ..errors import ConvergenceWarning
+from ..contract.errors import ConvergenceWarning
+from ..contract.state import State, flatten
+from ..contract.strategy import Context, GradStrategy
 from ..jacobian import spectral_radius
-from ..output import write_whole
-from ..registry import Spec, get_strategy
-from ..state import State, flatten
 from ..strategies import IFT, Exact
 from ..strategies.arguments import positive_int
-from ..strategy import Context, GradStrategy
-from ..trial import Trial
+from ..strategies.registry import Spec, get_strategy
 from .cost import now, peak_bytes
 from .derivatives import check_params
 from .problem import Gradient, Problem

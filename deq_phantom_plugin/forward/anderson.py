@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..compilation import may_compile
-from ..precision import in_full_precision
-from ..state import State
-from ..transforms import outside_vmap
+from .._plumbing.compilation import may_compile
+from .._plumbing.precision import in_full_precision
+from .._plumbing.transforms import outside_vmap
+from ..contract.state import State
 from .tracking import ForwardSolution, Rows, Tracker
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .._plumbing.compilation import may_compile
+from .._plumbing.precision import in_full_precision
+from .._plumbing.transforms import outside_vmap
 from ..adjoint.inverse_estimate import InverseEstimate
-from ..compilation import may_compile
-from ..precision import in_full_precision
-from ..state import State
-from ..transforms import outside_vmap
+from ..contract.state import State
 from .tracking import ForwardSolution, InverseJacobian, Rows, Tracker
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from .._plumbing.late_read import LateRead
 from ..adjoint import Packing
 from ..adjoint.inverse_estimate import InverseEstimate
 from ..adjoint.progress import choose_leaves
-from ..late_read import LateRead
-from ..state import State, flatten, unflatten
+from ..contract.state import State, flatten, unflatten
 
 STOP_MODES = ("abs", "rel")
 

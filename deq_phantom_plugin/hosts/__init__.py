@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .. import entry_points
-from ..memory import Memory
+from .._plumbing import entry_points
+from ..contract.memory import Memory
 from .host import Host, PatchingHost, Solve, attach_observed, relative_residual, tell
 
 __all__ = [

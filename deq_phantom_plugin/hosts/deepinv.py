@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory import Memory
-from ..registry import get_strategy
+from ..contract.memory import Memory
+from ..contract.strategy import Context, GradStrategy
 from ..strategies import IFT, JFB
-from ..strategy import Context, GradStrategy
+from ..strategies.registry import get_strategy
 from .host import PatchingHost, attach_observed, attaches_always, tell
 from .patches import Patches
 

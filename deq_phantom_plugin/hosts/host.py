@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .._plumbing.calls import Calls
+from .._plumbing.compilation import never_compiled
+from .._plumbing.extras import is_there, why_not
+from .._plumbing.precision import AutocastState
+from .._plumbing.trial import Trial
 from ..adjoint.packing import Packing
 from ..attach import attach
-from ..calls import Calls
-from ..compilation import never_compiled
-from ..extras import is_there, why_not
-from ..precision import AutocastState
-from ..state import State, flatten
-from ..strategy import BatchDim, Context, GradStrategy
-from ..trial import Trial
+from ..contract.state import State, flatten
+from ..contract.strategy import BatchDim, Context, GradStrategy
 from .patches import Patches
 
 

@@ -28,15 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compilation import never_compiled
-from ..errors import AssumptionWarning
-from ..evaluation import attaches
-from ..extras import is_there, why_not
-from ..memory import Memory
-from ..registry import FunctionStrategy, get_strategy
+from .._plumbing.compilation import never_compiled
+from .._plumbing.extras import is_there, why_not
+from .._plumbing.trial import Trial
+from ..contract.errors import AssumptionWarning
+from ..contract.memory import Memory
+from ..contract.strategy import Context, GradStrategy
 from ..strategies import BPTT, UPG
-from ..strategy import Context, GradStrategy
-from ..trial import Trial
+from ..strategies.registry import FunctionStrategy, get_strategy
+from .evaluation import attaches
 from .host import PatchingHost, attach_observed
 from .patches import Patches
 

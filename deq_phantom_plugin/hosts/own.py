@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .. import patching
-from ..attaching import Attaching
 from ..equilibrium import Equilibrium
-from ..registry import get_strategy
+from ..strategies.registry import get_strategy
+from .attaching import Attaching
 from .host import Host, Solve
 
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adjoint.packing import Packing
-from ..memory import Memory
-from ..registry import get_strategy
-from ..state import State, flatten, unflatten
+from ..contract.memory import Memory
+from ..contract.state import State, flatten, unflatten
+from ..contract.strategy import BatchDim, Context, GradStrategy
 from ..strategies import BPTT, IFT, JFB, NPG, SHINE, UPG
-from ..strategy import BatchDim, Context, GradStrategy
+from ..strategies.registry import get_strategy
 from .host import PatchingHost, Solve, attach_observed, attaches_always, tell
 from .patches import Patches
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..registry import get_strategy
+from ..strategies.registry import get_strategy
 from .adapter import IMPORT, Adapter, Edit, Mode, Project, SeamFile, known_adapters
 from .compat import SHIMS
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..state import State
-from ..strategy import Context, GradStrategy
+from ..contract.state import State
+from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_int
+from .registry import register_strategy
 
 
+@register_strategy("bptt")
 @dataclass(frozen=True, repr=False)
 class BPTT(GradStrategy):
     """Autograd through `steps` iterations h <- F(h) from the initial state.

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._plumbing.transforms import as_constants, in_transform
 from ..adjoint import Linearization, Packing, Pushforward, mixes_samples
-from ..state import State
-from ..strategy import BackwardStats, Context, GradStrategy
-from ..transforms import as_constants, in_transform
+from ..contract.state import State
+from ..contract.strategy import BackwardStats, Context, GradStrategy
+from .registry import register_strategy
 
 _LIMIT = 2**30  # bytes that the dense Jacobians of a batch may take
 
 
+@register_strategy("exact")
 @dataclass(frozen=True, repr=False)
 class Exact(GradStrategy):
     """The implicit gradient from dense Jacobians: g solves (I - J^T) g = v directly.

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adjoint import VJP, Linearization, Packing, Solution, check_solver, implicit, solve
-from ..errors import NonFiniteError, warn_once
-from ..memory import Memory
-from ..precision import AutocastState
-from ..state import State, flatten
-from ..strategy import BackwardStats, Context, GradStrategy
+from .._plumbing.once import warn_once
+from ..adjoint import VJP, Linearization, Solution, check_solver, implicit, solve
+from ..contract.errors import ConvergenceWarning, NonFiniteError
+from ..contract.memory import Memory
+from ..contract.state import State
+from ..contract.strategy import BackwardStats, Context, GradStrategy
 from .arguments import boolean, positive_float, positive_int
+from .registry import register_strategy
+from .rescue import Rescue
 
 
+@register_strategy("ift")
 @dataclass(frozen=True, repr=False)
 class IFT(GradStrategy):
     """The implicit gradient: g solves (I - J^T) g = v (implicit function theorem).
@@ -71,7 +74,7 @@ class IFT(GradStrategy):
             memory=context.memory,
             on_failure=context.on_failure,
         )
-        rescue = _Rescue(func, equilibrium, context) if context.on_failure else None
+        rescue = Rescue(func, equilibrium, context) if context.on_failure else None
 
         def adjoint(vjp: VJP, v: list[Tensor]) -> list[Tensor]:
             return self._solved(vjp, v, told, rescue)
@@ -84,7 +87,7 @@ class IFT(GradStrategy):
         return graph.attach(graph.outputs, lambda v: adjoint(graph.vjp, v))
 
     def _solved(
-        self, vjp: VJP, v: list[Tensor], context: Context, rescue: _Rescue | None
+        self, vjp: VJP, v: list[Tensor], context: Context, rescue: Rescue | None
     ) -> list[Tensor]:
         memory = context.memory if self.warm_start else None
         try:
@@ -107,7 +110,7 @@ class IFT(GradStrategy):
         if not solution.converged:
             self._doubt(context)
         if rescue is not None:
-            g = rescue(self, v, g, solution)
+            g = rescue(repr(self), self.tol, v, g, solution)
         elif not solution.converged:
             self._warn(solution)
         if memory is not None:
@@ -139,6 +142,7 @@ class IFT(GradStrategy):
                 "tol, try solver='gmres', or regularise the Jacobian (dpp.jacobian_reg). If "
                 "samples depend on one another (graphs, batch norm inside F) and batch_dim says "
                 "otherwise, pass batch_dim=None in the context. This warning is given once.",
+                ConvergenceWarning,
             )
         elif rounded and self.tol != IFT.tol:
             warn_once(
@@ -146,41 +150,8 @@ class IFT(GradStrategy):
                 f"{reached}: in {rounded} of {above.numel()} samples that is the rounding of F's "
                 "own products, which more of them do not improve. Raise tol, or let F compute in "
                 "a higher precision. This warning is given once.",
+                ConvergenceWarning,
             )
-
-
-class _Rescue:
-    """Does what a policy says where an adjoint solve fails."""
-
-    def __init__(
-        self, func: Callable[[State], State], equilibrium: State, context: Context
-    ) -> None:
-        assert context.on_failure is not None
-        self._policy = context.on_failure
-        self._func, self._equilibrium, self._context = func, equilibrium, context
-        self._autocast = AutocastState(flatten(equilibrium)[0])
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether samples that become NaN are not to stop the others."""
-        return self._policy.action != "raise"
-
-    def __call__(
-        self, strategy: IFT, v: list[Tensor], g: list[Tensor], solution: Solution
-    ) -> list[Tensor]:
-        """Return g, where the solve failed as the policy says."""
-        tol = max(strategy.tol, self._policy.tol)
-        failed = ~(solution.residual <= tol)
-        if not bool(failed.any()):
-            return g
-        message = f"{strategy!r}: the adjoint solve left a relative residual above {tol:.1e}"
-        self._policy.note("adjoint", failed, self._context.memory, message)
-        if self._policy.fallback is None:
-            return g
-        with self._autocast():
-            other = self._policy.gradient(self._func, self._equilibrium, v, self._context)
-        masks = Packing(v, self._context.sample_dim).spread(failed)
-        return [torch.where(mask.bool(), b, a) for mask, a, b in zip(masks, g, other, strict=True)]
 
 
 def _names(leaves: list[Tensor]) -> list[str]:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._plumbing.transforms import in_transform
 from ..adjoint import Linearization, Pushforward
-from ..state import State, flatten
-from ..strategy import BackwardStats, Context, GradStrategy
-from ..transforms import in_transform
+from ..contract.state import State, flatten
+from ..contract.strategy import BackwardStats, Context, GradStrategy
 from .arguments import damping_factor, positive_int
 from .damping import damping
+from .registry import register_strategy
 
 
+@register_strategy("npg")
 @dataclass(frozen=True, repr=False)
 class NPG(GradStrategy):
     """The Neumann series cut after k terms: g = lam * sum_{t<k} (lam J^T + (1 - lam) I)^t v.

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._plumbing.transforms import in_transform
 from ..adjoint import Linearization
-from ..state import State, flatten
-from ..strategy import BackwardStats, Context, GradStrategy
-from ..transforms import in_transform
+from ..contract.state import State, flatten
+from ..contract.strategy import BackwardStats, Context, GradStrategy
 from .arguments import damping_factor, probability
 from .npg import damping_factors, neumann, neumann_change
+from .registry import register_strategy
 
 
+@register_strategy("npg_rr")
 @dataclass(frozen=True, repr=False)
 class NPGRR(GradStrategy):
     """The Neumann series cut at random and reweighted: g = lam * sum_{t<K} B^t v / p^t.

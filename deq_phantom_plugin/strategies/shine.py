@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..adjoint import Apply, Linearization, Packing, Solution, broyden, solve
-from ..state import State
-from ..strategy import BackwardStats, Context, GradStrategy
+from ..contract.state import State
+from ..contract.strategy import BackwardStats, Context, GradStrategy
 from .arguments import positive_float, whole_number
+from .registry import register_strategy
 
 
+@register_strategy("shine")
 @dataclass(frozen=True, repr=False)
 class SHINE(GradStrategy):
     """g = B v, with the estimate B of (I - J^T)^-1 that the forward solve already has.

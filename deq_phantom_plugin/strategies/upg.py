@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .._plumbing.cached_weights import made_anew
+from .._plumbing.transforms import in_torch_func
 from ..adjoint import Linearization
-from ..cached_weights import made_anew
-from ..state import State, damped_step, flatten, unflatten
-from ..strategy import Context, GradStrategy
-from ..transforms import in_torch_func
+from ..contract.state import State, damped_step, flatten, unflatten
+from ..contract.strategy import Context, GradStrategy
 from .arguments import boolean, damping_factor, positive_int
 from .damping import damping
+from .registry import register_strategy
 
 
+@register_strategy("upg")
 @dataclass(frozen=True, repr=False)
 class UPG(GradStrategy):
     """Autograd through k damped steps h <- (1 - lam) h + lam F(h) from the detached h*.

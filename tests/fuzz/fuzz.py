@@ -22,8 +22,8 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[1]))
 with atheris.instrument_imports(include=["deq_phantom_plugin"]):
     import deq_phantom_plugin as dpp
-    from deq_phantom_plugin import registry
     from deq_phantom_plugin.patching import patch, repository, rewrite
+    from deq_phantom_plugin.strategies import registry
 from patching import ADAPTER, SEAM, TINY
 
 FORBIDDEN = ("exec", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "subprocess.Popen")

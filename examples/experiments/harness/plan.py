@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from deq_phantom_plugin.extras import require
+from deq_phantom_plugin._plumbing.extras import require
 
 SIZES = ("smoke", "cpu", "paper")
 S = TypeVar("S")

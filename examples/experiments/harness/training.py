@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.output import write_whole
+from deq_phantom_plugin._plumbing.output import write_whole
 
 from . import processes
 

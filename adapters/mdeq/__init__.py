@@ -1,0 +1,14 @@
+"""Multiscale deep equilibrium image classifiers (MDEQ) on TorchDEQ, the gradient chosen by name.
+
+Bai, Koltun & Kolter, "Multiscale Deep Equilibrium Models", NeurIPS 2020, arXiv:2006.08656. All
+resolutions of an image are driven to one joint equilibrium of a single layer f (its Figure 1): a
+residual block for each (its Figure 2), then each is fused into every other.
+
+    model = MDEQ.from_preset("tiny", grad="upg(k=5, lam=0.5)")
+    cross_entropy(model(images), labels).backward()
+    model.last.residual, model.last.nfe, model.spectral_radius()
+"""
+
+from .model import MDEQ, PRESETS, MDEQConfig, MDEQSolve, VariationalDropout2d, WeightNormConv2d
+
+__all__ = ["MDEQ", "PRESETS", "MDEQConfig", "MDEQSolve", "VariationalDropout2d", "WeightNormConv2d"]

@@ -1,0 +1,38 @@
+"""Deep equilibrium language models as Transformers models, the gradient chosen by name.
+
+Bai, Kolter & Koltun, "Deep Equilibrium Models", NeurIPS 2019, arXiv:1909.01377. The states of all
+tokens are the equilibrium of one weight-tied decoder block that sees the embeddings at every step.
+
+    config = DEQTransformerConfig(vocab_size=256, hidden_size=64, num_attention_heads=4, grad="upg")
+    model = DEQTransformerForCausalLM(config)
+    model(input_ids, labels=input_ids).loss.backward()
+    model.set_grad("npg(k=9)")
+    model.generate(input_ids, max_new_tokens=20)
+
+Importing this module registers both classes, so that `AutoModelForCausalLM.from_pretrained` loads
+what `save_pretrained` saved. Give `SetStep()` to a `Trainer` if anything depends on the step.
+"""
+
+from .model import (
+    DEQCausalLMOutput,
+    DEQModelOutput,
+    DEQTransformerConfig,
+    DEQTransformerForCausalLM,
+    DEQTransformerModel,
+    EquilibriumInfo,
+    EquilibriumLayer,
+    SetStep,
+    deq_from_layer,
+)
+
+__all__ = [
+    "DEQCausalLMOutput",
+    "DEQModelOutput",
+    "DEQTransformerConfig",
+    "DEQTransformerForCausalLM",
+    "DEQTransformerModel",
+    "EquilibriumInfo",
+    "EquilibriumLayer",
+    "SetStep",
+    "deq_from_layer",
+]

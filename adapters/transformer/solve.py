@@ -1,0 +1,136 @@
+"""What the Transformer adapters share: one equilibrium solved by TorchDEQ, and what it tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.calls import Calls
+from deq_phantom_plugin._plumbing.compilation import never_compiled
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.trial import Trial
+from deq_phantom_plugin.hosts.evaluation import check_flag
+
+require("transformers", "text")
+from transformers.utils.generic import ModelOutput  # noqa: E402
+
+__all__ = [
+    "EquilibriumInfo",
+    "change_solver",
+    "check_settings",
+    "make_equilibrium",
+    "solve",
+]
+
+
+@dataclass
+class EquilibriumInfo(ModelOutput):
+    """What a forward solve reached and spent; nothing in it carries an autograd graph.
+
+    Attributes:
+        residual: ||F(h) - h|| / ||F(h)|| of each sample, the lowest that was reached, shape (B,);
+            padding does not count.
+        nfe: evaluations of F that the solve took for the batch, an integer tensor of shape ().
+    """
+
+    residual: Tensor | None = None
+    nfe: Tensor | None = None
+
+
+def check_settings(
+    grad: Any, f_solver: str, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
+) -> None:
+    """Refuse settings of an equilibrium before there is one.
+
+    Args:
+        grad: a spec of `dpp.get_strategy`.
+        f_solver: TorchDEQ's name of a solver.
+        f_max_iter: the most iterations of the forward solve.
+        f_tol: relative residual at which it stops.
+        grad_in_eval: whether the gradient is attached in evaluation mode too.
+
+    Raises:
+        ValueError: names the value and what is accepted.
+        ImportError: without TorchDEQ.
+    """
+    dpp.get_strategy(grad)
+    check_flag("grad_in_eval", grad_in_eval)
+    dpp.enable("torchdeq")  # which adds solvers of its own
+    known = require("torchdeq.solver", "text")._solvers
+    if f_solver not in known:
+        raise ValueError(f"f_solver={f_solver!r}; expected one of {', '.join(sorted(known))}")
+    # TorchDEQ's Anderson returns its initial state below 3.
+    least = 3 if f_solver == "anderson" else 1
+    if isinstance(f_max_iter, bool) or not isinstance(f_max_iter, int) or f_max_iter < least:
+        raise ValueError(
+            f"f_max_iter={f_max_iter!r}; expected a whole number of at least {least} for {f_solver}"
+        )
+    if isinstance(f_tol, bool) or not isinstance(f_tol, int | float) or not 0 <= f_tol < 1:
+        raise ValueError(f"f_tol={f_tol!r}; expected a number of at least 0 and below 1")
+
+
+def make_equilibrium(
+    grad: Any, f_solver: str, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
+) -> nn.Module:
+    """Return TorchDEQ's module with a gradient chosen by name; see `check_settings`."""
+    check_settings(grad, f_solver, f_max_iter, f_tol, grad_in_eval)
+    settings = {"f_solver": f_solver, "f_max_iter": f_max_iter, "f_tol": f_tol}
+    deq: nn.Module = require("torchdeq", "text").get_deq(
+        {**settings, "f_stop_mode": "rel", "grad": grad, "grad_in_eval": grad_in_eval}
+    )
+    return deq
+
+
+def change_solver(deq: nn.Module, f_solver: str, f_max_iter: int, f_tol: float) -> None:
+    """Give an equilibrium another forward solver; its gradient and its memory stay.
+
+    Args:
+        deq: of `make_equilibrium`.
+        f_solver: see `check_settings`, as the others.
+        f_max_iter: see there.
+        f_tol: see there.
+    """
+    new: Any = make_equilibrium("jfb", f_solver, f_max_iter, f_tol)
+    # What TorchDEQ derives from these three.
+    for name in ("f_solver", "no_stat", "f_max_iter", "eval_f_max_iter", "f_tol", "indexing"):
+        setattr(deq, name, getattr(new, name))
+    deq.args.update(f_solver=f_solver, f_max_iter=f_max_iter, f_tol=f_tol)
+
+
+def solve(
+    deq: nn.Module, func: Callable[[Tensor], Tensor], start: Tensor
+) -> tuple[Tensor, EquilibriumInfo]:
+    """Solve h = F(h).
+
+    Args:
+        deq: of `make_equilibrium`; in training mode the state carries its gradient, and in
+            evaluation mode where it was told to.
+        func: F, from and to shape (B, ...).
+        start: the initial state.
+    """
+    calls = Calls()
+
+    def counted(state: Tensor) -> Tensor:
+        calls.note()
+        return func(state)
+
+    states, info = deq(counted, start)
+    state: Tensor = states[-1]
+    # Where a strategy owns the solve, TorchDEQ has no residual.
+    known = calls.by_solver()
+    residual = info["rel_lowest"].detach() if known else _residual(func, state.detach())
+    return state, EquilibriumInfo(residual=residual, nfe=calls.of_solve())
+
+
+@never_compiled
+@torch.no_grad()
+def _residual(func: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+    with Trial(state):
+        image = func(state)
+    error: Tensor = (image - state).flatten(1).norm(dim=1) / (image.flatten(1).norm(dim=1) + 1e-9)
+    return error

@@ -1,0 +1,5 @@
+"""TorchDEQ takes strategies by name."""
+
+from .host import TorchDEQ
+
+__all__ = ["TorchDEQ"]
