@@ -11,6 +11,7 @@ or without any framework:
     h = eq(func, h0)
 """
 
+from . import _moved
 from .attach import attach
 from .checkpoint import load_memory_state_dict, memory_state_dict
 from .contract.errors import AssumptionWarning, ConvergenceError, ConvergenceWarning, NonFiniteError
@@ -22,10 +23,8 @@ from .equilibrium import Equilibrium
 from .hosts import disable, enable, enabled, register_host
 from .jacobian import jacobian_reg, spectral_radius
 from .regularization import JacobianRegularization
-from .strategies import BPTT, IFT, JFB, NPG, NPGRR, SHINE, UPG, Exact, Reversible
-from .strategies.guard import Guard
+from .strategies import BPTT, IFT, JFB, NPG, NPGRR, SHINE, UPG, Exact, Guard, Reversible, Schedule
 from .strategies.registry import get_strategy, list_strategies, register_strategy
-from .strategies.schedule import Schedule
 from .switch import failures, set_grad, set_step
 
 __version__ = "0.1.0"
@@ -72,3 +71,5 @@ __all__ = [
     "set_step",
     "spectral_radius",
 ]
+
+_moved.install()

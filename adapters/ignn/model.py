@@ -84,6 +84,8 @@ class FixedPoint(Attaching):
         memory: what the strategy keeps between steps.
     """
 
+    host = "ignn"
+
     def __init__(
         self, grad: Any, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
     ) -> None:

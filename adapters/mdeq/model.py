@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.calls import Calls
 from deq_phantom_plugin._plumbing.compilation import never_compiled
+from deq_phantom_plugin._plumbing.hints import hint, listed
 from deq_phantom_plugin._plumbing.trial import Trial
 from deq_phantom_plugin.contract.state import ordinary
 from deq_phantom_plugin.hosts.evaluation import attaches
@@ -456,9 +456,8 @@ class MDEQ(nn.Module):
             ValueError: on an unknown name.
         """
         if name not in PRESETS:
-            near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown preset {name!r}{hint} (valid: {', '.join(PRESETS)})")
+            near = hint(name, PRESETS)
+            raise ValueError(f"unknown preset {name!r}{near}; there are {listed(PRESETS)}")
         return cls(PRESETS[name], num_classes, in_channels, grad, **settings)
 
     def equilibrium_func(

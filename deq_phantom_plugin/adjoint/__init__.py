@@ -6,7 +6,6 @@ calls one by name on the leaves of any state.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -14,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from .._plumbing.hints import hint
 from ..contract.errors import NonFiniteError
 from .anderson import anderson
 from .bicgstab import bicgstab
@@ -22,7 +22,7 @@ from .fixed_point import fixed_point
 from .gmres import gmres
 from .implicit import VJP, implicit
 from .linearization import Linearization, inside_checkpoint, mixes_samples
-from .packing import Packing
+from .packing import Packing, relative_norm
 from .progress import Apply, Solution, choose
 from .pushforward import Pushforward
 
@@ -39,6 +39,7 @@ __all__ = [
     "implicit",
     "inside_checkpoint",
     "mixes_samples",
+    "relative_norm",
     "solve",
 ]
 
@@ -63,9 +64,8 @@ def check_solver(name: object) -> str:
     """
     if isinstance(name, str) and name in SOLVERS:
         return name
-    near = difflib.get_close_matches(str(name), SOLVERS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"solver={name!r}; expected one of {', '.join(sorted(SOLVERS))}{hint}")
+    valid = ", ".join(sorted(SOLVERS))
+    raise ValueError(f"solver={name!r}{hint(name, SOLVERS)}; expected one of {valid}")
 
 
 def solve(

@@ -111,6 +111,9 @@ class GradStrategy(ABC):
     A strategy is declarative: subclass as a frozen dataclass, with `repr=False` to inherit the
     spec that parses back to the same strategy. First order only, unless it says otherwise.
 
+    What it is capable of are properties, since they may depend on its arguments; a subclass for
+    which they do not may write `owns_solve = True`.
+
     Attributes:
         name: the name in specs; set by `register_strategy`.
         owns_solve: whether it finds the equilibrium itself; then hosts skip their solve and
@@ -127,9 +130,21 @@ class GradStrategy(ABC):
     """
 
     name: ClassVar[str] = ""
-    owns_solve: ClassVar[bool] = False
-    wants_inverse_jacobian: ClassVar[bool] = False
-    accepts_nonfinite: ClassVar[bool] = False
+
+    @property
+    def owns_solve(self) -> bool:
+        """Whether it finds the equilibrium itself."""
+        return False
+
+    @property
+    def wants_inverse_jacobian(self) -> bool:
+        """Whether it works on the inverse Jacobian of a quasi-Newton solve."""
+        return False
+
+    @property
+    def accepts_nonfinite(self) -> bool:
+        """Whether it can begin at a state that holds NaN or infinity."""
+        return False
 
     @property
     def tells_samples_apart(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import threading
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .._plumbing import entry_points
+from .._plumbing.hints import hint, listed
 from ..contract.memory import Memory
 from .host import Host, PatchingHost, Solve, attach_observed, relative_residual, tell
 
@@ -223,10 +223,9 @@ def _get(name: str) -> Host:
             _hosts[name] = _made(name, entry_points.load(entry_points.HOSTS, name))
         except KeyError:
             names = sorted({*_hosts, *entry_points.names(entry_points.HOSTS)})
-            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            valid = ", ".join(repr(known) for known in names)
-            raise ValueError(f"unknown host {name!r}{hint}; there are {valid}") from None
+            raise ValueError(
+                f"unknown host {name!r}{hint(name, names)}; there are {listed(names)}"
+            ) from None
     return _hosts[name]
 
 

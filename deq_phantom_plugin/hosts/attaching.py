@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -33,10 +33,13 @@ class Attaching(nn.Module):
         grad_in_eval: as it was given.
         memory: see `Memory`.
         observers: what is called with each `Solve` in training; not copied or saved.
+        host: the name of the host that finds it.
 
     Raises:
         ValueError: if an argument is invalid.
     """
+
+    host: ClassVar[str] = "own"
 
     def __init__(
         self, grad: Spec, batch_dim: BatchDim = "auto", grad_in_eval: bool = False

@@ -21,7 +21,7 @@ from .._plumbing.compilation import never_compiled
 from .._plumbing.extras import is_there, why_not
 from .._plumbing.precision import AutocastState
 from .._plumbing.trial import Trial
-from ..adjoint.packing import Packing
+from ..adjoint import Packing, relative_norm
 from ..attach import attach
 from ..contract.state import State, flatten
 from ..contract.strategy import BatchDim, Context, GradStrategy
@@ -428,5 +428,4 @@ def relative_residual(state: State, image: State, batch_dim: BatchDim) -> Tensor
     before, after = flatten(state)[0], flatten(image)[0]
     packing = Packing(before, 0 if isinstance(batch_dim, str) else batch_dim)
     h, f = packing.pack(before), packing.pack(after)
-    ratio: Tensor = torch.linalg.vector_norm(f - h, dim=1) / torch.linalg.vector_norm(f, dim=1)
-    return ratio
+    return relative_norm(f - h, f)

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from torch import nn
-
-from deq_phantom_plugin.hosts.own import Own
-
-__all__ = ["IGNNHost"]
+from .own import Own
 
 
 class IGNNHost(Own):
@@ -20,9 +14,3 @@ class IGNNHost(Own):
 
     name = "ignn"
     pip = '"deq-phantom-plugin[graph]"'
-
-    def is_equilibrium(self, module: nn.Module) -> bool:
-        """Whether a module is the equilibrium of an `IGNNConv`."""
-        # A model has none where nobody has imported the layers, and with them PyG.
-        layers = sys.modules.get("deq_phantom_plugin.adapters.ignn")
-        return layers is not None and isinstance(module, layers.FixedPoint)

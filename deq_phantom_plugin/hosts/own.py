@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
-from .. import patching
-from ..equilibrium import Equilibrium
 from ..strategies.registry import get_strategy
 from .attaching import Attaching
 from .host import Host, Solve
 
 
 class Own(Host):
-    """Finds `dpp.Equilibrium`, and what `deq-phantom patch` put into a model; there is no hook.
-
-    Attributes:
-        modules: the classes that it finds.
-    """
+    """Finds `dpp.Equilibrium`, and what `deq-phantom patch` put into a model; there is no hook."""
 
     name = "own"
     package = "torch"
     pip = "torch"
-    modules: ClassVar[tuple[type[Attaching], ...]] = (Equilibrium, patching.Equilibrium)
 
     @property
     def is_enabled(self) -> bool:
@@ -39,8 +32,8 @@ class Own(Host):
         """Do nothing."""
 
     def is_equilibrium(self, module: nn.Module) -> bool:
-        """Whether a module is of these classes."""
-        return isinstance(module, self.modules)
+        """Whether a module attaches by itself, and names this host."""
+        return isinstance(module, Attaching) and module.host == self.name
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
         """See `Host.prepare_grad`."""

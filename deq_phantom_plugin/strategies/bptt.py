@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
@@ -32,12 +31,15 @@ class BPTT(GradStrategy):
         ValueError: if `steps` is not a whole number of at least 1.
     """
 
-    owns_solve: ClassVar[bool] = True
-
     steps: int = 10
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", positive_int("steps", self.steps))
+
+    @property
+    def owns_solve(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def tells_samples_apart(self) -> bool:

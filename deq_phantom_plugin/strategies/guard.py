@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .._plumbing.compilation import never_compiled
 from .._plumbing.transforms import refuse_in_torch_func
-from ..adjoint import Packing
+from ..adjoint import Packing, relative_norm
 from ..contract.failure import FailurePolicy
 from ..contract.state import State, flatten, unflatten
 from ..contract.strategy import Context, GradStrategy
@@ -51,11 +51,11 @@ class Guard(GradStrategy):
     on_failure: str = "warn"
     forward_tol: float = 0.1
     adjoint_tol: float = 0.1
+    _policy: FailurePolicy = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         inner = get_strategy(self.grad)
         object.__setattr__(self, "grad", inner)
-        object.__setattr__(self, "wants_inverse_jacobian", inner.wants_inverse_jacobian)
         for name in ("forward_tol", "adjoint_tol"):
             object.__setattr__(self, name, positive_float(name, getattr(self, name)))
         action, fallback = _parsed(self.on_failure)
@@ -67,7 +67,6 @@ class Guard(GradStrategy):
                 )
             object.__setattr__(self, "on_failure", f"fallback({repr(fallback)!r})")
         object.__setattr__(self, "_policy", FailurePolicy(action, fallback, self.adjoint_tol))
-        object.__setattr__(self, "accepts_nonfinite", fallback is not None)
 
     @property
     def _strategy(self) -> GradStrategy:
@@ -82,6 +81,16 @@ class Guard(GradStrategy):
         return self if inner is self.grad else replace(self, grad=inner)
 
     @property
+    def wants_inverse_jacobian(self) -> bool:
+        """Whether the strategy inside does."""
+        return self._strategy.wants_inverse_jacobian
+
+    @property
+    def accepts_nonfinite(self) -> bool:
+        """Whether a fallback has samples that are not finite begin again."""
+        return self._policy.fallback is not None
+
+    @property
     def steps_ahead(self) -> int:
         """That of the strategy inside."""
         return self._strategy.steps_ahead
@@ -89,7 +98,7 @@ class Guard(GradStrategy):
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         refuse_in_torch_func(self)  # where nobody can look at a residual
-        policy: FailurePolicy = self._policy  # type: ignore[attr-defined]
+        policy = self._policy
         packing = Packing(flatten(equilibrium)[0], context.sample_dim)
         equilibrium = _finite(equilibrium, packing, context)
         failed = _residual(func, equilibrium, packing) > self.forward_tol
@@ -143,10 +152,7 @@ def _is_true(value: Tensor) -> bool:
 def _residual(func: Callable[[State], State], equilibrium: State, packing: Packing) -> Tensor:
     """Return ||F(h) - h|| / ||F(h)|| of each sample, shape (B,); infinite where it is NaN."""
     h, image = (packing.pack(flatten(s)[0]) for s in (equilibrium, func(equilibrium)))
-    change, size = (torch.linalg.vector_norm(x, dim=1) for x in (image - h, image))
-    # Of zero over zero nothing is wrong.
-    residual = change / torch.where(size > 0, size, 1)
-    return torch.nan_to_num(residual, nan=torch.inf)
+    return torch.nan_to_num(relative_norm(image - h, image), nan=torch.inf)
 
 
 def _finite(equilibrium: State, packing: Packing, context: Context) -> State:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import contextvars
-import difflib
 import inspect
 import re
 import warnings
@@ -17,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 from torch.serialization import add_safe_globals
 
 from .._plumbing import entry_points
+from .._plumbing.hints import hint, listed
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 
@@ -102,7 +102,7 @@ def strategy_class(name: str) -> type[GradStrategy]:
                 raise ImportError(f"the entry point {name} in {group!r}: {error}") from None
     if name not in _registered:
         valid = sorted({*_registered, *entry_points.names(entry_points.STRATEGIES)})
-        raise ValueError(f"unknown strategy {name!r}{_hint(name, valid)}; there are {_list(valid)}")
+        raise ValueError(f"unknown strategy {name!r}{hint(name, valid)}; there are {listed(valid)}")
     return _registered[name]
 
 
@@ -234,8 +234,8 @@ def _build(
     name = cls.name or cls.__name__
     for key in kwargs:
         if key not in signature.parameters:
-            hint = _hint(key, list(signature.parameters))
-            raise ValueError(f"{name} has no argument {key!r}{hint}; it takes {shown}")
+            near = hint(key, signature.parameters)
+            raise ValueError(f"{name} has no argument {key!r}{near}; it takes {shown}")
     try:
         given = signature.bind_partial(*args, **kwargs).arguments
     except TypeError as error:
@@ -268,12 +268,3 @@ def _literal(node: ast.expr, spec: str) -> Any:
             "arguments are parsed, never evaluated: expected numbers, strings, True, False, None, "
             "or lists and dicts of them"
         ) from None
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names)
-
-
-def _hint(name: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(name, valid, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

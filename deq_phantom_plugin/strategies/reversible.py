@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,14 +92,17 @@ class Reversible(GradStrategy):
         RuntimeError: inside a transform of `torch.func`, and in backward under `torch.vmap`.
     """
 
-    owns_solve: ClassVar[bool] = True
-
     steps: int = 10
     beta: float = 0.8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", positive_int("steps", self.steps))
         object.__setattr__(self, "beta", relaxation(self.beta))
+
+    @property
+    def owns_solve(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def tells_samples_apart(self) -> bool:
