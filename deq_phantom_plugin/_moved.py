@@ -29,6 +29,14 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cached_weights": ("_plumbing.cached_weights",),
     "calls": ("_plumbing.calls",),
     "compilation": ("_plumbing.compilation",),
+    "diagnostics.ascent": ("diagnostics.measure.ascent",),
+    "diagnostics.cost": ("diagnostics.measure.cost",),
+    "diagnostics.derivatives": ("diagnostics.measure.derivatives",),
+    "diagnostics.equilibria": ("diagnostics.measure.equilibria",),
+    "diagnostics.html": ("diagnostics.show.html",),
+    "diagnostics.problem": ("diagnostics.measure.problem",),
+    "diagnostics.recommendation": ("diagnostics.show.recommendation",),
+    "diagnostics.render": ("diagnostics.show.text",),
     "entry_points": ("_plumbing.entry_points",),
     "errors": ("contract.errors", "_plumbing.once"),
     "evaluation": ("hosts.evaluation",),
@@ -82,9 +90,9 @@ def install() -> None:
     for old, new in MOVED.items():
         module = Moved(old, new)
         sys.modules[module.__name__] = module
-        parent, _, name = old.rpartition(".")
-        if not parent:
-            setattr(sys.modules[PACKAGE], name, module)
+        parent, _, name = module.__name__.rpartition(".")
+        if parent in sys.modules:
+            setattr(sys.modules[parent], name, module)
     for old, names in SAVED.items():
         now = importlib.import_module(f"{PACKAGE}.{MOVED[old][0]}")
         add_safe_globals([(getattr(now, name), f"{PACKAGE}.{old}.{name}") for name in names])

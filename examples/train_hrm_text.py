@@ -25,7 +25,7 @@ from torch import Tensor
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import text_table
-from deq_phantom_plugin.diagnostics.cost import peak_bytes
+from deq_phantom_plugin.diagnostics.measure.cost import peak_bytes
 from deq_phantom_plugin.hosts import find_equilibria
 
 OWN = "own"

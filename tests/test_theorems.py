@@ -14,8 +14,8 @@ from torch import Tensor
 
 import deq_phantom_plugin as dpp
 from conftest import make_equilibrium
-from deq_phantom_plugin.diagnostics import ascent
-from deq_phantom_plugin.diagnostics.ascent import ascent_condition, measured_inner_product
+from deq_phantom_plugin.diagnostics.measure import ascent
+from deq_phantom_plugin.diagnostics.measure.ascent import ascent_condition, measured_inner_product
 
 seeds = st.integers(0, 2**31)
 
