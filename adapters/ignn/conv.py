@@ -1,4 +1,4 @@
-"""The layer."""
+"""The implicit graph layer."""
 
 from __future__ import annotations
 

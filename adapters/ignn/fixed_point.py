@@ -75,9 +75,8 @@ class FixedPoint(Attaching):
 
         if not attaching:
             return self._solve(watched(self, counted), start)
-        out: Tensor
         if self.grad.resolve(context).owns_solve:
-            out = self.attached(counted, start, context, 0)
+            out: Tensor = self.attached(counted, start, context, 0)
         else:
             out = self.attached(func, self._solve(counted, start), context, self.nfe)
         return out
