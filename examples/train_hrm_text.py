@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,17 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> flo
     return float(loss.detach())
 
 
+def step_seconds(runs: Mapping[str, Sequence[Any]], ids: Tensor) -> dict[str, float]:
+    """Return the seconds of a step of each model, taken in turn so that all see one machine."""
+    seconds: dict[str, list[float]] = {grad: [] for grad in runs}
+    for _ in range(ROUNDS):
+        for grad, (model, optimizer, *_) in runs.items():
+            begin = time.perf_counter()
+            train_step(model, optimizer, ids)
+            seconds[grad].append(time.perf_counter() - begin)
+    return {grad: statistics.median(times) for grad, times in seconds.items()}
+
+
 @torch.no_grad()
 def validation_loss(model: Any, data: Tensor, args: argparse.Namespace) -> float:
     """Return the mean loss on the last tenth of the text, on 16 batches of it."""
@@ -140,12 +151,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         ]
         runs[grad] = (model, optimizer, losses, validation_loss(model, data[cut:], args))
     ids = batch(data[:cut], args.steps, args)
-    seconds: dict[str, list[float]] = {grad: [] for grad in runs}
-    for _ in range(ROUNDS):
-        for grad, (model, optimizer, *_) in runs.items():
-            begin = time.perf_counter()
-            train_step(model, optimizer, ids)
-            seconds[grad].append(time.perf_counter() - begin)
+    seconds = step_seconds(runs, ids)
     rows = []
     for grad, (model, optimizer, losses, validation) in runs.items():
         peak = peak_bytes(lambda m=model, o=optimizer: train_step(m, o, ids), torch.device("cpu"))
@@ -154,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> str:
                 grad,
                 f"{statistics.fmean(losses[-10:]):.3f}",
                 f"{validation:.3f}",
-                f"{1e3 * statistics.median(seconds[grad]):.1f}",
+                f"{1e3 * seconds[grad]:.1f}",
                 f"{peak / 2**20:.1f}",
                 f"{residual(model, ids):.1e}",
             ]

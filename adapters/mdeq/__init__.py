@@ -9,6 +9,9 @@ residual block for each (its Figure 2), then each is fused into every other.
     model.last.residual, model.last.nfe, model.spectral_radius()
 """
 
-from .model import MDEQ, PRESETS, MDEQConfig, MDEQSolve, VariationalDropout2d, WeightNormConv2d
+from .config import PRESETS, MDEQConfig
+from .layers import VariationalDropout2d, WeightNormConv2d
+from .model import MDEQ
+from .solve import MDEQSolve
 
 __all__ = ["MDEQ", "PRESETS", "MDEQConfig", "MDEQSolve", "VariationalDropout2d", "WeightNormConv2d"]
