@@ -56,7 +56,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self._joins = Joins()
         self.post_init()
 
-    # Longer than 60 lines: three in four are its arguments, and what is said of them.
+    # Longer than 60 lines: two in three are its arguments, and what is said of them.
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
