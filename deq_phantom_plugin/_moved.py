@@ -14,7 +14,11 @@ PACKAGE = __name__.rpartition(".")[0]
 
 # Old module -> where its names are now, looked for in this order.
 MOVED: dict[str, tuple[str, ...]] = {
-    "adapters.around_layer": ("adapters.transformer.around_layer",),
+    "adapters.around_layer": (
+        "adapters.transformer.layer.around",
+        "adapters.transformer.layer.masks",
+        "adapters.transformer.layer",
+    ),
     "adapters.deq_layer": ("adapters.transformer.layer",),
     "adapters.equilibrium": ("adapters.transformer.solve",),
     "adapters.graph": ("adapters.ignn.graph",),

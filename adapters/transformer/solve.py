@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.calls import Calls
 from deq_phantom_plugin._plumbing.compilation import never_compiled
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.trial import Trial
+from deq_phantom_plugin.adjoint import relative_norm
 from deq_phantom_plugin.hosts.evaluation import check_flag
-
-require("transformers", "text")
-from transformers.utils.generic import ModelOutput  # noqa: E402
 
 __all__ = [
     "EquilibriumInfo",
@@ -99,7 +98,8 @@ def change_solver(deq: nn.Module, f_solver: str, f_max_iter: int, f_tol: float) 
     # What TorchDEQ derives from these three.
     for name in ("f_solver", "no_stat", "f_max_iter", "eval_f_max_iter", "f_tol", "indexing"):
         setattr(deq, name, getattr(new, name))
-    deq.args.update(f_solver=f_solver, f_max_iter=f_max_iter, f_tol=f_tol)
+    settings: Any = deq.args
+    settings.update(f_solver=f_solver, f_max_iter=f_max_iter, f_tol=f_tol)
 
 
 def solve(
@@ -132,5 +132,4 @@ def solve(
 def _residual(func: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
     with Trial(state):
         image = func(state)
-    error: Tensor = (image - state).flatten(1).norm(dim=1) / (image.flatten(1).norm(dim=1) + 1e-9)
-    return error
+    return relative_norm((image - state).flatten(1), image.flatten(1))

@@ -1,4 +1,4 @@
-"""Equilibrium blocks out of Transformers' own decoder layers."""
+"""A decoder layer as an equilibrium."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 
-from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin.draws import SameDraws
 
-from .around_layer import CACHE, Collected, Past, layer_mask
-from .solve import EquilibriumInfo, make_equilibrium, solve
+from ..solve import EquilibriumInfo, make_equilibrium, solve
+from ..versions import CACHE
+from .around import Collected, Past
+from .masks import layer_mask
 
-require("transformers.modeling_utils", "text")
-from transformers import Cache, EncoderDecoderCache, PreTrainedConfig  # noqa: E402
-
-__all__ = ["CACHE", "EquilibriumLayer", "deq_from_layer"]
+__all__ = ["EquilibriumLayer", "deq_from_layer"]
 
 
 def _rotary(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
@@ -122,7 +121,7 @@ class EquilibriumLayer(nn.Module):
         layer: the decoder layer.
         config: its config.
         rotary: makes the positions it takes, None for none.
-        deq: of `equilibrium.make_equilibrium`.
+        deq: of `solve.make_equilibrium`.
 
     Attributes:
         last: residual and evaluations of the last forward solve, None before the first.
@@ -206,7 +205,8 @@ class EquilibriumLayer(nn.Module):
             settings["position_embeddings"] = self.rotary(x, positions)
 
         def func(state: Tensor) -> Tensor:
-            image = self.norm(self.layer(state.to(x.dtype) + x, **settings)).to(state.dtype)
+            image: Tensor = self.norm(self.layer(state.to(x.dtype) + x, **settings))
+            image = image.to(state.dtype)
             # Padding rests at zero, where it adds nothing to any residual.
             return image if real is None else image.where(real, 0)
 
