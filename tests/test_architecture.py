@@ -123,3 +123,12 @@ def test_every_folder_says_what_is_in_it():
     for name, path in modules().items():
         if path.name == "__init__.py":
             assert ast.get_docstring(ast.parse(path.read_text())), name
+
+
+def test_every_folder_is_installed():
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^packages = \[\n(.+?)^\]", project, re.DOTALL | re.MULTILINE)[1]
+    folders = {name for name, path in modules().items() if path.name == "__init__.py"}
+    assert set(re.findall(r'"(.+)"', listed)) == {
+        f"{PACKAGE}.{name}".rstrip(".") for name in folders
+    }
