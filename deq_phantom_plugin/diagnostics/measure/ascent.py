@@ -132,8 +132,10 @@ def ascent_condition(
     phantom = _dense(attached, [*thetas, *probes], "the strategy")
     measured = as_vector(vjp(attached, [*thetas, *probes], cotangents))
     _check_finite("the strategy", measured)
+    v = as_vector(cotangents)
+    phantom += torch.outer(measured - phantom @ v, v / (v @ v))
     eps = max(torch.finfo(tensor.dtype).eps for tensor in [*thetas, *cotangents])
-    return _conditions(exact, phantom, measured, as_vector(cotangents), eps)
+    return _conditions(exact, phantom, measured, v, eps)
 
 
 def measured_inner_product(
@@ -178,8 +180,8 @@ def measured_inner_product(
     attached = _attach(func, equilibrium, reference, context, keep_residual)
     wanted = as_vector(vjp(attached, thetas, cotangents))
     _check_finite("the strategy", found)
-    angle = cosine(found, wanted, of_zero=0.0)
-    return MeasuredInnerProduct(float(found @ wanted), angle, residuals[-1])
+    inner = float(found @ wanted)
+    return MeasuredInnerProduct(inner, cosine(found, wanted, of_zero=0.0), residuals[-1])
 
 
 def _conditions(
@@ -191,7 +193,6 @@ def _conditions(
         ValueError: if I - J^T is singular.
     """
     d_h, d_theta = len(v), len(measured) - len(v)
-    phantom = phantom + torch.outer(measured - phantom @ v, v / (v @ v))
     to_params, transposed = exact[:d_theta], exact[d_theta:]
     a, d = phantom[:d_theta], phantom[d_theta:]
     identity = torch.eye(d_h, dtype=v.dtype, device=v.device)
