@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from deq_phantom_plugin._plumbing.once import warn_once
@@ -15,13 +17,32 @@ from deq_phantom_plugin.contract.errors import AssumptionWarning
 from .config import DEQTransformerConfig
 from .inputs import OF_DOCUMENTS, read_tokens
 from .jac_loss import share_of_step
-from .label_smoothing import smooth_outputs_of
+from .label_smoothing import OutputTuple, smooth_outputs_of
 from .model import DEQTransformerModel
-from .outputs import DEQCausalLMOutput
 from .pretrained import DEQTransformerPreTrainedModel
+from .solve import EquilibriumInfo
 from .versions import CACHE
 
-__all__ = ["DEQTransformerForCausalLM"]
+__all__ = ["DEQCausalLMOutput", "DEQTransformerForCausalLM"]
+
+
+@dataclass
+class DEQCausalLMOutput(CausalLMOutputWithPast):
+    """What a `DEQTransformerForCausalLM` returns.
+
+    Attributes:
+        loss: cross-entropy, with `jac_loss` added.
+        jac_loss: the weighted Jacobian regulariser in this loss; None outside training, and in
+            steps that have none.
+        equilibrium_info: residual and evaluations of the forward solve.
+    """
+
+    jac_loss: Tensor | None = None
+    equilibrium_info: EquilibriumInfo | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return all that is not None; a `Trainer` with smoothed labels still knows what it was."""
+        return OutputTuple.of(self, super().to_tuple())
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):

@@ -63,16 +63,8 @@ def _regularization(name: str, value: Any) -> None:
 
 # What each value of a config must be, also one that is written later.
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
-    **dict.fromkeys(
-        (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ),
-        _whole,
-    ),
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), _whole),
+    **dict.fromkeys(("num_attention_heads", "max_position_embeddings"), _whole),
     **dict.fromkeys(("dropout", "attention_dropout"), _probability),
     "hidden_act": _activation,
     "grad": _grad,

@@ -17,14 +17,7 @@ __all__ = ["Joins", "by_sequence", "share_of_step"]
 def by_sequence(
     func: Callable[[Tensor], Tensor], state: Tensor, real: Tensor | None, weights: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
-    """Scale F, so that ||J||_F^2 is of each sequence over its own tokens, times its share.
-
-    Args:
-        func: F, from and to shape (B, L, hidden_size).
-        state: its equilibrium.
-        real: where tokens are and no padding, shape (B, L, 1); None for everywhere.
-        weights: how much each sequence counts, shape (B,); as many tokens as it has if None.
-    """
+    """Scale F: ||J||_F^2 of each sequence over its own tokens, times its share; not of padding."""
     batch, length, _ = state.shape
     count = state.new_full((batch,), length) if real is None else real.sum((1, 2))
     share = (count if weights is None else weights).to(state.dtype)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
@@ -16,18 +18,30 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.compilation import never_compiled
 from deq_phantom_plugin._plumbing.once import warn_once
 from deq_phantom_plugin.contract.errors import AssumptionWarning
-from deq_phantom_plugin.draws import SameDraws
 
 from .block import DEQTransformerBlock, ScaledLinear, Surroundings, dropout_mask
 from .config import DEQTransformerConfig, written
 from .inputs import Tokens, check_arguments, check_length, longest_sequence, read_tokens, visible
 from .jac_loss import Joins, by_sequence
-from .outputs import DEQModelOutput
 from .pretrained import DEQTransformerPreTrainedModel
-from .solve import change_solver, make_equilibrium, solve
+from .solve import EquilibriumInfo, change_solver, make_equilibrium, solvable, solve, start
 from .versions import CACHE
 
-__all__ = ["DEQTransformerModel"]
+__all__ = ["DEQModelOutput", "DEQTransformerModel"]
+
+
+@dataclass
+class DEQModelOutput(BaseModelOutputWithPast):
+    """What a `DEQTransformerModel` returns.
+
+    Attributes:
+        jac_loss: the weighted Jacobian regulariser of this step, a differentiable scalar; None
+            outside training, and in steps that have none.
+        equilibrium_info: residual and evaluations of the forward solve.
+    """
+
+    jac_loss: Tensor | None = None
+    equilibrium_info: EquilibriumInfo | None = None
 
 
 class DEQTransformerModel(DEQTransformerPreTrainedModel):
@@ -130,10 +144,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         _check_documents(cache, before, tokens)
         real = None if tokens.real is None else tokens.real[..., None]
         around = self._surroundings(x, tokens, cache, before)
-        func = self._map(x.dtype, around, real)
-        # Solvers want more than half precision.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        solved, info = solve(self.deq, func, torch.zeros_like(x, dtype=dtype))
+        func = solvable(lambda state: self.block(state, around), x.dtype, real)
+        solved, info = solve(self.deq, func, start(x))
         jac_loss = self._jac_loss(func, solved, real, jac_weights)
         state = solved.to(x.dtype)
         if use_cache:
@@ -190,19 +202,6 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         """Drop features of shape (B, L, hidden_size), the same ones at all positions."""
         p = self.config.dropout
         return x * dropout_mask(x, (x.shape[0], 1, x.shape[2]), p) if self.training and p > 0 else x
-
-    def _map(
-        self, dtype: torch.dtype, around: Surroundings, real: Tensor | None
-    ) -> Callable[[Tensor], Tensor]:
-        """Return F, whose block computes in a dtype."""
-
-        def func(state: Tensor) -> Tensor:
-            image: Tensor = self.block(state.to(dtype), around).to(state.dtype)
-            # Padding rests at zero, where it adds nothing to any residual.
-            return image if real is None else image.where(real, 0)
-
-        # Of dropout inside the block, such as an adapter's: its own masks are in `around`.
-        return SameDraws(func)
 
     @never_compiled  # for the sake of the step, which changes
     def _jac_loss(
@@ -345,14 +344,8 @@ def _check_documents(cache: Any, before: int, tokens: Tokens) -> None:
 
 def _made_with(config: DEQTransformerConfig) -> dict[str, Any]:
     """Return what a model is made with, and cannot follow later."""
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "hidden_act",
-        "layer_norm_eps",
-    )
-    return {name: getattr(config, name) for name in names}
+    names = "hidden_size intermediate_size num_attention_heads hidden_act layer_norm_eps"
+    return {name: getattr(config, name) for name in names.split()}
 
 
 def _positions(config: DEQTransformerConfig) -> tuple[Any, ...]:

@@ -85,12 +85,3 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
     def _base(self) -> Any:
         """The `DEQTransformerModel` that has the equilibrium: this one, or the one inside."""
         return getattr(self, self.base_model_prefix, self)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embeddings."""
-        embeddings: nn.Module = self._base().embed_tokens
-        return embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embeddings."""
-        self._base().embed_tokens = value

@@ -16,6 +16,7 @@ from deq_phantom_plugin._plumbing.compilation import never_compiled
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.trial import Trial
 from deq_phantom_plugin.adjoint import relative_norm
+from deq_phantom_plugin.draws import SameDraws
 from deq_phantom_plugin.hosts.evaluation import check_flag
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "change_solver",
     "check_settings",
     "make_equilibrium",
+    "solvable",
     "solve",
+    "start",
 ]
 
 
@@ -100,6 +103,30 @@ def change_solver(deq: nn.Module, f_solver: str, f_max_iter: int, f_tol: float) 
         setattr(deq, name, getattr(new, name))
     settings: Any = deq.args
     settings.update(f_solver=f_solver, f_max_iter=f_max_iter, f_tol=f_tol)
+
+
+def solvable(
+    func: Callable[[Tensor], Tensor], dtype: torch.dtype, real: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """Return F as it is solved: with the same draws, such as dropout, at every evaluation.
+
+    Args:
+        func: F in the dtype of the model.
+        dtype: that dtype.
+        real: where tokens are and no padding, shape (B, L, 1); None for everywhere.
+    """
+
+    def image(state: Tensor) -> Tensor:
+        found = func(state.to(dtype)).to(state.dtype)
+        # Padding rests at zero, where it adds nothing to any residual.
+        return found if real is None else found.where(real, 0)
+
+    return SameDraws(image)
+
+
+def start(like: Tensor) -> Tensor:
+    """Return the initial state, zero: solvers want more than half precision."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def solve(

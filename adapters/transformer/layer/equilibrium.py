@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 
-from deq_phantom_plugin.draws import SameDraws
-
-from ..solve import EquilibriumInfo, make_equilibrium, solve
+from ..solve import EquilibriumInfo, make_equilibrium, solvable, solve, start
 from ..versions import CACHE
 from .around import Collected, Past
 from .masks import layer_mask
@@ -156,9 +154,8 @@ class EquilibriumLayer(nn.Module):
             ValueError: if a shape does not fit; on cross-attention.
         """
         func, past = self._problem(hidden_states, args, kwargs)
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         collected = Collected()
-        state, self.last = solve(self.deq, func, torch.zeros_like(hidden_states, dtype=dtype))
+        state, self.last = solve(self.deq, func, start(hidden_states))
         collected.forget()
         if past is not None or collected.wants("attentions"):
             # Once more at the equilibrium, for what the layer leaves behind.
@@ -205,12 +202,10 @@ class EquilibriumLayer(nn.Module):
             settings["position_embeddings"] = self.rotary(x, positions)
 
         def func(state: Tensor) -> Tensor:
-            image: Tensor = self.norm(self.layer(state.to(x.dtype) + x, **settings))
-            image = image.to(state.dtype)
-            # Padding rests at zero, where it adds nothing to any residual.
-            return image if real is None else image.where(real, 0)
+            image: Tensor = self.norm(self.layer(state + x, **settings))
+            return image
 
-        return SameDraws(func), past
+        return solvable(func, x.dtype, real), past
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the layer by their names."""
