@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin._plumbing.calls import Calls
+from deq_phantom_plugin._plumbing.calls import Calls, Counted
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.precision import full_precision
 from deq_phantom_plugin.hosts.attaching import Attaching
@@ -118,12 +118,8 @@ class FixedPoint(Attaching):
         """
         context = self.context(start)
         attaching = attaches(self) or (explained and torch.is_grad_enabled())
-        self._calls = calls = Calls()
-
-        def counted(state: Tensor) -> Tensor:
-            calls.note()
-            return func(state)
-
+        counted = Counted(func)
+        self._calls = counted.calls
         if not attaching:
             return self._solve(watched(self, counted), start)
         if self.grad.resolve(context).owns_solve:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin._plumbing.calls import Calls
+from deq_phantom_plugin._plumbing.calls import Counted
 from deq_phantom_plugin._plumbing.compilation import never_compiled
 from deq_phantom_plugin._plumbing.hints import hint, listed
 from deq_phantom_plugin._plumbing.trial import Trial
@@ -525,11 +525,7 @@ class MDEQ(nn.Module):
         shared = self._share(injection)
         func = self.equilibrium_func(injection, shared)
         start = self.initial_state(injection)
-        calls = Calls()
-
-        def counted(*state: Tensor) -> list[Tensor]:
-            calls.note()
-            return func(list(state))
+        counted = Counted(lambda *state: func(list(state)))
 
         if len(x):
             states, info = self.deq(counted, start)
@@ -541,10 +537,12 @@ class MDEQ(nn.Module):
                 states = [*states[:-1], self._damped_step(counted, states[-1])]
         solved = [h.detach() for h in states[-1]]
         # Where a strategy owns the solve, TorchDEQ has no residual.
-        residual = info["rel_lowest"].detach() if calls.by_solver() else _residual(func, solved)
+        residual = (
+            info["rel_lowest"].detach() if counted.calls.by_solver() else _residual(func, solved)
+        )
         self.last = MDEQSolve(
             residual=residual,
-            nfe=calls.of_solve(),
+            nfe=counted.calls.of_solve(),
             equilibrium=solved,
             injection=injection.detach(),
             shared=[None if tensor is None else tensor.detach() for tensor in shared],

@@ -18,7 +18,7 @@ from .._plumbing.output import write_whole
 from .._plumbing.trial import Trial
 from ..contract.memory import Memory
 from ..contract.state import flatten
-from ..hosts.host import Solve
+from ..hosts.solve import Solve
 from ..strategies.arguments import positive_int
 from ..strategies.registry import Spec, get_strategy
 from .derivatives import check_params

@@ -18,7 +18,7 @@ from ..contract.errors import AssumptionWarning, ConvergenceWarning
 from ..contract.state import flatten
 from ..contract.strategy import GradStrategy
 from ..hosts import find_equilibria, what_is_found
-from ..hosts.host import Solve
+from ..hosts.solve import Solve
 from ..jacobian import spectral_radius
 from ..strategies import IFT
 from ..strategies.arguments import positive_int
