@@ -12,7 +12,8 @@ from torch.serialization import add_safe_globals
 
 PACKAGE = __name__.rpartition(".")[0]
 
-# Old module -> where its names are now, looked for in this order.
+# Old module -> where its names are now, looked for in this order; one that is still there, and has
+# lost some, asks for these alone.
 MOVED: dict[str, tuple[str, ...]] = {
     "adapters.around_layer": (
         "adapters.transformer.layer.around",
@@ -47,6 +48,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "extras": ("_plumbing.extras",),
     "failure": ("contract.failure",),
     "guard": ("strategies.guard",),
+    "hosts.host": ("hosts.solve",),
     "hosts.torchdeq_form": ("hosts.torchdeq.form",),
     "hosts.torchdeq_solvers": ("hosts.torchdeq.solvers",),
     "late_read": ("_plumbing.late_read",),
@@ -93,6 +95,9 @@ def install() -> None:
     """Make the old paths importable, and what was saved under them loadable."""
     for old, new in MOVED.items():
         module = Moved(old, new)
+        if there := sys.modules.get(module.__name__):
+            vars(there)["__getattr__"] = module.__getattr__
+            continue
         sys.modules[module.__name__] = module
         parent, _, name = module.__name__.rpartition(".")
         if parent in sys.modules:

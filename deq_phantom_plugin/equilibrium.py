@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ._plumbing.cached_weights import made_anew
-from ._plumbing.calls import Calls
+from ._plumbing.calls import Calls, Counted
 from ._plumbing.compilation import never_compiled
 from ._plumbing.late_read import LateRead
 from ._plumbing.once import warn_once
@@ -24,7 +24,7 @@ from .contract.strategy import BatchDim, Context
 from .forward import ForwardSolution, anderson, broyden, fixed_point
 from .hosts.attaching import Attaching
 from .hosts.evaluation import attaches, watched
-from .hosts.host import relative_residual
+from .hosts.solve import relative_residual
 from .inspection import settled
 from .strategies.arguments import positive_int
 from .strategies.registry import Spec
@@ -139,16 +139,10 @@ class Equilibrium(Attaching):
         """
         begin = tree_map(_detached, start)
         check_equilibrium(begin, finite=False)
-        context, calls = self.context(start), Calls()
-
-        def counted(state: State) -> State:
-            calls.note()
-            return func(state)
-
-        counted.__wrapped__ = func  # type: ignore[attr-defined]
+        context, counted = self.context(start), Counted(func)
         if self.solving(context) is not None:
             attached = self.attached(counted, begin, context, 0)
-            self._note(func, tree_map(_detached, attached), None, calls, context)
+            self._note(func, tree_map(_detached, attached), None, counted.calls, context)
             return attached
         if self._own is not None and self.grad.resolve(context).owns_solve:
             self._say_another_solve(self._own)
@@ -159,7 +153,7 @@ class Equilibrium(Attaching):
             found, residual, context = self._by_function(in_solve, begin, context)
         else:
             found, residual, context = self._by_name(func, in_solve, begin, context)
-        nfe = self._note(func, found, residual, calls, context)
+        nfe = self._note(func, found, residual, counted.calls, context)
         if not attaches(self):
             return found
         return self.attached(func, found, context, nfe, residual)

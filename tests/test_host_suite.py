@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin import hosts
 from deq_phantom_plugin.hosts import find_equilibria
+from deq_phantom_plugin.hosts import registry as hosts
 from host_cases import CASES, OBSERVED
 
 SPECS = ["upg(k=3, lam=0.7)", "npg(k=4, lam=0.6)", "jfb", "exact"]

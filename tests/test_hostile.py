@@ -27,9 +27,9 @@ from patching import ADAPTER, checkout, tree
 
 import deq_phantom_plugin as dpp
 from conftest import make_equilibrium
-from deq_phantom_plugin import hosts
 from deq_phantom_plugin._plumbing import entry_points
 from deq_phantom_plugin.cli import main
+from deq_phantom_plugin.hosts import registry as hosts
 from deq_phantom_plugin.patching.adapter import Edit, known_adapters
 from deq_phantom_plugin.patching.repository import RECORD, git
 from deq_phantom_plugin.patching.rewrite import SeamError, fingerprint, rewrite

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin._plumbing.calls import Calls
+from deq_phantom_plugin._plumbing.calls import Calls, Counted
 from deq_phantom_plugin.hosts.attaching import Attaching
 from deq_phantom_plugin.hosts.evaluation import attaches, watched
 
@@ -67,12 +67,8 @@ class FixedPoint(Attaching):
         """
         context = self.context(start)
         attaching = attaches(self) or (explained and torch.is_grad_enabled())
-        self._calls = calls = Calls()
-
-        def counted(state: Tensor) -> Tensor:
-            calls.note()
-            return func(state)
-
+        counted = Counted(func)
+        self._calls = counted.calls
         if not attaching:
             return self._solve(watched(self, counted), start)
         if self.grad.resolve(context).owns_solve:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin._plumbing.calls import Calls
+from deq_phantom_plugin._plumbing.calls import Counted
 from deq_phantom_plugin._plumbing.compilation import never_compiled
 from deq_phantom_plugin._plumbing.hints import hint, listed
 from deq_phantom_plugin.contract.state import ordinary
@@ -224,13 +224,8 @@ class MDEQ(nn.Module):
     ) -> list[list[Tensor]]:
         """Return the states for the classifier, the equilibrium last; sets `last`."""
         start = self.initial_state(injection)
-        calls = Calls()
+        counted = Counted(lambda *state: func(list(state)))
         states: list[list[Tensor]]
-
-        def counted(*state: Tensor) -> list[Tensor]:
-            calls.note()
-            return func(list(state))
-
         if len(injection):
             states, info = self.deq(counted, start)
         else:  # nothing to solve; one evaluation, so that every parameter has a gradient of zero
@@ -241,10 +236,12 @@ class MDEQ(nn.Module):
                 states = [*states[:-1], self._damped_step(counted, states[-1])]
         solved = [h.detach() for h in states[-1]]
         # Where a strategy owns the solve, TorchDEQ has no residual.
-        residual = info["rel_lowest"].detach() if calls.by_solver() else residual_of(func, solved)
+        residual = (
+            info["rel_lowest"].detach() if counted.calls.by_solver() else residual_of(func, solved)
+        )
         self.last = MDEQSolve(
             residual=residual,
-            nfe=calls.of_solve(),
+            nfe=counted.calls.of_solve(),
             equilibrium=solved,
             injection=injection.detach(),
             shared=[None if tensor is None else tensor.detach() for tensor in shared],

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin._plumbing.calls import Calls
+from deq_phantom_plugin._plumbing.calls import Counted
 from deq_phantom_plugin._plumbing.compilation import never_compiled
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.trial import Trial
 from deq_phantom_plugin.adjoint import relative_norm
 from deq_phantom_plugin.draws import SameDraws
-from deq_phantom_plugin.hosts.evaluation import check_flag
+from deq_phantom_plugin.strategies.arguments import boolean
 
 __all__ = [
     "EquilibriumInfo",
@@ -61,7 +61,7 @@ def check_settings(
         ImportError: without TorchDEQ.
     """
     dpp.get_strategy(grad)
-    check_flag("grad_in_eval", grad_in_eval)
+    boolean("grad_in_eval", grad_in_eval)
     dpp.enable("torchdeq")  # which adds solvers of its own
     known = require("torchdeq.solver", "text")._solvers
     if f_solver not in known:
@@ -140,18 +140,13 @@ def solve(
         func: F, from and to shape (B, ...).
         start: the initial state.
     """
-    calls = Calls()
-
-    def counted(state: Tensor) -> Tensor:
-        calls.note()
-        return func(state)
-
+    counted = Counted(func)
     states, info = deq(counted, start)
     state: Tensor = states[-1]
     # Where a strategy owns the solve, TorchDEQ has no residual.
-    known = calls.by_solver()
+    known = counted.calls.by_solver()
     residual = info["rel_lowest"].detach() if known else _residual(func, state.detach())
-    return state, EquilibriumInfo(residual=residual, nfe=calls.of_solve())
+    return state, EquilibriumInfo(residual=residual, nfe=counted.calls.of_solve())
 
 
 @never_compiled

@@ -17,7 +17,7 @@ from .._plumbing.trial import Trial
 from ..contract.errors import AssumptionWarning, ConvergenceWarning
 from ..contract.state import flatten
 from ..hosts import find_equilibria, what_is_found
-from ..hosts.host import Solve
+from ..hosts.solve import Solve
 from ..strategies.arguments import positive_int
 from ..switch import failures
 from .measure.equilibria import named_equilibria

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_map
 from ..contract.memory import Memory
 from ..contract.state import State
 from ..contract.strategy import BatchDim, Context, GradStrategy, check_batch_dim
+from ..strategies.arguments import boolean
 from ..strategies.registry import Spec, get_strategy
-from .evaluation import attaches, check_flag
-from .host import Solve, attach_observed
+from .evaluation import attaches
+from .solve import Observers, attach_observed
 
 
 class Attaching(nn.Module):
@@ -48,9 +49,9 @@ class Attaching(nn.Module):
         self.grad: GradStrategy = get_strategy(grad)
         check_batch_dim(batch_dim)
         self.batch_dim = batch_dim
-        self.grad_in_eval = check_flag("grad_in_eval", grad_in_eval)
+        self.grad_in_eval = boolean("grad_in_eval", grad_in_eval)
         self.memory = Memory()
-        self.observers: list[tuple[Callable[[Solve], None]]] = []
+        self.observers: Observers = []
 
     def __setattr__(self, name: str, value: Any) -> None:
         new: Any = get_strategy(value) if name == "grad" else value

@@ -14,7 +14,7 @@ from ..._plumbing.trial import Trial
 from ...contract.memory import Memory
 from ...contract.state import flatten
 from ...hosts import Host, find_equilibria, what_is_found
-from ...hosts.host import Solve
+from ...hosts.solve import Solve
 from .problem import check_scalar
 
 
