@@ -49,6 +49,17 @@ def run(site, code, check=True):
     return done.stdout + done.stderr
 
 
+def test_suites_need_pytest_and_say_so(site):
+    code = (
+        "import sys, deq_phantom_plugin\n"
+        "assert 'pytest' not in sys.modules\n"
+        "sys.modules['pytest'] = None\n"
+        "import deq_phantom_plugin.testing\n"
+    )
+    out = run(site, code, check=False)
+    assert 'pytest is not installed: pip install "deq-phantom-plugin[testing]"' in out
+
+
 def test_the_others_are_hooked_and_nothing_is_imported(site):
     code = (
         "import sys, deq_phantom_plugin as dpp\n"

@@ -15,9 +15,10 @@ from torchdeq.core import DEQBase
 from torchdeq.solver import get_solver
 
 import deq_phantom_plugin as dpp
-from conftest import equilibria, make_equilibrium
+from conftest import equilibria
 from deq_phantom_plugin.adjoint.inverse_estimate import InverseEstimate
 from deq_phantom_plugin.forward import anderson, broyden, fixed_point
+from deq_phantom_plugin.testing import make_equilibrium
 
 NAMES = {
     "anderson": "anderson_fast",

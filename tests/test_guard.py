@@ -11,7 +11,7 @@ import torch
 from torchdeq import get_deq
 
 import deq_phantom_plugin as dpp
-from conftest import make_equilibrium
+from deq_phantom_plugin.testing import make_equilibrium
 
 EXACT = "ift(tol=1e-12, max_iter=100)"
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torchdeq import get_deq
 
 import deq_phantom_plugin as dpp
-from conftest import equilibria, make_equilibrium
+from conftest import equilibria
+from deq_phantom_plugin.testing import make_equilibrium
 
 SPEC = "ift(tol=1e-13, max_iter=200, higher_order=True)"
 

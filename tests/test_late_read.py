@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import deq_phantom_plugin as dpp
-from conftest import make_equilibrium
 from deq_phantom_plugin._plumbing.late_read import LateRead
 from deq_phantom_plugin.adjoint import SOLVERS, Linearization, solve
 from deq_phantom_plugin.forward import anderson, broyden, fixed_point
+from deq_phantom_plugin.testing import make_equilibrium
 
 CPU = torch.device("cpu")
 

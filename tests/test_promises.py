@@ -17,7 +17,7 @@ from deq_phantom_plugin.strategies import registry
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 ROW = re.compile(r"^\| (?P<promise>.+?) \| (?P<tests>.+) \|$")
-TEST = re.compile(r"`(tests/test_\w+\.py)::(test_\w+)`")
+TEST = re.compile(r"`((?:tests|deq_phantom_plugin/testing)/[\w/]+\.py)::(test_\w+)`")
 # ```python at the start of a line; `<!-- run -->` above it runs the block, in the namespace of the
 # page, and `<!-- run: module -->` only where that module is installed.
 BLOCK = re.compile(r"(?:<!-- (run)(?:: ([\w.]+))? -->\n)?^```python\n(.*?)^```$", re.M | re.S)
@@ -55,7 +55,8 @@ def test_every_test_that_is_named_is_there_once():
         for path, name in tests:
             if path not in found:
                 tree = ast.parse((ROOT / path).read_text(), path)
-                found[path] = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+                bodies = [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))]
+                found[path] = [n.name for b in bodies for n in b.body if hasattr(n, "name")]
             assert found[path].count(name) == 1, f"{path}::{name} is named by: {promise}"
 
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deq_phantom_plugin as dpp
-from conftest import equilibria, make_equilibrium
+from conftest import equilibria
 from deq_phantom_plugin.adjoint import SOLVERS
+from deq_phantom_plugin.testing import make_equilibrium
 
 ks = st.integers(1, 12)
 lams = st.floats(0.05, 1.0)

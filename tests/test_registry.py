@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -309,6 +310,54 @@ def test_a_strategy_from_another_package(install):
     strategy = dpp.get_strategy("its_name(scale=2.0)")
     assert repr(strategy) == "its_name(scale=2.0)"
     assert dpp.get_strategy(repr(strategy)) == strategy
+
+
+STEPS = """
+from dataclasses import dataclass
+import deq_phantom_plugin as dpp
+
+@dataclass(frozen=True, repr=False)
+class Steps(dpp.GradStrategy):
+    '''Backpropagation through some steps, scaled.'''
+    k: int = 40
+    scale: float = 1.0
+
+    def attach(self, func, equilibrium, context):
+        h = equilibrium
+        for _ in range(self.k):
+            h = func(h)
+        leaves, structure = dpp.contract.state.flatten(h)
+        scaled = [x.detach() + self.scale * (x - x.detach()) for x in leaves]
+        return dpp.contract.state.unflatten(scaled, structure)
+"""
+
+SUITE = """
+from deq_phantom_plugin.testing import StrategySuite
+class TestMine(StrategySuite):
+    spec, exact = "its_name(scale={scale})", {exact}
+"""
+
+
+@pytest.mark.parametrize(
+    ("scale", "exact", "failed"),
+    [
+        (1.0, 1e-6, []),
+        (2.0, None, []),
+        (2.0, 1e-6, ["test_the_gradient"]),
+        (-1.0, None, ["test_the_gradient"]),
+    ],
+)
+def test_another_package_tests_its_strategy_by_three_lines(install, tmp_path, scale, exact, failed):
+    install("itspackage", {"its_module": STEPS}, 'its_name = "its_module:Steps"')
+    (tmp_path / "test_its.py").write_text(SUITE.format(scale=scale, exact=exact))
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "test_its.py"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "itspackage")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == bool(failed), done.stdout
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
+    for name in failed:
+        assert f"FAILED test_its.py::TestMine::{name}[" in done.stdout
 
 
 def test_broken_entry_points_are_isolated(install):

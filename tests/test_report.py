@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
-from conftest import make_equilibrium
 from deq_phantom_plugin.cli import main
 from deq_phantom_plugin.diagnostics import report as report_module
+from deq_phantom_plugin.testing import make_equilibrium
 
 GRADS = [
     "ift(tol=1e-10)",

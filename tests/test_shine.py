@@ -9,10 +9,10 @@ import torch
 from torchdeq import get_deq
 
 import deq_phantom_plugin as dpp
-from conftest import NESTINGS, make_equilibrium
 from deq_phantom_plugin.adjoint import Linearization
 from deq_phantom_plugin.forward import broyden
 from deq_phantom_plugin.strategies import registry
+from deq_phantom_plugin.testing import NESTINGS, make_equilibrium
 
 
 def solved(problem, max_iter=60, tol=1e-12):
@@ -216,12 +216,6 @@ def test_nothing_is_kept_for_other_strategies_or_outside_training(monkeypatch):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         dpp.get_strategy(f"shine({arguments})")
-
-
-def test_the_spec_parses_back():
-    for spec in ("shine", "shine(refine=3)", "shine(fallback=None)"):
-        strategy = dpp.get_strategy(spec)
-        assert dpp.get_strategy(repr(strategy)) == strategy
 
 
 def test_reports_and_monitors_of_a_model_that_uses_it():

@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import weakref
 
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 
 import deq_phantom_plugin as dpp
-from conftest import NESTINGS, make_equilibrium
 from deq_phantom_plugin.adjoint import SOLVERS
 from deq_phantom_plugin.contract.state import damped_step
+from deq_phantom_plugin.testing import NESTINGS, StrategySuite, make_equilibrium
 
-ALL = ["bptt", "exact", "ift", "jfb", "npg", "upg"]
-ONE_GRAPH = ["exact", "ift", "npg", "npg(k=20)", "npg(lam='adaptive')"]
+ALL = ["bptt", "exact", "ift", "jfb", "npg", "reversible", "upg"]
 
 
 def nested():
     return make_equilibrium([(2, 3), (2, 2), (2, 2, 1)], NESTINGS[-1][2])
+
+
+def suite(spec, exact=None, **claims):
+    """The shipped suite for a strategy: what `class TestMine(StrategySuite)` writes out."""
+    return type("Suite", (StrategySuite,), {"spec": spec, "exact": exact, **claims})
+
+
+TestBPTT = suite("bptt(steps=20)", 1e-6)
+TestExact = suite("exact", 1e-12)
+TestGuard = suite("guard('ift')", 1e-4)
+TestGuardFallback = suite("guard('npg', on_failure=\"fallback('jfb')\")")
+TestIFT = suite("ift", 1e-4)
+TestIFTAnderson = suite("ift(solver='anderson')", 1e-4)
+TestIFTBicgstab = suite("ift(solver='bicgstab')", 1e-4)
+TestIFTBroyden = suite("ift(solver='broyden')", 1e-4)
+TestIFTFixedPoint = suite("ift(solver='fixed_point')", 1e-4)
+TestIFTHigherOrder = suite("ift(higher_order=True)", 1e-4)
+TestIFTWarmStart = suite("ift(warm_start=True)", 1e-4)
+TestJFB = suite("jfb")
+TestNPG = suite("npg")
+TestNPGAdaptive = suite("npg(lam='adaptive')")
+TestNPGLong = suite("npg(k=60)", 1e-6)
+TestNPGRR = suite("npg_rr", draws=True)
+TestReversible = suite("reversible(steps=20, beta=0.5)", 1e-3)
+TestSchedule = suite("schedule({0: 'jfb', 9: 'ift'})")
+TestSHINE = suite("shine")
+TestSHINERefined = suite("shine(refine=20)")
+TestUPG = suite("upg")
+TestUPGAdaptive = suite("upg(lam='adaptive')")
+TestUPGCheckpointed = suite("upg(checkpoint=True)")
+
+
+def test_every_built_in_strategy_has_its_suite():
+    tried = {value.spec.partition("(")[0] for key, value in globals().items() if key[:4] == "Test"}
+    classes = [value for value in vars(dpp).values() if isinstance(value, type)]
+    assert tried == {cls.name for cls in classes if issubclass(cls, dpp.GradStrategy) and cls.name}
 
 
 # --- values -----------------------------------------------------------------------------------
@@ -83,47 +115,24 @@ def test_value_of_bptt_is_the_last_iterate_from_the_initial_state():
     assert torch.equal(dpp.attach(problem.func, problem.state, "bptt(steps=2)", context), want)
 
 
-@pytest.mark.parametrize("spec", [*ALL, "upg(checkpoint=True)", "schedule({0: 'upg'})"])
-def test_no_grad_returns_the_equilibrium(spec):
-    problem = nested()
-    calls = []
-
-    def func(state):
-        calls.append(1)
-        return problem.func(state)
-
-    with torch.no_grad():
-        attached = dpp.attach(func, problem.state, grad=spec)
-    for got, want in zip(tree_leaves(attached), problem.leaves, strict=True):
-        assert torch.equal(got, want)
-        assert not got.requires_grad
-    assert not calls
-
-
-@pytest.mark.parametrize("spec", ALL)
-def test_structure_shape_dtype_and_memory_format_are_kept(spec):
+@pytest.mark.parametrize("spec", ["ift", "npg", "exact"])
+def test_gradients_inside_a_solve_keep_the_memory_format(spec):
     conv = torch.nn.Conv2d(3, 3, 3, padding=1).to(memory_format=torch.channels_last)
     torch.nn.init.normal_(conv.weight, std=0.05)
     seen = []
 
-    def func(state):
-        out = torch.tanh(conv(state["x"]))
+    def func(h):
+        out = torch.tanh(conv(h))
         if out.requires_grad:
             out.register_hook(
                 lambda grad: seen.append(grad.is_contiguous(memory_format=torch.channels_last))
             )
-        return {"x": out}
+        return out
 
-    state = {"x": torch.randn(2, 3, 6, 5).to(memory_format=torch.channels_last)}
-    attached = dpp.attach(func, state, grad=spec)
-    assert attached["x"].is_contiguous(memory_format=torch.channels_last)
-    assert attached["x"].shape == (2, 3, 6, 5)
-    assert attached["x"].dtype == torch.float32
-    attached["x"].sum().backward()  # whose gradient is expanded from a number
-    # The last gradient to come in may have the loss's layout; none that we made does.
-    assert len(seen) >= 1
-    if spec in {"ift", "npg", "exact"}:
-        assert all(seen)
+    state = torch.randn(2, 3, 6, 5).to(memory_format=torch.channels_last)
+    dpp.attach(func, state, grad=spec).sum().backward()  # a gradient expanded from a number
+    assert seen
+    assert all(seen)
 
 
 # --- gradients --------------------------------------------------------------------------------
@@ -194,44 +203,6 @@ def test_second_derivatives_are_refused(spec):
         torch.autograd.grad(attached.sum(), problem.params, create_graph=True)
 
 
-@pytest.mark.parametrize("spec", [*ALL, "npg(k=20)", "upg(k=3, checkpoint=True)"])
-def test_backward_twice_over_a_retained_graph(spec):
-    problem = make_equilibrium([(2, 3)])
-    loss = problem.probe(dpp.attach(problem.func, problem.state, grad=spec))
-    first = torch.autograd.grad(loss, problem.params, retain_graph=True)
-    second = torch.autograd.grad(loss, problem.params)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, problem.params)
-
-
-@pytest.mark.parametrize("spec", ALL)
-def test_func_that_ignores_some_leaves_or_is_constant(spec):
-    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    state = [torch.tensor([[2.0]]).double(), torch.tensor([[5.0]]).double()]
-
-    def func(s):
-        return [weight * torch.ones_like(s[0]), torch.full_like(s[1], 5.0)]
-
-    out = dpp.attach(func, state, grad=spec)
-    (grad,) = torch.autograd.grad(sum(leaf.sum() for leaf in out), weight)
-    expected = {"npg": 0.96875, "upg": 0.96875}.get(spec, 1.0)  # 1 - (1 - lam)^k
-    assert grad == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("spec", ALL)
-def test_identity_and_no_parameters(spec):
-    state = torch.ones(2, 2, dtype=torch.float64)
-    shift = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
-    out = dpp.attach(lambda h: 0.5 * h + shift, state, grad=spec)
-    out.sum().backward()
-    assert shift.grad is not None
-    # Nothing to differentiate: attached to nothing that requires grad, but no failure.
-    dpp.attach(lambda h: 0.5 * h, state, grad=spec)
-    dpp.attach(lambda h: h, state, grad="npg")
-
-
 @pytest.mark.parametrize("spec", ["npg(k=3)", "ift(tol=1e-10)", "exact", "upg(k=3)"])
 def test_complex_states(spec):
     """Against the same map written on pairs of reals."""
@@ -256,18 +227,6 @@ def test_complex_states(spec):
     (got,) = torch.autograd.grad(loss, inject)
     (want,) = torch.autograd.grad(real_loss, real_inject)
     torch.testing.assert_close(torch.view_as_real(got), want, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("spec", ALL)
-def test_scalar_and_empty_states(spec):
-    shift = torch.tensor(0.3, requires_grad=True)
-    state = torch.tensor(0.6)
-    out = dpp.attach(lambda h: 0.5 * h + shift, state, grad=spec)
-    out.backward()
-    assert shift.grad is not None
-    empty = torch.empty(0, 3)
-    out = dpp.attach(lambda h: 0.5 * h + shift, empty, grad=spec)
-    out.sum().backward()
 
 
 # --- adaptive damping -------------------------------------------------------------------------
@@ -410,51 +369,6 @@ def test_memory_of_a_backward_pass_does_not_grow_with_iterations(spec):
     assert peak(20) == peak(40)
 
 
-SPECS_THAT_MUST_NOT_LEAK = [
-    *ALL,
-    "upg(checkpoint=True)",
-    "upg(lam='adaptive')",
-    "npg(lam='adaptive')",
-    *(f"ift(solver='{name}')" for name in sorted(SOLVERS)),
-]
-
-
-def tracked(problem, spec):
-    """Attach, with a weak reference to a tensor in the middle of F's graph and to the result."""
-    refs = []
-
-    def func(h):
-        middle = h * 1.0
-        out = problem.func(middle)
-        refs.extend([weakref.ref(middle), weakref.ref(out)])
-        return out
-
-    attached = dpp.attach(func, problem.state, grad=spec)
-    refs.append(weakref.ref(attached))
-    return attached, refs
-
-
-@pytest.mark.usefixtures("no_gc")
-@pytest.mark.parametrize("spec", SPECS_THAT_MUST_NOT_LEAK)
-@pytest.mark.parametrize("ending", ["never", "once", "twice", "raises"])
-def test_nothing_leaks(spec, ending):
-    problem = make_equilibrium([(2, 3)])
-    # PyTorch's checkpoint holds on to the first state it ever sees in a process, once.
-    dpp.attach(problem.func, problem.state, grad="upg(k=1, checkpoint=True)").sum().backward()
-    attached, refs = tracked(problem, spec)
-    if ending == "once":
-        attached.sum().backward()
-    elif ending == "twice":
-        attached.sum().backward(retain_graph=True)
-        attached.sum().backward()
-    elif ending == "raises":
-        problem.params[1].register_hook(_fail)
-        with pytest.raises(ZeroDivisionError):
-            attached.sum().backward()
-    del attached
-    assert [ref() for ref in refs if ref() is not None] == []
-
-
 @pytest.mark.usefixtures("no_gc")
 @pytest.mark.parametrize("spec", ["npg", "ift", "npg(lam='adaptive')"])
 def test_nothing_leaks_when_a_product_inside_the_solve_raises(spec):
@@ -479,99 +393,14 @@ def _fail(grad):
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("spec", ["npg", "ift", "exact"])
-def test_no_gradient_collects_at_the_equilibrium(spec):
-    problem = make_equilibrium([(2, 3)])
-    seen = []
-
-    def func(h):
-        seen.append(h)
-        return problem.func(h)
-
-    dpp.attach(func, problem.state, grad=spec).sum().backward()
-    assert problem.state.grad is None
-    assert all(not h.is_leaf for h in seen if h.requires_grad)
-
-
 # --- surroundings -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", ["npg(k=20)", "ift", "npg(k=3, lam='adaptive')", "upg", "jfb"])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("old_torch", [False, True])
-def test_inside_activation_checkpointing(spec, reentrant, old_torch, monkeypatch):
-    if old_torch:
-        monkeypatch.setattr("deq_phantom_plugin.adjoint.linearization._top_hooks", None)
-    problem = make_equilibrium([(2, 3)])
-    evaluations = []
-
-    def func(h):
-        evaluations.append(1)
-        return problem.func(h)
-
-    def region(inject):
-        return dpp.attach(func, problem.state, grad=spec) * inject.sum()
-
-    gate = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    plain = torch.autograd.grad(problem.probe(region(gate)), [*problem.params, gate])
-    once = len(evaluations)
-    evaluations.clear()
-    problem.probe(checkpoint(region, gate, use_reentrant=reentrant)).backward()
-    got = [problem.params[0].grad, problem.params[1].grad, gate.grad]
-    for a, b in zip(got, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-    # One forward and one recomputation, whatever the number of products.
-    assert len(evaluations) <= 2 * once
-
-
-@pytest.mark.parametrize("spec", ["bptt", "exact", "ift(tol=1e-2)", "jfb", "npg", "upg"])
-def test_autocast_result_is_cast_back(spec):
-    linear = torch.nn.Linear(4, 4)
-    torch.nn.init.normal_(linear.weight, std=0.1)
-    state = torch.randn(2, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = dpp.attach(lambda h: torch.tanh(linear(h)), state, grad=spec)
-    assert out.dtype == torch.float32
-    out.sum().backward()
-    assert linear.weight.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("spec", [*ALL, "npg(lam='adaptive')", "ift(tol=1e-2)"])
-def test_half_precision_states(spec, dtype):
-    problem = make_equilibrium([(2, 4), (2, 3)], list, dtype=dtype, norm=0.5)
-    want = make_equilibrium([(2, 4), (2, 3)], list, norm=0.5).gradient(
-        spec,
-        start=[torch.zeros(2, 4).double(), torch.zeros(2, 3).double()] if spec == "bptt" else None,
-    )
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dpp.ConvergenceWarning)  # 1e-5 is beyond half precision
-        start = [torch.zeros(2, 4, dtype=dtype), torch.zeros(2, 3, dtype=dtype)]
-        got = problem.gradient(spec, start=start if spec == "bptt" else None)
-    assert got.dtype == dtype
-    cosine = torch.nn.functional.cosine_similarity(got.double(), want, dim=0)
-    assert cosine > 0.999
-
-
-@pytest.mark.parametrize("spec", ["ift", "npg", "exact", "jfb", "upg"])
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_non_finite_incoming_gradients_pass_through(spec, bad):
-    """GradScaler finds overflows by them."""
-    problem = make_equilibrium([(3, 4)])
-    attached = dpp.attach(problem.func, problem.state, grad=spec)
-    v = torch.ones(3, 4, dtype=torch.float64)
-    v[1, 2] = bad
-    grad_inject = torch.autograd.grad(attached, problem.params[1], v)[0]
-    assert not grad_inject[1].isfinite().all()
-    assert grad_inject[0].isfinite().all()
-    assert grad_inject[2].isfinite().all()
-    if spec == "ift":  # the other samples are solved as if nothing were there
-        v[1] = 1
-        attached = dpp.attach(problem.func, problem.state, grad=spec)
-        clean = torch.autograd.grad(attached, problem.params[1], v)[0]
-        torch.testing.assert_close(grad_inject[[0, 2]], clean[[0, 2]], rtol=1e-4, atol=1e-6)
+def test_inside_activation_checkpointing_of_an_old_pytorch(spec, reentrant, monkeypatch):
+    monkeypatch.setattr("deq_phantom_plugin.adjoint.linearization._top_hooks", None)
+    suite(spec)().test_inside_activation_checkpointing(reentrant)
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
@@ -663,14 +492,6 @@ def test_another_batch_dimension():
     assert reports[0].residual.shape == (3,)
 
 
-def test_inference_mode_equilibria_can_be_trained_on():
-    problem = make_equilibrium([(2, 3)])
-    with torch.inference_mode():
-        solved = problem.func(problem.state)
-    for spec in ALL:
-        assert problem.gradient(spec, start=solved).isfinite().all()
-
-
 def test_leaf_order_of_unequal_batches_is_one_system():
     """A leaf that all samples share: nothing can be told apart."""
     shared = torch.full((1, 2), 0.2, dtype=torch.float64)
@@ -692,16 +513,6 @@ def test_leaf_order_of_unequal_batches_is_one_system():
 
 
 # --- declarative ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("spec", [*ALL, "npg(k=3, lam='adaptive')", "schedule({0: 'upg'})"])
-def test_strategies_are_values(spec):
-    strategy = dpp.get_strategy(spec)
-    assert strategy == dpp.get_strategy(repr(strategy))
-    assert hash(strategy) == hash(copy.deepcopy(strategy))
-    assert pickle.loads(pickle.dumps(strategy)) == strategy
-    with pytest.raises(AttributeError):
-        strategy.k = 3
 
 
 def test_damped_step_keeps_memory_format():
@@ -801,23 +612,3 @@ def test_exact_refuses_large_states():
     attached = dpp.attach(lambda h: h * 0.5 * weight, torch.ones(2, 20_000), grad="exact")
     with pytest.raises(ValueError, match="GiB"):
         attached.sum().backward()
-
-
-@pytest.mark.parametrize("spec", [*ONE_GRAPH, *(f"ift(solver={name!r})" for name in SOLVERS)])
-def test_backward_inside_autocast(spec):
-    problem = make_equilibrium([(3, 12)], norm=0.5, dtype=torch.float32)
-    plain = problem.gradient(spec)
-    attached = dpp.attach(problem.func, problem.state, spec)
-    loss = problem.linear_loss(attached)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        grads = torch.autograd.grad(loss, problem.params)
-    got = torch.cat([grad.flatten() for grad in grads])
-    assert (got - plain).norm() < 2e-2 * plain.norm()  # F's own last pass is in 16 bits
-    assert torch.isfinite(got).all()
-
-
-def test_adaptive_damping_of_an_empty_batch():
-    weight = torch.randn(4, 4, requires_grad=True)
-    for spec in ("npg(lam='adaptive')", "upg(lam='adaptive')"):
-        out = dpp.attach(lambda h: torch.tanh(h @ weight), torch.zeros(0, 4), spec)
-        out.sum().backward()

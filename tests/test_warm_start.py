@@ -7,8 +7,8 @@ import torch
 from torchdeq import get_deq
 
 import deq_phantom_plugin as dpp
-from conftest import NESTINGS, make_equilibrium
 from deq_phantom_plugin.adjoint import SOLVERS, Linearization, solve
+from deq_phantom_plugin.testing import NESTINGS, make_equilibrium
 
 SPEC = "ift(warm_start=True, tol=1e-8, max_iter=100)"
 
