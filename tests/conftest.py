@@ -17,6 +17,12 @@ from hypothesis import strategies as st
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.testing import NESTINGS, Contraction, make_equilibrium
 
+ROOT = Path(__file__).parents[1]
+DRIVERS = ROOT / "tests" / "drivers"
+"""Programs that tests run in processes of their own."""
+HOSTS = Path(os.environ.get("DEQ_PHANTOM_HOSTS", ROOT / ".hosts"))
+"""Checkouts of foreign repositories."""
+
 # Everything here is small, and tests run side by side.
 torch.set_num_threads(int(os.environ.get("DEQ_PHANTOM_TEST_THREADS", "1")))
 
@@ -32,7 +38,7 @@ settings.load_profile("default")
 
 def load_example(name: str) -> Any:
     """Return examples/<name>.py as a module."""
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    path = ROOT / "examples" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look themselves up there

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +18,12 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from conftest import DRIVERS
 from deq_phantom_plugin._plumbing.calls import Calls
 from deq_phantom_plugin._plumbing.compilation import as_written, eager
 from deq_phantom_plugin.draws import SameDraws
 
-DRIVER = Path(__file__).parent / "drivers" / "compiled_maps.py"
+DRIVER = DRIVERS / "compiled_maps.py"
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))),
     reason="Inductor compiles for the CPU with a C++ compiler, and there is none",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,14 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from patching import tree
 
+from conftest import DRIVERS, HOSTS
 from deq_phantom_plugin.cli import main
+from tiny_repository import tree
 
 pytestmark = pytest.mark.hosts
 
-HOSTS = Path(os.environ.get("DEQ_PHANTOM_HOSTS", Path(__file__).parents[1] / ".hosts"))
-DRIVERS = Path(__file__).parent / "drivers"
 ZOO = "torchdeq/deq-zoo"
 
 

@@ -19,15 +19,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from patching import ADAPTER, SEAM, checkout, tree
 
 import deq_phantom_plugin as dpp
+from conftest import ROOT
 from deq_phantom_plugin.cli import main
 from deq_phantom_plugin.patching import Equilibrium, compat, grad_argument, journal, steps
 from deq_phantom_plugin.patching import patch as patching
 from deq_phantom_plugin.patching.adapter import Adapter, Edit, Project, known_adapters
 from deq_phantom_plugin.patching.repository import RECORD, recognise
 from deq_phantom_plugin.patching.rewrite import SeamError, fingerprint, rewrite
+from tiny_repository import ADAPTER, SEAM, checkout, tree
 
 
 @pytest.fixture(autouse=True)
@@ -684,8 +685,8 @@ def started(repo, tmp_path):
     script = tmp_path / "cli.py"
     script.write_text(
         "import sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from patching import ADAPTER\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from tiny_repository import ADAPTER\n"
         "from deq_phantom_plugin.patching import repository\n"
         "repository.known_adapters = lambda: [ADAPTER]\n"
         "from deq_phantom_plugin.cli import main\n"

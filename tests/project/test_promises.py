@@ -5,16 +5,15 @@ from __future__ import annotations
 import ast
 import pkgutil
 import re
-from pathlib import Path
 
 import pytest
 
 import deq_phantom_plugin as dpp
+from conftest import ROOT
 from deq_phantom_plugin import adjoint
 from deq_phantom_plugin._plumbing.extras import why_not
 from deq_phantom_plugin.strategies import registry
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 ROW = re.compile(r"^\| (?P<promise>.+?) \| (?P<tests>.+) \|$")
 TEST = re.compile(r"`((?:tests|deq_phantom_plugin/testing)/[\w/]+\.py)::(test_\w+)`")

@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from conftest import HOSTS
+
 pytest.importorskip("torch_geometric")
 pytest.importorskip("sklearn")
 pytest.importorskip("networkx", reason="the official code imports networkx")
@@ -29,7 +31,6 @@ from deq_phantom_plugin.adapters.ignn import IGNN, Graph, IGNNConv, project_rows
 
 pytestmark = pytest.mark.hosts
 
-HOSTS = Path(os.environ.get("DEQ_PHANTOM_HOSTS", Path(__file__).parents[1] / ".hosts"))
 MODULES = ("functions", "layers", "models", "models_PPI", "normalization", "utils")
 
 

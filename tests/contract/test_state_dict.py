@@ -10,7 +10,6 @@ import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +19,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten
 
 import deq_phantom_plugin as dpp
+from conftest import DRIVERS
 from deq_phantom_plugin._plumbing.extras import why_not
 from host_cases import CASES
 
-DRIVER = Path(__file__).parent / "drivers" / "state_dict.py"
+DRIVER = DRIVERS / "state_dict.py"
 WARM = "ift(warm_start=True, tol=1e-6, max_iter=100)"
 needs_transformers = pytest.mark.skipif(
     bool(why_not("transformers.modeling_utils")), reason=why_not("transformers.modeling_utils")

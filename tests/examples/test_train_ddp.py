@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import ROOT
+
 pytest.importorskip("torchdeq")
 pytest.importorskip("sklearn")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_ddp.py"
+EXAMPLE = ROOT / "examples" / "train_ddp.py"
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="this PyTorch has no gloo",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from conftest import HOSTS
+
 pytest.importorskip("torchdeq")
 
 from deq_phantom_plugin.adapters.mdeq import MDEQ, PRESETS, MDEQConfig
 
 pytestmark = pytest.mark.hosts
 
-HOSTS = Path(os.environ.get("DEQ_PHANTOM_HOSTS", Path(__file__).parents[1] / ".hosts"))
 ZOO = HOSTS / "torchdeq/deq-zoo/mdeq/mdeq_cifar"
 OFFICIAL = {
     "tiny": "cifar/cls_mdeq_TINY.yaml",

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import deq_phantom_plugin as dpp
+from conftest import ROOT
 
 pytest.importorskip("yaml")
 pytest.importorskip("tensorboard")
@@ -28,7 +29,7 @@ pytest.importorskip("torchdeq")
 pytest.importorskip("transformers")
 pytest.importorskip("torch_geometric")
 
-FOLDER = Path(__file__).parents[1] / "examples" / "experiments"
+FOLDER = ROOT / "examples" / "experiments"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
 CPU = torch.device("cpu")
 

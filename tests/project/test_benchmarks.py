@@ -7,16 +7,16 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from conftest import ROOT
+
 sys.path.append(str(ROOT / "benchmarks"))
 
-from suite.accounting import Counted, profiled, saved_bytes  # noqa: E402
-from suite.contest import (  # noqa: E402
+from suite.accounting import Counted, profiled, saved_bytes
+from suite.contest import (
     Contender,
     Contest,
     Ratio,
@@ -24,8 +24,8 @@ from suite.contest import (  # noqa: E402
     Unavailable,
     hold,
 )
-from suite.report import Results  # noqa: E402
-from suite.timing import Spread, interleave, paired_ratio  # noqa: E402
+from suite.report import Results
+from suite.timing import Spread, interleave, paired_ratio
 
 
 class Clock:

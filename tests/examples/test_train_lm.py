@@ -5,17 +5,18 @@ import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from conftest import ROOT
 
 pytest.importorskip("torchdeq")
 pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM
 
-PATH = Path(__file__).parents[1] / "examples" / "train_lm.py"
+PATH = ROOT / "examples" / "train_lm.py"
 
 
 @pytest.fixture(scope="module")
