@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import deq_phantom_plugin as dpp
-from conftest import make_equilibrium
 from deq_phantom_plugin import JacobianRegularization
+from deq_phantom_plugin.testing import make_equilibrium
 
 
 def problem():

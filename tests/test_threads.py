@@ -15,11 +15,11 @@ from torchdeq import core, get_deq, solver
 from torchdeq.utils import arg_utils
 
 import deq_phantom_plugin as dpp
-from conftest import make_equilibrium
 from deq_phantom_plugin.hosts import patches
 from deq_phantom_plugin.hosts import registry as hosts
 from deq_phantom_plugin.hosts import torchdeq as host
 from deq_phantom_plugin.strategies import registry
+from deq_phantom_plugin.testing import make_equilibrium
 
 MODELS = [*((OwnLoop, spec) for spec in SPECS), *((Hosted, spec) for spec in HOSTED)]
 DRAWS = "npg_rr"  # from the generator that threads share

@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["deq_phantom_plugin"]):
     import deq_phantom_plugin as dpp
     from deq_phantom_plugin.patching import patch, repository, rewrite
     from deq_phantom_plugin.strategies import registry
-from patching import ADAPTER, SEAM, TINY
+from tiny_repository import ADAPTER, SEAM, TINY
 
 FORBIDDEN = ("exec", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "subprocess.Popen")
 watched = False
