@@ -40,8 +40,8 @@ class HostSuite(EquilibriumSuite):
 
     def test_doctor_knows_the_host(self) -> None:
         case = self.case
-        assert case.name in hosts.host_names()
-        version, known = hosts.host_versions()[case.name]
+        assert case.name in registry.host_names()
+        version, known = registry.host_versions()[case.name]
         assert version
         assert known
 
