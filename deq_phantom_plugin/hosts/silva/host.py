@@ -16,6 +16,7 @@ from torch import nn
 from ...strategies.registry import get_strategy
 from ..host import PatchingHost
 from ..patches import Patches
+from ..settings import memory_of
 from ..solve import Solve, add_observer
 from .mode import Mode, give_mode, hook_check, is_own, mode_of
 from .solve import hook_engine, solve_equilibrium
@@ -56,7 +57,9 @@ class Silva(PatchingHost):
             get_strategy(spec)
 
         def switch() -> None:
-            give_mode(module, Mode.of(spec, mode_of(module).extras))
+            extras = mode_of(module).extras
+            extras.memory = memory_of(module)
+            give_mode(module, Mode.of(spec, extras))
 
         return switch
 

@@ -15,7 +15,7 @@ from ...contract.strategy import GradStrategy
 from ...strategies import BPTT, IFT, JFB, NPG, SHINE, UPG
 from ...strategies.registry import get_strategy
 from ..host import Host
-from ..settings import defaults, memory_of
+from ..settings import defaults
 from ..solve import Observers
 
 OWN_MODES = ("unrolled", "implicit", "phantom", "neumann", "jfb", "shine")
@@ -37,11 +37,12 @@ class Extras:
     """What an equilibrium has besides its config.
 
     Attributes:
-        memory: the module's.
+        memory: the module's, None until it is given a strategy: one that is only observed has no
+            step in its `state_dict`.
         observers: what is called after a solve, each in a tuple of its own; not copied or saved.
     """
 
-    memory: Memory
+    memory: Memory | None = None
     observers: Observers = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,10 +71,13 @@ class Mode(str):
 def mode_of(module: nn.Module) -> Mode:
     """Return a module's mode, made if its config has a plain one, or that of another module."""
     config: Any = module.config
-    mode, memory = config.backward_mode, memory_of(module)
-    if isinstance(mode, Mode) and mode.extras.memory is memory:
+    mode, extras = config.backward_mode, getattr(module, "grad_extras", None)
+    if isinstance(mode, Mode) and mode.extras is extras:
         return mode
-    made = Mode.of(mode.spec if isinstance(mode, Mode) else mode, Extras(memory))
+    if extras is None:
+        extras = Extras(getattr(module, "grad_memory", None))
+        module.__dict__["grad_extras"] = extras
+    made = Mode.of(mode.spec if isinstance(mode, Mode) else mode, extras)
     give_mode(module, made)
     return made
 
