@@ -191,8 +191,9 @@ class Equilibrium(Attaching):
         strategy = self.grad.resolve(context).within(steps)
         attached = looped(func, start, steps, strategy, context)
         observers = [callback for (callback,) in self.observers] if self.training else []
-        found = tree_map(_detached, attached) if observers else None
-        tell(observers, func, found, attached, strategy, context, steps)
+        if observers:
+            found = tree_map(_detached, attached)
+            tell(observers, func, found, attached, strategy, context, steps)
         return attached
 
     def _by_function(

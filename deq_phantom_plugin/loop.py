@@ -37,7 +37,8 @@ def loop(
     - with `upg(k, lam)` below 1, steps - k evaluations and k damped ones;
     - with `reversible`, that of its own iteration.
 
-    Under `torch.no_grad` it is the plain loop's.
+    Under `torch.no_grad` it is the plain loop's. With `tbptt`, `upg`, `jfb` and `bptt` it compiles
+    into one graph, if `grad` is an object that `get_strategy` made outside of what is compiled.
 
     Args:
         func: F, from a state to a state of the same structure; see `dpp.attach`. The first

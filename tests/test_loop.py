@@ -193,6 +193,27 @@ def test_memory_grows_with_k_alone(x):
     assert held("npg(k=9)", 8) == held("npg(k=2)", 8)
 
 
+@pytest.mark.parametrize("as_module", [False, True])
+@pytest.mark.parametrize("spec", ["tbptt(2)", "tbptt('all')", "upg(k=2, lam=0.5)", "jfb", "bptt"])
+def test_one_graph_for_the_compiler(spec, as_module, x):
+    """Of which the first state's vectors, the parameters and x are inputs."""
+    model, strategy = Recursive(spec), dpp.get_strategy(spec, {"steps": STEPS})
+
+    def run():
+        state = model(x) if as_module else dpp.loop(model.func(x), model.start(), STEPS, strategy)
+        return state["answer"].square().sum() + state["latent"].sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)()
+    parameters = [*model.parameters()]
+    got = torch.autograd.grad(compiled, parameters, allow_unused=True)
+    want = torch.autograd.grad(run(), parameters, allow_unused=True)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 # --- as a module ----------------------------------------------------------------------------------
 
 
