@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from ..strategies.registry import get_strategy
 from .attaching import Attaching
 from .host import Host
 from .solve import Solve, add_observer
@@ -39,7 +38,8 @@ class Own(Host):
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
         """See `Host.prepare_grad`."""
-        return functools.partial(setattr, module, "grad", get_strategy(spec))
+        assert isinstance(module, Attaching)
+        return functools.partial(setattr, module, "grad", module.strategy_of(spec))
 
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
         """See `Host.observe`; of a patched model's own solver the evaluations are not known, 0."""
