@@ -46,6 +46,12 @@ def load_example(name: str) -> Any:
     return module
 
 
+def evaluate(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return what a model says in evaluation mode, where no gradient is wanted."""
+    with torch.no_grad():
+        return model.eval()(*args, **kwargs)
+
+
 @pytest.fixture(autouse=True)
 def _isolated():
     """Every test starts from the same seed and leaves no host enabled."""

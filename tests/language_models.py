@@ -57,6 +57,7 @@ def solved(model, ids, **kwargs):
     handle = model.model.deq.register_forward_hook(
         lambda _, args, out: found.append((args[0], out[0][-1].detach()))
     )
-    model(ids, **kwargs)
+    with torch.set_grad_enabled(model.training):
+        model(ids, **kwargs)
     handle.remove()
     return found[0]

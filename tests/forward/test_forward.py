@@ -15,7 +15,7 @@ from torchdeq.core import DEQBase
 from torchdeq.solver import get_solver
 
 import deq_phantom_plugin as dpp
-from conftest import equilibria
+from conftest import equilibria, evaluate
 from deq_phantom_plugin.adjoint.inverse_estimate import InverseEstimate
 from deq_phantom_plugin.forward import anderson, broyden, fixed_point
 from deq_phantom_plugin.testing import make_equilibrium
@@ -243,6 +243,7 @@ def test_the_table_is_torchdeqs_again_after_disable():
     assert table._solvers == before
 
 
+@torch.no_grad()
 def test_a_model_made_while_enabled_still_solves_after_disable():
     problem = make_equilibrium([(3, 6)], norm=0.6)
     with dpp.enabled("torchdeq"):
@@ -276,6 +277,7 @@ def _solver(name):
 
 
 @pytest.mark.numerics
+@torch.no_grad()
 def test_broyden_with_little_memory_starts_anew():
     problem = make_equilibrium([(3, 20)], norm=0.9)
     start = torch.zeros(3, 20, dtype=torch.float64)
@@ -462,7 +464,7 @@ def test_threads_may_run_one_model_at_once():
     with dpp.enabled("torchdeq"):
         deq = get_deq(f_solver="broyden_fast", f_max_iter=5).eval()
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda _: deq(func, start)[0][-1], range(60)))
+            found = list(pool.map(lambda _: evaluate(deq, func, start)[0][-1], range(60)))
     for state in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(state, found[0], strict=True))
 

@@ -179,7 +179,8 @@ def test_eval_mode_and_no_grad_return_the_equilibrium(core):
         deq = torchdeq.get_deq(core=core, grad=spec, f_tol=1e-12, f_max_iter=200)
         with torch.no_grad():
             (out,), _ = deq(layer, layer.zeros())
-        (evaluated,), info = deq.eval()(layer, layer.zeros(), sradius_mode=True)
+        with pytest.warns(dpp.AssumptionWarning, match="in evaluation mode"):
+            (evaluated,), info = deq.eval()(layer, layer.zeros(), sradius_mode=True)
         assert info["sradius"].shape == (3,)
         for a, b, c in zip(out, evaluated, layer(*evaluated), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -660,7 +661,8 @@ def test_set_grad_switches_every_equilibrium_mid_training():
         optimizer.zero_grad()
         model().backward()
         optimizer.step()
-    assert dpp.set_grad(nn.Linear(2, 2), "upg") == 0
+    with pytest.warns(UserWarning, match="no equilibrium found inside Linear"):
+        assert dpp.set_grad(nn.Linear(2, 2), "upg") == 0
 
 
 def test_set_grad_on_models_made_before_enable():

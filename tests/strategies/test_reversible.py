@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import deq_phantom_plugin as dpp
-from conftest import equilibria
+from conftest import equilibria, evaluate
 from deq_phantom_plugin.strategies.drift import Drift, Sketch
 from deq_phantom_plugin.testing import NESTINGS, make_equilibrium
 
@@ -743,7 +743,7 @@ def test_through_torchdeq(core, several):
     want = coupled(problem.func, zeros(problem), 20, 0.8)
     assert_close(got, torch.autograd.grad(problem.probe(want), problem.params), 1e-4)
 
-    (out,), _ = deq.eval()(func, zeros(problem))
+    (out,), _ = evaluate(deq, func, zeros(problem))
     for a, b in zip(tree_leaves(out), problem.leaves, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 

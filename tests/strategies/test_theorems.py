@@ -99,7 +99,7 @@ def test_theorem_1_against_the_worst_gradient_of_its_size(seed, d_h, more, size)
     def prescribed(func, equilibrium, context):
         return equilibrium + a.mT @ theta
 
-    found = ascent_condition(func, h, [theta], prescribed, v)
+    found = ascent_condition(func, h, [theta], prescribed, v, dpp.Context(batch_dim=None))
     assert found.lhs == pytest.approx(size * bound, rel=1e-4, abs=1e-8)
     assert found.rhs == pytest.approx(bound)
     if abs(size - 1) > 1e-3 and bound > 1e-4:

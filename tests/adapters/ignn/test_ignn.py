@@ -19,6 +19,7 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.sampler import BaseSampler, SamplerOutput
 
 import deq_phantom_plugin as dpp
+from conftest import evaluate
 from deq_phantom_plugin import hosts
 from deq_phantom_plugin.adapters.ignn import (
     ACTIVATIONS,
@@ -275,11 +276,12 @@ def test_lambda_pf_is_computed_once_and_its_slope_only_where_it_is_trained(monke
     edge_index, edge_weight = directed_graph()
     trained = edge_weight.clone().requires_grad_()
     conv, x = make_conv(inside=False), features()
-    for _ in range(2):
-        conv(x, edge_index, edge_weight).sum().backward()
-        conv.eval()(x, edge_index, trained)
-        with torch.no_grad():
-            conv.train()(x, edge_index, trained)
+    with pytest.warns(dpp.AssumptionWarning, match="in evaluation mode"):
+        for _ in range(2):
+            conv(x, edge_index, edge_weight).sum().backward()
+            conv.eval()(x, edge_index, trained)
+            with torch.no_grad():
+                conv.train()(x, edge_index, trained)
     assert len(found) == 1  # the right vector
     for _ in range(2):
         conv(x, edge_index, trained).sum().backward()
@@ -375,6 +377,7 @@ def test_parallel_edges_add_up():
     torch.testing.assert_close(conv(x, twice), conv(x, once, weight))
 
 
+@torch.no_grad()
 def test_mini_batch_is_its_graphs():
     conv = make_conv(lambda_pf=6.0).eval()
     graphs = [Data(x=features(n), edge_index=directed_graph(n, 3 * n)[0]) for n in (3, 7, 5)]
@@ -416,6 +419,7 @@ class EveryNeighbour(BaseSampler):
         raise NotImplementedError
 
 
+@torch.no_grad()
 def test_neighbour_sampling():
     # A reach of two hops in the batches is enough where the state falls fast from hop to hop.
     data = Data(x=features(40), edge_index=torch.stack([torch.arange(39), torch.arange(1, 40)]))
@@ -432,6 +436,7 @@ def test_neighbour_sampling():
     assert seen == 40
 
 
+@torch.no_grad()
 def test_subgraphs_one_after_another():
     conv = make_conv().eval()
     x, (edge_index, edge_weight) = features(), directed_graph()
@@ -441,6 +446,7 @@ def test_subgraphs_one_after_another():
         torch.testing.assert_close(conv(x[nodes], part, weight), fresh(x[nodes], part, weight))
 
 
+@torch.no_grad()
 def test_a_graph_changed_in_place_is_a_new_graph():
     conv = make_conv().eval()
     x, (edge_index, edge_weight) = features(), directed_graph()
@@ -494,7 +500,8 @@ def test_eval_and_no_grad_return_the_equilibrium():
     graph = Graph(*edge_index, torch.ones(16, dtype=torch.float64), 7)
     with torch.no_grad():
         trained = conv(x, edge_index)
-    out = conv.eval()(x, edge_index)
+    with pytest.warns(dpp.AssumptionWarning, match="in evaluation mode"):
+        out = conv.eval()(x, edge_index)
     assert not out.requires_grad
     torch.testing.assert_close(trained, out, rtol=0, atol=0)
     torch.testing.assert_close(conv.equilibrium_func(x, graph)(out), out)
@@ -508,10 +515,10 @@ def test_copies_after_a_forward(copied):
     x, edge_index = features(dtype=torch.float32), directed_graph()[0]
     model(x, edge_index).sum().backward()
     twin = copied(model)
-    torch.testing.assert_close(model.eval()(x, edge_index), twin.eval()(x, edge_index))
-    other = IGNN(3, 4, 2, num_layers=2, activation="identity", grad="npg").eval()
+    torch.testing.assert_close(evaluate(model, x, edge_index), evaluate(twin, x, edge_index))
+    other = IGNN(3, 4, 2, num_layers=2, activation="identity", grad="npg")
     other.load_state_dict(model.state_dict(), strict=True)
-    torch.testing.assert_close(model(x, edge_index), other(x, edge_index))
+    torch.testing.assert_close(evaluate(model, x, edge_index), evaluate(other, x, edge_index))
 
 
 def test_autocast():
@@ -633,9 +640,9 @@ def test_graph_classification():
     model = IGNN(3, 8, 5, num_layers=3, task="graph").double()
     graphs = [Data(x=features(n), edge_index=directed_graph(n, 3 * n)[0]) for n in (3, 7)]
     batch = Batch.from_data_list(graphs)
-    out = model.eval()(batch.x, batch.edge_index, batch=batch.batch)
+    out = evaluate(model, batch.x, batch.edge_index, batch=batch.batch)
     assert out.shape == (2, 5)
-    alone = torch.cat([model(g.x, g.edge_index) for g in graphs])
+    alone = torch.cat([evaluate(model, g.x, g.edge_index) for g in graphs])
     torch.testing.assert_close(out, alone, rtol=1e-3, atol=1e-4)
     F.cross_entropy(
         model.train()(batch.x, batch.edge_index, batch=batch.batch), torch.tensor([0, 1])
@@ -674,7 +681,7 @@ def test_edge_weights_learn_through_the_normalisation():
     (found,) = torch.autograd.grad((probe * model(x, edge_index, weight)).sum(), weight)
     step = torch.randn(12, dtype=torch.float64)
     values = [
-        (probe * model.eval()(x, edge_index, weight.detach() + e * step)).sum()
+        (probe * evaluate(model, x, edge_index, weight.detach() + e * step)).sum()
         for e in (-1e-6, 1e-6)
     ]
     slope = (values[1] - values[0]) / 2e-6

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from conftest import evaluate
 from deq_phantom_plugin.adapters import mdeq
 from deq_phantom_plugin.adapters.mdeq import (
     MDEQ,
@@ -98,6 +99,7 @@ def test_only_the_norm_and_the_direction_are_parameters_in_f():
     assert names == {"weight_g", "weight_v", "weight", "bias"}  # the last two of GroupNorm
 
 
+@torch.no_grad()
 def test_the_injection_enters_the_highest_resolution_only():
     model = MDEQ(FOUR).double().eval()
     x = images(FOUR, dtype=torch.float64)
@@ -219,7 +221,7 @@ def test_state_dict_round_trip():
     twin = MDEQ(TWO, grad="npg")
     twin.load_state_dict(state, strict=True)
     x = images()
-    torch.testing.assert_close(model.eval()(x), twin.eval()(x), rtol=0, atol=0)
+    torch.testing.assert_close(evaluate(model, x), evaluate(twin, x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_copies_after_a_forward(copied):
     twin = copied(model)
     assert twin.last is None
     assert model.last is not None
-    torch.testing.assert_close(model.eval()(x), twin.eval()(x), rtol=0, atol=0)
+    torch.testing.assert_close(evaluate(model, x), evaluate(twin, x), rtol=0, atol=0)
     with torch.no_grad():
         next(twin.parameters()).add_(1)
     assert not torch.equal(next(twin.parameters()), next(model.parameters()))
@@ -396,7 +398,7 @@ def test_all_kinds_of_gradients(grad, core):
     assert [tuple(each.shape) for each in logits] == [(2, 10)] * 2
     sum(each.square().mean() for each in logits).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-    assert len(model.eval()(images(), all_states=True)) == 1
+    assert len(evaluate(model, images(), all_states=True)) == 1
 
 
 def test_torchdeqs_implicit_gradient_is_still_there():
@@ -597,7 +599,7 @@ def test_no_images_have_no_logits_and_gradients_of_zero(grad):
     for name, buffer in model.named_buffers():
         if "num_batches" not in name:
             torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
-    assert model.eval()(images(batch=0)).shape == (0, 10)
+    assert evaluate(model, images(batch=0)).shape == (0, 10)
     with pytest.raises(RuntimeError, match="had no images"):
         model.spectral_radius()
     assert torch.isfinite(model.train()(images())).all()

@@ -162,6 +162,7 @@ def stepwise(model, ids, first, cache=None):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
+@torch.no_grad()
 def test_new_tokens_with_a_cache(kind, attention):
     model = language_model(kind, attention).eval()
     ours, reference = convert(model, (0, 2)), by_hand(model, (0, 2))
@@ -179,6 +180,7 @@ def test_new_tokens_with_a_cache(kind, attention):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
 @torch.no_grad()
 def test_the_cache_has_the_keys_and_values_of_the_equilibrium(kind):
     model = language_model(kind).eval()
@@ -201,6 +203,7 @@ def test_the_cache_has_the_keys_and_values_of_the_equilibrium(kind):
 
 
 @torch.no_grad()
+@torch.no_grad()
 def test_only_new_tokens_are_solved_for():
     ours = convert(language_model("llama").eval(), (1,))
     lengths = set()
@@ -221,6 +224,7 @@ GENERATIONS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", GENERATIONS)
+@torch.no_grad()
 def test_generation_with_and_without_a_cache(kind, way):
     model = language_model(kind).eval()
     ours, reference = convert(model, (0, 2)), by_hand(model, (0, 2))
@@ -429,6 +433,7 @@ def test_packed_documents_in_the_model(kind, training):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("which", [(0,), (1,), (0, 1, 2)])
 @torch.no_grad()
+@torch.no_grad()
 def test_hidden_states_and_attentions_are_those_of_the_equilibrium(kind, which):
     model = language_model(kind, "eager").eval()
     ours = convert(model, which)
@@ -492,6 +497,7 @@ def test_the_package_finds_converted_layers():
         assert each.results[0].relative_error < 1e-4
 
 
+@torch.no_grad()
 def test_copies_and_weights():
     ours = convert(language_model("qwen3").eval(), (1,))
     ids = tokens(2, 5)
@@ -502,6 +508,7 @@ def test_copies_and_weights():
     close(other(ids).logits, want)
 
 
+@torch.no_grad()
 def test_what_save_pretrained_saves(tmp_path):
     from safetensors.torch import load_model
 

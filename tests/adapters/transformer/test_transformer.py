@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from conftest import evaluate
 
 pytest.importorskip("torchdeq")
 pytest.importorskip("transformers")
@@ -73,6 +74,7 @@ def plain_block(model, h, ids):
 
 @BOTH
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
 def test_the_block_is_what_it_says(pre, implementation):
     model = make(pre_layer_norm=pre, attn_implementation=implementation).eval()
     ids = tokens()
@@ -274,6 +276,7 @@ def test_padding_changes_nothing(pre, implementation, side):
     torch.testing.assert_close(loss, model(alone, labels=alone).loss, rtol=1e-6, atol=0)
 
 
+@torch.no_grad()
 def test_padding_does_not_count_in_the_stopping_rule():
     model = make(f_tol=1e-4, f_solver="fixed_point_iter").eval()
     ids, mask = padded(tokens(1, 12), 9)
@@ -287,6 +290,7 @@ def test_padding_does_not_count_in_the_stopping_rule():
     assert (func(torch.randn_like(state))[:, :9] == 0).all()
 
 
+@torch.no_grad()
 def test_later_tokens_are_not_seen():
     model = make().eval()
     ids = tokens(1, 8)
@@ -297,6 +301,7 @@ def test_later_tokens_are_not_seen():
     assert (a[:, 5:] - b[:, 5:]).abs().amax(-1).min() > 1e-4
 
 
+@torch.no_grad()
 def test_positions_are_relative():
     model = make().eval()
     ids = tokens(1)
@@ -315,6 +320,7 @@ def test_positions_are_relative():
 
 
 @BOTH
+@torch.no_grad()
 def test_cached_tokens_stay_at_equilibrium(pre):
     model = make(pre_layer_norm=pre).eval()
     ids, mask = padded(tokens(2, 9), 2)
@@ -332,12 +338,13 @@ def test_there_is_no_cache_in_training():
     model = make(tight=False)
     ids = tokens()
     assert CACHE not in model(ids)
-    assert CACHE in model.eval()(ids)
-    assert CACHE not in model(ids, use_cache=False)
+    assert CACHE in evaluate(model, ids)
+    assert CACHE not in evaluate(model, ids, use_cache=False)
 
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
+@torch.no_grad()
 def test_generation_with_left_padding_equals_that_without(options):
     model = make().eval()
     ids, mask = padded(tokens(2, 7), 3)
@@ -353,6 +360,7 @@ def test_generation_with_left_padding_equals_that_without(options):
         assert torch.equal(ids[1:, 7:], second)
 
 
+@torch.no_grad()
 def test_sampling():
     model = make(tight=False).eval()
     ids = tokens(1, 3)
@@ -365,6 +373,7 @@ def test_sampling():
     assert len({tuple(row) for row in first.tolist()}) > 1
 
 
+@torch.no_grad()
 def test_generation_stops_at_the_end():
     model = make(tight=False).eval()
     ids = tokens(1)
@@ -373,6 +382,7 @@ def test_generation_stops_at_the_end():
     assert len(stopped[0, 6:]) == free.tolist().index(free[1]) + 1
 
 
+@torch.no_grad()
 def test_some_logits():
     model = make(tight=False).eval()
     ids = tokens()
@@ -458,7 +468,8 @@ def test_regularisation_is_for_training():
     ids = tokens()
     with torch.no_grad():
         assert model(ids, labels=ids).jac_loss is None
-    assert model.eval()(ids, labels=ids).jac_loss is None
+    with pytest.warns(dpp.AssumptionWarning, match="in evaluation mode"):
+        assert model.eval()(ids, labels=ids).jac_loss is None
 
 
 def test_regularisation_in_a_part_of_the_steps():
@@ -533,7 +544,7 @@ def test_save_and_load(tmp_path, tied):
     assert type(loaded) is DEQTransformerForCausalLM
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
-    assert torch.equal(model.eval()(ids).logits, loaded(ids).logits)
+    assert torch.equal(evaluate(model, ids).logits, evaluate(loaded, ids).logits)
     config = AutoConfig.from_pretrained(tmp_path)
     for name in ("pre_layer_norm", "grad", "f_solver", "f_max_iter", "f_tol", "jac_reg_freq"):
         assert getattr(config, name) == getattr(model.config, name), name
@@ -565,13 +576,15 @@ def test_set_grad_is_saved(tmp_path):
 def test_copies_after_a_forward(copied):
     model = make(tight=False, dropout=0.1, jac_reg_weight=1.0)
     ids = tokens()
-    gradients(model, ids)
+    with pytest.warns(dpp.AssumptionWarning, match="not through its Jacobian regulariser"):
+        gradients(model, ids)
     twin = copied(model)
-    assert torch.equal(model.eval()(ids).logits, twin.eval()(ids).logits)
+    assert torch.equal(evaluate(model, ids).logits, evaluate(twin, ids).logits)
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
     assert twin.lm_head.weight is not model.lm_head.weight
 
 
+@torch.no_grad()
 def test_resizing_the_vocabulary():
     model = make(tight=False).eval()
     ids = tokens()
@@ -711,6 +724,7 @@ def test_a_config_that_cannot_be(settings, message):
         DEQTransformerConfig(**settings)
 
 
+@torch.no_grad()
 def test_a_sequence_longer_than_the_limit():
     model = make(tight=False).eval()
     message = "a sequence of 33 tokens; expected at most 32, config.max_position_embeddings"
@@ -723,18 +737,21 @@ def test_a_sequence_longer_than_the_limit():
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (0, 3), (0, 0)])
+@torch.no_grad()
 def test_an_empty_prompt(shape):
     model = make(tight=False).eval()
     with pytest.raises(ValueError, match="expected at least one sequence of at least one token"):
         model(torch.zeros(shape, dtype=torch.long))
 
 
+@torch.no_grad()
 def test_a_cache_of_another_kind():
     model = make(tight=False).eval()
     with pytest.raises(ValueError, match="is a StaticCache; expected a DynamicCache"):
         model.generate(tokens(1), max_new_tokens=2, cache_implementation="static")
 
 
+@torch.no_grad()
 def test_generation_from_nothing():
     with pytest.raises(ValueError):  # noqa: PT011 -- Transformers' words or ours
         make(tight=False).eval().generate(torch.zeros((1, 0), dtype=torch.long), max_new_tokens=2)
@@ -846,8 +863,7 @@ def test_dropout_of_a_decoder_layer_is_fixed_in_a_solve():
     h = torch.randn_like(x)
     assert torch.equal(func(h), func(h))
     assert not torch.equal(before, torch.get_rng_state())  # the next solve has other masks
-    block.eval()
-    assert torch.equal(block(x), block(x))
+    assert torch.equal(evaluate(block, x), evaluate(block, x))
 
 
 def test_a_bare_layer_is_enough():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import deq_phantom_plugin as dpp
+from conftest import evaluate
 from deq_phantom_plugin.contract.errors import AssumptionWarning
 
 pytest.importorskip("torchdeq")
@@ -50,6 +51,7 @@ def test_shift_labels_of_padding_are_left_out():
 # --- hidden states and attentions --------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_hidden_states_by_argument_and_by_config():
     ids = tokens()
     model = make(tight=False).eval()
@@ -66,6 +68,7 @@ def test_hidden_states_by_argument_and_by_config():
     assert torch.equal(last[1], found[1])
 
 
+@torch.no_grad()
 def test_attentions_are_those_at_the_equilibrium():
     model = make(attn_implementation="eager").eval()
     ids, mask = padded(tokens(2, 6), 2)
@@ -115,6 +118,7 @@ def test_a_loss_on_attentions_has_the_gradient_of_the_equilibrium():
     assert (found * direction).sum().item() == pytest.approx(difference, rel=1e-4)
 
 
+@torch.no_grad()
 def test_attentions_need_an_implementation_that_tells():
     model = make(tight=False).eval()
     message = r"attn_implementation='sdpa'.*model\.set_attn_implementation\('eager'\)"
@@ -135,6 +139,7 @@ def test_hidden_states_retain_their_gradient():
 
 
 @pytest.mark.parametrize("how", ["argument", "config"])
+@torch.no_grad()
 def test_tuples(how):
     model = make(tight=False).eval()
     ids = tokens()
@@ -150,6 +155,7 @@ def test_tuples(how):
 
 
 @pytest.mark.numerics
+@torch.no_grad()
 def test_assisted_generation_tells_attentions_and_hidden_states():
     model = make(attn_implementation="eager").eval()
     assistant = make(attn_implementation="eager").eval()
@@ -172,6 +178,7 @@ def test_assisted_generation_tells_attentions_and_hidden_states():
 # --- arguments that others pass ----------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_arguments_without_effect():
     model = make(tight=False).eval()
     ids = tokens()
@@ -246,6 +253,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("kind", SCALED)
+@torch.no_grad()
 def test_scaled_positions_reach_as_far_as_their_factor(kind):
     rope = {"rope_type": kind, "rope_theta": 10000.0, **SCALED[kind]}
     model = make(rope_parameters=dict(rope), hidden_size=8).eval()
@@ -273,6 +281,7 @@ def test_scaled_positions_reach_as_far_as_their_factor(kind):
     assert (plain(ids).logits - long).abs().max() > 1e-3
 
 
+@torch.no_grad()
 def test_positions_written_into_the_config_act(tmp_path):
     model = make().eval()
     ids = tokens(1, 40)
@@ -339,8 +348,7 @@ def test_a_solver_written_into_the_config_acts_and_is_saved(tmp_path):
     assert (more.residual < 1e-4).all()
     model.config.f_max_iter = 3
     assert model(ids).equilibrium_info.nfe < more.nfe
-    model.eval()
-    assert model(ids).equilibrium_info.nfe < more.nfe
+    assert evaluate(model, ids).equilibrium_info.nfe < more.nfe
     model.config.f_solver, model.config.f_max_iter = "fixed_point_iter", 2
     assert model.train()(ids).equilibrium_info.nfe <= 4
     assert model.model.deq.grad_memory[0].step == 5
@@ -362,8 +370,8 @@ def test_what_is_read_at_each_forward():
     assert torch.equal(model(ids).logits, plain)
     model.config.jac_reg_weight = 1.0
     assert model(ids).jac_loss > 0
-    model.eval().config.use_cache = False
-    assert CACHE not in model(ids)
+    model.config.use_cache = False
+    assert CACHE not in evaluate(model, ids)
 
 
 @pytest.mark.parametrize(
@@ -423,6 +431,7 @@ def test_what_does_not_fit_together_is_refused_at_the_next_forward():
     model(tokens())
 
 
+@torch.no_grad()
 def test_an_attention_that_does_not_exist():
     model = make(tight=False).eval()
     for name in ("nope", "flash_attention_2"):

@@ -113,9 +113,11 @@ def test_whatever_the_collator_of_transformers_says(told):
     close(out.logits, alone(model, parts))
     losses = [model(p, labels=p).loss * (p.shape[1] - 1) for p in parts if p.shape[1] > 1]
     close(out.loss, sum(losses) / 7)
-    close(model.eval()(**batch).logits, alone(model, parts))
+    with torch.no_grad():
+        close(model.eval()(**batch).logits, alone(model, parts))
 
 
+@torch.no_grad()
 def test_a_gap_begins_no_document():
     model = make().eval()
     ids = tokens(1, 6)
@@ -127,6 +129,7 @@ def test_a_gap_begins_no_document():
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
 def test_a_document_that_begins_after_a_cache_does_not_see_it(implementation):
     model = make(attn_implementation=implementation).eval()
     parts, row, positions = documents(5, 4)
@@ -137,6 +140,7 @@ def test_a_document_that_begins_after_a_cache_does_not_see_it(implementation):
         model(tokens(1, 1), **{CACHE: out[CACHE]})
 
 
+@torch.no_grad()
 def test_a_cache_of_several_documents_is_not_gone_on_with():
     model = make(tight=False).eval()
     _, row, positions = documents(5, 4)
@@ -147,6 +151,7 @@ def test_a_cache_of_several_documents_is_not_gone_on_with():
         model.generate(row, position_ids=positions, max_new_tokens=3)
 
 
+@torch.no_grad()
 def test_padding_is_no_document_of_a_cache():
     """As `generate` counts positions where the prompt is padded and given in pieces."""
     model = make().eval()
@@ -182,6 +187,7 @@ def test_padding_in_the_middle_of_a_row_parts_nothing():
     close(found[0, :3], alone[0, :3])
 
 
+@torch.no_grad()
 def test_assisted_generation_after_right_padding_is_greedy():
     torch.manual_seed(0)
     model = make(initializer_range=1.0).eval()
@@ -191,6 +197,7 @@ def test_assisted_generation_after_right_padding_is_greedy():
     assert torch.equal(model.generate(ids[:1], assistant_model=model, **settings), greedy)
 
 
+@torch.no_grad()
 def test_the_limit_is_of_a_document():
     model = make(tight=False, max_position_embeddings=6).eval()
     _, row, positions = documents(6, 5)
@@ -263,6 +270,7 @@ def test_a_prepared_mask_is_that_of_two_dimensions(implementation, kind, length)
         close(ours, theirs)
 
 
+@torch.no_grad()
 def test_a_prepared_mask_says_all():
     """A prefix that is seen in both directions, and two documents by their mask."""
     model = make().eval()
@@ -323,6 +331,7 @@ def test_queries_that_see_nothing_stay_out_of_the_gradient(
         close(ours, theirs, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_a_kernel_without_masks_is_refused_where_one_is_needed():
     AttentionInterface.register("maskless", plain_softmax)
     try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import deq_phantom_plugin as dpp
+from conftest import evaluate
 
 pytest.importorskip("torchdeq")
 pytest.importorskip("transformers")
@@ -69,8 +70,8 @@ def test_dropout_of_adapters_keeps_its_masks_for_a_solve():
     first, second = lora(input_ids=ids), lora(input_ids=ids)
     assert (first.equilibrium_info.residual < 1e-8).all()
     assert not torch.allclose(first.logits, second.logits)
-    lora.eval()
-    assert torch.equal(lora(input_ids=ids).logits, lora(input_ids=ids).logits)
+    again = [evaluate(lora, input_ids=ids).logits for _ in range(2)]
+    assert torch.equal(*again)
 
 
 def test_adapters_are_saved_loaded_and_merged(tmp_path):
@@ -79,14 +80,14 @@ def test_adapters_are_saved_loaded_and_merged(tmp_path):
     ids = tokens()
     lora(input_ids=ids, labels=ids).loss.backward()
     dpp.set_step(lora, 7)
-    logits = lora.eval()(input_ids=ids).logits
+    logits = evaluate(lora, input_ids=ids).logits
     lora.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert not any("grad_memory" in name for name in saved)
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
-    torch.testing.assert_close(again(input_ids=ids).logits, logits)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(evaluate(again, input_ids=ids).logits, logits)
     merged = lora.merge_and_unload()
-    torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(evaluate(merged, ids).logits, logits, rtol=1e-3, atol=1e-4)
     assert type(merged) is type(base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 
@@ -66,7 +67,9 @@ def test_smoothed_labels_are_those_of_the_next_token(tmp_path, kind, items, weig
     trainer = trainer_of(model, tmp_path, label_smoothing_factor=0.2)
     torch.manual_seed(1)  # the same probe of the regulariser
     batch = {"input_ids": ids, "labels": labels}
-    found, output = trainer.compute_loss(model, batch, True, num_items_in_batch=items)
+    said = pytest.warns(AssumptionWarning, match="label smoothing takes the labels away")
+    with said if weight and items else contextlib.nullcontext():
+        found, output = trainer.compute_loss(model, batch, True, num_items_in_batch=items)
     torch.manual_seed(1)
     expected = model(ids)
     targets = labels[:, 1:]
@@ -260,6 +263,7 @@ def test_packed_documents_are_trained_on_and_evaluated(tmp_path, bf16):
 
 
 @pytest.mark.numerics
+@torch.no_grad()
 def test_a_pipeline_generates(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
