@@ -19,7 +19,7 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.output import text_table
 from deq_phantom_plugin.adapters.mdeq import MDEQ
 from deq_phantom_plugin.compare import load_digits
-from deq_phantom_plugin.diagnostics.cost import now
+from deq_phantom_plugin.diagnostics.measure.cost import now
 from deq_phantom_plugin.diagnostics.monitoring import DEFAULT_EVERY
 
 EVERY = 5

@@ -22,8 +22,22 @@ from .diagnostics import gradient_report, model_report, monitor
 from .equilibrium import Equilibrium
 from .hosts import disable, enable, enabled, register_host
 from .jacobian import jacobian_reg, spectral_radius
+from .loop import loop
 from .regularization import JacobianRegularization
-from .strategies import BPTT, IFT, JFB, NPG, NPGRR, SHINE, UPG, Exact, Guard, Reversible, Schedule
+from .strategies import (
+    BPTT,
+    IFT,
+    JFB,
+    NPG,
+    NPGRR,
+    SHINE,
+    TBPTT,
+    UPG,
+    Exact,
+    Guard,
+    Reversible,
+    Schedule,
+)
 from .strategies.registry import get_strategy, list_strategies, register_strategy
 from .switch import failures, set_grad, set_step
 
@@ -36,6 +50,7 @@ __all__ = [
     "NPG",
     "NPGRR",
     "SHINE",
+    "TBPTT",
     "UPG",
     "AssumptionWarning",
     "BackwardStats",
@@ -62,6 +77,7 @@ __all__ = [
     "jacobian_reg",
     "list_strategies",
     "load_memory_state_dict",
+    "loop",
     "memory_state_dict",
     "model_report",
     "monitor",

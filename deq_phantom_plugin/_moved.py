@@ -12,9 +12,14 @@ from torch.serialization import add_safe_globals
 
 PACKAGE = __name__.rpartition(".")[0]
 
-# Old module -> where its names are now, looked for in this order.
+# Old module -> where its names are now, looked for in this order; one that is still there, and has
+# lost some, asks for these alone.
 MOVED: dict[str, tuple[str, ...]] = {
-    "adapters.around_layer": ("adapters.transformer.around_layer",),
+    "adapters.around_layer": (
+        "adapters.transformer.layer.around",
+        "adapters.transformer.layer.masks",
+        "adapters.transformer.layer",
+    ),
     "adapters.deq_layer": ("adapters.transformer.layer",),
     "adapters.equilibrium": ("adapters.transformer.solve",),
     "adapters.graph": ("adapters.ignn.graph",),
@@ -29,12 +34,21 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cached_weights": ("_plumbing.cached_weights",),
     "calls": ("_plumbing.calls",),
     "compilation": ("_plumbing.compilation",),
+    "diagnostics.ascent": ("diagnostics.measure.ascent",),
+    "diagnostics.cost": ("diagnostics.measure.cost",),
+    "diagnostics.derivatives": ("diagnostics.measure.derivatives",),
+    "diagnostics.equilibria": ("diagnostics.measure.equilibria",),
+    "diagnostics.html": ("diagnostics.show.html",),
+    "diagnostics.problem": ("diagnostics.measure.problem",),
+    "diagnostics.recommendation": ("diagnostics.show.recommendation",),
+    "diagnostics.render": ("diagnostics.show.text",),
     "entry_points": ("_plumbing.entry_points",),
     "errors": ("contract.errors", "_plumbing.once"),
     "evaluation": ("hosts.evaluation",),
     "extras": ("_plumbing.extras",),
     "failure": ("contract.failure",),
     "guard": ("strategies.guard",),
+    "hosts.host": ("hosts.solve",),
     "hosts.torchdeq_form": ("hosts.torchdeq.form",),
     "hosts.torchdeq_solvers": ("hosts.torchdeq.solvers",),
     "late_read": ("_plumbing.late_read",),
@@ -81,10 +95,13 @@ def install() -> None:
     """Make the old paths importable, and what was saved under them loadable."""
     for old, new in MOVED.items():
         module = Moved(old, new)
+        if there := sys.modules.get(module.__name__):
+            vars(there)["__getattr__"] = module.__getattr__
+            continue
         sys.modules[module.__name__] = module
-        parent, _, name = old.rpartition(".")
-        if not parent:
-            setattr(sys.modules[PACKAGE], name, module)
+        parent, _, name = module.__name__.rpartition(".")
+        if parent in sys.modules:
+            setattr(sys.modules[parent], name, module)
     for old, names in SAVED.items():
         now = importlib.import_module(f"{PACKAGE}.{MOVED[old][0]}")
         add_safe_globals([(getattr(now, name), f"{PACKAGE}.{old}.{name}") for name in names])

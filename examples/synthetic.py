@@ -1,3 +1,4 @@
+# Longer than 400 lines: one file to copy, which begins with what was found.
 """Figure 1 of the supplement: what solvers and phantom gradients do near ||J|| = 1.
 
     python examples/synthetic.py [--quick] [--out FOLDER]

@@ -1,3 +1,4 @@
+# Longer than 400 lines: one file to copy, with data, training, checkpoints and figure.
 """A deep equilibrium language model on a text file, by gradient method.
 
     python examples/train_lm.py                        # Python's own language reference

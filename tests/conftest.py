@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.strategies import registry
 from deq_phantom_plugin.testing import NESTINGS, Contraction, make_equilibrium
 
 ROOT = Path(__file__).parents[1]
@@ -54,9 +55,12 @@ def evaluate(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _isolated():
-    """Every test starts from the same seed and leaves no host enabled."""
+    """Every test starts from the same seed, and leaves no host enabled and no strategy behind."""
     torch.manual_seed(0)
+    registered = dict(registry._registered)
     yield
+    registry._registered.clear()
+    registry._registered.update(registered)
     dpp.disable()
 
 

@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin import hosts
 from deq_phantom_plugin.cli import main
 from deq_phantom_plugin.forward import broyden
 from deq_phantom_plugin.hosts import Host, PatchingHost, attach_observed, find_equilibria
+from deq_phantom_plugin.hosts import registry as hosts
 from deq_phantom_plugin.testing import NESTINGS, make_equilibrium
 
 SOLVERS = ["anderson", "broyden", "fixed_point"]

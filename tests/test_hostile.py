@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin import hosts
 from deq_phantom_plugin._plumbing import entry_points
 from deq_phantom_plugin.cli import main
+from deq_phantom_plugin.hosts import registry as hosts
 from deq_phantom_plugin.patching.adapter import Edit, known_adapters
 from deq_phantom_plugin.patching.repository import RECORD, git
 from deq_phantom_plugin.patching.rewrite import SeamError, fingerprint, rewrite

@@ -130,3 +130,13 @@ def test_no_file_of_ours_names_an_old_path():
                 text = path.read_text(encoding="utf-8")
                 found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in named.finditer(text)]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    "name", ["_Bottleneck", "_Branch", "_Fusion", "_Head", "_MultiscaleLayer", "_ResidualBlock"]
+)
+def test_a_whole_mdeq_that_was_pickled_finds_its_layers(name):
+    found = pickle.loads(f"c{PACKAGE}.adapters.mdeq\n{name}\n.".encode())
+    assert found.__name__.removeprefix("_") == name.removeprefix("_")
+    with pytest.raises(AttributeError, match="_Nothing"):
+        pickle.loads(f"c{PACKAGE}.adapters.mdeq\n_Nothing\n.".encode())

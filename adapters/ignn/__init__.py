@@ -13,6 +13,12 @@ The paper's matrices are features x nodes; here they are nodes x features, as ev
 A[i, j] is the weight of the edge from node i = edge_index[0] to node j = edge_index[1].
 """
 
-from .model import ACTIVATIONS, IGNN, FixedPoint, Graph, IGNNConv, IGNNHost, project_rows
+from deq_phantom_plugin.hosts.ignn import IGNNHost
+
+from .conv import ACTIVATIONS, IGNNConv
+from .fixed_point import FixedPoint
+from .graph import Graph
+from .model import IGNN
+from .projection import project_rows
 
 __all__ = ["ACTIVATIONS", "IGNN", "FixedPoint", "Graph", "IGNNConv", "IGNNHost", "project_rows"]

@@ -19,8 +19,6 @@ from deq_phantom_plugin.contract.state import ordinary
 
 from .perron import PerronEigenvalue, csr
 
-__all__ = ["Edges", "Graph", "LastGraph", "check_edges", "check_features", "parse_edges"]
-
 
 class Edges(NamedTuple):
     """The edges of a graph, each a column of three.
@@ -323,3 +321,16 @@ def check_edges(edges: Edges) -> None:
         raise ValueError(
             f"edge_weight holds {int((~torch.isfinite(weight)).sum())} NaN or infinite numbers"
         )
+
+
+def check_graph(graph: Graph, edge_weight: Tensor | None, x: Tensor) -> Graph:
+    """Return a graph that was given in place of edges, for one more forward pass.
+
+    Raises:
+        ValueError: if there are weights beside it, or x has other nodes.
+    """
+    if edge_weight is not None:
+        raise ValueError("edge_weight beside a Graph; its weights are in it")
+    if graph.num_nodes != len(x):
+        raise ValueError(f"the Graph has {graph.num_nodes} nodes, but x has {len(x)}")
+    return graph.current()

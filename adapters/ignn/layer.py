@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ else:
         from torch_geometric.nn import MessagePassing
     except ImportError:
         MessagePassing = nn.Module
-
-__all__ = ["GraphLayer"]
 
 _STEPS = ("propagate", "message", "aggregate", "message_and_aggregate", "edge_update")
 
@@ -66,7 +64,7 @@ class GraphLayer(MessagePassing):
     def make_omega(self) -> nn.Parameter:
         """Return omega, not drawn yet; it is registered in its place, which optimisers count."""
         if self.in_channels == -1:
-            return UninitializedParameter()
+            return cast(nn.Parameter, UninitializedParameter())  # which stubs take for a Tensor
         return nn.Parameter(torch.empty(self.out_channels, self.in_channels))
 
     def reset_omega(self) -> None:

@@ -24,8 +24,6 @@ from deq_phantom_plugin._plumbing.once import warn_once
 from deq_phantom_plugin.adjoint.spectrum import leading_eigenvalue
 from deq_phantom_plugin.contract.errors import ConvergenceWarning
 
-__all__ = ["PerronEigenvalue", "csr"]
-
 _STEPS = 20  # of power iteration between two looks at the bounds, which wait for the device
 _PLAIN_TURNS = 5  # with nothing else, which is enough for most graphs
 _MAX_TURNS = 30

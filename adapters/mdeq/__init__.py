@@ -9,6 +9,21 @@ residual block for each (its Figure 2), then each is fused into every other.
     model.last.residual, model.last.nfe, model.spectral_radius()
 """
 
-from .model import MDEQ, PRESETS, MDEQConfig, MDEQSolve, VariationalDropout2d, WeightNormConv2d
+from typing import Any
+
+from . import multiscale, stem_and_head
+from .config import PRESETS, MDEQConfig
+from .layers import VariationalDropout2d, WeightNormConv2d
+from .model import MDEQ
+from .solve import MDEQSolve
 
 __all__ = ["MDEQ", "PRESETS", "MDEQConfig", "MDEQSolve", "VariationalDropout2d", "WeightNormConv2d"]
+
+
+def __getattr__(name: str) -> Any:
+    """Find the layers of a whole model that 0.1 has pickled, when they were private and here."""
+    for module in (multiscale, stem_and_head):
+        for known in (name, name.removeprefix("_")):
+            if name.startswith("_") and not name.startswith("__") and hasattr(module, known):
+                return getattr(module, known)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,19 +11,23 @@ tokens are the equilibrium of one weight-tied decoder block that sees the embedd
 
 Importing this module registers both classes, so that `AutoModelForCausalLM.from_pretrained` loads
 what `save_pretrained` saved. Give `SetStep()` to a `Trainer` if anything depends on the step.
+
+Each file imports earlier ones alone: versions, solve, inputs, label_smoothing, jac_loss, config,
+ block, pretrained, model, causal. `deq_from_layer` is in layer/, on the first two; `SetStep`
+in trainer.
 """
 
-from .model import (
-    DEQCausalLMOutput,
-    DEQModelOutput,
-    DEQTransformerConfig,
-    DEQTransformerForCausalLM,
-    DEQTransformerModel,
-    EquilibriumInfo,
-    EquilibriumLayer,
-    SetStep,
-    deq_from_layer,
-)
+from deq_phantom_plugin._plumbing.extras import require
+
+require("transformers.modeling_utils", "text")
+from .causal import DEQCausalLMOutput, DEQTransformerForCausalLM  # noqa: E402
+from .config import DEQTransformerConfig  # noqa: E402
+from .jac_loss import Joins as Joins  # noqa: E402
+from .layer import EquilibriumLayer, deq_from_layer  # noqa: E402
+from .model import DEQModelOutput, DEQTransformerModel  # noqa: E402
+from .pretrained import DEQTransformerPreTrainedModel as DEQTransformerPreTrainedModel  # noqa: E402
+from .solve import EquilibriumInfo  # noqa: E402
+from .trainer import SetStep  # noqa: E402
 
 __all__ = [
     "DEQCausalLMOutput",

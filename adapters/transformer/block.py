@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from deq_phantom_plugin._plumbing.extras import require
-
-require("transformers.modeling_utils", "text")
-from transformers.activations import ACT2FN  # noqa: E402
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
-from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward  # noqa: E402
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
-
-if TYPE_CHECKING:
-    from . import DEQTransformerConfig
+from .config import DEQTransformerConfig
 
 __all__ = ["DEQTransformerBlock", "ScaledLinear", "Surroundings", "dropout_mask"]
 

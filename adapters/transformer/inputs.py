@@ -7,18 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deq_phantom_plugin._plumbing.compilation import never_compiled
-from deq_phantom_plugin._plumbing.extras import require
 
-from .layer import CACHE
-
-require("transformers", "text")
-from transformers import PreTrainedConfig  # noqa: E402
-from transformers.masking_utils import create_causal_mask  # noqa: E402
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from .versions import CACHE
 
 __all__ = [
+    "OF_DOCUMENTS",
     "Tokens",
     "check_arguments",
     "check_length",
@@ -27,6 +25,14 @@ __all__ = [
     "visible",
 ]
 
+# Where documents begin, beside positions.
+OF_DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+# What acts, in words.
+_TAKEN = (
+    "input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, "
+    "logits_to_keep, num_items_in_batch, output_hidden_states, output_attentions, shift_labels, "
+    f"{', '.join(OF_DOCUMENTS)}"
+)
 # Arguments of Transformers' causal models that have no effect where there is one block and where
 # positions and masks say all.
 _WITHOUT_EFFECT = {
@@ -38,12 +44,11 @@ _WITHOUT_EFFECT = {
 }
 
 
-def check_arguments(arguments: dict[str, Any], taken: tuple[str, ...]) -> None:
+def check_arguments(arguments: dict[str, Any]) -> None:
     """Refuse arguments that somebody would expect to act, and that do not.
 
     Args:
         arguments: the ones that a `forward` has no name for.
-        taken: names of those that act, for the message.
 
     Raises:
         ValueError: if one of the names that Transformers knows has a value that cannot act.
@@ -62,7 +67,7 @@ def check_arguments(arguments: dict[str, Any], taken: tuple[str, ...]) -> None:
             continue
         if name == "num_logits_to_keep":
             raise TypeError("num_logits_to_keep has another name now: logits_to_keep")
-        raise TypeError(f"unexpected argument {name!r}; expected {', '.join(taken)}")
+        raise TypeError(f"unexpected argument {name!r}; expected {_TAKEN}")
 
 
 def longest_sequence(config: PreTrainedConfig) -> int:

@@ -11,12 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.trainer_pt_utils import LabelSmoother
 
-from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin.hosts.patches import Patches
-
-require("transformers", "text")
-from transformers.trainer_pt_utils import LabelSmoother  # noqa: E402
 
 __all__ = ["OutputTuple", "smooth_outputs_of"]
 

@@ -8,23 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin._plumbing.calls import Calls
+from deq_phantom_plugin._plumbing.calls import Counted
 from deq_phantom_plugin._plumbing.compilation import never_compiled
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.trial import Trial
-from deq_phantom_plugin.hosts.evaluation import check_flag
-
-require("transformers", "text")
-from transformers.utils.generic import ModelOutput  # noqa: E402
+from deq_phantom_plugin.adjoint import relative_norm
+from deq_phantom_plugin.draws import SameDraws
+from deq_phantom_plugin.strategies.arguments import boolean
 
 __all__ = [
     "EquilibriumInfo",
     "change_solver",
     "check_settings",
     "make_equilibrium",
+    "solvable",
     "solve",
+    "start",
 ]
 
 
@@ -59,7 +61,7 @@ def check_settings(
         ImportError: without TorchDEQ.
     """
     dpp.get_strategy(grad)
-    check_flag("grad_in_eval", grad_in_eval)
+    boolean("grad_in_eval", grad_in_eval)
     dpp.enable("torchdeq")  # which adds solvers of its own
     known = require("torchdeq.solver", "text")._solvers
     if f_solver not in known:
@@ -99,7 +101,32 @@ def change_solver(deq: nn.Module, f_solver: str, f_max_iter: int, f_tol: float) 
     # What TorchDEQ derives from these three.
     for name in ("f_solver", "no_stat", "f_max_iter", "eval_f_max_iter", "f_tol", "indexing"):
         setattr(deq, name, getattr(new, name))
-    deq.args.update(f_solver=f_solver, f_max_iter=f_max_iter, f_tol=f_tol)
+    settings: Any = deq.args
+    settings.update(f_solver=f_solver, f_max_iter=f_max_iter, f_tol=f_tol)
+
+
+def solvable(
+    func: Callable[[Tensor], Tensor], dtype: torch.dtype, real: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """Return F as it is solved: with the same draws, such as dropout, at every evaluation.
+
+    Args:
+        func: F in the dtype of the model.
+        dtype: that dtype.
+        real: where tokens are and no padding, shape (B, L, 1); None for everywhere.
+    """
+
+    def image(state: Tensor) -> Tensor:
+        found = func(state.to(dtype)).to(state.dtype)
+        # Padding rests at zero, where it adds nothing to any residual.
+        return found if real is None else found.where(real, 0)
+
+    return SameDraws(image)
+
+
+def start(like: Tensor) -> Tensor:
+    """Return the initial state, zero: solvers want more than half precision."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def solve(
@@ -113,18 +140,13 @@ def solve(
         func: F, from and to shape (B, ...).
         start: the initial state.
     """
-    calls = Calls()
-
-    def counted(state: Tensor) -> Tensor:
-        calls.note()
-        return func(state)
-
+    counted = Counted(func)
     states, info = deq(counted, start)
     state: Tensor = states[-1]
     # Where a strategy owns the solve, TorchDEQ has no residual.
-    known = calls.by_solver()
+    known = counted.calls.by_solver()
     residual = info["rel_lowest"].detach() if known else _residual(func, state.detach())
-    return state, EquilibriumInfo(residual=residual, nfe=calls.of_solve())
+    return state, EquilibriumInfo(residual=residual, nfe=counted.calls.of_solve())
 
 
 @never_compiled
@@ -132,5 +154,4 @@ def solve(
 def _residual(func: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
     with Trial(state):
         image = func(state)
-    error: Tensor = (image - state).flatten(1).norm(dim=1) / (image.flatten(1).norm(dim=1) + 1e-9)
-    return error
+    return relative_norm((image - state).flatten(1), image.flatten(1))

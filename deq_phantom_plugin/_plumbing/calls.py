@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,3 +41,30 @@ class Calls:
     def of_solve(self) -> Tensor:
         """Return how many calls the solve took, an integer tensor of shape ()."""
         return torch.tensor(self._made[False] or self._made[True])
+
+
+class Counted:
+    """A map whose calls are counted.
+
+    Args:
+        func: the map.
+
+    Attributes:
+        func: as it was given.
+        calls: how often it was called.
+    """
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = self.__wrapped__ = func
+        self.calls = Calls()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the map."""
+        self.calls.note()
+        return self.func(*args, **kwargs)
+
+    @property
+    @never_compiled
+    def nfe(self) -> int:
+        """Evaluations of the solve: solvers run without autograd, strategies that own it with."""
+        return int(self.calls.of_solve())

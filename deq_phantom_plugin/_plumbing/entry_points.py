@@ -27,7 +27,8 @@ def load(group: str, name: str) -> Any:
     if not found:
         raise KeyError(name)
     # Ours first: nobody takes over a name that is built in.
-    point = min(found, key=lambda point: not point.value.startswith(f"{__package__}."))
+    ours = __name__.partition(".")[0]
+    point = min(found, key=lambda point: not point.value.startswith(f"{ours}."))
     if len({other.value for other in found}) > 1:
         warnings.warn(
             f"several packages offer {name!r} in {group!r}: "

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 def hint(name: object, valid: Iterable[str]) -> str:
     """Return " (did you mean 'upg'?)", or nothing where no valid name is near."""
-    near = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), list(valid), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

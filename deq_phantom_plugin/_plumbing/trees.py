@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -30,4 +31,5 @@ def unflatten(leaves: list[Tensor], structure: TreeSpec) -> State:
 
 def ordinary(x: Tensor) -> Tensor:
     """Return a tensor that autograd can save: a copy of one that inference mode has made."""
-    return x.clone() if x.is_inference() else x
+    # The compiler does not know of inference mode.
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

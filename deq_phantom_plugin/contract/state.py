@@ -28,8 +28,8 @@ def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
 
     Args:
         equilibrium: a state.
-        finite: whether it must be; not asked inside a transform of `torch.func`, such as vmap,
-            where nobody can look.
+        finite: whether it must be; not asked where nobody can look, inside a transform of
+            `torch.func`, such as vmap, and in compiled code.
 
     Raises:
         ValueError: if the state has no leaves, a leaf is not a floating-point or complex
@@ -58,7 +58,7 @@ def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
                 f"{where} carries an autograd graph (requires_grad=True); solve it under "
                 "torch.no_grad() or pass equilibrium.detach()"
             )
-        if not finite or in_torch_func():
+        if not finite or in_torch_func() or torch.compiler.is_compiling():
             continue
         # A sum is read several times faster, but can overflow.
         if not math.isfinite(abs(leaf.sum())) and not torch.isfinite(leaf).all():
@@ -87,10 +87,11 @@ class CheckedFunc:
     def __call__(self, state: State) -> State:
         """Evaluate the map, checked."""
         inputs, _ = flatten(state)
-        versions = [leaf._version for leaf in inputs]
+        # A compiler functionalises what is in place, and does not count.
+        versions = [] if torch.compiler.is_compiling() else [leaf._version for leaf in inputs]
         self._weights.prepare()
         result = self._func(state)
-        if any(leaf._version != version for leaf, version in zip(inputs, versions, strict=True)):
+        if any(leaf._version != version for leaf, version in zip(inputs, versions, strict=False)):
             raise ValueError("func changed its input in place; it must return new tensors")
         outputs, structure = flatten(result)
         if structure != self._structure:

@@ -178,6 +178,14 @@ class GradStrategy(ABC):
         """Yield the states along the way, attached; the last is what `attach` returns."""
         raise NotImplementedError(f"{self!r} does not pass through states that it could hand out")
 
+    def within(self, steps: int) -> GradStrategy:
+        """Return the strategy for a loop of so many evaluations of F: itself, unless it has more.
+
+        Args:
+            steps: of the loop, at least 1.
+        """
+        return self
+
     def resolve(self, context: Context) -> GradStrategy:
         """Return the strategy that acts in this context: itself, unless it is a composite."""
         return self

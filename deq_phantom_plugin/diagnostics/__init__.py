@@ -1,6 +1,11 @@
 """Whether a gradient is right: reports on a user's own model, and the theorems' conditions."""
 
-from .ascent import AscentCondition, MeasuredInnerProduct, ascent_condition, measured_inner_product
+from .measure.ascent import (
+    AscentCondition,
+    MeasuredInnerProduct,
+    ascent_condition,
+    measured_inner_product,
+)
 from .model import ModelReport, model_report
 from .monitoring import Monitor, monitor
 from .report import GradientReport, StrategyResult, gradient_report

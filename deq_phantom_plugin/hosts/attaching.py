@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_map
 from ..contract.memory import Memory
 from ..contract.state import State
 from ..contract.strategy import BatchDim, Context, GradStrategy, check_batch_dim
+from ..strategies.arguments import boolean
 from ..strategies.registry import Spec, get_strategy
-from .evaluation import attaches, check_flag
-from .host import Solve, attach_observed
+from .evaluation import attaches
+from .solve import Observers, attach_observed
 
 
 class Attaching(nn.Module):
@@ -45,16 +46,20 @@ class Attaching(nn.Module):
         self, grad: Spec, batch_dim: BatchDim = "auto", grad_in_eval: bool = False
     ) -> None:
         super().__init__()
-        self.grad: GradStrategy = get_strategy(grad)
+        self.grad: GradStrategy = self.strategy_of(grad)
         check_batch_dim(batch_dim)
         self.batch_dim = batch_dim
-        self.grad_in_eval = check_flag("grad_in_eval", grad_in_eval)
+        self.grad_in_eval = boolean("grad_in_eval", grad_in_eval)
         self.memory = Memory()
-        self.observers: list[tuple[Callable[[Solve], None]]] = []
+        self.observers: Observers = []
 
     def __setattr__(self, name: str, value: Any) -> None:
-        new: Any = get_strategy(value) if name == "grad" else value
+        new: Any = self.strategy_of(value) if name == "grad" else value
         super().__setattr__(name, new)
+
+    def strategy_of(self, spec: Spec) -> GradStrategy:
+        """Return the strategy that a spec names here."""
+        return get_strategy(spec)
 
     def context(self, start: State, step: int | None = None) -> Context:
         """Return what a strategy is told.

@@ -33,17 +33,6 @@ def attaches(module: nn.Module) -> bool:
     return torch.is_grad_enabled() and (module.training or in_eval)
 
 
-def check_flag(name: str, value: Any) -> bool:
-    """Return what is True or False.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}; expected True or False")
-    return value
-
-
 def watched(module: nn.Module, func: Callable[..., Any]) -> Callable[..., Any]:
     """Return F for a solve that may go without a gradient where one is expected.
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..strategies.registry import get_strategy
 from .attaching import Attaching
-from .host import Host, Solve
+from .host import Host
+from .solve import Solve, add_observer
 
 
 class Own(Host):
@@ -19,6 +19,7 @@ class Own(Host):
     name = "own"
     package = "torch"
     pip = "torch"
+    in_eval = "told"
 
     @property
     def is_enabled(self) -> bool:
@@ -37,19 +38,10 @@ class Own(Host):
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
         """See `Host.prepare_grad`."""
-        return functools.partial(setattr, module, "grad", get_strategy(spec))
-
-    def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
-        """See `Host.prepare_in_eval`."""
-        return functools.partial(setattr, module, "grad_in_eval", in_eval)
+        assert isinstance(module, Attaching)
+        return functools.partial(setattr, module, "grad", module.strategy_of(spec))
 
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
         """See `Host.observe`; of a patched model's own solver the evaluations are not known, 0."""
         observers: Any = module.observers
-        observation = (callback,)
-        observers.append(observation)
-
-        def end() -> None:
-            observers[:] = [known for known in observers if known is not observation]
-
-        return end
+        return add_observer(observers, callback)

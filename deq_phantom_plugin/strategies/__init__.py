@@ -13,6 +13,7 @@ from .npg_rr import NPGRR
 from .reversible import Reversible
 from .schedule import Schedule
 from .shine import SHINE
+from .tbptt import TBPTT
 from .upg import UPG
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "NPG",
     "NPGRR",
     "SHINE",
+    "TBPTT",
     "UPG",
     "Exact",
     "Guard",

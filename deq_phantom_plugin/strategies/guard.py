@@ -90,6 +90,11 @@ class Guard(GradStrategy):
         """Whether a fallback has samples that are not finite begin again."""
         return self._policy.fallback is not None
 
+    def within(self, steps: int) -> GradStrategy:
+        """Return the guard of the strategy inside, for a loop of so many evaluations."""
+        inner = self._strategy.within(steps)
+        return self if inner is self.grad else replace(self, grad=inner)
+
     @property
     def steps_ahead(self) -> int:
         """That of the strategy inside."""

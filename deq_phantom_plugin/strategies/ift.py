@@ -68,28 +68,32 @@ class IFT(GradStrategy):
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         # Only what backward needs to know is kept until then.
-        told = Context(
-            context.sample_dim,
-            monitor=context.monitor,
-            memory=context.memory,
-            on_failure=context.on_failure,
-        )
+        batch_dim, memory, monitor = context.sample_dim, context.memory, context.monitor
         rescue = Rescue(func, equilibrium, context) if context.on_failure else None
 
         def adjoint(vjp: VJP, v: list[Tensor]) -> list[Tensor]:
-            return self._solved(vjp, v, told, rescue)
+            g, stats = self._solved(vjp, v, batch_dim, memory, rescue)
+            if monitor is not None:
+                monitor(stats)
+            return g
 
         if self.higher_order:
-            alone = Context(context.sample_dim)
-            inner = lambda vjp, v: self._solved(vjp, v, alone, None)  # noqa: E731
+            inner = lambda vjp, v: self._solved(vjp, v, batch_dim)[0]  # noqa: E731
             return implicit(func, equilibrium, adjoint, inner, self)
         graph = Linearization(func, equilibrium, self)
         return graph.attach(graph.outputs, lambda v: adjoint(graph.vjp, v))
 
     def _solved(
-        self, vjp: VJP, v: list[Tensor], context: Context, rescue: Rescue | None
-    ) -> list[Tensor]:
-        memory = context.memory if self.warm_start else None
+        self,
+        vjp: VJP,
+        v: list[Tensor],
+        batch_dim: int | None,
+        memory: Memory | None = None,
+        rescue: Rescue | None = None,
+    ) -> tuple[list[Tensor], BackwardStats]:
+        kept = memory if self.warm_start else None
+        # The solve relies on what was found of samples: where it fails, that is asked again.
+        doubted = memory if batch_dim is not None else None
         try:
             g, solution = solve(
                 vjp,
@@ -97,36 +101,27 @@ class IFT(GradStrategy):
                 solver=self.solver,
                 tol=self.tol,
                 max_vjp=self.max_iter,
-                batch_dim=context.sample_dim,
-                start=None if memory is None else _last(memory, v),
+                batch_dim=batch_dim,
+                start=None if kept is None else _last(kept, v),
                 without_broken=rescue is not None and rescue.goes_on,
             )
         except NonFiniteError as error:
-            self._doubt(context)
+            if doubted is not None:
+                doubted.doubt()
             raise NonFiniteError(
                 f"{self!r}, adjoint solve: {error}. If samples depend on one another and batch_dim "
                 "says otherwise, pass batch_dim=None in the context"
             ) from None
-        if not solution.converged:
-            self._doubt(context)
+        if not solution.converged and doubted is not None:
+            doubted.doubt()
         if rescue is not None:
             g = rescue(repr(self), self.tol, v, g, solution)
         elif not solution.converged:
             self._warn(solution)
-        if memory is not None:
+        if kept is not None:
             for name, leaf in zip(_names(g), g, strict=True):
-                memory.keep(name, leaf)
-        if context.monitor is not None:
-            context.monitor(
-                BackwardStats(repr(self), solution.n_vjp, solution.residual, solution.trace)
-            )
-        return g
-
-    @staticmethod
-    def _doubt(context: Context) -> None:
-        """Let it be asked again whether samples are independent: the solve relied on that."""
-        if context.memory is not None and context.sample_dim is not None:
-            context.memory.doubt()
+                kept.keep(name, leaf)
+        return g, BackwardStats(repr(self), solution.n_vjp, solution.residual, solution.trace)
 
     def _warn(self, solution: Solution) -> None:
         above = solution.residual > self.tol

@@ -123,6 +123,8 @@ def get_strategy(spec: Spec, defaults: Mapping[str, Any] | None = None) -> GradS
             is out of range; says what is accepted.
         ImportError: if the strategy's entry point is broken.
     """
+    if isinstance(spec, GradStrategy):  # at once: a compiler does not follow what is below
+        return spec
     depth = _depth.get()
     token = _depth.set(depth + 1)
     try:
@@ -136,8 +138,6 @@ def get_strategy(spec: Spec, defaults: Mapping[str, Any] | None = None) -> GradS
 
 
 def _strategy(spec: Spec, defaults: Mapping[str, Any] | None) -> GradStrategy:
-    if isinstance(spec, GradStrategy):
-        return spec
     if isinstance(spec, str):
         name, args, kwargs = parse_spec(spec)
         cls = strategy_class(name)

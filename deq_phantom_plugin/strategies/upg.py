@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -60,6 +60,10 @@ class UPG(GradStrategy):
     def steps_ahead(self) -> int:
         """`k`, the steps."""
         return self.k
+
+    def within(self, steps: int) -> UPG:
+        """See `GradStrategy.within`."""
+        return self if self.k <= steps else replace(self, k=steps)
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .. import hosts
 from ..attach import attach
 from ..checkpoint import load_memory_state_dict, memory_state_dict
 from ..diagnostics import monitor
-from ..hosts import Solve, disable, enable, find_equilibria
+from ..hosts import Solve, disable, enable, find_equilibria, registry
 from ..strategies.registry import get_strategy
 from ..switch import set_grad, set_step
 from .equilibria import EquilibriumSuite
@@ -41,8 +40,8 @@ class HostSuite(EquilibriumSuite):
 
     def test_doctor_knows_the_host(self) -> None:
         case = self.case
-        assert case.name in hosts.host_names()
-        version, known = hosts.host_versions()[case.name]
+        assert case.name in registry.host_names()
+        version, known = registry.host_versions()[case.name]
         assert version
         assert known
 
@@ -244,9 +243,9 @@ class HostSuite(EquilibriumSuite):
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         case = self.case
-        host = type(hosts._get(case.name))
+        host = type(registry._get(case.name))
         monkeypatch.setattr(host, "version", lambda self: "99.1")
-        monkeypatch.setattr(hosts, "_warned", set())
+        monkeypatch.setattr(registry, "_warned", set())
         with pytest.warns(UserWarning, match=r"99\.1 is not hooked: this package knows"):
             assert case.name not in enable(case.name)
         with warnings.catch_warnings():

@@ -1,4 +1,5 @@
 """What every strategy must pass."""
+# Longer than 400 lines: one contract, which a third party runs as one class.
 
 from __future__ import annotations
 

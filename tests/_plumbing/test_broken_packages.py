@@ -9,8 +9,8 @@ import types
 
 import pytest
 
-from deq_phantom_plugin import hosts
 from deq_phantom_plugin._plumbing.extras import is_there, require, why_not
+from deq_phantom_plugin.hosts import registry as hosts
 
 NMS = "operator torchvision::nms does not exist"
 

@@ -12,7 +12,7 @@ from deq_phantom_plugin.cli import main
 from deq_phantom_plugin.compare import Settings, compare, load_digits, load_folder, table
 from deq_phantom_plugin.compare.report import write
 from deq_phantom_plugin.compare.training import MethodResult
-from deq_phantom_plugin.diagnostics.cost import peak_bytes
+from deq_phantom_plugin.diagnostics.measure.cost import peak_bytes
 
 CPU = torch.device("cpu")
 FAST = {"f_solver": "fixed_point_iter", "f_max_iter": 4}

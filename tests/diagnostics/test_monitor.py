@@ -235,7 +235,7 @@ def test_what_goes_wrong_is_said_and_does_not_stop_the_training(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("deq_phantom_plugin.diagnostics.monitoring.spectral_radius", fails)
+    monkeypatch.setattr("deq_phantom_plugin.diagnostics.measure.problem.spectral_radius", fails)
     model, log = net(grad=2), Log()
     with (
         dpp.monitor(model, log, every=1),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.cli import main
-from deq_phantom_plugin.diagnostics import report as report_module
+from deq_phantom_plugin.diagnostics.measure import reference
 from deq_phantom_plugin.testing import make_equilibrium
 
 GRADS = [
@@ -106,7 +106,7 @@ def test_checkpointed_steps_are_evaluated_twice():
 def test_large_states_get_a_gmres_reference_whose_residual_is_shown(monkeypatch):
     equilibrium = make_equilibrium([(3, 4)])
     dense = report_on(equilibrium)
-    monkeypatch.setattr(report_module, "_DENSE_COLUMNS", 3)
+    monkeypatch.setattr(reference, "_DENSE_COLUMNS", 3)
     report = report_on(equilibrium)
     assert report.reference.startswith("ift(solver='gmres', tol=1e-08")
     assert 0 < report.reference_residual < 1e-8
@@ -115,15 +115,15 @@ def test_large_states_get_a_gmres_reference_whose_residual_is_shown(monkeypatch)
 
 
 def test_a_reference_that_stalls_is_solved_densely_where_that_fits(monkeypatch):
-    monkeypatch.setattr(report_module, "_DENSE_COLUMNS", 3)
-    monkeypatch.setattr(report_module, "_REFERENCE_VJPS", 2)
+    monkeypatch.setattr(reference, "_DENSE_COLUMNS", 3)
+    monkeypatch.setattr(reference, "_REFERENCE_VJPS", 2)
     report = report_on(make_equilibrium([(3, 4)]))
     assert report.reference == "exact()"
     assert report.reference_residual < 1e-12
 
 
 def test_float32_asks_its_reference_for_no_more_than_float32_has(monkeypatch):
-    monkeypatch.setattr(report_module, "_DENSE_COLUMNS", 3)
+    monkeypatch.setattr(reference, "_DENSE_COLUMNS", 3)
     equilibrium = make_equilibrium([(3, 4)], dtype=torch.float32)
     report = report_on(equilibrium)
     assert "tol=1e-06" in report.reference

@@ -111,13 +111,13 @@ def test_runs_change_sizes_and_sizes_change_the_paper(tmp_path, harness):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("steps: 9", "step: 9", "x.yaml: paper: unknown 'step'; did you mean 'steps'?"),
+        ("steps: 9", "step: 9", "x.yaml: paper: unknown 'step' (did you mean 'steps'?)"),
         ("steps: 9", "steps: many", "x.yaml: paper: steps='many'; expected int"),
         ("steps: 9", "steps: true", "x.yaml: paper: steps=True; expected int"),
         ("steps: 9,", "", "x.yaml: a: no steps"),
         ("grad: 5", "grad: 0.5", "x.yaml: runs: b: grad=0.5; expected str or int"),
         ("select: {smoke: [b]}", "select: {smoke: [c]}", "unknown 'c'"),
-        ("smoke: {steps: 2}", "smok: {}", "unknown 'smok'; did you mean 'smoke'?"),
+        ("smoke: {steps: 2}", "smok: {}", "unknown 'smok' (did you mean 'smoke'?)"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path, harness, old, new, message):
@@ -154,7 +154,7 @@ def test_changes_without_a_value_are_refused(harness):
 def test_the_command_line_names_what_is_wrong(capsys, harness):
     with pytest.raises(SystemExit):
         harness("command").main(experiment("ignn_graphs"), ["--runs", "ugp"])
-    assert "unknown 'ugp'; did you mean 'upg'?" in capsys.readouterr().err
+    assert "unknown 'ugp' (did you mean 'upg'?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin import hosts
+from deq_phantom_plugin.hosts import registry as hosts
 from deq_phantom_plugin.testing import EquilibriumSuite, HostSuite
 from deq_phantom_plugin.testing.host_case import same
 from host_cases import (

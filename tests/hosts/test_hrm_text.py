@@ -10,7 +10,7 @@ import torch
 
 import deq_phantom_plugin as dpp
 from conftest import load_example
-from deq_phantom_plugin import hosts
+from deq_phantom_plugin.hosts import registry as hosts
 from host_cases import HrmTextCase
 
 if HrmTextCase.missing:

@@ -69,11 +69,11 @@ def test_parity_with_the_modes_of_silva_networks(own):
 
 @pytest.mark.parametrize("own", list(PARITY))
 def test_what_an_own_mode_amounts_to_is_what_an_observer_is_told(own):
-    from deq_phantom_plugin.hosts.silva import _equivalent
+    from deq_phantom_plugin.hosts.silva.mode import equivalent
 
     settings, spec = PARITY[own]
     config = SolverConfig(backward_mode=own, **settings)
-    assert type(_equivalent(config)) is type(dpp.get_strategy(spec))
+    assert type(equivalent(config)) is type(dpp.get_strategy(spec))
 
 
 def test_settings_of_the_config_fill_in_what_a_spec_leaves_out():
@@ -258,7 +258,7 @@ def test_while_the_host_only_observes_names_mean_nothing():
 
     before = gradient()  # silva-networks takes unknown modes for implicit
     other = SILVADEQEngine(SolverConfig())
-    from deq_phantom_plugin import hosts
+    from deq_phantom_plugin.hosts import registry as hosts
 
     end = hosts._get("silva").observe(other, lambda solve: None)
     torch.testing.assert_close(gradient(), before)

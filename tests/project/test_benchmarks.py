@@ -202,7 +202,7 @@ import pathlib
 found = {p.name: p.module for p in metadata.entry_points(group="deq_phantom_plugin.hosts")}
 assert found["torchdeq"] == "deq_phantom_plugin.hosts.torchdeq", found
 package = metadata.distribution("deq-phantom-plugin").locate_file("deq_phantom_plugin")
-assert (pathlib.Path(package) / "adapters" / "mdeq.py").is_file()
+assert (pathlib.Path(package) / "adapters" / "mdeq" / "__init__.py").is_file()
 """
 
 

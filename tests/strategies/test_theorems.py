@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.diagnostics import ascent
-from deq_phantom_plugin.diagnostics.ascent import ascent_condition, measured_inner_product
+from deq_phantom_plugin.diagnostics.measure import ascent
+from deq_phantom_plugin.diagnostics.measure.ascent import ascent_condition, measured_inner_product
 from deq_phantom_plugin.testing import make_equilibrium
 
 seeds = st.integers(0, 2**31)

@@ -62,6 +62,11 @@ def evaluate(func: Callable[..., Any], state: State) -> State:
     return func(state) if isinstance(state, Tensor) else list(func(*state))
 
 
+def map_leaves(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """Return a tensor, or a list of tensors, changed."""
+    return function(state) if isinstance(state, Tensor) else [function(leaf) for leaf in state]
+
+
 def like_start(state: State, start: State | None) -> State:
     """Return a list of tensors in the memory formats of the initial state, if that is known."""
     if start is None or isinstance(state, Tensor):

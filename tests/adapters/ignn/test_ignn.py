@@ -20,7 +20,6 @@ from torch_geometric.sampler import BaseSampler, SamplerOutput
 
 import deq_phantom_plugin as dpp
 from conftest import evaluate
-from deq_phantom_plugin import hosts
 from deq_phantom_plugin.adapters.ignn import (
     ACTIVATIONS,
     IGNN,
@@ -32,6 +31,7 @@ from deq_phantom_plugin.adapters.ignn import (
     project_rows,
 )
 from deq_phantom_plugin.contract.errors import AssumptionWarning
+from deq_phantom_plugin.hosts import registry as hosts
 
 TIGHT = {"f_max_iter": 3000, "f_tol": 1e-15}
 EXACT = "ift(tol=1e-13, max_iter=400)"

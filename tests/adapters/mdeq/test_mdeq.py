@@ -338,9 +338,11 @@ def test_size_divisors_of_the_presets():
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match=r"'smal'; did you mean 'small'\? \(valid: tiny, small,"):
+    with pytest.raises(
+        ValueError, match=r"'smal' .did you mean 'small'.*there are 'tiny', 'small',"
+    ):
         MDEQ.from_preset("smal")
-    with pytest.raises(ValueError, match=r"unknown preset 5 \(valid"):
+    with pytest.raises(ValueError, match=r"unknown preset 5; there are"):
         MDEQ.from_preset(5)
 
 

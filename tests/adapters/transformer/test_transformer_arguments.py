@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 
 import pytest
@@ -213,6 +214,14 @@ def test_arguments_that_cannot_act_are_refused(arguments, error, message):
     for model in (make(tight=False), make(tight=False).model):
         with pytest.raises(error, match=message):
             model(tokens(), **arguments)
+
+
+def test_who_gives_an_unknown_argument_is_told_all_that_act():
+    model = make(tight=False)
+    acting = [name for name in inspect.signature(model.forward).parameters if name != "kwargs"]
+    acting += ["shift_labels", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"]
+    with pytest.raises(TypeError, match=f"'anything'; expected {', '.join(acting)}$"):
+        model(tokens(), anything=1)
 
 
 @pytest.mark.parametrize(

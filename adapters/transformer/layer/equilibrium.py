@@ -1,4 +1,4 @@
-"""Equilibrium blocks out of Transformers' own decoder layers."""
+"""A decoder layer as an equilibrium."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 
-from deq_phantom_plugin._plumbing.extras import require
-from deq_phantom_plugin.draws import SameDraws
+from ..solve import EquilibriumInfo, make_equilibrium, solvable, solve, start
+from ..versions import CACHE
+from .around import Collected, Past
+from .masks import layer_mask
 
-from .around_layer import CACHE, Collected, Past, layer_mask
-from .solve import EquilibriumInfo, make_equilibrium, solve
-
-require("transformers.modeling_utils", "text")
-from transformers import Cache, EncoderDecoderCache, PreTrainedConfig  # noqa: E402
-
-__all__ = ["CACHE", "EquilibriumLayer", "deq_from_layer"]
+__all__ = ["EquilibriumLayer", "deq_from_layer"]
 
 
 def _rotary(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
@@ -122,7 +119,7 @@ class EquilibriumLayer(nn.Module):
         layer: the decoder layer.
         config: its config.
         rotary: makes the positions it takes, None for none.
-        deq: of `equilibrium.make_equilibrium`.
+        deq: of `solve.make_equilibrium`.
 
     Attributes:
         last: residual and evaluations of the last forward solve, None before the first.
@@ -157,9 +154,8 @@ class EquilibriumLayer(nn.Module):
             ValueError: if a shape does not fit; on cross-attention.
         """
         func, past = self._problem(hidden_states, args, kwargs)
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         collected = Collected()
-        state, self.last = solve(self.deq, func, torch.zeros_like(hidden_states, dtype=dtype))
+        state, self.last = solve(self.deq, func, start(hidden_states))
         collected.forget()
         if past is not None or collected.wants("attentions"):
             # Once more at the equilibrium, for what the layer leaves behind.
@@ -206,11 +202,10 @@ class EquilibriumLayer(nn.Module):
             settings["position_embeddings"] = self.rotary(x, positions)
 
         def func(state: Tensor) -> Tensor:
-            image = self.norm(self.layer(state.to(x.dtype) + x, **settings)).to(state.dtype)
-            # Padding rests at zero, where it adds nothing to any residual.
-            return image if real is None else image.where(real, 0)
+            image: Tensor = self.norm(self.layer(state + x, **settings))
+            return image
 
-        return SameDraws(func), past
+        return solvable(func, x.dtype, real), past
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the layer by their names."""

@@ -75,26 +75,17 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     """Yield where the numbers of all tensors in a tree are; a sparse tensor has several places."""
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
-            for part in _SPARSE_PARTS.get(leaf.layout, _itself)(leaf):
+            parts = [getattr(leaf, name)() for name in _SPARSE_PARTS.get(leaf.layout, ())]
+            for part in parts or [leaf]:
                 yield part.untyped_storage()
 
 
-def _itself(tensor: Tensor) -> tuple[Tensor, ...]:
-    return (tensor,)
-
-
-def _by_row(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.crow_indices(), tensor.col_indices(), tensor.values()
-
-
-def _by_column(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
-
-
-_SPARSE_PARTS: dict[torch.layout, Callable[[Tensor], tuple[Tensor, ...]]] = {
-    torch.sparse_coo: lambda tensor: (tensor._indices(), tensor._values()),
-    torch.sparse_csr: _by_row,
-    torch.sparse_bsr: _by_row,
-    torch.sparse_csc: _by_column,
-    torch.sparse_bsc: _by_column,
+_BY_ROW = ("crow_indices", "col_indices", "values")
+_BY_COLUMN = ("ccol_indices", "row_indices", "values")
+_SPARSE_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _BY_ROW,
+    torch.sparse_bsr: _BY_ROW,
+    torch.sparse_csc: _BY_COLUMN,
+    torch.sparse_bsc: _BY_COLUMN,
 }

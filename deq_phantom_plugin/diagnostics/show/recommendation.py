@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from ..inspection import REMEDY, in_words
-
-if TYPE_CHECKING:
-    from .report import GradientReport, StrategyResult
+from ...inspection import REMEDY, in_words
+from ..measure.reference import POOR_REFERENCE
+from ..measure.results import Measurement, StrategyResult
 
 _GOOD_COSINE = 0.99
-POOR_REFERENCE = 1e-3  # residual above which a reference is not called one
 _POOR_SOLVE = 1e-2
 _MANY_STEPS = 40
 
 
-def recommend(report: GradientReport) -> list[str]:
+def recommend(report: Measurement) -> list[str]:
     """Return sentences that follow from the numbers of a report.
 
     Whether damping helps is judged by the measured radius of lam J + (1 - lam) I over lam, never
@@ -31,7 +28,7 @@ def recommend(report: GradientReport) -> list[str]:
     return [*sentences, *_about_results(report)]
 
 
-def _caveats(report: GradientReport) -> list[str]:
+def _caveats(report: Measurement) -> list[str]:
     found = []
     random = report.map_difference > 0
     if random:  # then residuals say nothing of solves or of precision
@@ -67,7 +64,7 @@ def _caveats(report: GradientReport) -> list[str]:
     return found
 
 
-def _about_damping(report: GradientReport) -> str:
+def _about_damping(report: Measurement) -> str:
     lam, radius = min(report.damped_radii.items(), key=lambda item: item[1])
     plain = f"rho(dF/dh) is {report.radius:.3g}"
     if radius >= 1:
@@ -91,7 +88,7 @@ def _about_damping(report: GradientReport) -> str:
     )
 
 
-def _about_results(report: GradientReport) -> list[str]:
+def _about_results(report: Measurement) -> list[str]:
     usable = [r for r in report.results if r.cosine is not None and not math.isnan(r.cosine)]
     if not usable:
         return ["No method gave a gradient."]

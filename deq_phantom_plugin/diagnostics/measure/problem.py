@@ -11,14 +11,17 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map_only
 
-from .._plumbing.compilation import as_written
-from ..adjoint import Linearization
-from ..adjoint.probe import with_probe
-from ..attach import attach
-from ..contract.state import CheckedFunc, State, check_equilibrium, flatten, unflatten
-from ..contract.strategy import Context, GradStrategy
-from ..inspection import Findings, inspect_map
+from ..._plumbing.compilation import as_written
+from ...adjoint import Linearization, Packing, relative_norm
+from ...adjoint.probe import with_probe
+from ...attach import attach
+from ...contract.state import CheckedFunc, State, check_equilibrium, flatten, unflatten
+from ...contract.strategy import Context, GradStrategy
+from ...inspection import Findings, inspect_map
+from ...jacobian import spectral_radius
 from .derivatives import as_vector, check_params, reached, short_of_compiled, vjp
+
+_RADIUS_TOL = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,11 @@ class Problem:
         leaves: list[Tensor] = flatten(self.equilibrium)[0]
         return leaves[0].device
 
+    @property
+    def packing(self) -> Packing:
+        """Of the state, by what the context says of samples."""
+        return Packing(flatten(self.equilibrium)[0], self.context.sample_dim)
+
     def cotangent(self, state: State) -> list[Tensor]:
         """Return v = dL/dh at a state, a tensor a leaf.
 
@@ -72,12 +80,6 @@ class Problem:
                 )
             )
 
-    def pull_back(
-        self, attached: State, v: Sequence[Tensor], to: Sequence[Tensor | GradientEdge]
-    ) -> list[Tensor]:
-        """Return the gradient of <v, attached> with respect to tensors; zero where none flows."""
-        return vjp(flatten(attached)[0], to, v)
-
     def attach(self, strategy: GradStrategy, func: Callable[[State], State] | None = None) -> State:
         """Return the equilibrium attached by a strategy, to F unless another map is given."""
         with torch.enable_grad():
@@ -91,11 +93,11 @@ class Problem:
         probed, probes = with_probe(counted, self.equilibrium)
         attached = self.attach(strategy, probed)
         v = self.cotangent(attached)
-        grads = self.pull_back(attached, v, [*self.params, *self.edges, *probes])
+        grads = vjp(flatten(attached)[0], [*self.params, *self.edges, *probes], v)
         split = len(self.params) + len(self.edges)
         return Gradient(
             as_vector(grads[:split]),
-            self._residual(v, grads[split:]),
+            self._adjoint_residual(v, grads[split:]),
             counted.n_evaluations,
             counted.n_vjp,
         )
@@ -163,9 +165,25 @@ class Problem:
         with torch.no_grad():
             image = flatten(CheckedFunc(self._written, self.equilibrium)(self.equilibrium))[0]
         state = flatten(self.equilibrium)[0]
-        return _norm([f - h for f, h in zip(image, state, strict=True)]) / max(
-            _norm(image), torch.finfo(torch.float64).tiny
+        return _residual([f - h for f, h in zip(image, state, strict=True)], image)
+
+    def radii(self, lams: Sequence[float], max_iter: int) -> dict[float, float]:
+        """Return rho(lam J + (1 - lam) I) for each lam, the largest of the batch.
+
+        Args:
+            lams: damping factors.
+            max_iter: the most products a factor.
+        """
+        found = spectral_radius(
+            self.func,
+            self.equilibrium,
+            lams,
+            batch_dim=self.context.batch_dim,
+            tol=_RADIUS_TOL,
+            max_iter=max_iter,
         )
+        largest = [float(radius.max()) if radius.numel() else 0.0 for radius in found]
+        return dict(zip(lams, largest, strict=True))
 
     def inspect(self) -> Findings:
         """Find out whether F mixes samples, and whether it is the same map each time."""
@@ -173,22 +191,23 @@ class Problem:
         told = self.context.batch_dim
         return inspect_map(func, self.equilibrium, 0 if isinstance(told, str) else told)
 
-    def settled(self, coupled: bool | None) -> Problem:
-        """Return the same problem as strategies see it, with what was to be found out."""
+    def settled(self, coupled: bool | None) -> tuple[Problem, Problem]:
+        """Return the same problem as strategies see it, and as it is.
+
+        They differ where F mixes samples that were said to be independent.
+
+        Args:
+            coupled: whether F mixes samples, as was found out.
+        """
+        whole = replace(self, context=replace(self.context, batch_dim=None))
         if self.context.batch_dim != "auto":
-            return self
-        return (
-            self.coupled() if coupled else replace(self, context=replace(self.context, batch_dim=0))
-        )
+            return self, whole if coupled else self
+        told = whole if coupled else replace(self, context=replace(self.context, batch_dim=0))
+        return told, told
 
-    def coupled(self) -> Problem:
-        """Return the same problem with the batch treated as one system."""
-        return replace(self, context=replace(self.context, batch_dim=None))
-
-    def _residual(self, v: Sequence[Tensor], g: Sequence[Tensor]) -> float:
+    def _adjoint_residual(self, v: Sequence[Tensor], g: Sequence[Tensor]) -> float:
         image = self.linearize().vjp(g)
-        error = [vi - gi + ji for vi, gi, ji in zip(v, g, image, strict=True)]
-        return _norm(error) / max(_norm(v), torch.finfo(torch.float64).tiny)
+        return _residual([vi - gi + ji for vi, gi, ji in zip(v, g, image, strict=True)], v)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,16 +230,6 @@ class Gradient:
     def norm(self) -> float:
         """||dL/dtheta||."""
         return float(torch.linalg.vector_norm(self.vector))
-
-    def cosine(self, other: Gradient) -> float:
-        """Return the cosine to another gradient; NaN if either is zero."""
-        scale = self.norm * other.norm
-        return float(self.vector @ other.vector) / scale if scale > 0 else float("nan")
-
-    def relative_error(self, reference: Gradient) -> float:
-        """Return ||this - reference|| / ||reference||; NaN if the reference is zero."""
-        error = float(torch.linalg.vector_norm(self.vector - reference.vector))
-        return error / reference.norm if reference.norm > 0 else float("nan")
 
 
 def check_scalar(loss: Any) -> Tensor:
@@ -264,5 +273,6 @@ class _Counted:
         self.n_vjp += 1
 
 
-def _norm(leaves: Sequence[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(as_vector(leaves)))
+def _residual(error: Sequence[Tensor], of: Sequence[Tensor]) -> float:
+    """Return ||error|| / ||of||, all leaves together."""
+    return float(relative_norm(as_vector(error)[None], as_vector(of)[None]))

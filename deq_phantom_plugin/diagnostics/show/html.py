@@ -7,13 +7,11 @@ import html
 import io
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .._plumbing.extras import require
-from .render import HEADER, cells, facts, n_columns
-
-if TYPE_CHECKING:
-    from .report import GradientReport, StrategyResult
+from ..._plumbing.extras import require
+from ..measure.results import Measurement, StrategyResult
+from .text import HEADER, cells, facts, n_columns
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem;
@@ -36,17 +34,17 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = "osD^vPX"
 
 
-def page(reports: Sequence[GradientReport], title: str) -> str:
+def page(reports: Sequence[tuple[Measurement, Sequence[str]]], title: str) -> str:
     """Return the page.
 
     Args:
-        reports: one a section.
+        reports: what was measured, and the advice on it; one a section.
         title: of the page.
 
     Raises:
         ImportError: without matplotlib.
     """
-    body = "\n".join(_section(report) for report in reports)
+    body = "\n".join(_section(report, advice) for report, advice in reports)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -56,17 +54,17 @@ def page(reports: Sequence[GradientReport], title: str) -> str:
     )
 
 
-def _section(report: GradientReport) -> str:
+def _section(report: Measurement, advice: Sequence[str]) -> str:
     known = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
         for name, value in facts(report)
     )
     head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADER[: n_columns(report)])
     rows = "".join(_row(result, n_columns(report)) for result in report.results)
-    advice = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in report.recommendation)
+    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in advice)
     return (
         f'<h2>{html.escape(report.name)}</h2>\n<table class="facts">{known}</table>\n'
-        f"<ul>{advice}</ul>\n"
+        f"<ul>{items}</ul>\n"
         f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>\n{_figures(report)}'
     )
 
@@ -80,7 +78,7 @@ def _row(result: StrategyResult, n: int) -> str:
     return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(result)[:n]) + "</tr>"
 
 
-def _figures(report: GradientReport) -> str:
+def _figures(report: Measurement) -> str:
     usable = [r for r in report.results if r.error is None and r.backward_seconds is not None]
     figures = [
         _figure(
@@ -138,7 +136,7 @@ def _draw_errors(axes: Any, results: Sequence[StrategyResult]) -> None:
     axes.legend(fontsize=7)
 
 
-def _draw_radii(axes: Any, report: GradientReport) -> None:
+def _draw_radii(axes: Any, report: Measurement) -> None:
     lams = sorted(report.damped_radii)
     axes.plot(lams, [report.damped_radii[lam] for lam in lams], "o-", color=_COLOURS[0])
     axes.axhline(1, color=_COLOURS[1], linestyle="--")

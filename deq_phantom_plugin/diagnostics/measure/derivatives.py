@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -109,6 +110,18 @@ def as_vector(tensors: Sequence[Tensor]) -> Tensor:
     """Return all elements in one vector of float64, complex ones as pairs, without a graph."""
     parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
     return torch.cat([part.detach().to(parts[0].device, torch.float64).flatten() for part in parts])
+
+
+def cosine(a: Tensor, b: Tensor, of_zero: float = math.nan) -> float:
+    """Return the cosine of the angle between two vectors; `of_zero` if either is zero."""
+    scale = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    return float(a @ b) / scale if scale > 0 else of_zero
+
+
+def relative_error(a: Tensor, reference: Tensor) -> float:
+    """Return ||a - reference|| / ||reference||; NaN if the reference is zero."""
+    scale = float(torch.linalg.vector_norm(reference))
+    return float(torch.linalg.vector_norm(a - reference)) / scale if scale > 0 else math.nan
 
 
 def check_params(params: Iterable[Tensor]) -> list[Tensor]:

@@ -1,14 +1,12 @@
-"""A report as text for the terminal."""
+"""A report as text for the terminal; a page has the same words and numbers."""
 
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from .._plumbing.output import text_table
-
-if TYPE_CHECKING:
-    from .report import GradientReport, StrategyResult
+from ..._plumbing.output import text_table
+from ..measure.results import Measurement, StrategyResult
 
 HEADER = (
     "strategy",
@@ -48,13 +46,13 @@ def cells(result: StrategyResult) -> list[str]:
     ]
 
 
-def n_columns(report: GradientReport) -> int:
+def n_columns(report: Measurement) -> int:
     """Return how many columns there are: the last only where it was measured."""
     measured = any(result.second_order_error is not None for result in report.results)
     return len(HEADER) if measured else len(HEADER) - 1
 
 
-def facts(report: GradientReport) -> list[tuple[str, str]]:
+def facts(report: Measurement) -> list[tuple[str, str]]:
     """Return what a report says of the equilibrium itself, as names and values."""
     samples = (
         f"{report.batch_size} samples, " if report.batch_size is not None else "samples coupled, "
@@ -80,7 +78,7 @@ def facts(report: GradientReport) -> list[tuple[str, str]]:
     ]
 
 
-def as_text(report: GradientReport) -> str:
+def as_text(report: Measurement, advice: Sequence[str]) -> str:
     """Return a report as a table, with what it was measured on above and advice below."""
     known = facts(report)
     width = max(len(name) for name, _ in known)
@@ -94,6 +92,6 @@ def as_text(report: GradientReport) -> str:
         if result.error is not None:
             lines += ["", f"{result.strategy} failed: {result.error}"]
     lines.append("")
-    for sentence in report.recommendation:
+    for sentence in advice:
         lines += textwrap.wrap(sentence, 100, initial_indent="* ", subsequent_indent="  ")
     return "\n".join(lines)

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._plumbing.compilation import as_written
-from ..adjoint import Linearization
-from ..adjoint.probe import with_probe
-from ..attach import attach
-from ..contract.errors import NonFiniteError
-from ..contract.state import CheckedFunc, State, check_equilibrium, flatten
-from ..contract.strategy import BackwardStats, Context
-from ..strategies import IFT
-from ..strategies.arguments import positive_float
-from ..strategies.registry import Spec
-from .derivatives import as_vector, check_params, reached, vjp
+from ..._plumbing.compilation import as_written
+from ...adjoint import Linearization
+from ...adjoint.probe import with_probe
+from ...attach import attach
+from ...contract.errors import NonFiniteError
+from ...contract.state import CheckedFunc, State, check_equilibrium, flatten
+from ...contract.strategy import BackwardStats, Context
+from ...strategies import IFT
+from ...strategies.arguments import positive_float
+from ...strategies.registry import Spec
+from .derivatives import as_vector, check_params, cosine, reached, vjp
 
 _BYTE_LIMIT = 2**30  # that all dense matrices may take
 _STATE_LIMIT = 2**12  # elements of the state: each costs a backward pass of F and of the strategy
@@ -124,54 +124,18 @@ def ascent_condition(
     """
     func = as_written(func)
     graph, thetas, cotangents = _problem(func, equilibrium, params, loss_grad)
-    d_h = sum(v.numel() for v in cotangents)
-    d_theta = sum(theta.numel() for theta in thetas)
-    _check_size(d_h, d_theta)
+    _check_size(sum(v.numel() for v in cotangents), sum(theta.numel() for theta in thetas))
     probed, probes = with_probe(func, equilibrium)
     attached = _attach(probed, equilibrium, grad, context)
-    v = as_vector(cotangents)
 
     exact = _dense(graph.outputs, [*thetas, *graph.inputs], "func")
     phantom = _dense(attached, [*thetas, *probes], "the strategy")
     measured = as_vector(vjp(attached, [*thetas, *probes], cotangents))
     _check_finite("the strategy", measured)
+    v = as_vector(cotangents)
     phantom += torch.outer(measured - phantom @ v, v / (v @ v))
-    to_params, transposed = exact[:d_theta], exact[d_theta:]
-    a, d = phantom[:d_theta], phantom[d_theta:]
-    identity = torch.eye(d_h, dtype=v.dtype, device=v.device)
-    system = identity - transposed
-
     eps = max(torch.finfo(tensor.dtype).eps for tensor in [*thetas, *cotangents])
-    stretches = torch.linalg.svdvals(system)
-    if not stretches[-1] > eps * stretches[0]:
-        raise ValueError(
-            "I - J^T is singular to the dtype's precision: F has no exact gradient at this "
-            "equilibrium, 1 is an eigenvalue of its Jacobian"
-        )
-    singular = torch.linalg.svdvals(to_params)
-    largest = float(singular[0])
-    smallest = float(singular[d_h - 1]) if d_theta >= d_h else 0.0
-    inverse_kappa = smallest / largest if largest > 0 else 0.0
-    lhs = float(torch.linalg.matrix_norm(a @ system - to_params, 2))
-    remark_lhs = float(torch.linalg.matrix_norm(d @ system - identity, 2))
-
-    # What rounding every entry does to the left-hand sides, in the dtype of the measurement.
-    rounding, stretch = 10 * eps, float(stretches[0])
-    norm_u, norm_a, norm_d = (float(torch.linalg.matrix_norm(m)) for m in (to_params, a, d))
-    is_product = float(torch.linalg.matrix_norm(a - to_params @ d)) <= rounding * largest * norm_d
-    slack = rounding * (norm_a * stretch + norm_u)
-    # Twice: for D's own rounding, and for that of A = (dF/dtheta) D.
-    remark_slack = 2 * rounding * (norm_d * stretch + math.sqrt(d_h))
-    return AscentCondition(
-        lhs=lhs,
-        rhs=smallest * inverse_kappa,
-        holds=lhs + slack < smallest * inverse_kappa,
-        remark_lhs=remark_lhs,
-        remark_rhs=inverse_kappa**2,
-        remark_holds=is_product and remark_lhs + remark_slack < inverse_kappa**2,
-        # The solve is backward stable: its error is one in I - J^T, which the slack covers.
-        inner_product=float(measured[:d_theta] @ (to_params @ torch.linalg.solve(system, v))),
-    )
+    return _conditions(exact, phantom, measured, v, eps)
 
 
 def measured_inner_product(
@@ -217,8 +181,53 @@ def measured_inner_product(
     wanted = as_vector(vjp(attached, thetas, cotangents))
     _check_finite("the strategy", found)
     inner = float(found @ wanted)
-    norms = float(torch.linalg.vector_norm(found) * torch.linalg.vector_norm(wanted))
-    return MeasuredInnerProduct(inner, inner / norms if norms > 0 else 0.0, residuals[-1])
+    return MeasuredInnerProduct(inner, cosine(found, wanted, of_zero=0.0), residuals[-1])
+
+
+def _conditions(
+    exact: Tensor, phantom: Tensor, measured: Tensor, v: Tensor, eps: float
+) -> AscentCondition:
+    """Compare dF/dtheta on top of J^T with A on top of D, of which `measured` is the product by v.
+
+    Raises:
+        ValueError: if I - J^T is singular.
+    """
+    d_h, d_theta = len(v), len(measured) - len(v)
+    to_params, transposed = exact[:d_theta], exact[d_theta:]
+    a, d = phantom[:d_theta], phantom[d_theta:]
+    identity = torch.eye(d_h, dtype=v.dtype, device=v.device)
+    system = identity - transposed
+
+    stretches = torch.linalg.svdvals(system)
+    if not stretches[-1] > eps * stretches[0]:
+        raise ValueError(
+            "I - J^T is singular to the dtype's precision: F has no exact gradient at this "
+            "equilibrium, 1 is an eigenvalue of its Jacobian"
+        )
+    singular = torch.linalg.svdvals(to_params)
+    largest = float(singular[0])
+    smallest = float(singular[d_h - 1]) if d_theta >= d_h else 0.0
+    inverse_kappa = smallest / largest if largest > 0 else 0.0
+    lhs = float(torch.linalg.matrix_norm(a @ system - to_params, 2))
+    remark_lhs = float(torch.linalg.matrix_norm(d @ system - identity, 2))
+
+    # What rounding every entry does to the left-hand sides, in the dtype of the measurement.
+    rounding, stretch = 10 * eps, float(stretches[0])
+    norm_u, norm_a, norm_d = (float(torch.linalg.matrix_norm(m)) for m in (to_params, a, d))
+    is_product = float(torch.linalg.matrix_norm(a - to_params @ d)) <= rounding * largest * norm_d
+    slack = rounding * (norm_a * stretch + norm_u)
+    # Twice: for D's own rounding, and for that of A = (dF/dtheta) D.
+    remark_slack = 2 * rounding * (norm_d * stretch + math.sqrt(d_h))
+    return AscentCondition(
+        lhs=lhs,
+        rhs=smallest * inverse_kappa,
+        holds=lhs + slack < smallest * inverse_kappa,
+        remark_lhs=remark_lhs,
+        remark_rhs=inverse_kappa**2,
+        remark_holds=is_product and remark_lhs + remark_slack < inverse_kappa**2,
+        # The solve is backward stable: its error is one in I - J^T, which the slack covers.
+        inner_product=float(measured[:d_theta] @ (to_params @ torch.linalg.solve(system, v))),
+    )
 
 
 def _problem(
