@@ -51,7 +51,8 @@ class Layer(nn.Module):
 
 def run(deq, layer, **kwargs):
     """All outputs, and the gradients of a loss that sees every sampled state."""
-    outs, info = deq(layer, layer.zeros(), **kwargs)
+    with torch.set_grad_enabled(deq.training):
+        outs, info = deq(layer, layer.zeros(), **kwargs)
     flat = [leaf for out in outs for leaf in (out if isinstance(out, list) else [out])]
     if not deq.training:
         return flat, [], info

@@ -907,7 +907,8 @@ def test_a_schedule_follows_the_step_that_the_model_tells():
 
 def test_outside_training_it_is_the_equilibrium():
     model = Layer("upg").eval()
-    out = model(torch.randn(3, 4))
+    with pytest.warns(dpp.AssumptionWarning, match="in evaluation mode"):
+        out = model(torch.randn(3, 4))
     assert not out.requires_grad
 
 

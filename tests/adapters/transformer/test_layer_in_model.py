@@ -408,10 +408,11 @@ def test_packed_documents_are_told_apart_by_a_layer(training, mask, attention):
         mask = torch.ones(2, 7, dtype=torch.long)
         for row, column in hidden:
             mask[row, column] = 0
-    state = block(x, mask, positions)
     real = torch.ones(2, 7, dtype=torch.bool) if mask is None else mask > 0
-    first = block(x[:, :4], None if mask is None else mask[:, :4])
-    second = block(x[:, 4:], None if mask is None else mask[:, 4:])
+    with torch.set_grad_enabled(training):
+        state = block(x, mask, positions)
+        first = block(x[:, :4], None if mask is None else mask[:, :4])
+        second = block(x[:, 4:], None if mask is None else mask[:, 4:])
     close(state[real], torch.cat([first, second], dim=1)[real])
 
 
@@ -421,10 +422,11 @@ def test_packed_documents_in_the_model(kind, training):
     ours = convert(language_model(kind), (0, 1, 2)).train(training)
     ids = tokens(1, 7)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
-    for inputs in ({}, {"use_cache": False}):
-        logits = ours(ids, position_ids=positions, **inputs).logits
-        close(logits[:, :4], ours(ids[:, :4]).logits)
-        close(logits[:, 4:], ours(ids[:, 4:]).logits)
+    with torch.set_grad_enabled(training):
+        for inputs in ({}, {"use_cache": False}):
+            logits = ours(ids, position_ids=positions, **inputs).logits
+            close(logits[:, :4], ours(ids[:, :4]).logits)
+            close(logits[:, 4:], ours(ids[:, 4:]).logits)
 
 
 # --- what the model around does ------------------------------------------------------------------

@@ -578,8 +578,8 @@ def test_copies_after_a_forward(copied):
     ids = tokens()
     with pytest.warns(dpp.AssumptionWarning, match="not through its Jacobian regulariser"):
         gradients(model, ids)
-    twin = copied(model)
-    assert torch.equal(evaluate(model, ids).logits, evaluate(twin, ids).logits)
+        twin = copied(model)
+        assert torch.equal(evaluate(model, ids).logits, evaluate(twin, ids).logits)
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
     assert twin.lm_head.weight is not model.lm_head.weight
 
