@@ -554,6 +554,7 @@ def test_each_process_of_a_trainer_has_a_file_of_its_own(tmp_path):
 # --- strategies in files ------------------------------------------------------------------------
 
 SPECS = [
+    "tbptt(k=2)",
     "bptt(steps=3)",
     "exact",
     "guard('jfb', on_failure='raise', forward_tol=0.3)",

@@ -541,7 +541,7 @@ def test_what_a_run_dies_of_is_recorded_and_kept(losses, error, tmp_path, harnes
     )
     assert "0 (1 failed)" in table
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    (row,) = csv.DictReader((tmp_path / "runs.csv").open())
+    (row,) = csv.DictReader((tmp_path / "runs.csv").read_text().splitlines())
     assert row == {
         "run": "a",
         "repeat": "0",

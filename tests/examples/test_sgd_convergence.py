@@ -171,7 +171,7 @@ def test_the_quick_run_writes_its_figure_and_its_numbers(tmp_path, capsys):
     image = (figures / "sgd_convergence.png").read_bytes()
     assert image.startswith(b"\x89PNG")
     assert image.rstrip().endswith(b"IEND\xaeB`\x82")
-    rows = list(csv.DictReader((figures / "sgd_convergence.csv").open()))
+    rows = list(csv.DictReader((figures / "sgd_convergence.csv").read_text().splitlines()))
     oracles = {row["oracle"] for row in rows}
     assert set(example.STRATEGIES) < oracles
     assert len(oracles) == len(example.STRATEGIES) + len(example.PERTURBATIONS)
@@ -197,7 +197,9 @@ def test_bad_arguments_are_told_before_the_work(tmp_path, capsys, monkeypatch):
 
 def test_the_figure_in_the_repository_is_of_this_experiment():
     rows = list(
-        csv.DictReader((Path(example.__file__).parent / "figures/sgd_convergence.csv").open())
+        csv.DictReader(
+            (Path(example.__file__).parent / "figures/sgd_convergence.csv").read_text().splitlines()
+        )
     )
     toy = example.Toy.draw()
     curve = example.descend(toy, "exact", toy.perturbed(0.0), 100)

@@ -28,6 +28,7 @@ BUILT_IN = [
     "reversible",
     "schedule",
     "shine",
+    "tbptt",
     "upg",
 ]
 
