@@ -43,7 +43,7 @@ wheel: $(VENV)/.installed  ## install the built wheel into an empty environment 
 NEWEST_TORCH ?= 2.14.1
 
 .PHONY: compat compat-newest
-compat:  ## the oldest and the newest packages that are admitted; COMPAT="tests/test_ignn.py -x"
+compat:  ## the oldest and the newest packages that are admitted; COMPAT="tests/forward -x"
 	@# An environment is made once: remove it to see what is the newest today.
 	PYTHON=$(PYTHON) bash .ci/compat oldest $(COMPAT)
 	PYTHON=$(PYTHON) bash .ci/compat newest $(COMPAT)
@@ -53,11 +53,12 @@ compat-newest:  ## the newest PyTorch too, with deepinv and a torchvision for it
 
 .PHONY: test-silva test-deepinv
 test-silva: .venv-silva/.installed  ## silva-networks as a host, in an environment of its own
-	.venv-silva/bin/python -m pytest tests/test_host_suite.py tests/test_silva.py -k "silva or hosts"
+	.venv-silva/bin/python -m pytest tests/hosts/test_host_suite.py tests/hosts/test_silva.py \
+		-k "silva or two_hosts"
 
 test-deepinv: .venv-deepinv/.installed  ## deepinv as a host, in an environment of its own: 6 GB
-	.venv-deepinv/bin/python -m pytest tests/test_host_suite.py tests/test_deepinv.py \
-		-k "deepinv or hosts"
+	.venv-deepinv/bin/python -m pytest tests/hosts/test_host_suite.py tests/hosts/test_deepinv.py \
+		-k "deepinv or two_hosts"
 
 .PHONY: test-peers test-peers-transformers test-peers-deepinv test-peers-silva
 test-peers:  ## other projects' suites with ours at work; says what is missing and how to get it

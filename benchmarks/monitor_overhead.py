@@ -16,11 +16,11 @@ import torch
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.output import text_table
 from deq_phantom_plugin.adapters.mdeq import MDEQ
 from deq_phantom_plugin.compare import load_digits
-from deq_phantom_plugin.diagnostics.cost import now
+from deq_phantom_plugin.diagnostics.measure.cost import now
 from deq_phantom_plugin.diagnostics.monitoring import DEFAULT_EVERY
-from deq_phantom_plugin.output import text_table
 
 EVERY = 5
 

@@ -11,21 +11,34 @@ or without any framework:
     h = eq(func, h0)
 """
 
+from . import _moved
 from .attach import attach
 from .checkpoint import load_memory_state_dict, memory_state_dict
+from .contract.errors import AssumptionWarning, ConvergenceError, ConvergenceWarning, NonFiniteError
+from .contract.memory import Memory
+from .contract.state import State
+from .contract.strategy import BackwardStats, Context, GradStrategy
 from .diagnostics import gradient_report, model_report, monitor
 from .equilibrium import Equilibrium
-from .errors import AssumptionWarning, ConvergenceError, ConvergenceWarning, NonFiniteError
-from .guard import Guard
 from .hosts import disable, enable, enabled, register_host
 from .jacobian import jacobian_reg, spectral_radius
-from .memory import Memory
-from .registry import get_strategy, list_strategies, register_strategy
+from .loop import loop
 from .regularization import JacobianRegularization
-from .schedule import Schedule
-from .state import State
-from .strategies import BPTT, IFT, JFB, NPG, NPGRR, SHINE, UPG, Exact, Reversible
-from .strategy import BackwardStats, Context, GradStrategy
+from .strategies import (
+    BPTT,
+    IFT,
+    JFB,
+    NPG,
+    NPGRR,
+    SHINE,
+    TBPTT,
+    UPG,
+    Exact,
+    Guard,
+    Reversible,
+    Schedule,
+)
+from .strategies.registry import get_strategy, list_strategies, register_strategy
 from .switch import failures, set_grad, set_step
 
 __version__ = "0.1.0"
@@ -37,6 +50,7 @@ __all__ = [
     "NPG",
     "NPGRR",
     "SHINE",
+    "TBPTT",
     "UPG",
     "AssumptionWarning",
     "BackwardStats",
@@ -63,6 +77,7 @@ __all__ = [
     "jacobian_reg",
     "list_strategies",
     "load_memory_state_dict",
+    "loop",
     "memory_state_dict",
     "model_report",
     "monitor",
@@ -72,3 +87,5 @@ __all__ = [
     "set_step",
     "spectral_radius",
 ]
+
+_moved.install()

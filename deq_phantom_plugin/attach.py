@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ._plumbing.transforms import as_constants, in_forward_mode
+from .contract.state import CheckedFunc, State, check_equilibrium, flatten, ordinary, unflatten
+from .contract.strategy import Context, GradStrategy
 from .inspection import settled
-from .registry import Spec, get_strategy
-from .state import CheckedFunc, State, check_equilibrium, flatten, ordinary, unflatten
-from .strategy import Context, GradStrategy
-from .transforms import as_constants, in_forward_mode
+from .strategies.registry import Spec, get_strategy
 
 
 def attach(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .memory import Memory, check_leaf, is_dense
+from .contract.memory import Memory, check_leaf, is_dense
 from .switch import check_module
 
 # Names that DataParallel and averages, `torch.compile`, FSDP and activation checkpointing put in.

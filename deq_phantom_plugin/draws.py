@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .buffers import Buffers
-from .compilation import as_written, may_be_compiled
-from .state import State, flatten
+from ._plumbing.buffers import Buffers
+from ._plumbing.compilation import as_written, may_be_compiled
+from ._plumbing.random_state import forked_rng, is_same, random_state, set_random_state
+from .contract.state import State, flatten
 
 
 class SameDraws:
@@ -42,7 +42,7 @@ class SameDraws:
         if not self._draws:
             return self._func(*state)
         with forked_rng(leaves):
-            _set_random_state(leaves, self._start)
+            set_random_state(leaves, self._start)
             return as_written(self._func)(*state)
 
     def _first(self, state: tuple[State, ...], leaves: Sequence[Tensor]) -> Any:
@@ -65,41 +65,5 @@ class SameDraws:
         if not (self._draws and may_be_compiled()):
             return image
         with forked_rng(leaves):
-            _set_random_state(leaves, start)
+            set_random_state(leaves, start)
             return as_written(self._func)(*state)
-
-
-def random_state(leaves: Iterable[Tensor]) -> list[Tensor]:
-    """Return the random state of the CPU and of the leaves' devices."""
-    others = [module.get_rng_state(*of) for module, of in _generators(leaves)]
-    return [torch.get_rng_state(), *others]
-
-
-def is_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether nothing was drawn between two random states."""
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@contextmanager
-def forked_rng(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """Put the random state back after a `with` block: the CPU's and that of the leaves' devices."""
-    leaves = list(leaves)
-    before = random_state(leaves)
-    try:
-        yield
-    finally:
-        _set_random_state(leaves, before)
-
-
-def _set_random_state(leaves: Iterable[Tensor], states: Sequence[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for (module, of), state in zip(_generators(leaves), states[1:], strict=True):
-        module.set_rng_state(state, *of)
-
-
-def _generators(leaves: Iterable[Tensor]) -> Iterator[tuple[Any, tuple[torch.device, ...]]]:
-    """Yield PyTorch's module of each of the leaves' devices but the CPU, and which device."""
-    for device in sorted({leaf.device for leaf in leaves}, key=str):
-        if device.type not in ("cpu", "meta"):
-            # There is one generator for all of Apple's.
-            yield torch.get_device_module(device), () if device.type == "mps" else (device,)

@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .attaching import Attaching
-from .cached_weights import made_anew
-from .calls import Calls
-from .compilation import never_compiled
-from .errors import AssumptionWarning, ConvergenceWarning, warn_once
-from .evaluation import attaches, watched
+from ._plumbing.cached_weights import made_anew
+from ._plumbing.calls import Calls, Counted
+from ._plumbing.compilation import never_compiled
+from ._plumbing.late_read import LateRead
+from ._plumbing.once import warn_once
+from ._plumbing.trial import Trial
+from .contract.errors import AssumptionWarning, ConvergenceWarning
+from .contract.state import CheckedFunc, State, check_equilibrium, flatten
+from .contract.strategy import BatchDim, Context, GradStrategy
 from .forward import ForwardSolution, anderson, broyden, fixed_point
-from .hosts.host import relative_residual
+from .hosts.attaching import Attaching
+from .hosts.evaluation import attaches, watched
+from .hosts.solve import relative_residual, tell
 from .inspection import settled
-from .late_read import LateRead
-from .registry import Spec
-from .state import CheckedFunc, State, check_equilibrium, flatten
+from .loop import Growing, looped, repeated
 from .strategies.arguments import positive_int
-from .strategy import BatchDim, Context
-from .trial import Trial
+from .strategies.registry import Spec, get_strategy
 
 SOLVERS: Mapping[str, Callable[..., ForwardSolution]] = MappingProxyType(
     {"anderson": anderson, "broyden": broyden, "fixed_point": fixed_point}
@@ -40,11 +42,12 @@ class LastSolve:
     """The last solve of an `Equilibrium`; nothing in it carries an autograd graph.
 
     Attributes:
-        residual: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,); (1,) where they are one.
+        residual: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,); (1,) where they are one. None
+            of a loop of `steps`, which does not look: `dpp.model_report` and `dpp.monitor` tell.
         nfe: evaluations of F that the solve took for the batch, an integer tensor of shape ().
     """
 
-    residual: Tensor
+    residual: Tensor | None
     nfe: Tensor
 
 
@@ -72,6 +75,8 @@ class Equilibrium(Attaching):
             by default that is found out at the first equilibrium in training.
         grad_in_eval: whether the gradient is attached in evaluation mode too, for forces, saliency
             maps and attacks.
+        steps: the number of evaluations of a loop that takes the place of a solver, as recursive
+            models have it: see `dpp.loop`. It looks at no residual.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
@@ -89,6 +94,8 @@ class Equilibrium(Attaching):
         ValueError: if an argument is out of range; says what is accepted.
     """
 
+    steps: int | None
+
     def __init__(
         self,
         solver: Solver = "anderson",
@@ -98,10 +105,19 @@ class Equilibrium(Attaching):
         tol: float | None = None,
         batch_dim: BatchDim = "auto",
         grad_in_eval: bool = False,
+        steps: int | None = None,
     ) -> None:
+        self.__dict__["steps"] = None if steps is None else positive_int("steps", steps)
         super().__init__(grad, batch_dim, grad_in_eval)
         self.solver, self.max_iter, self.tol = solver, max_iter, tol
-        if callable(solver):
+        if steps is not None:
+            for name, value in (("max_iter", max_iter), ("tol", tol)):
+                if value is not None or solver != "anderson":
+                    raise ValueError(
+                        f"steps={steps!r} beside solver={solver!r}, {name}={value!r}; a loop of so "
+                        "many evaluations has none of them"
+                    )
+        elif callable(solver):
             if max_iter is not None:
                 raise ValueError(
                     f"max_iter={max_iter!r} beside a function as solver, which has its own limit; "
@@ -123,6 +139,10 @@ class Equilibrium(Attaching):
         self._late: tuple[torch.device, LateRead] | None = None
         self._own: Tensor | None = None  # residual of a strategy that owns the solve
 
+    def strategy_of(self, spec: Spec) -> GradStrategy:
+        """Return the strategy that a spec names here: one that owns a loop takes its steps."""
+        return get_strategy(spec, None if self.steps is None else {"steps": self.steps})
+
     def forward(self, func: Callable[[State], State], start: State) -> State:
         """Return the equilibrium, in a state like the initial one.
 
@@ -138,16 +158,12 @@ class Equilibrium(Attaching):
         """
         begin = tree_map(_detached, start)
         check_equilibrium(begin, finite=False)
-        context, calls = self.context(start), Calls()
-
-        def counted(state: State) -> State:
-            calls.note()
-            return func(state)
-
-        counted.__wrapped__ = func  # type: ignore[attr-defined]
+        if self.steps is not None:
+            return self._loop(func, start, begin, self.steps)
+        context, counted = self.context(start), Counted(func)
         if self.solving(context) is not None:
             attached = self.attached(counted, begin, context, 0)
-            self._note(func, tree_map(_detached, attached), None, calls, context)
+            self._note(func, tree_map(_detached, attached), None, counted.calls, context)
             return attached
         if self._own is not None and self.grad.resolve(context).owns_solve:
             self._say_another_solve(self._own)
@@ -158,10 +174,27 @@ class Equilibrium(Attaching):
             found, residual, context = self._by_function(in_solve, begin, context)
         else:
             found, residual, context = self._by_name(func, in_solve, begin, context)
-        nfe = self._note(func, found, residual, calls, context)
+        nfe = self._note(func, found, residual, counted.calls, context)
         if not attaches(self):
             return found
         return self.attached(func, found, context, nfe, residual)
+
+    def _loop(
+        self, func: Callable[[State], State], start: State, begin: State, steps: int
+    ) -> State:
+        """Return the state after a loop; see `dpp.loop`."""
+        self.last = LastSolve(None, torch.tensor(steps))
+        if not attaches(self):
+            with torch.no_grad():
+                return repeated(Growing(watched(self, func)), begin, steps)
+        context = self.context(start)
+        strategy = self.grad.resolve(context).within(steps)
+        attached = looped(func, start, steps, strategy, context)
+        observers = [callback for (callback,) in self.observers] if self.training else []
+        if observers:
+            found = tree_map(_detached, attached)
+            tell(observers, func, found, attached, strategy, context, steps)
+        return attached
 
     def _by_function(
         self, func: Callable[[State], State], begin: State, context: Context
@@ -283,9 +316,12 @@ class Equilibrium(Attaching):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "last": None, "_late": None, "_own": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"steps": None, **state})  # pickles from before loops lack it
+
     def extra_repr(self) -> str:
         """Show the settings."""
-        settings = ("max_iter", "tol", "batch_dim", "grad_in_eval")
+        settings = ("max_iter", "tol", "batch_dim", "grad_in_eval", "steps")
         shown = (f"{name}={getattr(self, name)!r}" for name in settings)
         return ", ".join([f"solver={self.solver!r}", f"grad={self.grad!r}", *shown])
 

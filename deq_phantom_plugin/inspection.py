@@ -18,14 +18,15 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
+from ._plumbing.compilation import never_compiled
+from ._plumbing.once import warn_once
+from ._plumbing.random_state import forked_rng, is_same, random_state
+from ._plumbing.transforms import in_torch_func
+from ._plumbing.trial import Trial
 from .adjoint import Linearization, Packing, mixes_samples
-from .compilation import never_compiled
-from .draws import forked_rng, is_same, random_state
-from .errors import AssumptionWarning, warn_once
-from .state import State, flatten
-from .strategy import Context
-from .transforms import in_torch_func
-from .trial import Trial
+from .contract.errors import AssumptionWarning
+from .contract.state import State, flatten
+from .contract.strategy import Context
 
 # Kernels on a GPU may add in another order each time. Where random state or a buffer moved, that is
 # measured, by two evaluations of the same; such pairs differ by chance, hence the factor. Without a
@@ -92,7 +93,6 @@ def in_words(difference: float, reasons: Sequence[str]) -> str:
     return f"evaluated twice at one state, it differs by {difference:.1e} of its size ({known})"
 
 
-@never_compiled
 def settled(
     context: Context, func: Callable[[State], State], equilibrium: State, cares: bool = True
 ) -> Context:
@@ -121,10 +121,23 @@ def settled(
         return replace(context, batch_dim=0)
     if in_torch_func():  # where nobody can look; one system is right for any map
         return replace(context, batch_dim=None)
-    memory, key = context.memory, (f"{structure}", *_identity(func))
+    found = _found(context, func, equilibrium, f"{structure}", packing.rows)
+    return replace(context, batch_dim=None if found.coupled else 0)
+
+
+@never_compiled
+def _found(
+    context: Context,
+    func: Callable[[State], State],
+    equilibrium: State,
+    structure: str,
+    rows: int,
+) -> Findings:
+    """Return what is known of F, or is found out now."""
+    memory, key = context.memory, (structure, *_identity(func))
     known = None if memory is None else memory.findings.get((memory.training, *key))
     found: Findings | None = known
-    if found is None or found.is_due or (found.coupled is None and packing.rows > 1):
+    if found is None or found.is_due or (found.coupled is None and rows > 1):
         found = inspect_map(func, equilibrium)
         _say(found)
         if memory is not None:
@@ -132,7 +145,7 @@ def settled(
                 found = replace(found, uses=known.uses)
             _forget_the_dead(memory.findings)
             memory.findings[(memory.training, *key)] = found
-    return replace(context, batch_dim=None if found.coupled else 0)
+    return found
 
 
 def _check_told(batch_dim: int | None, leaves: Sequence[Tensor]) -> None:

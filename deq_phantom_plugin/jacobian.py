@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._plumbing.compilation import as_written, never_compiled
+from ._plumbing.once import warn_once
+from ._plumbing.precision import full_precision
+from ._plumbing.second_order import DoubleBackward
+from ._plumbing.transforms import as_constants, refuse_in_torch_func
+from ._plumbing.trial import Trial
 from .adjoint import Linearization, Packing, mixes_samples
-from .adjoint.spectrum import leading_eigenvalue, random_start
-from .compilation import as_written, never_compiled
-from .errors import warn_once
+from .adjoint.spectrum import LeadingEigenvalue, leading_eigenvalue, random_start
+from .contract.errors import ConvergenceWarning
+from .contract.state import CheckedFunc, State, check_equilibrium, flatten, unflatten
+from .contract.strategy import BatchDim, check_batch_dim
 from .inspection import say_coupled
-from .precision import full_precision
-from .second_order import DoubleBackward
-from .state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from .strategies.arguments import positive_float, positive_int
-from .strategy import BatchDim, check_batch_dim
-from .transforms import as_constants, refuse_in_torch_func
-from .trial import Trial
 
 SPECTRAL_RADIUS_TOL = 1e-3
 
@@ -126,24 +127,38 @@ def spectral_radius(
     random = start = random_start(packing)
     radii = []
     for factor in factors:
-
-        def apply(x: Tensor, factor: Any = factor) -> Tensor:
-            image = packing.pack(graph.vjp(packing.unpack(x)))
-            return image if factor is None else torch.lerp(x, image, factor)
-
-        with torch.no_grad(), full_precision(packing.device):
-            found = leading_eigenvalue(apply, start, tol=tol, max_vjp=max_iter, basis=20)
-        if not (found.residual <= tol).all():
-            warn_once(
-                "spectral_radius",
-                f"spectral_radius: after {found.n_vjp} vector-Jacobian products the leading Ritz "
-                f"pair has residual {found.residual.max():.1e}, above tol={tol:.1e}; raise "
-                "max_iter or tol",
-            )
+        found = _leading(graph, packing, factor, start, tol, max_iter)
         radii.append(found.radius if packing.batch_dim is not None else found.radius.squeeze(0))
         # The last eigenvector alone would be an invariant space that hides a new leading one.
         start = found.vector + random / torch.linalg.vector_norm(random, dim=1, keepdim=True)
     return torch.stack(radii) if isinstance(lam, Sequence) else radii[0]
+
+
+def _leading(
+    graph: Linearization,
+    packing: Packing,
+    factor: float | None,
+    start: Tensor,
+    tol: float,
+    max_vjp: int,
+) -> LeadingEigenvalue:
+    """Return the leading eigenvalue of the map damped by a factor; warns where it is not exact."""
+
+    def apply(x: Tensor) -> Tensor:
+        image = packing.pack(graph.vjp(packing.unpack(x)))
+        return image if factor is None else torch.lerp(x, image, factor)
+
+    with torch.no_grad(), full_precision(packing.device):
+        found = leading_eigenvalue(apply, start, tol=tol, max_vjp=max_vjp, basis=20)
+    if not (found.residual <= tol).all():
+        warn_once(
+            "spectral_radius",
+            f"spectral_radius: after {found.n_vjp} vector-Jacobian products the leading Ritz "
+            f"pair has residual {found.residual.max():.1e}, above tol={tol:.1e}; raise "
+            "max_iter or tol",
+            ConvergenceWarning,
+        )
+    return found
 
 
 def _packing(graph: Linearization, batch_dim: BatchDim) -> Packing:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from .evaluation import check_flag
+from .contract.memory import LARGEST_STEP, Memory
 from .hosts import find_equilibria, what_is_found
-from .memory import LARGEST_STEP, Memory
-from .registry import Spec, get_strategy
+from .strategies.arguments import boolean
+from .strategies.registry import Spec, get_strategy
 
 # Models without anything to tell the step to, of which that was said; `set_step` is called often.
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -44,7 +44,7 @@ def set_grad(module: nn.Module, spec: Spec | list[Spec], *, in_eval: bool | None
         warnings.warn(f"set_grad: {what_is_found(module)}", stacklevel=2)
     switches = [host.prepare_grad(equilibrium, spec) for host, equilibrium in found]
     if in_eval is not None:
-        check_flag("in_eval", in_eval)
+        boolean("in_eval", in_eval)
         switches += [host.prepare_in_eval(equilibrium, in_eval) for host, equilibrium in found]
     for switch in switches:
         switch()

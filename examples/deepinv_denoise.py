@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.extras import require
-from deq_phantom_plugin.output import text_table
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import text_table
 
 OWN: dict[str, dict[str, Any]] = {"own": {}, "jacobian_free": {"jacobian_free": True}}
 PATCH = 32

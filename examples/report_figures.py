@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.output import write_whole
 from deq_phantom_plugin.adapters.mdeq import MDEQ
 from deq_phantom_plugin.compare import load_digits
 from deq_phantom_plugin.diagnostics import GradientReport, ModelReport
-from deq_phantom_plugin.output import write_whole
 
 GRADS = ("ift", "upg", "npg", "npg(k=15)", "jfb")
 FIGURES = ("errors", "radii", "memory")  # in the order of a report's page

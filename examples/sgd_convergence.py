@@ -46,8 +46,8 @@ import torch
 from torch import Tensor
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.extras import require
-from deq_phantom_plugin.output import text_table, write_whole
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import text_table, write_whole
 
 RUNS = 32
 PERTURBATIONS = (0.0, 0.1, 0.3, 1.0)

@@ -1,3 +1,4 @@
+# Longer than 400 lines: one file to copy, which begins with what was found.
 """Figure 1 of the supplement: what solvers and phantom gradients do near ||J|| = 1.
 
     python examples/synthetic.py [--quick] [--out FOLDER]
@@ -65,10 +66,10 @@ import torch
 from torch import Tensor
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import text_table, write_whole
 from deq_phantom_plugin.adjoint import solve
 from deq_phantom_plugin.adjoint.probe import with_probe
-from deq_phantom_plugin.extras import require
-from deq_phantom_plugin.output import text_table, write_whole
 
 N, D = 32, 128
 LEVELS = (0.9, 0.99, 0.999, 0.9999)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.diagnostics.cost import peak_bytes
-from deq_phantom_plugin.extras import require
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import text_table
+from deq_phantom_plugin.diagnostics.measure.cost import peak_bytes
 from deq_phantom_plugin.hosts import find_equilibria
-from deq_phantom_plugin.output import text_table
 
 OWN = "own"
 ROUNDS = 5
@@ -78,6 +78,17 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> flo
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return float(loss.detach())
+
+
+def step_seconds(runs: Mapping[str, Sequence[Any]], ids: Tensor) -> dict[str, float]:
+    """Return the seconds of a step of each model, taken in turn so that all see one machine."""
+    seconds: dict[str, list[float]] = {grad: [] for grad in runs}
+    for _ in range(ROUNDS):
+        for grad, (model, optimizer, *_) in runs.items():
+            begin = time.perf_counter()
+            train_step(model, optimizer, ids)
+            seconds[grad].append(time.perf_counter() - begin)
+    return {grad: statistics.median(times) for grad, times in seconds.items()}
 
 
 @torch.no_grad()
@@ -140,12 +151,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         ]
         runs[grad] = (model, optimizer, losses, validation_loss(model, data[cut:], args))
     ids = batch(data[:cut], args.steps, args)
-    seconds: dict[str, list[float]] = {grad: [] for grad in runs}
-    for _ in range(ROUNDS):
-        for grad, (model, optimizer, *_) in runs.items():
-            begin = time.perf_counter()
-            train_step(model, optimizer, ids)
-            seconds[grad].append(time.perf_counter() - begin)
+    seconds = step_seconds(runs, ids)
     rows = []
     for grad, (model, optimizer, losses, validation) in runs.items():
         peak = peak_bytes(lambda m=model, o=optimizer: train_step(m, o, ids), torch.device("cpu"))
@@ -154,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> str:
                 grad,
                 f"{statistics.fmean(losses[-10:]):.3f}",
                 f"{validation:.3f}",
-                f"{1e3 * statistics.median(seconds[grad]):.1f}",
+                f"{1e3 * seconds[grad]:.1f}",
                 f"{peak / 2**20:.1f}",
                 f"{residual(model, ids):.1e}",
             ]

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import text_table, write_whole
 from deq_phantom_plugin.adapters.ignn import IGNN
-from deq_phantom_plugin.extras import require
-from deq_phantom_plugin.output import text_table, write_whole
 
 GCN = "gcn (3 layers)"
 HIDDEN = 16  # channels of all networks

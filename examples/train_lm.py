@@ -1,3 +1,4 @@
+# Longer than 400 lines: one file to copy, with data, training, checkpoints and figure.
 """A deep equilibrium language model on a text file, by gradient method.
 
     python examples/train_lm.py                        # Python's own language reference
@@ -34,8 +35,8 @@ import torch
 from torch import Tensor
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.extras import require
-from deq_phantom_plugin.output import text_table, write_whole
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import text_table, write_whole
 
 require("transformers", "text")
 from deq_phantom_plugin.adapters.transformer import (  # noqa: E402

@@ -3,63 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import why_not
 from deq_phantom_plugin.adapters.ignn import IGNNConv
-from deq_phantom_plugin.extras import why_not
 from deq_phantom_plugin.hosts.hrm_text import HrmText
 from deq_phantom_plugin.patching import Equilibrium
-
-
-class Case:
-    """A host, and how its framework is used.
-
-    Attributes:
-        name: the host's.
-        missing: why the case cannot run here; empty if it can.
-        own: a gradient that is the framework's own.
-        patched: (module, attribute) pairs, as dotted names, that the host changes.
-    """
-
-    name: ClassVar[str]
-    missing: ClassVar[str] = ""
-    own: ClassVar[Any]
-    patched: ClassVar[tuple[tuple[str, str], ...]]
-    remembers: ClassVar[bool] = True  # whether a model that is made with a name has a memory
-    pickles: ClassVar[bool] = True  # whether the framework's own models do
-    owns_solve: ClassVar[bool] = True  # whether strategies that own the solve are taken
-    exact: ClassVar[str] = "ift(tol=1e-12, max_iter=400)"
-    precision: ClassVar[float] = 1e-8  # of that one's gradient
-    channels: ClassVar[int] = 5  # the size of dimension 1 inside F
-    width: ClassVar[int] = 5  # the size of its last dimension
-
-    def model(self, grad: Any, inside: nn.Module | None = None) -> nn.Module:
-        """Return a model in float64, of the same weights each time, with a module inside F."""
-        raise NotImplementedError
-
-    def inside(self, kind: str) -> nn.Module:
-        """Return a module for inside F that draws numbers or updates its buffers."""
-        torch.manual_seed(1)
-        if kind == "dropout":
-            return nn.Dropout(0.3)
-        if kind == "batch norm":
-            return nn.BatchNorm1d(self.channels)
-        return spectral_norm(nn.Linear(self.width, self.width))
-
-    def loss(self, model: nn.Module) -> Tensor:
-        """Return a loss of the model in training, on the same data each time."""
-        raise NotImplementedError
-
-    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the gradient of every parameter that has one."""
-        model.zero_grad()
-        self.loss(model).backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+from deq_phantom_plugin.testing import HostCase
 
 
 def without(*packages: str) -> str:
@@ -67,8 +21,9 @@ def without(*packages: str) -> str:
     return "; ".join(why for why in map(why_not, packages) if why)
 
 
-class TorchDEQCase(Case):
+class TorchDEQCase(HostCase):
     name = "torchdeq"
+    copies_observers = True  # its hooks are those of modules
     missing = without("torchdeq")
     own = 2
     patched = (
@@ -104,7 +59,7 @@ class TorchDEQCase(Case):
         return (model(x) * torch.linspace(0, 1, 5, dtype=torch.float64)).square().sum()
 
 
-class HrmTextCase(Case):
+class HrmTextCase(HostCase):
     name = "hrm_text"
     missing = (
         HrmText().why_broken() if HrmText().installed() else "no Transformers that has hrm_text"
@@ -155,7 +110,7 @@ class HrmTextCase(Case):
         return model(ids, labels=ids).loss
 
 
-class SilvaCase(Case):
+class SilvaCase(HostCase):
     name = "silva"
     remembers = False
     missing = without("silva_networks")
@@ -203,7 +158,7 @@ class SilvaCase(Case):
         return a.square().sum() + (a[:, :2] * b).sum()
 
 
-class DeepInvCase(Case):
+class DeepInvCase(HostCase):
     name = "deepinv"
     missing = without("deepinv") and f"{without('deepinv')}; `make test-deepinv`"
     own = None
@@ -260,7 +215,7 @@ class DeepInvCase(Case):
         return deepinv.physics.Denoising()
 
 
-class IgnnCase(Case):
+class IgnnCase(HostCase):
     """Takes names by itself; there is nothing to hook."""
 
     name = "ignn"
@@ -277,7 +232,7 @@ class IgnnCase(Case):
         return (model(x, edges) * torch.linspace(0, 1, 5, dtype=torch.float64)).square().sum()
 
 
-class PatchedCase(Case):
+class PatchedCase(HostCase):
     """What `deq-phantom patch` makes of a model with a solve of its own; nothing to hook."""
 
     name = "own"
@@ -328,6 +283,3 @@ class OwnCase(PatchedCase):
 
 
 CASES = [TorchDEQCase(), HrmTextCase(), SilvaCase(), DeepInvCase()]
-
-# Those whose framework is our own need not pass what is about hooks.
-OBSERVED = [*CASES, IgnnCase(), PatchedCase(), OwnCase()]

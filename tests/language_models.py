@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from deq_phantom_plugin.adapters.transformer import (
-    DEQTransformerConfig,
-    DEQTransformerForCausalLM,
-)
+from deq_phantom_plugin.adapters.transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 
 TIGHT = {"f_solver": "broyden", "f_max_iter": 80, "f_tol": 1e-13}
 VOCAB = 23
@@ -60,6 +57,7 @@ def solved(model, ids, **kwargs):
     handle = model.model.deq.register_forward_hook(
         lambda _, args, out: found.append((args[0], out[0][-1].detach()))
     )
-    model(ids, **kwargs)
+    with torch.set_grad_enabled(model.training):
+        model(ids, **kwargs)
     handle.remove()
     return found[0]

@@ -16,7 +16,7 @@ from torch import nn
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.adjoint import Linearization, Packing, mixes_samples
-from deq_phantom_plugin.errors import AssumptionWarning
+from deq_phantom_plugin.contract.errors import AssumptionWarning
 from deq_phantom_plugin.inspection import inspect_map
 
 SOLVERS = ("gmres", "fixed_point", "anderson", "broyden", "bicgstab")

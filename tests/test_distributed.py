@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch.distributed
 
-DRIVER = Path(__file__).parent / "drivers" / "distributed.py"
+from conftest import DRIVERS
+
+DRIVER = DRIVERS / "distributed.py"
 sys.path.append(str(DRIVER.parent))
 
 from distributed import CASES, HOSTED, HOSTS, SPECS, STEPS  # noqa: E402

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from conftest import DRIVERS
 
 pytest.importorskip("torchdeq")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-DRIVER = Path(__file__).parent / "drivers" / "trainer.py"
+DRIVER = DRIVERS / "trainer.py"
 sys.path.append(str(DRIVER.parent))
 
 from trainer import RUNNERS, SPECS  # noqa: E402

@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 import deq_phantom_plugin as dpp
-from conftest import NESTINGS, make_equilibrium
-from deq_phantom_plugin import hosts
 from deq_phantom_plugin.cli import main
 from deq_phantom_plugin.forward import broyden
 from deq_phantom_plugin.hosts import Host, PatchingHost, attach_observed, find_equilibria
+from deq_phantom_plugin.hosts import registry as hosts
+from deq_phantom_plugin.testing import NESTINGS, make_equilibrium
 
 SOLVERS = ["anderson", "broyden", "fixed_point"]
 TIGHT = {"tol": 1e-11, "max_iter": 500}
@@ -182,9 +182,9 @@ def test_coupled_samples_are_found_out_and_solved_as_one(solver):
     eye = torch.eye(6, dtype=torch.float64)
     want = torch.linalg.solve(eye - a, u)
     slope = torch.linalg.solve(eye - a.T, torch.ones_like(u)) @ want.T
-    with pytest.warns(dpp.AssumptionWarning, match="batch_dim"):
+    with pytest.warns(dpp.AssumptionWarning, match="batch_dim"):  # solving, and attaching
         equilibrium(lambda h: weight @ h + u, torch.zeros_like(u))
-    h = equilibrium(lambda h: weight @ h + u, torch.zeros_like(u))
+        h = equilibrium(lambda h: weight @ h + u, torch.zeros_like(u))
     assert equilibrium.last.residual.shape == (1,)
     torch.testing.assert_close(h, want, rtol=1e-8, atol=1e-8)
     (got,) = torch.autograd.grad(h.sum(), weight)

@@ -23,15 +23,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from patching import ADAPTER, checkout, tree
 
 import deq_phantom_plugin as dpp
-from conftest import make_equilibrium
-from deq_phantom_plugin import entry_points, hosts, registry
+from deq_phantom_plugin._plumbing import entry_points
 from deq_phantom_plugin.cli import main
+from deq_phantom_plugin.hosts import registry as hosts
 from deq_phantom_plugin.patching.adapter import Edit, known_adapters
 from deq_phantom_plugin.patching.repository import RECORD, git
 from deq_phantom_plugin.patching.rewrite import SeamError, fingerprint, rewrite
+from deq_phantom_plugin.strategies import registry
+from deq_phantom_plugin.testing import make_equilibrium
+from tiny_repository import ADAPTER, checkout, tree
 
 CASES = int(os.environ.get("DEQ_PHANTOM_CASES", 30))
 SECONDS = 120  # for one case, on a busy machine; a hang is a failure

@@ -53,7 +53,7 @@ def language_model(grad):
 def decoder_layer(grad):
     pytest.importorskip("torchdeq")
     transformers = pytest.importorskip("transformers")
-    from deq_phantom_plugin.adapters.deq_layer import deq_from_layer
+    from deq_phantom_plugin.adapters.transformer.layer import deq_from_layer
 
     # The frequencies of dynamic scaling are kept from call to call.
     config = transformers.LlamaConfig(
@@ -91,8 +91,8 @@ def gradients(model, args):
     return torch.autograd.grad(loss, wanted, allow_unused=True)
 
 
-@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.errors.AssumptionWarning")
-@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.errors.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.contract.errors.AssumptionWarning")
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.contract.errors.ConvergenceWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_trained_after_inference_mode(case):
     model, args = CASES[case]()

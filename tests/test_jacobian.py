@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deq_phantom_plugin as dpp
-from conftest import equilibria, make_equilibrium
+from conftest import equilibria
+from deq_phantom_plugin.testing import make_equilibrium
 
 
 def linear(matrix: torch.Tensor):

@@ -105,7 +105,7 @@ def test_adjoint_solvers_keep_single_precision(solver, batch, monkeypatch):
         return found
 
     function = SOLVERS[solver]
-    monkeypatch.setattr("deq_phantom_plugin.adjoint.SOLVERS", {**SOLVERS, solver: spy})
+    monkeypatch.setattr("deq_phantom_plugin.adjoint.system.SOLVERS", {**SOLVERS, solver: spy})
     spec = f"ift(solver={solver!r}, tol=1e-2)"
     got = gradient(Model(spec), batch, torch.bfloat16)
     assert seen == {torch.float32}

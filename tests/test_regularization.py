@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import deq_phantom_plugin as dpp
-from conftest import make_equilibrium
+from conftest import evaluate
 from deq_phantom_plugin import JacobianRegularization
+from deq_phantom_plugin.testing import make_equilibrium
 
 
 def problem():
@@ -138,4 +139,4 @@ def test_mdeq_knows_the_step(mdeq):
     assert mdeq(x, jac_reg=schedule)[1] == 0
     dpp.set_step(mdeq, 10)
     assert mdeq(x, jac_reg=schedule)[1] > 0
-    assert mdeq.eval()(x, jac_reg=schedule)[1] == 0
+    assert evaluate(mdeq, x, jac_reg=schedule)[1] == 0

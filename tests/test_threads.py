@@ -15,10 +15,11 @@ from torchdeq import core, get_deq, solver
 from torchdeq.utils import arg_utils
 
 import deq_phantom_plugin as dpp
-from conftest import make_equilibrium
-from deq_phantom_plugin import hosts, registry
 from deq_phantom_plugin.hosts import patches
+from deq_phantom_plugin.hosts import registry as hosts
 from deq_phantom_plugin.hosts import torchdeq as host
+from deq_phantom_plugin.strategies import registry
+from deq_phantom_plugin.testing import make_equilibrium
 
 MODELS = [*((OwnLoop, spec) for spec in SPECS), *((Hosted, spec) for spec in HOSTED)]
 DRAWS = "npg_rr"  # from the generator that threads share
@@ -91,7 +92,7 @@ def test_replicas_in_threads_give_the_gradient_of_the_whole(make, spec):
     at_once(*(lambda part=part: step(part) for part in x))
     got = [p.grad for p in model.parameters() if p.grad is not None]
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-    assert host._calls.by_deq == {}
+    assert host.core.calls.by_deq == {}
 
 
 @pytest.mark.usefixtures("hooked")
@@ -268,7 +269,7 @@ def test_disabled_in_the_middle_of_a_forward_pass(spec):
             run(func)
     else:
         torch.testing.assert_close(run(func), want)
-    assert host._calls.by_deq == {}
+    assert host.core.calls.by_deq == {}
 
 
 # --- exceptions and interrupts ----------------------------------------------------------------
@@ -284,7 +285,7 @@ def surroundings():
         torch._C._autograd._top_saved_tensors_default_hooks(True) is None,
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
-        dict(host._calls.by_deq),
+        dict(host.core.calls.by_deq),
         registry._depth.get(),
         dict(registry._defaults.get()),
     )

@@ -64,7 +64,7 @@ NOT_FOR_US = {
             "test_model_rope_scaling_from_config_2_yarn",
         ],
         "runs a model without scaling on more tokens than its max_position_embeddings, which ours "
-        "refuses; tests/test_transformer_arguments.py has what scaling does",
+        "refuses; tests/adapters/transformer/test_transformer_arguments.py has what scaling does",
     ),
     "test_retain_grad_hidden_states_attentions": "expects a gradient of the attentions: ours are "
     "read off at the equilibrium, and its gradient does not pass through them",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from deq_phantom_plugin.diagnostics.cost import _storages
+from deq_phantom_plugin.diagnostics.measure.cost import _storages
 
 MIB = 2**20
 

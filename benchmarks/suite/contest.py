@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from deq_phantom_plugin.diagnostics.cost import peak_bytes
+from deq_phantom_plugin.diagnostics.measure.cost import peak_bytes
 
 from .accounting import MIB, Counted, saved_bytes
 from .report import RatioRow, Results, Row

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.extras import why_not
-from deq_phantom_plugin.state import State
+from deq_phantom_plugin._plumbing.extras import why_not
+from deq_phantom_plugin.contract.state import State
 
 from .contest import Unavailable
 from .timing import Run

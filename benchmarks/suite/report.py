@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deq_phantom_plugin.output import write_whole
+from deq_phantom_plugin._plumbing.output import write_whole
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.state import State
+from deq_phantom_plugin.contract.state import State
 
 from .accounting import Counted
 from .contest import Settings, Unavailable

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..second_order import graph_nodes
+from .._plumbing.second_order import graph_nodes
 
 R = TypeVar("R")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..late_read import LateRead
+from .._plumbing.late_read import LateRead
 from .fixed_point import fixed_point
 from .progress import Apply, Progress, Solution
 

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cached_weights import made_anew
-from ..compilation import as_written, never_compiled
-from ..precision import AutocastState, full_precision
-from ..second_order import DoubleBackward
-from ..state import State, flatten, unflatten
-from ..transforms import carries_tangent, no_forward_mode, refuse_in_torch_func, sample_by_sample
+from .._plumbing.cached_weights import made_anew
+from .._plumbing.compilation import as_written, never_compiled
+from .._plumbing.precision import AutocastState, full_precision
+from .._plumbing.second_order import DoubleBackward
+from .._plumbing.transforms import (
+    carries_tangent,
+    no_forward_mode,
+    refuse_in_torch_func,
+    sample_by_sample,
+)
+from ..contract.state import State, flatten, unflatten
 from .captured import call_with, find_captured
 from .linearization import in_format
 

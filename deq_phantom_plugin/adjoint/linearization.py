@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compilation import eager, never_compiled
-from ..precision import full_precision
-from ..state import State, flatten, unflatten
-from ..transforms import (
+from .._plumbing.compilation import eager, never_compiled
+from .._plumbing.precision import full_precision
+from .._plumbing.transforms import (
     Adjoint,
     no_forward_mode,
     no_second_derivative,
     refuse_in_torch_func,
     sample_by_sample,
 )
+from ..contract.state import State, flatten, unflatten
 from .packing import Packing
 
 # Where torch (before 2.8) cannot say which hooks are on top, the stack can.

@@ -102,6 +102,17 @@ class Packing:
         ]
 
 
+def relative_norm(error: Tensor, of: Tensor) -> Tensor:
+    """Return ||error|| / ||of|| of each row, shape (B,); of zero by zero it is zero.
+
+    Args:
+        error: rows of a packing, shape (B, D).
+        of: what they are the error of.
+    """
+    norm, size = torch.linalg.vector_norm(error, dim=1), torch.linalg.vector_norm(of, dim=1)
+    return torch.where(norm == 0, norm, norm / size)
+
+
 def _batch_size(leaves: Sequence[Tensor], batch_dim: int | None) -> int | None:
     if batch_dim is None:
         return None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..state import State, flatten, unflatten
+from ..contract.state import State, flatten, unflatten
 
 
 def with_probe(

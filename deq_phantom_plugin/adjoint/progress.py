@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
-from ..late_read import LateRead
+from .._plumbing.late_read import LateRead
+from ..contract.errors import NonFiniteError
+from .packing import relative_norm
 
 Apply = Callable[[Tensor], Tensor]
 """x -> J^T x on (B, D) matrices."""
@@ -184,9 +185,7 @@ class Progress:
         """
         if self._rounding is None:
             # By a factor that is no power of two, all numbers are rounded otherwise.
-            change = torch.linalg.vector_norm(1.5 * self.apply(x / 1.5) - image, dim=1)
-            size = torch.linalg.vector_norm(image, dim=1)
-            relative = torch.where(size > 0, change / torch.where(size > 0, size, 1), 0)
+            relative = relative_norm(1.5 * self.apply(x / 1.5) - image, image)
             self._rounding = relative.amax() if len(relative) else relative.sum()
         return self._rounding
 

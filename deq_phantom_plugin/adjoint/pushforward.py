@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..compilation import as_written
-from ..state import State, flatten, unflatten
-from ..transforms import as_constants, once_differentiable
+from .._plumbing.compilation import as_written
+from .._plumbing.transforms import as_constants, once_differentiable
+from ..contract.state import State, flatten, unflatten
 
 
 class Pushforward:

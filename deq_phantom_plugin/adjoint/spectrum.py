@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..contract.errors import NonFiniteError
 from .packing import Packing
 from .progress import Apply
 
@@ -48,31 +48,11 @@ def leading_eigenvalue(
     Raises:
         NonFiniteError: if a product is NaN or infinite.
     """
-    batch, size = start.shape
-    basis = min(basis, size)
     vector = start / torch.linalg.vector_norm(start, dim=1, keepdim=True)
     n_vjp = 0
     while True:
-        length = min(basis, max_vjp - n_vjp)
-        vectors = start.new_zeros(batch, length + 1, size)
-        hessenberg = start.new_zeros(batch, length, length)
-        vectors[:, 0] = vector
-        below = start.new_zeros(batch)
-        for j in range(length):
-            image = apply(vectors[:, j])
-            scale = torch.linalg.vector_norm(image, dim=1)
-            for _ in range(2):
-                part = (vectors[:, : j + 1] @ image[:, :, None]).squeeze(2)
-                image = image - (part[:, None] @ vectors[:, : j + 1]).squeeze(1)
-                hessenberg[:, : j + 1, j] += part
-            below = torch.linalg.vector_norm(image, dim=1)
-            # What rounding leaves of an invariant space is no direction.
-            below = torch.where(below > 10 * torch.finfo(image.dtype).eps * scale, below, 0)
-            if j + 1 < length:
-                hessenberg[:, j + 1, j] = below
-            vectors[:, j + 1] = torch.where(
-                (below > 0)[:, None], image / torch.where(below > 0, below, 1)[:, None], 0
-            )
+        length = min(basis, start.shape[1], max_vjp - n_vjp)
+        vectors, hessenberg, below = _arnoldi(apply, vector, length)
         n_vjp += length
         if not torch.isfinite(hessenberg).all():
             raise NonFiniteError(
@@ -85,14 +65,39 @@ def leading_eigenvalue(
         ritz = coordinates.gather(2, leading[:, None, None].expand(-1, length, 1)).squeeze(2)
         residual = below * ritz[:, -1].abs()
         residual = torch.where(residual > 0, residual / radius, 0)
-        real = (ritz.real[:, None] @ vectors[:, :length]).squeeze(1)
-        imaginary = (ritz.imag[:, None] @ vectors[:, :length]).squeeze(1)
+        real = (ritz.real[:, None] @ vectors).squeeze(1)
+        imaginary = (ritz.imag[:, None] @ vectors).squeeze(1)
         # An eigenvector's phase is arbitrary; its larger part is the safer one to go on from.
         norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in (real, imaginary)]
         vector = torch.where(norms[0] >= norms[1], real, imaginary)
         vector = vector / torch.maximum(*norms)
         if n_vjp >= max_vjp or (residual <= tol).all():
             return LeadingEigenvalue(radius, vector, residual, n_vjp)
+
+
+def _arnoldi(apply: Apply, start: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an orthonormal basis, J^T in it, and the norm of what the last product adds."""
+    batch, size = start.shape
+    vectors = start.new_zeros(batch, length + 1, size)
+    hessenberg = start.new_zeros(batch, length, length)
+    vectors[:, 0] = start
+    below = start.new_zeros(batch)
+    for j in range(length):
+        image = apply(vectors[:, j])
+        scale = torch.linalg.vector_norm(image, dim=1)
+        for _ in range(2):
+            part = (vectors[:, : j + 1] @ image[:, :, None]).squeeze(2)
+            image = image - (part[:, None] @ vectors[:, : j + 1]).squeeze(1)
+            hessenberg[:, : j + 1, j] += part
+        below = torch.linalg.vector_norm(image, dim=1)
+        # What rounding leaves of an invariant space is no direction.
+        below = torch.where(below > 10 * torch.finfo(image.dtype).eps * scale, below, 0)
+        if j + 1 < length:
+            hessenberg[:, j + 1, j] = below
+        vectors[:, j + 1] = torch.where(
+            (below > 0)[:, None], image / torch.where(below > 0, below, 1)[:, None], 0
+        )
+    return vectors[:, :length], hessenberg, below
 
 
 def random_start(packing: Packing) -> Tensor:

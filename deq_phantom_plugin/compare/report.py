@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..extras import require
-from ..output import text_table, write_whole
+from .._plumbing.extras import require
+from .._plumbing.output import text_table, write_whole
 from .training import EXACT, MethodResult
 
 TARGET_ACCURACY = 0.9

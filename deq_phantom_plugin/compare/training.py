@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..diagnostics.cost import now, peak_bytes
-from ..registry import get_strategy
+from ..diagnostics.measure.cost import now, peak_bytes
+from ..strategies.registry import get_strategy
 from ..switch import set_grad, set_step
 from .data import Dataset
 
@@ -130,38 +131,28 @@ def _train(
     set_grad(model, spec)
     optimizer = torch.optim.Adam(model.parameters(), settings.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    generator = torch.Generator().manual_seed(settings.seed)
     torch.manual_seed(settings.seed)
     losses: list[float] = []
-    seconds: list[float] = []
     times: list[tuple[float, float]] = []
 
-    def step(images: Tensor, labels: Tensor) -> Tensor:
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, float, float]:
+        """Return the loss, and the seconds of the step and of its backward pass."""
+        begin = now(device)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
-        marks = [now(device)]
+        before = now(device)
         loss.backward()
-        marks.append(now(device))
+        after = now(device)
         optimizer.step()
-        times.append((marks[1] - marks[0], now(device)))
-        return loss
+        return loss, now(device) - begin, after - before
 
     model.train()
-    elapsed, order = 0.0, torch.empty(0, dtype=torch.long)
-    for number in range(settings.steps):
-        if len(order) < settings.batch_size:
-            order = torch.randperm(len(data.train_labels), generator=generator)
-        chosen, order = order[: settings.batch_size], order[settings.batch_size :]
-        images, labels = data.train_images[chosen].to(device), data.train_labels[chosen].to(device)
+    for number, (images, labels) in enumerate(_batches(data, settings, device)):
         set_step(model, number)
-        begin = now(device)
-        loss = step(images, labels)
-        backward, end = times.pop()
+        loss, total, backward = step(images, labels)
         scheduler.step()
-        times.append((end - begin, backward))
-        elapsed += end - begin
+        times.append((total, backward))
         losses.append(loss.item())
-        seconds.append(elapsed)
         on_step(spec, number + 1, losses[-1])
 
     accuracy = _accuracy(model, data, settings)
@@ -169,7 +160,7 @@ def _train(
     labels = data.train_labels[: settings.batch_size].to(device)
     cosine, residual = _cosine(model, spec, data, device)
     peak = peak_bytes(lambda: step(images, labels), device)
-    counted = times[_WARM_UP : settings.steps] or times[: settings.steps]
+    counted = times[_WARM_UP:] or times
     return MethodResult(
         spec=spec,
         step_seconds=statistics.median(total for total, _ in counted),
@@ -179,8 +170,21 @@ def _train(
         exact_residual=residual,
         peak_bytes=peak,
         losses=losses,
-        seconds=seconds,
+        seconds=list(accumulate(total for total, _ in times)),
     )
+
+
+def _batches(
+    data: Dataset, settings: Settings, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images and labels of each step; the order is drawn anew each epoch."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(settings.steps):
+        if len(order) < settings.batch_size:
+            order = torch.randperm(len(data.train_labels), generator=generator)
+        chosen, order = order[: settings.batch_size], order[settings.batch_size :]
+        yield data.train_images[chosen].to(device), data.train_labels[chosen].to(device)
 
 
 def _accuracy(model: MDEQ, data: Dataset, settings: Settings) -> float:

@@ -1,6 +1,6 @@
 """Whether a gradient is right: reports on a user's own model, and the theorems' conditions."""
 
-from .ascent import (
+from .measure.ascent import (
     AscentCondition,
     MeasuredInnerProduct,
     ascent_condition,

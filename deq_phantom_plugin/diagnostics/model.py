@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..hosts.host import Solve
-from ..memory import Memory
-from ..output import write_whole
-from ..registry import Spec, get_strategy
-from ..state import flatten
 from ..strategies.arguments import positive_int
-from ..trial import Trial
-from .derivatives import check_params
-from .equilibria import named_equilibria
-from .problem import Problem, check_scalar, inner_product
-from .report import DEFAULT_GRADS, GradientReport, measure
+from ..strategies.registry import Spec, get_strategy
+from .measure.equilibria import left_as_it_was, named_equilibria, solved
+from .measure.gradients import measure
+from .measure.problem import Problem, inner_product
+from .report import DEFAULT_GRADS, GradientReport, advised
+from .show.html import page
+from .show.saved import Saved
 
 
 @dataclass(frozen=True)
-class ModelReport:
+class ModelReport(Saved):
     """The reports on all equilibria of a model; `print` shows their tables.
 
     Attributes:
@@ -42,27 +35,14 @@ class ModelReport:
     reports: list[GradientReport]
 
     def __str__(self) -> str:
-        head = f"{self.model}, loss {self.loss:.4g}"
-        return "\n\n".join([head, *(str(report) for report in self.reports)])
+        return "\n\n".join([self._title, *(str(report) for report in self.reports)])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all numbers in types that JSON has; NaN and infinity become None."""
-        reports = [report.to_dict() for report in self.reports]
-        return {"model": self.model, "loss": self.loss, "reports": reports}
+    @property
+    def _title(self) -> str:
+        return f"{self.model}, loss {self.loss:.4g}"
 
-    def save_json(self, path: str | Path) -> None:
-        """Write all numbers to a file, whole or not at all."""
-        write_whole(path, json.dumps(self.to_dict(), indent=1).encode())
-
-    def save_html(self, path: str | Path) -> None:
-        """Write one self-contained page with tables and plots, whole or not at all.
-
-        Raises:
-            ImportError: without matplotlib.
-        """
-        from .html import page
-
-        write_whole(path, page(self.reports, f"{self.model}, loss {self.loss:.4g}").encode())
+    def _page(self) -> str:
+        return page([(report, report.recommendation) for report in self.reports], self._title)
 
 
 def model_report(
@@ -98,104 +78,20 @@ def model_report(
     strategies = [get_strategy(spec) for spec in grads]
     repeats = positive_int("repeats", repeats)
     found = named_equilibria(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
         raise ValueError(f"no parameter of {type(model).__name__} requires grad")
-    params = check_params(trainable)
-    with _left_as_it_was(model):
-        solves: list[tuple[str, Solve]] = []
-        ends = [
-            host.observe(module, partial(_collect, solves, name)) for name, host, module in found
-        ]
-        try:
-            output = _call(model, inputs)
-        finally:
-            for end in ends:
-                end()
-        value = check_scalar(loss(output))
-        reports = []
-        for (name, solve), v in zip(solves, _cotangents(value, solves), strict=True):
+    reports = []
+    with left_as_it_was(model):
+        value, solves = solved(model, found, inputs, loss)
+        for name, solve, v in solves:
             if v is None:
                 warnings.warn(f"{name} is left out: the loss does not depend on it", stacklevel=2)
                 continue
-            problem = Problem(
-                solve.func,
-                solve.equilibrium,
-                partial(inner_product, v),
-                params,
-                solve.context,
-            )
+            of_v = partial(inner_product, v)
+            problem = Problem(solve.func, solve.equilibrium, of_v, params, solve.context)
             current = [] if solve.strategy in strategies else [solve.strategy]
-            reports.append(
-                measure(problem, [*current, *strategies], repeats, name=name, nfe=solve.nfe)
-            )
+            measured = measure(problem, [*current, *strategies], repeats, name=name, nfe=solve.nfe)
+            reports.append(advised(measured))
     name = type(getattr(model, "_orig_mod", model)).__name__  # of one that was compiled
     return ModelReport(name, value.item(), reports)
-
-
-def _collect(solves: list[tuple[str, Solve]], name: str, solve: Solve) -> None:
-    number = 1 + sum(known.partition(" #")[0] == name for known, _ in solves)
-    solves.append((name if number == 1 else f"{name} #{number}", solve))
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    try:
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-    except Exception as error:
-        leaves = flatten(dict(inputs) if isinstance(inputs, Mapping) else inputs)[0]
-        shapes = ", ".join(
-            str(tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf).__name__
-            for leaf in leaves
-        )
-        raise ValueError(
-            f"{type(model).__name__} refused its inputs ({shapes}): {type(error).__name__}: {error}"
-        ) from error
-
-
-def _cotangents(loss: Tensor, solves: list[tuple[str, Solve]]) -> list[list[Tensor] | None]:
-    """Return dL/dh for each solve, None where the loss does not depend on it.
-
-    Raises:
-        ValueError: if it depends on none.
-    """
-    states = [flatten(solve.attached)[0] for _, solve in solves]
-    leaves = [leaf for state in states for leaf in state]
-    grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
-    if leaves and loss.requires_grad:
-        grads = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-    if all(grad is None for grad in grads):
-        raise ValueError(
-            f"the loss depends on none of the {len(solves)} equilibria that the model solved"
-        )
-    found: list[list[Tensor] | None] = []
-    remaining = iter(zip(grads, leaves, strict=True))
-    for state in states:
-        own = [next(remaining) for _ in state]
-        known = any(grad is not None for grad, _ in own)
-        filled = [torch.zeros_like(x) if grad is None else grad for grad, x in own]
-        found.append(filled if known else None)
-    return found
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put a model in training mode if it is not; restore all that a forward pass changes."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    memories = [(m, m.step, m.kept()) for m in model.modules() if isinstance(m, Memory)]
-    with Trial([*model.parameters()]):
-        if not model.training:
-            model.train()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
-            for memory, step, kept in memories:
-                memory.step = step
-                memory.restore(kept)

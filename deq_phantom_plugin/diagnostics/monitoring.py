@@ -12,26 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AssumptionWarning, muted
+from .._plumbing.once import muted
+from .._plumbing.trial import Trial
+from ..contract.errors import AssumptionWarning, ConvergenceWarning
+from ..contract.state import flatten
 from ..hosts import find_equilibria, what_is_found
-from ..hosts.host import Solve
-from ..jacobian import spectral_radius
-from ..state import flatten
-from ..strategies import IFT
+from ..hosts.solve import Solve
 from ..strategies.arguments import positive_int
-from ..strategy import GradStrategy
 from ..switch import failures
-from ..trial import Trial
-from .equilibria import named_equilibria
-from .problem import Problem, inner_product
+from .measure.equilibria import named_equilibria
+from .measure.health import health
+from .measure.problem import Problem, inner_product
 
 DEFAULT_EVERY = 200
 
 Writer = Callable[[Mapping[str, float], int], Any]
 """Takes numbers by name, and the step."""
-
-_REFERENCE = IFT(solver="gmres", tol=1e-5, max_iter=30)
-_RADIUS_TOL, _RADIUS_VJPS = 1e-2, 20
 
 
 def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monitor:
@@ -149,14 +145,14 @@ class _Watch:
         for i, grad in zip(places, grads, strict=True):
             v[i] = v[i] if grad is None else grad
         try:
-            with solve.trial(), muted():
+            with solve.trial(), muted(ConvergenceWarning):
                 numbers["forward_residual"] = float(solve.residual.mean())
                 # A loss scaler's overflow says nothing about the model.
                 if all(bool(torch.isfinite(vi).all()) for vi in v):
                     params = [p for p in self.model.parameters() if p.requires_grad]
                     loss = partial(inner_product, v)
                     problem = Problem(solve.func, solve.equilibrium, loss, params, solve.context)
-                    numbers |= self._measure(self._short_of_compiled(problem, name), solve.strategy)
+                    numbers |= health(self._short_of_compiled(problem, name), solve.strategy)
         except Exception as error:  # what is only watched must not stop the training
             warnings.warn(
                 f"monitor: {name}, step {step}: {type(error).__name__}: {error}", stacklevel=2
@@ -179,25 +175,6 @@ class _Watch:
                 stacklevel=2,
             )
         return short
-
-    def _measure(self, problem: Problem, strategy: GradStrategy) -> dict[str, float]:
-        coupled = problem.inspect().coupled
-        problem = problem.settled(coupled)
-        whole = problem.coupled() if coupled else problem
-        own, reference = problem.differentiate(strategy), whole.differentiate(_REFERENCE)
-        radius = spectral_radius(
-            problem.func,
-            problem.equilibrium,
-            batch_dim=whole.context.batch_dim,
-            tol=_RADIUS_TOL,
-            max_iter=_RADIUS_VJPS,
-        )
-        return {
-            "adjoint_residual": own.residual,
-            "spectral_radius": float(radius.max()),
-            "cosine": own.cosine(reference),
-            "reference_residual": reference.residual,
-        }
 
 
 def _once(measure: Callable[[Any], None]) -> Callable[[Any], None]:

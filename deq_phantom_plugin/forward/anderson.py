@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..compilation import may_compile
-from ..precision import in_full_precision
-from ..state import State
-from ..transforms import outside_vmap
-from .tracking import ForwardSolution, Rows, Tracker
+from .._plumbing.compilation import may_compile
+from .._plumbing.precision import in_full_precision
+from .._plumbing.transforms import outside_vmap
+from ..contract.state import State
+from .tracking import ForwardSolution, Rows, Stopping, Tracker
 
 
 @may_compile
@@ -60,45 +60,36 @@ def anderson(
     if m < 2 or max_iter < 3:
         raise ValueError(f"m={m}, max_iter={max_iter}; expected at least m=2 and max_iter=3")
     rows = Rows(func, start, batch_dim)
+    stopping = Stopping(max_iter - 2, tol, stop_mode, sample_at, return_final)
+    tracker = rows.tracker(stopping, first_step=3)
+    _iterate(rows, tracker, _Mixer(rows.start, m, lam, tau), max_iter - 2)
+    return tracker.solution(rows.state)
+
+
+def _iterate(rows: Rows, tracker: Tracker, mixer: _Mixer, max_iter: int) -> None:
     x = rows.start
-    tracker = Tracker(
-        [x],
-        x.new_zeros(len(x)),
-        max_iter=max_iter - 2,
-        first_step=3,
-        tol=tol,
-        stop_mode=stop_mode,
-        sample_at=sample_at,
-        return_final=return_final,
-    )
-    mixer = _Mixer(x, m, lam, tau)
     image = rows.kept(x)
-    mixer.keep(0, image, image - x)
+    mixer.keep(image, image - x)
     x, image = image, rows.kept(image)
-    mixer.keep(1, image, image - x)
-    held: Tensor | None = None  # the samples in `mixer`, all if None
-    for k in range(2, max_iter):
-        kept = tracker.shrink(held)
+    mixer.keep(image, image - x)
+    for iteration in range(max_iter):
+        kept = tracker.shrink()
         if kept is not None:
             mixer.select(kept)
-            held = kept if held is None else held[kept]
-        mixture = mixer.mixture()
-        active = tracker.active
+        mixture, active, held = mixer.mixture(), tracker.active, tracker.held
         if held is None:
             x = torch.where(active[:, None], mixture, x)
         else:
             x = x.index_copy(0, held, torch.where(active[held, None], mixture, x[held]))
         image = rows.kept(x)
         residual = image - x
-        mixer.keep(
-            k % m,
-            image if held is None else image[held],
-            residual if held is None else residual[held],
-        )
+        if held is None:
+            mixer.keep(image, residual)
+        else:
+            mixer.keep(image[held], residual[held])
         norms = torch.linalg.vector_norm(residual, dim=1), torch.linalg.vector_norm(image, dim=1)
-        if tracker.record([image], *norms, k + 1):
+        if tracker.record([image], *norms, iteration + 3):
             break
-    return tracker.solution(rows.state)
 
 
 class _Mixer:
@@ -110,9 +101,10 @@ class _Mixer:
         self._residuals = like.new_empty(batch, m, size)
         self._gram = like.new_zeros(batch, m, m)
         self._lam, self._tau = lam, tau
-        self._count = 0
+        self._slot, self._count, self._most = 0, 0, m
 
-    def keep(self, slot: int, image: Tensor, residual: Tensor) -> None:
+    def keep(self, image: Tensor, residual: Tensor) -> None:
+        slot, self._slot = self._slot, (self._slot + 1) % self._most
         self._images[:, slot], self._residuals[:, slot] = image, residual
         self._count = max(self._count, slot + 1)
         row = (residual[:, None] @ self._residuals[:, : self._count].mT).squeeze(1)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
+from .._plumbing.compilation import may_compile
+from .._plumbing.precision import in_full_precision
+from .._plumbing.transforms import outside_vmap
 from ..adjoint.inverse_estimate import InverseEstimate
-from ..compilation import may_compile
-from ..precision import in_full_precision
-from ..state import State
-from ..transforms import outside_vmap
-from .tracking import ForwardSolution, InverseJacobian, Rows, Tracker
+from ..contract.state import State
+from .tracking import ForwardSolution, InverseJacobian, Rows, Stopping, Tracker
 
 
 @may_compile
@@ -67,25 +66,27 @@ def broyden(
             "Jacobian; leave memory out (TorchDEQ's LBFGS_thres)"
         )
     rows = Rows(func, start, batch_dim)
+    stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final)
+    tracker = rows.tracker(stopping)
+    estimate = InverseEstimate(rows.start, max_iter + 1 if memory is None else memory)
+    _iterate(rows, tracker, estimate, max_iter, keep_inverse)
+    if not keep_inverse:
+        return tracker.solution(rows.state)
+    estimate.step(tracker.active)  # which takes the last change into account
+    estimate.trim()
+    return tracker.solution(rows.state, InverseJacobian(estimate, rows.packing))
+
+
+def _iterate(
+    rows: Rows, tracker: Tracker, estimate: InverseEstimate, max_iter: int, keep_all: bool
+) -> None:
     x = rows.start
-    image = rows(x)
-    tracker = Tracker(
-        [x],
-        x.new_zeros(len(x)),
-        max_iter=max_iter,
-        tol=tol,
-        stop_mode=stop_mode,
-        sample_at=sample_at,
-        return_final=return_final,
-    )
-    estimate = InverseEstimate(x, max_iter + 1 if memory is None else memory)
-    residual = torch.sub(image, x, out=estimate.room)
-    held: Tensor | None = None  # the samples in `estimate`, all if None
+    torch.sub(rows(x), x, out=estimate.room)
     for iteration in range(max_iter):
-        kept = None if keep_inverse else tracker.shrink(held)
+        kept = None if keep_all else tracker.shrink()
         if kept is not None:
             estimate.select(kept)
-            held = kept if held is None else held[kept]
+        held = tracker.held
         if held is None:
             x = x + estimate.step(tracker.active)
         else:
@@ -101,9 +102,3 @@ def broyden(
         norms = torch.linalg.vector_norm(residual, dim=1), torch.linalg.vector_norm(image, dim=1)
         if tracker.record([x], *norms, iteration + 2):
             break
-    inverse = None
-    if keep_inverse:
-        estimate.step(tracker.active)  # which takes the last change into account
-        estimate.trim()
-        inverse = InverseJacobian(estimate, rows.packing)
-    return tracker.solution(rows.state, inverse)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .._plumbing.compilation import may_compile
+from .._plumbing.precision import in_full_precision
+from .._plumbing.transforms import outside_vmap
 from ..adjoint import Packing
-from ..compilation import may_compile
-from ..precision import in_full_precision
-from ..state import State, damped_step, flatten, unflatten
-from ..transforms import outside_vmap
-from .tracking import ForwardSolution, Tracker
+from ..contract.state import State, damped_step, flatten, unflatten
+from .tracking import ForwardSolution, Stopping, Tracker
 
 
 @may_compile
@@ -57,37 +57,26 @@ def fixed_point(
     packing = Packing(leaves, batch_dim)
     like = torch.zeros(packing.rows, dtype=packing.dtype, device=packing.device)
     dim = packing.batch_dim or 0
-
-    def first(leaves: Sequence[Tensor]) -> list[Tensor]:
-        # Where the tracker looks for the samples.
-        return [leaf.movedim(dim, 0) for leaf in leaves] if dim else list(leaves)
-
-    tracker = Tracker(
-        first(leaves),
-        like,
-        max_iter=max_iter,
-        tol=tol,
-        stop_mode=stop_mode,
-        sample_at=sample_at,
-        keep_going=True,  # there is no linear algebra to leave
-        return_final=return_final,
-    )
+    stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final)
+    # Samples go on while others do: there is no linear algebra to leave.
+    tracker = Tracker(_moved(leaves, dim, 0), like, stopping, keep_going=True)
     state = start
     for iteration in range(max_iter):
         image = damped_step(func, state, tau)
         # Copied, since F may return the same memory each time, as CUDA graphs do.
         new, old = [leaf.clone() for leaf in flatten(image)[0]], flatten(state)[0]
-        residual = _norm(first([a - b for a, b in zip(new, old, strict=True)]), like)
+        change = [a - b for a, b in zip(new, old, strict=True)]
+        residual = _norm(_moved(change, dim, 0), like)
         state = unflatten(new, structure)
-        moved = first(new)
+        moved = _moved(new, dim, 0)
         if tracker.record(moved, residual, _norm(moved, like), iteration + 1):
             break
+    return tracker.solution(lambda leaves: unflatten(_moved(leaves, 0, dim), structure))
 
-    def restore(leaves: Sequence[Tensor]) -> State:
-        kept = [leaf.movedim(0, dim) for leaf in leaves] if dim else list(leaves)
-        return unflatten(kept, structure)
 
-    return tracker.solution(restore)
+def _moved(leaves: Sequence[Tensor], source: int, target: int) -> list[Tensor]:
+    """Return leaves whose samples lie along another dimension."""
+    return [leaf.movedim(source, target) for leaf in leaves] if source != target else list(leaves)
 
 
 def _norm(leaves: Sequence[Tensor], like: Tensor) -> Tensor:

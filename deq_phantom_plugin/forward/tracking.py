@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from .._plumbing.late_read import LateRead
 from ..adjoint import Packing
 from ..adjoint.inverse_estimate import InverseEstimate
 from ..adjoint.progress import choose_leaves
-from ..late_read import LateRead
-from ..state import State, flatten, unflatten
+from ..contract.state import State, flatten, unflatten
 
 STOP_MODES = ("abs", "rel")
 
@@ -92,6 +93,29 @@ class Rows:
         """Return rows, a matrix alone in a sequence, as a state."""
         return unflatten(self.packing.unpack(rows[0]), self._structure)
 
+    def tracker(self, stopping: Stopping, first_step: int = 1) -> Tracker:
+        """Return what follows a solve on them."""
+        like = self.start.new_zeros(len(self.start))
+        return Tracker([self.start], like, stopping, first_step=first_step)
+
+
+class Stopping(NamedTuple):
+    """When a solve stops.
+
+    Attributes:
+        max_iter: the iterations that it may take; traces are filled up to it.
+        tol: the residual to reach in every sample.
+        mode: whether that is "abs", ||F(h) - h||, or "rel", that over ||F(h)||.
+        sample_at: evaluations after which the best state so far is kept as well.
+        return_final: whether the last state is taken for the best, and nothing stops early.
+    """
+
+    max_iter: int
+    tol: float
+    mode: str
+    sample_at: Sequence[int]
+    return_final: bool
+
 
 class Tracker:
     """Follows a solve sample by sample, and remembers the best.
@@ -103,16 +127,13 @@ class Tracker:
     Args:
         start: the tensors of the initial state.
         like: a number a sample, of the dtype and device of the norms.
-        max_iter: the iterations that a solve may take; traces are filled up to it.
-        tol: the residual to reach in every sample.
-        stop_mode: whether that is "abs", ||F(h) - h||, or "rel", that over ||F(h)||.
-        sample_at: evaluations after which the best state so far is kept as well.
+        stopping: when the solve stops.
         first_step: the number of the first iteration.
         keep_going: whether samples go on for as long as others do.
-        return_final: whether the last state is taken for the best, and nothing stops early.
 
     Attributes:
         active: the samples that still move, shape (B,).
+        held: indices of those that a solver's linear algebra works on; all if None.
         best: the tensors of the best state.
 
     Raises:
@@ -123,29 +144,26 @@ class Tracker:
         self,
         start: Sequence[Tensor],
         like: Tensor,
+        stopping: Stopping,
         *,
-        max_iter: int,
-        tol: float,
-        stop_mode: str,
-        sample_at: Sequence[int] = (),
         first_step: int = 1,
         keep_going: bool = False,
-        return_final: bool = False,
     ) -> None:
-        if stop_mode not in STOP_MODES:
-            raise ValueError(f"stop_mode={stop_mode!r}; expected 'abs' or 'rel'")
+        if stopping.mode not in STOP_MODES:
+            raise ValueError(f"stop_mode={stopping.mode!r}; expected 'abs' or 'rel'")
+        max_iter = stopping.max_iter
         if max_iter < 1:
             raise ValueError(f"max_iter allows for {max_iter} iterations; expected at least 1")
-        self._max_iter, self._tol, self._stop_mode = max_iter, tol, stop_mode
-        self._sample_at, self._sampled = sample_at, list[list[Tensor]]()
-        self._keep_going, self._return_final = keep_going or return_final, return_final
+        self._stopping, self._keep_going = stopping, keep_going or stopping.return_final
+        self._sampled = list[list[Tensor]]()
         self._start = torch.full_like(like, 1e8)
         self._lowest, self._norms = self._start, list[tuple[Tensor, Tensor]]()
         self._first_step = first_step
         self._late = LateRead(like.device)
         self.best = list(start)
         self.active = torch.ones_like(like, dtype=torch.bool)
-        self.n_active = len(like)
+        self.held: Tensor | None = None
+        self._n_active = len(like)
 
     def record(
         self, state: Sequence[Tensor], residual: Tensor, image: Tensor, n_evaluations: int
@@ -159,33 +177,31 @@ class Tracker:
             n_evaluations: evaluations of F so far.
         """
         self._norms.append((residual, image))
-        value = residual if self._stop_mode == "abs" else _relative(residual, image)
+        value = residual if self._stopping.mode == "abs" else _relative(residual, image)
         better = value < self._lowest
         self._lowest, *best = choose_leaves(better, [value, *state], [self._lowest, *self.best])
-        self.best = list(state) if self._return_final else best
-        if n_evaluations in self._sample_at:
+        self.best = list(state) if self._stopping.return_final else best
+        if n_evaluations in self._stopping.sample_at:
             self._sampled.append(self.best)
-        short = self._lowest >= self._tol
+        short = self._lowest >= self._stopping.tol
         if not self._keep_going:
             self.active = self.active & short & torch.isfinite(residual)
         left = self._late.read(torch.count_nonzero(short if self._keep_going else self.active))
         if left is None:
             return False
         if not self._keep_going:
-            self.n_active = left
-        return left == 0 and not self._return_final
+            self._n_active = left
+        return left == 0 and not self._stopping.return_final
 
-    def shrink(self, held: Tensor | None) -> Tensor | None:
-        """Return which of the samples held to keep once half of them are done, else None.
-
-        Args:
-            held: indices of the samples that a solver's linear algebra works on; all if None.
-        """
-        moving = self.active if held is None else self.active[held]
-        if self.n_active > len(moving) // 2:
+    def shrink(self) -> Tensor | None:
+        """Return which of the samples in `held` are still held, once half of them are done."""
+        moving = self.active if self.held is None else self.active[self.held]
+        if self._n_active > len(moving) // 2:
             return None
         # Sorted rather than searched for: how many there are, the host knows already.
-        return torch.argsort(moving, descending=True, stable=True)[: self.n_active]
+        kept = torch.argsort(moving, descending=True, stable=True)[: self._n_active]
+        self.held = kept if self.held is None else self.held[kept]
+        return kept
 
     def solution(
         self,
@@ -198,18 +214,19 @@ class Tracker:
             restore: from the tensors of a state to the state.
             inverse_jacobian: what the solver learned of it.
         """
-        if self._sample_at and not self._sampled:
+        stop = self._stopping
+        if stop.sample_at and not self._sampled:
             self._sampled.append(self.best)
         residuals, images = (torch.stack(norms, dim=1) for norms in zip(*self._norms, strict=True))
         traces = {"abs": residuals, "rel": _relative(residuals, images)}
         lowest = {
-            mode: trace[:, -1] if self._return_final else _without_nan(trace).amin(dim=1)
+            mode: trace[:, -1] if stop.return_final else _without_nan(trace).amin(dim=1)
             for mode, trace in traces.items()
         }
-        when = _without_nan(traces[self._stop_mode]).argmin(dim=1)
-        if self._return_final:
+        when = _without_nan(traces[stop.mode]).argmin(dim=1)
+        if stop.return_final:
             when = torch.full_like(when, len(self._norms) - 1)
-        missing = self._max_iter - len(self._norms)
+        missing = stop.max_iter - len(self._norms)
         filled = {
             mode: torch.cat(
                 [self._start[:, None], trace, lowest[mode][:, None].expand(-1, missing)], dim=1

@@ -8,6 +8,7 @@ an iteration carries on: the primal iterate, and a dual one where an algorithm h
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -16,14 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory import Memory
-from ..registry import get_strategy
+from ..contract.strategy import Context, GradStrategy
 from ..strategies import IFT, JFB
-from ..strategy import Context, GradStrategy
-from .host import PatchingHost, attach_observed, attaches_always, tell
+from ..strategies.registry import get_strategy
+from .host import PatchingHost
 from .patches import Patches
+from .settings import defaults, memory_of
+from .solve import attach_observed, tell
 
 _MODULE = "deepinv.optim.optimizers"
+# A setting of its config -> our argument, and the value at which it says nothing.
+_SETTINGS = {
+    "anderson_acceleration_backward": ("solver", False),
+    "max_iter_backward": ("max_iter", 50),
+}
 
 
 class DeepInv(PatchingHost):
@@ -33,6 +40,7 @@ class DeepInv(PatchingHost):
     package = "deepinv"
     known_versions = ("0.5",)
     pip = "deepinv"
+    in_eval = "always"
 
     def patch(self, patches: Patches) -> None:
         """Hook the config and the step at the equilibrium, when deepinv is loaded."""
@@ -56,30 +64,14 @@ class DeepInv(PatchingHost):
         def switch() -> None:
             module.DEQ_config = copy.copy(module.DEQ_config)  # others may share it
             module.DEQ_config.grad = strategy  # type: ignore[union-attr, assignment]
-            _memory(module)
+            memory_of(module)
 
         return switch
-
-    def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
-        """See `Host.prepare_in_eval`; the framework does not look at the mode."""
-        return attaches_always(self, in_eval)
-
-
-def _memory(module: Any) -> Memory:
-    if not hasattr(module, "grad_memory"):
-        module.grad_memory = Memory()
-    memory: Memory = module.grad_memory
-    return memory
 
 
 def _defaults(config: Any) -> dict[str, Any]:
     """Return what a config says of its own backward solve, where that is not the default."""
-    found: dict[str, Any] = {}
-    if config.anderson_acceleration_backward:
-        found["solver"] = "anderson"
-    if config.max_iter_backward != 50:
-        found["max_iter"] = config.max_iter_backward
-    return found
+    return defaults(functools.partial(getattr, config), _SETTINGS, {"True": "anderson"})
 
 
 def _hook_config(host: DeepInv) -> Callable[[Any], Any]:
@@ -108,7 +100,7 @@ def _hook_init(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if getattr(self.DEQ_config, "grad", None) is not None:
-            _memory(self)
+            memory_of(self)
 
     return __init__
 

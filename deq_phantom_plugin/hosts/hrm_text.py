@@ -28,17 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compilation import never_compiled
-from ..errors import AssumptionWarning
-from ..evaluation import attaches
-from ..extras import is_there, why_not
-from ..memory import Memory
-from ..registry import FunctionStrategy, get_strategy
+from .._plumbing.compilation import never_compiled
+from .._plumbing.extras import is_there, why_not
+from .._plumbing.trial import Trial
+from ..contract.errors import AssumptionWarning
+from ..contract.strategy import Context, GradStrategy
 from ..strategies import BPTT, UPG
-from ..strategy import Context, GradStrategy
-from ..trial import Trial
-from .host import PatchingHost, attach_observed
+from ..strategies.registry import FunctionStrategy, get_strategy
+from .evaluation import attaches
+from .host import PatchingHost
 from .patches import Patches
+from .settings import remember_each
+from .solve import attach_observed
 
 _MODULE = "transformers.models.hrm_text.modeling_hrm_text"
 
@@ -50,6 +51,7 @@ class HrmText(PatchingHost):
     package = "transformers"
     known_versions = ("5",)
     pip = '"deq-phantom-plugin[text]"'
+    in_eval = "told"  # otherwise evaluation has the model's own gradient
 
     def installed(self) -> bool:
         """Whether there is a Transformers that has the model; does not import it."""
@@ -96,10 +98,6 @@ class HrmText(PatchingHost):
 
         return switch
 
-    def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
-        """See `Host.prepare_in_eval`; otherwise evaluation has the model's own gradient."""
-        return functools.partial(setattr, module, "grad_in_eval", in_eval)
-
 
 def _set_grad(self: nn.Module, spec: Any) -> None:
     """Switch the gradient of the low-level recurrence, now and in the config.
@@ -135,12 +133,7 @@ def _install(model: Any, strategies: tuple[GradStrategy, ...], of: Any) -> None:
     """Give a model its strategies, those of the `grad` in its config."""
     model.__dict__["_deq_phantom_grad"] = (of, strategies)
     if strategies:
-        _remember(model)
-
-
-def _remember(model: Any) -> None:
-    if not hasattr(model, "grad_memory"):
-        model.grad_memory = nn.ModuleList(Memory() for _ in range(model.config.H_cycles))
+        remember_each(model, len(strategies))
 
 
 def _current(model: Any) -> tuple[GradStrategy, ...]:
@@ -172,7 +165,7 @@ def _hook_init(host: HrmText) -> Callable[[Any], Any]:
             original(self, config, *args, **kwargs)
             if host.is_enabled:
                 _current(self)
-                _remember(self)  # before anybody tells the step
+                remember_each(self, self.config.H_cycles)  # before anybody tells the step
 
         return __init__
 

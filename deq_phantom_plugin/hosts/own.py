@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
-from .. import patching
-from ..attaching import Attaching
-from ..equilibrium import Equilibrium
-from ..registry import get_strategy
-from .host import Host, Solve
+from .attaching import Attaching
+from .host import Host
+from .solve import Solve, add_observer
 
 
 class Own(Host):
-    """Finds `dpp.Equilibrium`, and what `deq-phantom patch` put into a model; there is no hook.
-
-    Attributes:
-        modules: the classes that it finds.
-    """
+    """Finds `dpp.Equilibrium`, and what `deq-phantom patch` put into a model; there is no hook."""
 
     name = "own"
     package = "torch"
     pip = "torch"
-    modules: ClassVar[tuple[type[Attaching], ...]] = (Equilibrium, patching.Equilibrium)
+    in_eval = "told"
 
     @property
     def is_enabled(self) -> bool:
@@ -39,24 +33,15 @@ class Own(Host):
         """Do nothing."""
 
     def is_equilibrium(self, module: nn.Module) -> bool:
-        """Whether a module is of these classes."""
-        return isinstance(module, self.modules)
+        """Whether a module attaches by itself, and names this host."""
+        return isinstance(module, Attaching) and module.host == self.name
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
         """See `Host.prepare_grad`."""
-        return functools.partial(setattr, module, "grad", get_strategy(spec))
-
-    def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
-        """See `Host.prepare_in_eval`."""
-        return functools.partial(setattr, module, "grad_in_eval", in_eval)
+        assert isinstance(module, Attaching)
+        return functools.partial(setattr, module, "grad", module.strategy_of(spec))
 
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
         """See `Host.observe`; of a patched model's own solver the evaluations are not known, 0."""
         observers: Any = module.observers
-        observation = (callback,)
-        observers.append(observation)
-
-        def end() -> None:
-            observers[:] = [known for known in observers if known is not observation]
-
-        return end
+        return add_observer(observers, callback)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .. import entry_points
+from .._plumbing import entry_points
 
 Mode = Literal["patch", "run"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .. import entry_points as groups
-from ..extras import why_not
+from .._plumbing import entry_points as groups
+from .._plumbing.extras import why_not
 from ..hosts import broken_hosts, host_names, host_versions
-from ..registry import list_strategies, strategy_class
+from ..strategies.registry import list_strategies, strategy_class
 from .patch import check_committed, status
 from .repository import Match, check_root, check_unpatched, outside_links, plan, recognise
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..attaching import Attaching
-from ..evaluation import attaches, look
+from ..contract.state import State
 from ..hosts import find_equilibria
-from ..registry import Spec, get_strategy
-from ..state import State
+from ..hosts.attaching import Attaching
+from ..hosts.evaluation import attaches, look
+from ..strategies.registry import Spec, get_strategy
 from ..switch import set_grad
 
 RUN_GRAD = "DEQ_PHANTOM_RUN_GRAD"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..registry import get_strategy
+from ..strategies.registry import get_strategy
 from .adapter import IMPORT, Adapter, Edit, Mode, Project, SeamFile, known_adapters
 from .compat import SHIMS
 
@@ -136,25 +136,22 @@ def plan(
             f"  {project.name}" for adapter in known_adapters() for project in adapter.projects
         )
         raise ValueError(f"{root} is none of the repositories known:\n{known}\n{_HOW}")
-    changes: dict[str, Change] = {}
-    unknown = []
-    for match in matches:
-        for path, kind in match.files.items():
-            if path in changes:
-                continue
-            _check_inside(root, path)
-            old = read(path)
-            for function, versions in kind.known.items():
-                version = fingerprint(old, function)
-                if version not in versions:
-                    unknown.append(f"  {path}: {function} is {version or 'not there'}")
-            edits = [_filled(edit, grad) for edit in kind.edits if edit.mode in (None, mode)]
-            try:
-                new = rewrite(old, edits, _imports(kind, compat if mode == "patch" else ()))
-            except SeamError as error:
-                unknown.append(f"  {path}: {error}")
-                continue
-            changes[path] = Change(path, old, new)
+    seam = {path: kind for match in matches for path, kind in match.files.items()}
+    changes, unknown = [], []
+    for path, kind in seam.items():
+        _check_inside(root, path)
+        old = read(path)
+        for function, versions in kind.known.items():
+            version = fingerprint(old, function)
+            if version not in versions:
+                unknown.append(f"  {path}: {function} is {version or 'not there'}")
+        edits = [_filled(edit, grad) for edit in kind.edits if edit.mode in (None, mode)]
+        try:
+            new = rewrite(old, edits, _imports(kind, compat if mode == "patch" else ()))
+        except SeamError as error:
+            unknown.append(f"  {path}: {error}")
+            continue
+        changes.append(Change(path, old, new))
     if unknown:
         names = ", ".join(match.project.name for match in matches)
         commits = ", ".join(c[:7] for match in matches for c in match.adapter.commits)
@@ -164,7 +161,7 @@ def plan(
             + f"\nknown are commits {commits} (`git diff` against one shows what differs); nothing "
             "was changed"
         )
-    return matches, [change for change in changes.values() if change.old != change.new]
+    return matches, [change for change in changes if change.old != change.new]
 
 
 def check_shims(names: Sequence[str]) -> None:

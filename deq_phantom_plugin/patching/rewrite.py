@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..extras import require
+from .._plumbing.extras import require
 from .adapter import Edit
 
 cst = require("libcst", "patch")

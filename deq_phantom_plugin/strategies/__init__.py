@@ -1,13 +1,34 @@
-"""Backward-pass strategies, one file a method."""
+"""Backward-pass strategies, one file a method; importing this registers them."""
 
+from torch.serialization import add_safe_globals
+
+from ..contract.failure import FailurePolicy
 from .bptt import BPTT
 from .exact import Exact
+from .guard import Guard
 from .ift import IFT
 from .jfb import JFB
 from .npg import NPG
 from .npg_rr import NPGRR
 from .reversible import Reversible
+from .schedule import Schedule
 from .shine import SHINE
+from .tbptt import TBPTT
 from .upg import UPG
 
-__all__ = ["BPTT", "IFT", "JFB", "NPG", "NPGRR", "SHINE", "UPG", "Exact", "Reversible"]
+__all__ = [
+    "BPTT",
+    "IFT",
+    "JFB",
+    "NPG",
+    "NPGRR",
+    "SHINE",
+    "TBPTT",
+    "UPG",
+    "Exact",
+    "Guard",
+    "Reversible",
+    "Schedule",
+]
+
+add_safe_globals([FailurePolicy])  # a guard has one

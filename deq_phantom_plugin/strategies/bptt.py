@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
-from ..state import State
-from ..strategy import Context, GradStrategy
+from ..contract.state import State
+from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_int
+from .registry import register_strategy
 
 
+@register_strategy("bptt")
 @dataclass(frozen=True, repr=False)
 class BPTT(GradStrategy):
     """Autograd through `steps` iterations h <- F(h) from the initial state.
@@ -30,12 +31,15 @@ class BPTT(GradStrategy):
         ValueError: if `steps` is not a whole number of at least 1.
     """
 
-    owns_solve: ClassVar[bool] = True
-
     steps: int = 10
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", positive_int("steps", self.steps))
+
+    @property
+    def owns_solve(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def tells_samples_apart(self) -> bool:

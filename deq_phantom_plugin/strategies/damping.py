@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._plumbing.precision import full_precision
+from .._plumbing.transforms import as_constants
 from ..adjoint import Linearization, Packing
 from ..adjoint.spectrum import leading_eigenvalue, random_start
-from ..precision import full_precision
-from ..transforms import as_constants
 
 # One Krylov space from a fixed random start. The last step's eigenvectors are a worse one wherever
 # the batch changes: nearly blind to its leading eigenvalues, they let rho come out far too low.

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adjoint import Linearization, Packing, Pushforward, mixes_samples
-from ..state import State
-from ..strategy import BackwardStats, Context, GradStrategy
-from ..transforms import as_constants, in_transform
+from .._plumbing.transforms import as_constants, in_transform
+from ..adjoint import Linearization, Packing, Pushforward, mixes_samples, relative_norm
+from ..contract.state import State
+from ..contract.strategy import BackwardStats, Context, GradStrategy
+from .registry import register_strategy
 
 _LIMIT = 2**30  # bytes that the dense Jacobians of a batch may take
 
 
+@register_strategy("exact")
 @dataclass(frozen=True, repr=False)
 class Exact(GradStrategy):
     """The implicit gradient from dense Jacobians: g solves (I - J^T) g = v directly.
@@ -53,8 +55,7 @@ class Exact(GradStrategy):
             g = torch.linalg.solve(identity - transposed, rhs[:, :, None]).squeeze(2)
             if monitor is not None:
                 image = (transposed @ g[:, :, None]).squeeze(2)
-                error = torch.linalg.vector_norm(rhs - g + image, dim=1)
-                residual = error / torch.linalg.vector_norm(rhs, dim=1)
+                residual = relative_norm(rhs - g + image, rhs)
                 monitor(BackwardStats(repr(self), packing.columns, residual, residual[:, None]))
             return packing.unpack(torch.where(torch.isfinite(rhs).all(1, keepdim=True), g, rhs))
 

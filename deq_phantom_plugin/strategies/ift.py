@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adjoint import VJP, Linearization, Packing, Solution, check_solver, implicit, solve
-from ..errors import NonFiniteError, warn_once
-from ..memory import Memory
-from ..precision import AutocastState
-from ..state import State, flatten
-from ..strategy import BackwardStats, Context, GradStrategy
+from .._plumbing.once import warn_once
+from ..adjoint import VJP, Linearization, Solution, check_solver, implicit, solve
+from ..contract.errors import ConvergenceWarning, NonFiniteError
+from ..contract.memory import Memory
+from ..contract.state import State
+from ..contract.strategy import BackwardStats, Context, GradStrategy
 from .arguments import boolean, positive_float, positive_int
+from .registry import register_strategy
+from .rescue import Rescue
 
 
+@register_strategy("ift")
 @dataclass(frozen=True, repr=False)
 class IFT(GradStrategy):
     """The implicit gradient: g solves (I - J^T) g = v (implicit function theorem).
@@ -65,28 +68,32 @@ class IFT(GradStrategy):
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         # Only what backward needs to know is kept until then.
-        told = Context(
-            context.sample_dim,
-            monitor=context.monitor,
-            memory=context.memory,
-            on_failure=context.on_failure,
-        )
-        rescue = _Rescue(func, equilibrium, context) if context.on_failure else None
+        batch_dim, memory, monitor = context.sample_dim, context.memory, context.monitor
+        rescue = Rescue(func, equilibrium, context) if context.on_failure else None
 
         def adjoint(vjp: VJP, v: list[Tensor]) -> list[Tensor]:
-            return self._solved(vjp, v, told, rescue)
+            g, stats = self._solved(vjp, v, batch_dim, memory, rescue)
+            if monitor is not None:
+                monitor(stats)
+            return g
 
         if self.higher_order:
-            alone = Context(context.sample_dim)
-            inner = lambda vjp, v: self._solved(vjp, v, alone, None)  # noqa: E731
+            inner = lambda vjp, v: self._solved(vjp, v, batch_dim)[0]  # noqa: E731
             return implicit(func, equilibrium, adjoint, inner, self)
         graph = Linearization(func, equilibrium, self)
         return graph.attach(graph.outputs, lambda v: adjoint(graph.vjp, v))
 
     def _solved(
-        self, vjp: VJP, v: list[Tensor], context: Context, rescue: _Rescue | None
-    ) -> list[Tensor]:
-        memory = context.memory if self.warm_start else None
+        self,
+        vjp: VJP,
+        v: list[Tensor],
+        batch_dim: int | None,
+        memory: Memory | None = None,
+        rescue: Rescue | None = None,
+    ) -> tuple[list[Tensor], BackwardStats]:
+        kept = memory if self.warm_start else None
+        # The solve relies on what was found of samples: where it fails, that is asked again.
+        doubted = memory if batch_dim is not None else None
         try:
             g, solution = solve(
                 vjp,
@@ -94,36 +101,27 @@ class IFT(GradStrategy):
                 solver=self.solver,
                 tol=self.tol,
                 max_vjp=self.max_iter,
-                batch_dim=context.sample_dim,
-                start=None if memory is None else _last(memory, v),
+                batch_dim=batch_dim,
+                start=None if kept is None else _last(kept, v),
                 without_broken=rescue is not None and rescue.goes_on,
             )
         except NonFiniteError as error:
-            self._doubt(context)
+            if doubted is not None:
+                doubted.doubt()
             raise NonFiniteError(
                 f"{self!r}, adjoint solve: {error}. If samples depend on one another and batch_dim "
                 "says otherwise, pass batch_dim=None in the context"
             ) from None
-        if not solution.converged:
-            self._doubt(context)
+        if not solution.converged and doubted is not None:
+            doubted.doubt()
         if rescue is not None:
-            g = rescue(self, v, g, solution)
+            g = rescue(repr(self), self.tol, v, g, solution)
         elif not solution.converged:
             self._warn(solution)
-        if memory is not None:
+        if kept is not None:
             for name, leaf in zip(_names(g), g, strict=True):
-                memory.keep(name, leaf)
-        if context.monitor is not None:
-            context.monitor(
-                BackwardStats(repr(self), solution.n_vjp, solution.residual, solution.trace)
-            )
-        return g
-
-    @staticmethod
-    def _doubt(context: Context) -> None:
-        """Let it be asked again whether samples are independent: the solve relied on that."""
-        if context.memory is not None and context.sample_dim is not None:
-            context.memory.doubt()
+                kept.keep(name, leaf)
+        return g, BackwardStats(repr(self), solution.n_vjp, solution.residual, solution.trace)
 
     def _warn(self, solution: Solution) -> None:
         above = solution.residual > self.tol
@@ -139,6 +137,7 @@ class IFT(GradStrategy):
                 "tol, try solver='gmres', or regularise the Jacobian (dpp.jacobian_reg). If "
                 "samples depend on one another (graphs, batch norm inside F) and batch_dim says "
                 "otherwise, pass batch_dim=None in the context. This warning is given once.",
+                ConvergenceWarning,
             )
         elif rounded and self.tol != IFT.tol:
             warn_once(
@@ -146,41 +145,8 @@ class IFT(GradStrategy):
                 f"{reached}: in {rounded} of {above.numel()} samples that is the rounding of F's "
                 "own products, which more of them do not improve. Raise tol, or let F compute in "
                 "a higher precision. This warning is given once.",
+                ConvergenceWarning,
             )
-
-
-class _Rescue:
-    """Does what a policy says where an adjoint solve fails."""
-
-    def __init__(
-        self, func: Callable[[State], State], equilibrium: State, context: Context
-    ) -> None:
-        assert context.on_failure is not None
-        self._policy = context.on_failure
-        self._func, self._equilibrium, self._context = func, equilibrium, context
-        self._autocast = AutocastState(flatten(equilibrium)[0])
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether samples that become NaN are not to stop the others."""
-        return self._policy.action != "raise"
-
-    def __call__(
-        self, strategy: IFT, v: list[Tensor], g: list[Tensor], solution: Solution
-    ) -> list[Tensor]:
-        """Return g, where the solve failed as the policy says."""
-        tol = max(strategy.tol, self._policy.tol)
-        failed = ~(solution.residual <= tol)
-        if not bool(failed.any()):
-            return g
-        message = f"{strategy!r}: the adjoint solve left a relative residual above {tol:.1e}"
-        self._policy.note("adjoint", failed, self._context.memory, message)
-        if self._policy.fallback is None:
-            return g
-        with self._autocast():
-            other = self._policy.gradient(self._func, self._equilibrium, v, self._context)
-        masks = Packing(v, self._context.sample_dim).spread(failed)
-        return [torch.where(mask.bool(), b, a) for mask, a, b in zip(masks, g, other, strict=True)]
 
 
 def _names(leaves: list[Tensor]) -> list[str]:

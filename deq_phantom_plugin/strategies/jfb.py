@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..state import State
-from ..strategy import Context, GradStrategy
+from ..contract.state import State
+from ..contract.strategy import Context, GradStrategy
+from .registry import register_strategy
 
 
+@register_strategy("jfb")
 @dataclass(frozen=True, repr=False)
 class JFB(GradStrategy):
     """One step of F from the detached h*: g = v, as if (I - J^T)^-1 were the identity.

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from ..adjoint import Linearization
-from ..state import State, flatten
-from ..strategy import BackwardStats, Context, GradStrategy
-from ..transforms import in_transform
 from .arguments import damping_factor, probability
-from .npg import damping_factors, neumann, neumann_change
+from .neumann import Neumann
+from .registry import register_strategy
 
 
+@register_strategy("npg_rr")
 @dataclass(frozen=True, repr=False)
-class NPGRR(GradStrategy):
+class NPGRR(Neumann):
     """The Neumann series cut at random and reweighted: g = lam * sum_{t<K} B^t v / p^t.
 
     B = lam J^T + (1 - lam) I as in NPG, and P(K > t) = p^t: Russian roulette (Beatson &
@@ -53,35 +49,9 @@ class NPGRR(GradStrategy):
         object.__setattr__(self, "p", probability("p", self.p))
         object.__setattr__(self, "lam", damping_factor(self.lam))
 
-    @property
-    def tells_samples_apart(self) -> bool:
-        """Only to measure a radius for each sample."""
-        return self.lam == "adaptive"
-
-    @property
-    def steps_ahead(self) -> int:
-        """None: the value is the equilibrium itself."""
-        return 0
-
-    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
-        """See `GradStrategy.attach`."""
-        batch_dim = context.sample_dim if self.tells_samples_apart else None
-        if in_transform():
-            terms, weight = draw_terms(self.p), 1 / self.p
-            return neumann_change(func, equilibrium, self, terms, self.lam, batch_dim, weight)
-        graph = Linearization(func, equilibrium, self)
-        monitor = context.monitor
-
-        def adjoint(v: list[Tensor]) -> list[Tensor]:
-            terms = draw_terms(self.p)
-            g = neumann(
-                graph.vjp, v, terms, damping_factors(graph, self.lam, batch_dim), 1 / self.p
-            )
-            if monitor is not None:
-                monitor(BackwardStats(strategy=repr(self), n_vjp=terms - 1))
-            return g
-
-        return graph.attach(flatten(equilibrium)[0], adjoint)
+    def terms(self) -> tuple[int, float]:
+        """See `Neumann.terms`."""
+        return draw_terms(self.p), 1 / self.p
 
 
 def draw_terms(p: float) -> int:

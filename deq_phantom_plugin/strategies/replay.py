@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..buffers import Buffers, Seen, version
-from ..compilation import eager
+from .._plumbing.buffers import Buffers, Seen, version
+from .._plumbing.compilation import eager
 
 
 class Replay:

@@ -8,21 +8,23 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..cached_weights import made_anew
-from ..compilation import never_compiled
-from ..errors import NonFiniteError, warn_once
-from ..precision import AutocastState
-from ..state import State, flatten, unflatten
-from ..strategy import Context, GradStrategy
-from ..transforms import refuse_in_torch_func
+from .._plumbing.cached_weights import made_anew
+from .._plumbing.compilation import never_compiled
+from .._plumbing.once import warn_once
+from .._plumbing.precision import AutocastState
+from .._plumbing.transforms import refuse_in_torch_func
+from ..contract.errors import ConvergenceWarning, NonFiniteError
+from ..contract.state import State, flatten, unflatten
+from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_int, relaxation
 from .drift import Drift
+from .registry import register_strategy
 from .replay import Replay
 
 _TOLERANCE = 1e-2  # the relative error of the gradient above which a warning is given
@@ -30,6 +32,7 @@ _ADVICE = "F must be deterministic; take fewer steps, a beta nearer to 0.5, or F
 _STRETCHES = 3  # into which kept pairs of states divide the way back
 
 
+@register_strategy("reversible")
 @dataclass(frozen=True, repr=False)
 class Reversible(GradStrategy):
     """Backprop through a coupled iteration whose states backward recovers from the last two.
@@ -89,14 +92,17 @@ class Reversible(GradStrategy):
         RuntimeError: inside a transform of `torch.func`, and in backward under `torch.vmap`.
     """
 
-    owns_solve: ClassVar[bool] = True
-
     steps: int = 10
     beta: float = 0.8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", positive_int("steps", self.steps))
         object.__setattr__(self, "beta", relaxation(self.beta))
+
+    @property
+    def owns_solve(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def tells_samples_apart(self) -> bool:
@@ -339,6 +345,7 @@ class _Tape:
                 + (f"Modules in it that draw or update: {suspects}. " if suspects else "")
                 + "Draw dropout masks and noise once a solve, outside func, or take bptt. "
                 "This warning is given once.",
+                ConvergenceWarning,
             )
         elif not loss.error <= _TOLERANCE:
             warn_once(
@@ -347,6 +354,7 @@ class _Tape:
                 f"through, and the gradient by an estimated {loss.error:.1e} of its norm. "
                 f"{_ADVICE}. "
                 "This warning is given once.",
+                ConvergenceWarning,
             )
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adjoint import Apply, Linearization, Packing, Solution, broyden, solve
-from ..state import State
-from ..strategy import BackwardStats, Context, GradStrategy
+from ..contract.state import State
+from ..contract.strategy import BackwardStats, Context, GradStrategy
 from .arguments import positive_float, whole_number
+from .registry import register_strategy
 
 
+@register_strategy("shine")
 @dataclass(frozen=True, repr=False)
 class SHINE(GradStrategy):
     """g = B v, with the estimate B of (I - J^T)^-1 that the forward solve already has.
@@ -43,8 +45,6 @@ class SHINE(GradStrategy):
             estimate to share, or took another dimension for that of the samples.
     """
 
-    wants_inverse_jacobian: ClassVar[bool] = True
-
     refine: int = 0
     fallback: float | None = 1.3
 
@@ -52,6 +52,11 @@ class SHINE(GradStrategy):
         object.__setattr__(self, "refine", whole_number("refine", self.refine))
         if self.fallback is not None:
             object.__setattr__(self, "fallback", positive_float("fallback", self.fallback))
+
+    @property
+    def wants_inverse_jacobian(self) -> bool:
+        """Yes."""
+        return True
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""

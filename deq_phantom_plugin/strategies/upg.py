@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .._plumbing.cached_weights import made_anew
+from .._plumbing.transforms import in_torch_func
 from ..adjoint import Linearization
-from ..cached_weights import made_anew
-from ..state import State, damped_step, flatten, unflatten
-from ..strategy import Context, GradStrategy
-from ..transforms import in_torch_func
+from ..contract.state import State, damped_step, flatten, unflatten
+from ..contract.strategy import Context, GradStrategy
 from .arguments import boolean, damping_factor, positive_int
 from .damping import damping
+from .registry import register_strategy
 
 
+@register_strategy("upg")
 @dataclass(frozen=True, repr=False)
 class UPG(GradStrategy):
     """Autograd through k damped steps h <- (1 - lam) h + lam F(h) from the detached h*.
@@ -58,6 +60,10 @@ class UPG(GradStrategy):
     def steps_ahead(self) -> int:
         """`k`, the steps."""
         return self.k
+
+    def within(self, steps: int) -> UPG:
+        """See `GradStrategy.within`."""
+        return self if self.k <= steps else replace(self, k=steps)
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""

@@ -35,7 +35,7 @@ if args.own:
     compat.apply("cpu", "linalg", "torch_sparse")
 calls = []
 if args.name:
-    from deq_phantom_plugin.registry import strategy_class
+    from deq_phantom_plugin.strategies.registry import strategy_class
 
     cls = strategy_class(args.name)
     attach = cls.attach

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.extras import why_not
+from deq_phantom_plugin._plumbing.extras import why_not
 from deq_phantom_plugin.hosts.hrm_text import HrmText
 from deq_phantom_plugin.patching import Equilibrium
 

@@ -22,9 +22,9 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[1]))
 with atheris.instrument_imports(include=["deq_phantom_plugin"]):
     import deq_phantom_plugin as dpp
-    from deq_phantom_plugin import registry
     from deq_phantom_plugin.patching import patch, repository, rewrite
-from patching import ADAPTER, SEAM, TINY
+    from deq_phantom_plugin.strategies import registry
+from tiny_repository import ADAPTER, SEAM, TINY
 
 FORBIDDEN = ("exec", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "subprocess.Popen")
 watched = False

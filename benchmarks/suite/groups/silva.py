@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.extras import why_not
+from deq_phantom_plugin._plumbing.extras import why_not
 
 from .. import work
 from ..contest import Contender, Contest, Ratio, Settings, Unavailable

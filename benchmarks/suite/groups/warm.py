@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.state import State
+from deq_phantom_plugin.contract.state import State
 
 from ..contest import Contender, Contest, Ratio, Settings, Unavailable
 from ..timing import Run

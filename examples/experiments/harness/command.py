@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.extras import require
+from deq_phantom_plugin._plumbing.extras import require
 
 from . import processes, results
 from .plan import SIZES, Plan, load_plan, parse_change

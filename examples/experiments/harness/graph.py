@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import write_whole
 from deq_phantom_plugin.adapters.ignn import IGNN
-from deq_phantom_plugin.extras import require
-from deq_phantom_plugin.output import write_whole
 
 from . import processes
 from .training import Task

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq_phantom_plugin.extras import require
+from deq_phantom_plugin._plumbing.extras import require
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 # Means and standard deviations of the official code (locuslab/mdeq, tools/cls_train.py).

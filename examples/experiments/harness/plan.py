@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from deq_phantom_plugin.extras import require
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.hints import hint, listed
 
 SIZES = ("smoke", "cpu", "paper")
 S = TypeVar("S")
@@ -122,9 +122,8 @@ def parse_change(text: str) -> tuple[str, Any]:
 def _known(names: Iterable[str], valid: Iterable[str], place: str) -> None:
     for name in names:
         if name not in valid:
-            near = difflib.get_close_matches(str(name), list(valid), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{place}: unknown {name!r}{hint} (valid: {', '.join(sorted(valid))})")
+            near = hint(name, valid)
+            raise ValueError(f"{place}: unknown {name!r}{near}; there are {listed(sorted(valid))}")
 
 
 def _checked(kind: type, key: str, value: Any, place: str) -> Any:

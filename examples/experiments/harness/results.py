@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from deq_phantom_plugin.extras import require
-from deq_phantom_plugin.output import text_table, write_whole
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import text_table, write_whole
 
 from .training import Record
 

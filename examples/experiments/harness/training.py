@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.output import write_whole
+from deq_phantom_plugin._plumbing.output import write_whole
 
 from . import processes
 
@@ -133,19 +133,7 @@ def train(
             on_step(record)
             at_end = record.steps == record.total
             if at_end or record.steps % task.eval_every == 0:
-                mean = float(processes.total(torch.stack(losses).mean()) / processes.count())
-                if not math.isfinite(mean):
-                    raise Diverged(f"the mean loss of the last {len(losses)} steps is {mean}")
-                if not all(bool(weights.isfinite().all()) for weights in task.model.parameters()):
-                    raise Diverged(f"weights are not finite after {record.steps} steps")
-                processes.agree(task.model)
-                found = {
-                    "step": record.steps,
-                    "seconds": round(record.seconds, 3),
-                    "ms_per_step": round(1e3 * statistics.median(times), 3),
-                    "train_loss": mean,
-                    **task.evaluate(record.steps),
-                }
+                found = _measured(task, record, losses, times)
                 for name, value in found.items():
                     log(name, value, record.steps)
                 record.history.append(found)
@@ -156,6 +144,25 @@ def train(
                     raise Stop
     if record.error is not None:
         save(task, record, folder)
+
+
+def _measured(
+    task: Task, record: Record, losses: list[Tensor], times: list[float]
+) -> dict[str, float]:
+    """Return an entry of the history, of the steps since the one before."""
+    mean = float(processes.total(torch.stack(losses).mean()) / processes.count())
+    if not math.isfinite(mean):
+        raise Diverged(f"the mean loss of the last {len(losses)} steps is {mean}")
+    if not all(bool(weights.isfinite().all()) for weights in task.model.parameters()):
+        raise Diverged(f"weights are not finite after {record.steps} steps")
+    processes.agree(task.model)
+    return {
+        "step": record.steps,
+        "seconds": round(record.seconds, 3),
+        "ms_per_step": round(1e3 * statistics.median(times), 3),
+        "train_loss": mean,
+        **task.evaluate(record.steps),
+    }
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""The equilibrium of a map as a module."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.calls import Calls, Counted
+from deq_phantom_plugin.hosts.attaching import Attaching
+from deq_phantom_plugin.hosts.evaluation import attaches, watched
+
+_CHECK_EVERY = 4
+
+
+class FixedPoint(Attaching):
+    """The equilibrium of a map, solved by iteration and attached by a strategy.
+
+    Args:
+        grad: the strategy's spec, see `dpp.get_strategy`.
+        f_max_iter: the most iterations.
+        f_tol: largest change of a number at which to stop, of the largest number where that is
+            above 1: float32 has no smaller ones there.
+        grad_in_eval: whether the gradient is attached in evaluation mode too.
+
+    Attributes:
+        grad: the strategy; `dpp.set_grad` replaces it.
+        memory: what the strategy keeps between steps.
+    """
+
+    host = "ignn"
+
+    def __init__(
+        self, grad: Any, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
+    ) -> None:
+        # Nodes depend on one another: the state is one sample.
+        super().__init__(grad, batch_dim=None, grad_in_eval=grad_in_eval)
+        if isinstance(f_max_iter, bool) or not isinstance(f_max_iter, int) or f_max_iter < 1:
+            raise ValueError(f"f_max_iter={f_max_iter!r}; expected a whole number of at least 1")
+        if not f_tol >= 0:
+            raise ValueError(f"f_tol={f_tol!r}; expected a number of at least 0")
+        self.f_max_iter, self.f_tol = f_max_iter, f_tol
+        self._calls = Calls()
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the map in the last solve."""
+        return int(self._calls.of_solve())
+
+    def forward(
+        self, func: Callable[[Tensor], Tensor], start: Tensor, explained: bool = False
+    ) -> Tensor:
+        """Return the equilibrium: attached in training, as it is in evaluation.
+
+        Args:
+            func: the map.
+            start: where the solve begins.
+            explained: whether to attach it in evaluation, too: explainers differentiate there.
+
+        Raises:
+            NonFiniteError: if the solve makes a NaN or an infinity.
+        """
+        context = self.context(start)
+        attaching = attaches(self) or (explained and torch.is_grad_enabled())
+        counted = Counted(func)
+        self._calls = counted.calls
+        if not attaching:
+            return self._solve(watched(self, counted), start)
+        if self.grad.resolve(context).owns_solve:
+            out: Tensor = self.attached(counted, start, context, 0)
+        else:
+            out = self.attached(func, self._solve(counted, start), context, self.nfe)
+        return out
+
+    @torch.no_grad()
+    def _solve(self, func: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+        if state.numel() == 0:
+            return state
+        for step in range(1, self.f_max_iter + 1):
+            state, last = func(state), state
+            # Looking at the number waits for the device.
+            if step % _CHECK_EVERY == 0 or step == self.f_max_iter:
+                change = float((state - last).abs().amax() / state.abs().amax().clamp_min(1))
+                if change <= self.f_tol:
+                    return state
+                if not math.isfinite(change):
+                    raise dpp.NonFiniteError(
+                        f"the forward solve made NaN or infinite states in {step} iterations; look "
+                        "for such numbers in the parameters, or for an activation steeper than 1"
+                    )
+        warnings.warn(
+            f"the forward solve stopped at f_max_iter={self.f_max_iter} with a change of "
+            f"{change:.1e}, above f_tol={self.f_tol}; raise either, or lower kappa",
+            dpp.ConvergenceWarning,
+            stacklevel=3,
+        )
+        return state

@@ -1,0 +1,293 @@
+"""The network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.calls import Counted
+from deq_phantom_plugin._plumbing.compilation import never_compiled
+from deq_phantom_plugin._plumbing.hints import hint, listed
+from deq_phantom_plugin.contract.state import ordinary
+from deq_phantom_plugin.hosts.evaluation import attaches
+
+from .config import PRESETS, MDEQConfig
+from .layers import OncePerSolve, in_place
+from .multiscale import MultiscaleLayer
+from .solve import MDEQSolve, residual_of
+from .stem_and_head import Head, make_stem
+
+
+class MDEQ(nn.Module):
+    """A multiscale deep equilibrium classifier (arXiv:2006.08656, Figure 1).
+
+    The forward solve is the published one: Broyden from zeros, `config.f_max_iter` iterations,
+    stopped at a relative residual of 1e-3.
+
+    Args:
+        config: the architecture, for instance `PRESETS["tiny"]`.
+        num_classes: logits a sample.
+        in_channels: channels of an image.
+        grad: the gradient of the equilibrium: a spec of deq_phantom_plugin (name, mapping or
+            strategy), TorchDEQ's number of phantom steps, or a list of these, one for each sampled
+            state. `dpp.set_grad(model, ...)` changes it later. With a number the model cannot be
+            pickled, because TorchDEQ keeps a closure for it.
+        dropout: overrides the config's.
+        eval_steps: damped steps h <- (1 - lam) h + lam f(h) that follow the solve in eval mode, as
+            training with `upg` has them. Trained models need none (Section 2 of the supplement of
+            "On Training Implicit Models"); this is there to see that.
+        eval_lam: their damping.
+        **deq_settings: for `torchdeq.get_deq`, unchanged; they override the published ones
+            (f_solver, f_max_iter, f_tol, f_stop_mode, core, n_states, tau, ift, ...), and
+            `grad_in_eval=True` for a gradient in evaluation mode too.
+
+    Attributes:
+        last: the last forward solve, None before the first; not saved, copied or pickled.
+
+    Raises:
+        ImportError: without TorchDEQ.
+        ValueError: on a `grad`, `dropout`, `eval_steps` or `eval_lam` that cannot be.
+    """
+
+    def __init__(
+        self,
+        config: MDEQConfig,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        grad: Any = "upg",
+        *,
+        dropout: float | None = None,
+        eval_steps: int = 0,
+        eval_lam: float = 0.5,
+        **deq_settings: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(eval_steps, bool) or not isinstance(eval_steps, int) or eval_steps < 0:
+            raise ValueError(f"eval_steps={eval_steps!r}; expected a whole number of at least 0")
+        if not 0 < eval_lam <= 1:
+            raise ValueError(f"eval_lam={eval_lam!r}; expected a damping factor in (0, 1]")
+        self.eval_steps, self.eval_lam = eval_steps, eval_lam
+        try:
+            from torchdeq import get_deq
+        except ImportError as error:
+            raise ImportError(
+                'MDEQ needs TorchDEQ: pip install "deq-phantom-plugin[vision]"'
+            ) from error
+        dpp.enable("torchdeq")
+        self.config = config = config if dropout is None else replace(config, dropout=dropout)
+        self.in_channels = in_channels
+        self.stem = make_stem(in_channels, config)
+        self.layer = MultiscaleLayer(config)
+        self.head = Head(config, num_classes)
+        published = {
+            "f_solver": config.f_solver,
+            "f_max_iter": config.f_max_iter,
+            "f_tol": 1e-3,
+            "f_stop_mode": "rel",
+        }
+        self.deq = get_deq({**published, **deq_settings, "grad": grad})
+        self.last: MDEQSolve | None = None
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        grad: Any = "upg",
+        **settings: Any,
+    ) -> MDEQ:
+        """Build a published architecture; the other arguments are those of the class.
+
+        Args:
+            name: "tiny" or "large" (made for CIFAR), "small" or "xl" (for ImageNet).
+            num_classes: logits a sample.
+            in_channels: channels of an image.
+            grad: the gradient of the equilibrium.
+            **settings: `dropout`, `eval_steps`, `eval_lam`, and settings of `torchdeq.get_deq`.
+
+        Raises:
+            ValueError: on an unknown name.
+        """
+        if name not in PRESETS:
+            near = hint(name, PRESETS)
+            raise ValueError(f"unknown preset {name!r}{near}; there are {listed(PRESETS)}")
+        return cls(PRESETS[name], num_classes, in_channels, grad, **settings)
+
+    def equilibrium_func(
+        self, injection: Tensor, shared: Sequence[Tensor | None] | None = None
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Return f at this injection, from a state to the next, for one solve and its backward.
+
+        A state comes out in the dtype it had, and f sees it in the injection's memory format, which
+        TorchDEQ's flat vector loses.
+
+        Args:
+            injection: what `self.stem` returns, shape (B, channels[0], H, W).
+            shared: normalised weights and dropout masks, those of `self.last` for instance; made
+                anew if None.
+        """
+        modules, memory_format = self._once_per_solve(), _memory_format(injection)
+        tensors = self._share(injection) if shared is None else shared
+
+        def func(state: list[Tensor]) -> list[Tensor]:
+            formatted = [h.contiguous(memory_format=memory_format) for h in state]
+            with in_place(modules, tensors):
+                images = self.layer(formatted, injection)
+            # Under autocast a normalisation may return another dtype.
+            return [image.to(h.dtype) for image, h in zip(images, state, strict=True)]
+
+        return func
+
+    def initial_state(self, injection: Tensor) -> list[Tensor]:
+        """Return zeros: a tensor a branch, of the injection's dtype, device and memory format."""
+        batch, _, height, width = injection.shape
+        return [
+            injection.new_zeros(batch, channels, height >> i, width >> i).contiguous(
+                memory_format=_memory_format(injection)
+            )
+            for i, channels in enumerate(self.config.channels)
+        ]
+
+    def forward(
+        self,
+        x: Tensor,
+        all_states: bool = False,
+        jac_reg: dpp.JacobianRegularization | None = None,
+    ) -> Any:
+        """Classify images.
+
+        Args:
+            x: images, shape (B, in_channels, H, W), both sides multiples of
+                `self.config.size_divisor`; B may be 0.
+            all_states: also classify the states that the solve sampled on its way (`n_states`, in
+                training), for `torchdeq.loss.fp_correction`.
+            jac_reg: also return the Jacobian regulariser of this training step, which joins the
+                loss: `logits, penalty = model(x, jac_reg=schedule)`. Its schedule has the step of
+                `dpp.set_step`.
+
+        Returns:
+            Logits of shape (B, num_classes); with `all_states` a list of them, in which those of
+            the equilibrium come last. With `jac_reg` a pair of these and a scalar, which is zero
+            outside training and in steps that have no regulariser.
+
+        Raises:
+            ValueError: on images of another shape.
+        """
+        self._check(x)
+        injection = self.stem(x)
+        shared = self._share(injection)
+        func = self.equilibrium_func(injection, shared)
+        states = self._solve(func, injection, shared)
+        logits = [self.head(state) for state in states] if all_states else self.head(states[-1])
+        if jac_reg is None:
+            return logits
+        penalty = None
+        if self.training and torch.is_grad_enabled() and len(x):
+            penalty = self._penalty(jac_reg, func, [h.detach() for h in states[-1]])
+        return logits, injection.new_zeros(()) if penalty is None else penalty
+
+    def spectral_radius(self, lam: float | None = None, **options: Any) -> Tensor:
+        """Estimate rho(df/dh) of each sample at the last forward's equilibrium, shape (B,).
+
+        Ask before the optimiser's step: the affine part of the normalisations is the present one.
+
+        Args:
+            lam: a damping factor, for the radius of the damped map instead.
+            **options: of `dpp.spectral_radius`.
+
+        Raises:
+            RuntimeError: before the first forward, or after one on no images.
+        """
+        if self.last is None:
+            raise RuntimeError("no equilibrium yet: call the model on a batch first")
+        if not len(self.last.injection):
+            raise RuntimeError("the last batch had no images: call the model on another one first")
+        func = self.equilibrium_func(
+            ordinary(self.last.injection),
+            [None if tensor is None else ordinary(tensor) for tensor in self.last.shared],
+        )
+        return dpp.spectral_radius(
+            func, [ordinary(h) for h in self.last.equilibrium], lam, **options
+        )
+
+    def _solve(
+        self,
+        func: Callable[[list[Tensor]], list[Tensor]],
+        injection: Tensor,
+        shared: list[Tensor | None],
+    ) -> list[list[Tensor]]:
+        """Return the states for the classifier, the equilibrium last; sets `last`."""
+        start = self.initial_state(injection)
+        counted = Counted(lambda *state: func(list(state)))
+        states: list[list[Tensor]]
+        if len(injection):
+            states, info = self.deq(counted, start)
+        else:  # nothing to solve; one evaluation, so that every parameter has a gradient of zero
+            states = [counted(*start)] * (len(self.deq.indexing) if self.training else 1)
+            info = {"rel_lowest": injection.new_zeros(0)}
+        if not self.training:
+            for _ in range(self.eval_steps):
+                states = [*states[:-1], self._damped_step(counted, states[-1])]
+        solved = [h.detach() for h in states[-1]]
+        # Where a strategy owns the solve, TorchDEQ has no residual.
+        residual = (
+            info["rel_lowest"].detach() if counted.calls.by_solver() else residual_of(func, solved)
+        )
+        self.last = MDEQSolve(
+            residual=residual,
+            nfe=counted.calls.of_solve(),
+            equilibrium=solved,
+            injection=injection.detach(),
+            shared=[None if tensor is None else tensor.detach() for tensor in shared],
+        )
+        return states
+
+    @never_compiled  # for the sake of the step, which changes
+    def _penalty(
+        self,
+        jac_reg: dpp.JacobianRegularization,
+        func: Callable[[list[Tensor]], list[Tensor]],
+        state: list[Tensor],
+    ) -> Tensor | None:
+        memories = (m for m in self.deq.modules() if isinstance(m, dpp.Memory))
+        return jac_reg(func, state, next((m.step for m in memories), None))
+
+    def _damped_step(self, func: Callable[..., list[Tensor]], state: list[Tensor]) -> list[Tensor]:
+        with torch.set_grad_enabled(attaches(self.deq)):
+            pairs = zip(state, func(*state), strict=True)
+            return [torch.lerp(h, new, self.eval_lam) for h, new in pairs]
+
+    def _once_per_solve(self) -> list[OncePerSolve]:
+        return [m for m in self.layer.modules() if isinstance(m, OncePerSolve)]
+
+    def _share(self, injection: Tensor) -> list[Tensor | None]:
+        return [module.make(injection) for module in self._once_per_solve()]
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}; expected (batch, {self.in_channels}, "
+                "height, width)"
+            )
+        divisor = self.config.size_divisor
+        if any(side < 1 or side % divisor for side in x.shape[2:]):
+            raise ValueError(
+                f"images are {x.shape[2]} x {x.shape[3]}; expected both sides to be positive "
+                f"multiples of {divisor} ({len(self.config.channels)} resolutions, "
+                f"{self.config.downsample_times} halvings before them)"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": None}
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format

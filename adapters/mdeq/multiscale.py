@@ -1,0 +1,106 @@
+"""The map f: a residual block for each resolution, then each is fused into every other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import MDEQConfig
+from .layers import VariationalDropout2d, WeightNormConv2d
+
+
+class _ResidualBlock(nn.Module):
+    """The residual block of one resolution (Figure 2)."""
+
+    def __init__(self, channels: int, config: MDEQConfig) -> None:
+        super().__init__()
+        inner = config.expansion * channels
+        self.expand = nn.Sequential(
+            WeightNormConv2d(channels, inner, 3),
+            nn.GroupNorm(config.groups, inner),
+            nn.ReLU(inplace=True),
+        )
+        self.reduce = WeightNormConv2d(inner, channels, 3)
+        self.dropout = VariationalDropout2d(channels, config.dropout)
+        self.inner_norm = nn.GroupNorm(config.groups, channels)
+        self.outer_norm = nn.GroupNorm(config.groups, channels)
+
+    def forward(self, x: Tensor, injection: Tensor | None = None) -> Tensor:
+        out: Tensor = self.dropout(self.reduce(self.expand(x)))
+        if injection is not None:
+            out = out + injection
+        out = self.outer_norm(F.relu_(self.inner_norm(out) + x))
+        return out
+
+
+def _resample(source: int, target: int, config: MDEQConfig) -> nn.Module:
+    """Bring branch `source` to the resolution and channels of branch `target`."""
+    channels, out = config.channels[source], config.channels[target]
+    if source == target:
+        return nn.Identity()
+    if source > target:
+        return nn.Sequential(
+            WeightNormConv2d(channels, out, 1),
+            nn.GroupNorm(config.groups, out),
+            nn.Upsample(scale_factor=2 ** (source - target), mode="nearest"),
+        )
+    layers: list[nn.Module] = []
+    for width in [channels] * (target - source - 1) + [out]:
+        layers += [
+            WeightNormConv2d(channels, width, 3, stride=2),
+            nn.GroupNorm(config.groups, width),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers[:-1])
+
+
+class _Branch(nn.ModuleList):
+    """The residual blocks of one resolution, of which the first sees the injection."""
+
+    def forward(self, x: Tensor, injection: Tensor | None) -> Tensor:
+        for block in self:
+            x, injection = block(x, injection), None
+        return x
+
+
+class _Fusion(nn.ModuleList):
+    """The sum of all branches, each brought to one of them by a module of its own."""
+
+    def forward(self, scales: list[Tensor]) -> Tensor:
+        brought: list[Tensor] = [to(x) for to, x in zip(self, scales, strict=True)]
+        return functools.reduce(torch.add, brought)
+
+
+class MultiscaleLayer(nn.Module):
+    """The map f (Figure 1), on states of one tensor (B, channels[i], H / 2^i, W / 2^i) a branch."""
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__()
+        n = len(config.channels)
+        self.branches = nn.ModuleList(
+            _Branch(_ResidualBlock(channels, config) for _ in range(number))
+            for channels, number in zip(config.channels, config.blocks, strict=True)
+        )
+        self.fuse = nn.ModuleList(
+            _Fusion(_resample(j, i, config) for j in range(n)) for i in range(n)
+        )
+        self.finish = nn.ModuleList(
+            nn.Sequential(
+                nn.ReLU(inplace=True),  # of the sum, which is nobody else's
+                WeightNormConv2d(channels, channels, 1),
+                nn.GroupNorm(config.groups // 2, channels),
+            )
+            for channels in config.channels
+        )
+
+    def forward(self, state: Sequence[Tensor], injection: Tensor) -> list[Tensor]:
+        """Return f(state), fused: a tensor a branch."""
+        injections = [injection, *[None] * (len(state) - 1)]  # the highest resolution's only
+        scales = [
+            branch(x, u) for branch, x, u in zip(self.branches, state, injections, strict=True)
+        ]
+        return [finish(fuse(scales)) for fuse, finish in zip(self.fuse, self.finish, strict=True)]

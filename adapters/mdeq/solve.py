@@ -1,0 +1,41 @@
+"""What is remembered of a forward solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deq_phantom_plugin._plumbing.compilation import never_compiled
+from deq_phantom_plugin._plumbing.trial import Trial
+
+
+@dataclass(frozen=True, eq=False)
+class MDEQSolve:
+    """The last forward solve of an `MDEQ`; nothing in it carries an autograd graph.
+
+    Attributes:
+        residual: ||f(h) - h|| / ||f(h)|| of each sample, the lowest that was reached, shape (B,).
+        nfe: evaluations of f that the solve took for the batch, an integer tensor of shape ().
+        equilibrium: the last state handed to the classifier, one tensor a branch.
+        injection: what the image enters f as, shape (B, channels[0], H, W).
+        shared: the normalised weights and dropout masks of the solve.
+    """
+
+    residual: Tensor
+    nfe: Tensor
+    equilibrium: list[Tensor] = field(repr=False)
+    injection: Tensor = field(repr=False)
+    shared: list[Tensor | None] = field(repr=False)
+
+
+@never_compiled
+@torch.no_grad()
+def residual_of(func: Callable[[list[Tensor]], list[Tensor]], state: list[Tensor]) -> Tensor:
+    """Return ||f(h) - h|| / ||f(h)|| of each sample."""
+    with Trial(state):
+        h, image = (torch.cat([x.flatten(1) for x in s], dim=1) for s in (state, func(state)))
+    residual: Tensor = (image - h).norm(dim=1) / (image.norm(dim=1) + 1e-9)
+    return residual

@@ -1,0 +1,194 @@
+"""The language model: an output layer and its loss on the states of a `DEQTransformerModel`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from deq_phantom_plugin._plumbing.once import warn_once
+from deq_phantom_plugin.contract.errors import AssumptionWarning
+
+from .config import DEQTransformerConfig
+from .inputs import OF_DOCUMENTS, read_tokens
+from .jac_loss import share_of_step
+from .label_smoothing import OutputTuple, smooth_outputs_of
+from .model import DEQTransformerModel
+from .pretrained import DEQTransformerPreTrainedModel
+from .solve import EquilibriumInfo
+from .versions import CACHE
+
+__all__ = ["DEQCausalLMOutput", "DEQTransformerForCausalLM"]
+
+
+@dataclass
+class DEQCausalLMOutput(CausalLMOutputWithPast):
+    """What a `DEQTransformerForCausalLM` returns.
+
+    Attributes:
+        loss: cross-entropy, with `jac_loss` added.
+        jac_loss: the weighted Jacobian regulariser in this loss; None outside training, and in
+            steps that have none.
+        equilibrium_info: residual and evaluations of the forward solve.
+    """
+
+    jac_loss: Tensor | None = None
+    equilibrium_info: EquilibriumInfo | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return all that is not None; a `Trainer` with smoothed labels still knows what it was."""
+        return OutputTuple.of(self, super().to_tuple())
+
+
+class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
+    """A language model whose only layer is solved to its equilibrium.
+
+    Args:
+        config: the architecture, its solver and its gradient.
+
+    Raises:
+        ImportError: without TorchDEQ.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DEQTransformerConfig) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"  # of subclasses too, whatever their names
+        self.model = DEQTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    # Longer than 60 lines: half are its arguments, and what is said of them.
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> DEQCausalLMOutput:
+        """Predict each next token.
+
+        Args:
+            input_ids: tokens, shape (B, L).
+            attention_mask: see `DEQTransformerModel.forward`.
+            position_ids: see there.
+            cache: see there.
+            inputs_embeds: see there.
+            labels: `input_ids` again, with -100 where there is nothing to predict, shape (B, L).
+                Predictions of padding, from padding, and from one document of the next, are left
+                out anyway.
+            use_cache: see there.
+            logits_to_keep: how many last positions to return logits of, or which; 0 for all.
+            num_items_in_batch: labels of the whole step, where this is a part of it; the first of
+                each row, which nothing predicts, do not count.
+            output_hidden_states: see there.
+            output_attentions: see there.
+            **kwargs: see there; and `shift_labels`, what each token is to predict, in place of
+                `labels`, shape (B, L).
+        """
+        # A Trainer takes all that have labels in their names for what each batch must have.
+        targets = kwargs.pop("shift_labels", None)
+        if targets is None and labels is not None:
+            targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        counts = None if targets is None else targets.ne(-100).sum(-1)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            **{"jac_weights": counts, **kwargs, "return_dict": True},
+        )
+        states = output.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            states = states[:, logits_to_keep]
+        elif logits_to_keep:
+            states = states[:, -logits_to_keep:]
+        logits = self.lm_head(states)
+        loss, jac_loss = None, output.jac_loss
+        if targets is not None:
+            named = {name: kwargs.get(name) for name in OF_DOCUMENTS}
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                shift_labels=_predictable(targets, attention_mask, position_ids, named),
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+            if jac_loss is not None:
+                jac_loss = share_of_step(jac_loss, targets, num_items_in_batch)
+                loss = loss + jac_loss
+        return DEQCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            **{CACHE: output.get(CACHE)},
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            jac_loss=jac_loss,
+            equilibrium_info=output.equilibrium_info,
+        )
+
+    def spectral_radius(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `DEQTransformerModel.spectral_radius`."""
+        radius: Tensor = self.model.spectral_radius(*args, **kwargs)
+        return radius
+
+
+def _smoothed(output: DEQCausalLMOutput, targets: Tensor, items: Any) -> Tensor | None:
+    """Return the regulariser that joins a loss with smoothed labels."""
+    jac_loss = output.jac_loss
+    if jac_loss is None:
+        return None
+    counts = targets.ne(-100).sum(-1)
+    if items is not None and bool((counts != counts[0]).any()):
+        warn_once(
+            "regulariser beside smoothed labels",
+            "label smoothing takes the labels away from the model, so that in a part of a step the "
+            "Jacobian regulariser weighs rows by their tokens, while parts weigh by their labels: "
+            "with rows of several lengths and gradient accumulation it is not quite that of one "
+            "batch. Said once.",
+            AssumptionWarning,
+        )
+    return share_of_step(jac_loss, targets, items)
+
+
+def _predictable(
+    targets: Tensor,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    named: dict[str, Any],
+) -> Tensor:
+    """Leave out targets that are padding, predicted from padding, or of another document."""
+    batch, length = targets.shape
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        attention_mask = attention_mask[:, -length:]
+    tokens = read_tokens((batch, length), targets.device, 0, attention_mask, position_ids, **named)
+    left_out = torch.zeros_like(targets, dtype=torch.bool)
+    if tokens.real is not None:
+        left_out |= ~tokens.real
+        left_out[:, :-1] |= ~tokens.real[:, 1:]
+    if tokens.documents is not None:
+        left_out[:, :-1] |= tokens.documents[:, 1:] != tokens.documents[:, :-1]
+    return targets.masked_fill(left_out, -100)
+
+
+AutoModelForCausalLM.register(DEQTransformerConfig, DEQTransformerForCausalLM, exist_ok=True)
+smooth_outputs_of(DEQCausalLMOutput, _smoothed)

@@ -1,0 +1,1 @@
+"""What the rest stands on; nothing here is for users."""

@@ -1,0 +1,121 @@
+"""torch.compile: solvers whose F is compiled, and code that must not be."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, cast
+
+import torch
+
+from .trees import State
+
+R = TypeVar("R")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def may_compile(solver: Callable[..., R]) -> Callable[..., R]:
+    """Let a solver of (func, start, ...) take `compile` as well.
+
+    Compiled code is found again by the code of F: a closure made anew each training step does not
+    compile anew.
+    """
+
+    @functools.wraps(solver)
+    def solve(
+        func: Callable[[State], State], start: State, *, compile: bool | str = False, **options: Any
+    ) -> R:
+        if compile:
+            mode = compile if isinstance(compile, str) else None
+            func = torch.compile(func, mode=mode, dynamic=False)
+        return solver(func, start, **options)
+
+    return solve
+
+
+def never_compiled(function: _F) -> _F:
+    """Run a function as it is also inside a compiled model, with all that it calls.
+
+    For code on hooks of saved tensors and modes, of which compiled graphs know nothing, and for
+    what changes with every call. Unlike `torch.compiler.disable` it costs nothing where nothing is
+    compiled, the import of the compiler included.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        if may_be_compiled():  # the compiler may have given up on our caller, but not on us
+            if not disabled:
+                disabled.append(torch.compiler.disable(function))
+            return disabled[0](*args, **kwargs)
+        return function(*args, **kwargs)
+
+    # The compiler counts by code: of one that all functions share it would soon have enough.
+    code: Any = call
+    code.__code__ = code.__code__.replace(co_name=function.__name__)
+    return cast(_F, call)
+
+
+class _Eager(AbstractContextManager[None]):
+    """`torch.compiler.set_stance("force_eager")`, for as long as any thread is inside.
+
+    The stance is one for all threads, and each would put back what it found.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # Where nothing is compiled yet, the import would take seconds.
+            if self._stance is None and may_be_compiled():
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stance is not None:
+                stance, self._stance = self._stance, None
+                stance.__exit__(None, None, None)
+
+
+_eager = _Eager()
+
+
+def may_be_compiled() -> bool:
+    """Whether anything that runs here may be compiled code; false before the first compilation."""
+    return torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
+
+
+def eager() -> AbstractContextManager[None]:
+    """Run what was compiled as it was written, inside a `with` block.
+
+    A backward pass that was compiled where no graph was to be kept may overwrite what was saved
+    for it; on such a graph the second product is refused or, from a cache on disk that another
+    process has filled, silently wrong (PyTorch 2.13.0 and 2.14.1). An eager graph is good for any
+    number of products, and for second derivatives, which compiled code has none of.
+
+    What goes on in other threads meanwhile is not compiled either. For functions that are
+    `never_compiled`: the compiler refuses to change its ways in the middle of its own code.
+    """
+    return _eager
+
+
+def as_written(func: Callable[..., R]) -> Callable[..., R]:
+    """Return a function that runs what was compiled as it was written, see `eager`."""
+
+    @never_compiled
+    def evaluate(*args: Any, **kwargs: Any) -> R:
+        with eager():
+            return func(*args, **kwargs)
+
+    return evaluate

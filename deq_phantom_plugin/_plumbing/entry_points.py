@@ -1,0 +1,55 @@
+"""What other packages offer under this package's entry-point groups."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+STRATEGIES = "deq_phantom_plugin.strategies"
+HOSTS = "deq_phantom_plugin.hosts"
+ADAPTERS = "deq_phantom_plugin.adapters"
+
+
+def names(group: str) -> list[str]:
+    """Return the sorted names in a group, without loading anything."""
+    return sorted({point.name for point in entry_points(group=group)})
+
+
+def load(group: str, name: str) -> Any:
+    """Load the object that a name in a group stands for.
+
+    Raises:
+        ImportError: if it cannot be loaded; names the entry point and says why.
+        KeyError: if there is none of that name.
+    """
+    found: list[EntryPoint] = list(entry_points(group=group, name=name))
+    if not found:
+        raise KeyError(name)
+    # Ours first: nobody takes over a name that is built in.
+    ours = __name__.partition(".")[0]
+    point = min(found, key=lambda point: not point.value.startswith(f"{ours}."))
+    if len({other.value for other in found}) > 1:
+        warnings.warn(
+            f"several packages offer {name!r} in {group!r}: "
+            f"{', '.join(sorted({other.value for other in found}))}; using {point.value!r}",
+            stacklevel=2,
+        )
+    try:
+        return point.load()
+    except (Exception, SystemExit) as error:  # whatever a foreign package does on import
+        raise ImportError(
+            f"the entry point {point.name} = {point.value} in {group!r} is broken: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def load_working(group: str) -> dict[str, Any]:
+    """Load every entry point of a group; warn of each broken one and go on."""
+    loaded = {}
+    for name in names(group):
+        try:
+            loaded[name] = load(group, name)
+        except ImportError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return loaded

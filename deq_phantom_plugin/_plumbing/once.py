@@ -1,0 +1,52 @@
+"""Warnings that are given once a run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_given: dict[str, object] = {}
+
+
+def warn_once(key: str, message: str, category: type[RuntimeWarning]) -> None:
+    """Give a warning once a run for each `key`.
+
+    Python's own registry tells warnings apart by their text, and a text that holds a residual
+    is new every time. Like that registry, this one starts anew inside
+    `warnings.catch_warnings`, which swaps the list of filters.
+    """
+    if _given.get(key) is not warnings.filters:
+        _given[key] = warnings.filters
+        warnings.warn(message, category, stacklevel=2)
+
+
+@contextmanager
+def muted(category: type[Warning]) -> Iterator[None]:
+    """Give no warning of a category inside a `with` block; one given before is not given again."""
+    given = dict(_given)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        _given.update(given)
+
+
+@contextmanager
+def ignored(message: str, category: type[Warning]) -> Iterator[None]:
+    """Give no warning of a kind inside a `with` block; others once a run, as outside."""
+    outside = warnings.filters
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message, category)
+        inside = warnings.filters
+        _rename(outside, inside)
+        try:
+            yield
+        finally:
+            _rename(inside, outside)
+
+
+def _rename(old: object, new: object) -> None:
+    for key in [key for key, filters in _given.items() if filters is old]:
+        _given[key] = new

@@ -1,0 +1,72 @@
+"""Solvers work in the dtype of their matrices; only F sees the caller's autocast."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .trees import State, flatten, unflatten
+
+R = TypeVar("R")
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off, which would take inner products in 16 bits."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+class AutocastState:
+    """Autocast as it is now, for evaluations of F later.
+
+    Args:
+        leaves: of a state; the settings of their devices are kept, and the CPU's.
+    """
+
+    def __init__(self, leaves: Iterable[Tensor]) -> None:
+        self._settings = [
+            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+            for device in sorted({"cpu", *(leaf.device.type for leaf in leaves)})
+            if torch.amp.is_autocast_available(device)
+        ]
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Go back to it inside a `with` block."""
+        with contextlib.ExitStack() as stack:
+            for device, dtype, enabled in self._settings:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            yield
+
+
+def in_full_precision(solver: Callable[..., R]) -> Callable[..., R]:
+    """Let a solver of (func, start, ...) work without autocast, and its func with the caller's.
+
+    Under autocast F may return another dtype; it is cast back to the state's.
+    """
+
+    @functools.wraps(solver)
+    def solve(func: Callable[[State], State], start: State, **options: Any) -> R:
+        leaves = flatten(start)[0]
+        kind = leaves[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return solver(func, start, **options)
+        dtype = torch.get_autocast_dtype(kind)
+        like = [leaf.dtype for leaf in leaves]
+
+        def under_autocast(state: State) -> State:
+            with torch.autocast(kind, dtype=dtype):
+                images, structure = flatten(func(state))
+            cast = [image.to(own) for image, own in zip(images, like, strict=True)]
+            return unflatten(cast, structure)
+
+        with full_precision(leaves[0].device):
+            return solver(under_autocast, start, **options)
+
+    return solve

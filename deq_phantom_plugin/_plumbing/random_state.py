@@ -1,0 +1,46 @@
+"""The random state of PyTorch's generators: read, compared and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def random_state(leaves: Iterable[Tensor]) -> list[Tensor]:
+    """Return the random state of the CPU and of the leaves' devices."""
+    others = [module.get_rng_state(*of) for module, of in _generators(leaves)]
+    return [torch.get_rng_state(), *others]
+
+
+def is_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether nothing was drawn between two random states."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@contextmanager
+def forked_rng(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Put the random state back after a `with` block: the CPU's and that of the leaves' devices."""
+    leaves = list(leaves)
+    before = random_state(leaves)
+    try:
+        yield
+    finally:
+        set_random_state(leaves, before)
+
+
+def set_random_state(leaves: Iterable[Tensor], states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for (module, of), state in zip(_generators(leaves), states[1:], strict=True):
+        module.set_rng_state(state, *of)
+
+
+def _generators(leaves: Iterable[Tensor]) -> Iterator[tuple[Any, tuple[torch.device, ...]]]:
+    """Yield PyTorch's module of each of the leaves' devices but the CPU, and which device."""
+    for device in sorted({leaf.device for leaf in leaves}, key=str):
+        if device.type not in ("cpu", "meta"):
+            # There is one generator for all of Apple's.
+            yield torch.get_device_module(device), () if device.type == "mps" else (device,)

@@ -1,0 +1,42 @@
+"""The command line, `deq-phantom`: a file a command."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+
+from . import compare, doctor, listing, patch, report, run
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status.
+
+    Args:
+        argv: arguments, those of the process if None.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except (ImportError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deq-phantom", description="Switch the gradient method of an equilibrium by name."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in (listing, report, compare, patch, run, doctor):
+        command.add_to(commands)
+    return parser

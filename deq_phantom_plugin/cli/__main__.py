@@ -1,0 +1,7 @@
+"""The command line, as `python -m deq_phantom_plugin.cli`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,94 @@
+"""`deq-phantom compare`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._plumbing.extras import require
+from ..diagnostics.report import DEFAULT_GRADS
+from ..strategies.registry import get_strategy
+from .arguments import positive
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to a parser's."""
+    parser = commands.add_parser(
+        "compare", help="train an MDEQ once per method, all else equal, and compare"
+    )
+    parser.set_defaults(run=_compare)
+    add = parser.add_argument
+    add("--grad", nargs="+", default=list(DEFAULT_GRADS), metavar="SPEC", help="methods")
+    add("--preset", default="tiny", help="of MDEQ: tiny, small, large or xl")
+    add("--data", default="digits", help="digits, or a folder of images, one subfolder a class")
+    add("--image-size", type=positive, default=32, help="side that a folder's images get")
+    add("--steps", type=positive, default=130, help="optimiser steps")
+    add("--batch-size", type=positive, default=64)
+    add("--lr", type=float, default=3e-3, help="Adam's largest learning rate")
+    add("--seed", type=int, default=0, help="of the initialisation and the data order")
+    add("--device", default="auto", help="cpu, cuda, or auto")
+    add("--f-solver", default="anderson", help="TorchDEQ's forward solver")
+    add("--f-max-iter", type=positive, default=15, help="its iterations")
+    add("--f-tol", type=float, default=1e-3, help="its relative tolerance")
+    add("--out", type=Path, default=Path("runs/compare"), help="folder for results")
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from ..compare import MethodResult, Settings, compare, load_digits, load_folder, table, write
+
+    for spec in args.grad:
+        get_strategy(spec)
+    require("torchdeq", "vision")
+    require("matplotlib", "viz")
+    progress_module = require("rich.progress", "viz")
+    device = torch.device(
+        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    data = load_digits() if args.data == "digits" else load_folder(args.data, args.image_size)
+    settings = Settings(
+        preset=args.preset,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        device=device,
+        deq={
+            "f_solver": args.f_solver,
+            "f_max_iter": args.f_max_iter,
+            "f_tol": args.f_tol,
+            "f_stop_mode": "rel",
+        },
+    )
+    print(
+        f"MDEQ-{args.preset} on {data.name}: {len(data.train_labels)} training and "
+        f"{len(data.test_labels)} test images, {len(data.classes)} classes, {args.steps} steps of "
+        f"{args.batch_size} on {device}"
+    )
+    results: list[MethodResult] = []
+    status = 0
+    columns: list[Any] = [
+        progress_module.TextColumn("{task.description}"),
+        progress_module.BarColumn(),
+        progress_module.MofNCompleteColumn(),
+        progress_module.TextColumn("loss {task.fields[loss]:.3f}"),
+        progress_module.TimeRemainingColumn(),
+    ]
+    with progress_module.Progress(*columns) as progress:
+        tasks = [progress.add_task(spec, total=args.steps, loss=float("nan")) for spec in args.grad]
+
+        def on_step(spec: str, step: int, loss: float) -> None:
+            progress.update(tasks[len(results)], completed=step, loss=loss)
+
+        try:
+            compare(args.grad, data, settings, on_step, results.append)
+        except KeyboardInterrupt:
+            status = 130
+    if not results:
+        return status
+    print(table(results, target=0.9 if args.data == "digits" else None))
+    plot = write(results, args.out, f"MDEQ-{args.preset} on {data.name}")
+    print(f"results: {args.out / 'results.json'}\nplot: {plot}")
+    return status

@@ -1,0 +1,35 @@
+"""`deq-phantom list`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from typing import Any
+
+from ..strategies.registry import get_strategy, list_strategies, strategy_class
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to a parser's."""
+    parser = commands.add_parser("list", help="print the strategies that are installed")
+    parser.set_defaults(run=_list)
+
+
+def _list(args: argparse.Namespace) -> int:
+    with warnings.catch_warnings(record=True) as broken:
+        warnings.simplefilter("always")
+        names = list_strategies()
+    rows = []
+    for name in names:
+        try:
+            shown = repr(get_strategy(name))
+        except Exception:  # has arguments without a default, or is somebody's that fails
+            shown = f"{name}(...)"
+        rows.append((shown, (strategy_class(name).__doc__ or "").strip().partition("\n")[0]))
+    width = max(len(shown) for shown, _ in rows)
+    for shown, line in rows:
+        print(f"{shown:{width}}  {line}")
+    for warning in broken:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return 0

@@ -1,0 +1,1 @@
+"""The contract: states, strategies, what they are told, and what can go wrong."""

@@ -1,0 +1,147 @@
+"""States of an equilibrium: a tensor, or any nesting of tuples, lists and dicts of tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .._plumbing.cached_weights import CachedWeights
+from .._plumbing.transforms import in_torch_func
+from .._plumbing.trees import State, flatten, ordinary, unflatten
+
+__all__ = [
+    "CheckedFunc",
+    "State",
+    "check_equilibrium",
+    "damped_step",
+    "flatten",
+    "ordinary",
+    "unflatten",
+]
+
+
+def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
+    """Refuse what no strategy can start from.
+
+    Args:
+        equilibrium: a state.
+        finite: whether it must be; not asked where nobody can look, inside a transform of
+            `torch.func`, such as vmap, and in compiled code.
+
+    Raises:
+        ValueError: if the state has no leaves, a leaf is not a floating-point or complex
+            tensor, is nested, carries an autograd graph, or holds a NaN or an infinity.
+    """
+    leaves, _ = flatten(equilibrium)
+    if not leaves:
+        raise ValueError("the equilibrium has no tensors; expected at least one")
+    for index, leaf in enumerate(leaves):
+        where = f"leaf {index} of the equilibrium" if len(leaves) > 1 else "the equilibrium"
+        if not isinstance(leaf, Tensor):
+            raise ValueError(
+                f"{where} is a {type(leaf).__name__}; a state is a tensor or any nesting of "
+                "tuples, lists and dicts of tensors"
+            )
+        if leaf.is_nested:
+            raise ValueError(
+                f"{where} is a nested tensor, whose samples differ in shape: dpp.attach and its "
+                "strategies take tensors of one shape. Pad it (torch.nested.to_padded_tensor) and "
+                "mask in func what was padded"
+            )
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            raise ValueError(f"{where} has dtype {leaf.dtype}; expected floating point or complex")
+        if leaf.requires_grad:
+            raise ValueError(
+                f"{where} carries an autograd graph (requires_grad=True); solve it under "
+                "torch.no_grad() or pass equilibrium.detach()"
+            )
+        if not finite or in_torch_func() or torch.compiler.is_compiling():
+            continue
+        # A sum is read several times faster, but can overflow.
+        if not math.isfinite(abs(leaf.sum())) and not torch.isfinite(leaf).all():
+            raise ValueError(
+                f"{where} holds NaN or Inf: the forward solve diverged. Check its residual; a "
+                "smaller step, more normalisation or another solver may help"
+            )
+
+
+class CheckedFunc:
+    """A map that must return what it was given: same structure, shapes and dtypes.
+
+    Under autocast a map may return another dtype; it is cast back to the state's.
+
+    Raises:
+        ValueError: on a call whose result differs, or that changed its input in place (the
+            equilibrium is read again in backward).
+    """
+
+    def __init__(self, func: Callable[[State], State], like: State) -> None:
+        self._func = self.__wrapped__ = func
+        leaves, self._structure = flatten(like)
+        self._weights = CachedWeights()
+        self._like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+
+    def __call__(self, state: State) -> State:
+        """Evaluate the map, checked."""
+        inputs, _ = flatten(state)
+        # A compiler functionalises what is in place, and does not count.
+        versions = [] if torch.compiler.is_compiling() else [leaf._version for leaf in inputs]
+        self._weights.prepare()
+        result = self._func(state)
+        if any(leaf._version != version for leaf, version in zip(inputs, versions, strict=False)):
+            raise ValueError("func changed its input in place; it must return new tensors")
+        outputs, structure = flatten(result)
+        if structure != self._structure:
+            raise ValueError(
+                f"func returned the structure {structure}, but was given {self._structure}; "
+                "it must map a state to a state of the same structure, a dict with its keys in "
+                "the same order"
+            )
+        for index, (output, (shape, dtype, device)) in enumerate(
+            zip(outputs, self._like, strict=True)
+        ):
+            where = f"leaf {index} of what func returned" if len(outputs) > 1 else "func's result"
+            if not isinstance(output, Tensor):
+                raise ValueError(f"{where} is a {type(output).__name__}; expected a tensor")
+            if output.is_nested:
+                raise ValueError(f"{where} is a nested tensor, but the state is none")
+            if output.shape != shape:
+                raise ValueError(
+                    f"{where} has shape {tuple(output.shape)}, but the state has {tuple(shape)}"
+                )
+            if output.device != device:
+                raise ValueError(f"{where} is on {output.device}, but the state is on {device}")
+            if output.dtype != dtype:
+                if not torch.is_autocast_enabled(device.type):
+                    raise ValueError(
+                        f"{where} has dtype {output.dtype}, but the state has {dtype}; only "
+                        "under torch.autocast may they differ"
+                    )
+                outputs[index] = output.to(dtype)
+        return unflatten(outputs, structure)
+
+
+def damped_step(
+    func: Callable[[State], State], state: State, lam: float | list[Tensor] = 1.0
+) -> State:
+    """Take one step h <- (1 - lam) h + lam F(h) (supplement, Algorithm 1).
+
+    Args:
+        func: the map F.
+        state: h.
+        lam: the damping factor, one number or one tensor a leaf that broadcasts over it.
+    """
+    image = func(state)
+    if isinstance(lam, float | int) and lam == 1:
+        return image
+    old, structure = flatten(state)
+    new, _ = flatten(image)
+    factors: Sequence[Tensor | float] = lam if isinstance(lam, list) else [lam] * len(old)
+    # lerp is one kernel and one allocation where the written-out sum takes three.
+    return unflatten(
+        [torch.lerp(h, f, factor) for h, f, factor in zip(old, new, factors, strict=True)],
+        structure,
+    )

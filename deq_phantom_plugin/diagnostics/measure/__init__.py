@@ -1,0 +1,1 @@
+"""What is measured, as numbers; how they are shown is in `show`."""

@@ -1,0 +1,132 @@
+"""The equilibria inside a model: which there are, and what one forward pass solves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._plumbing.trial import Trial
+from ...contract.memory import Memory
+from ...contract.state import flatten
+from ...hosts import Host, find_equilibria, what_is_found
+from ...hosts.solve import Solve
+from .problem import check_scalar
+
+
+def named_equilibria(model: nn.Module) -> list[tuple[str, Host, nn.Module]]:
+    """Return every equilibrium inside a model, with its name there and its host.
+
+    A model that was compiled has the names of the one inside it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    names = {m: name.replace("_orig_mod.", "") for name, m in model.named_modules()}
+    found = find_equilibria(model)
+    if not found:
+        raise ValueError(
+            f"{what_is_found(model)} For a state at hand there is dpp.gradient_report(func, "
+            "equilibrium, loss, params)"
+        )
+    return [(names[module] or "equilibrium", host, module) for host, module in found]
+
+
+def solved(
+    model: nn.Module,
+    equilibria: Sequence[tuple[str, Host, nn.Module]],
+    inputs: Any,
+    loss: Callable[[Any], Tensor],
+) -> tuple[Tensor, list[tuple[str, Solve, list[Tensor] | None]]]:
+    """Run a model once; return the loss, and each solve with its name and dL/dh, in their order.
+
+    dL/dh is None where the loss does not depend on the solve.
+
+    Raises:
+        ValueError: if the model refuses the inputs, or the loss is not a scalar that depends on
+            any of the solves.
+    """
+    solves: list[tuple[str, Solve]] = []
+    ends = [
+        host.observe(module, partial(_collect, solves, name)) for name, host, module in equilibria
+    ]
+    try:
+        output = _call(model, inputs)
+    finally:
+        for end in ends:
+            end()
+    value = check_scalar(loss(output))
+    cotangents = _cotangents(value, solves)
+    return value, [(*solve, v) for solve, v in zip(solves, cotangents, strict=True)]
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put a model in training mode if it is not; restore all that a forward pass changes."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    memories = [(m, m.step, m.kept()) for m in model.modules() if isinstance(m, Memory)]
+    with Trial([*model.parameters()]):
+        if not model.training:
+            model.train()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+            for memory, step, kept in memories:
+                memory.step = step
+                memory.restore(kept)
+
+
+def _collect(solves: list[tuple[str, Solve]], name: str, solve: Solve) -> None:
+    number = 1 + sum(known.partition(" #")[0] == name for known, _ in solves)
+    solves.append((name if number == 1 else f"{name} #{number}", solve))
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    try:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    except Exception as error:
+        leaves = flatten(dict(inputs) if isinstance(inputs, Mapping) else inputs)[0]
+        shapes = ", ".join(
+            str(tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf).__name__
+            for leaf in leaves
+        )
+        raise ValueError(
+            f"{type(model).__name__} refused its inputs ({shapes}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def _cotangents(loss: Tensor, solves: list[tuple[str, Solve]]) -> list[list[Tensor] | None]:
+    """Return dL/dh for each solve, None where the loss does not depend on it.
+
+    Raises:
+        ValueError: if it depends on none.
+    """
+    states = [flatten(solve.attached)[0] for _, solve in solves]
+    leaves = [leaf for state in states for leaf in state]
+    grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if leaves and loss.requires_grad:
+        grads = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            f"the loss depends on none of the {len(solves)} equilibria that the model solved"
+        )
+    found: list[list[Tensor] | None] = []
+    remaining = iter(zip(grads, leaves, strict=True))
+    for state in states:
+        own = [next(remaining) for _ in state]
+        known = any(grad is not None for grad, _ in own)
+        filled = [torch.zeros_like(x) if grad is None else grad for grad, x in own]
+        found.append(filled if known else None)
+    return found

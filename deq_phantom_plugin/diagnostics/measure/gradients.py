@@ -1,0 +1,146 @@
+"""How good and how dear each strategy's gradient is on one problem."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from ...contract.errors import ConvergenceWarning
+from ...contract.state import flatten
+from ...contract.strategy import GradStrategy
+from .cost import now, peak_bytes
+from .derivatives import cosine, relative_error, vjp
+from .problem import Gradient, Problem
+from .reference import second_order_reference, solve_reference
+from .results import Measurement, StrategyResult
+
+LAMS = tuple(round(1 - 0.1 * i, 1) for i in range(10))
+
+_RADIUS_VJPS = 60
+
+
+def measure(
+    problem: Problem,
+    strategies: Sequence[GradStrategy],
+    repeats: int,
+    *,
+    name: str,
+    nfe: int | None = None,
+    second_order: bool = False,
+) -> Measurement:
+    """Measure strategies on a problem; see `gradient_report`."""
+    if not strategies:
+        raise ValueError("grads is empty; expected at least one strategy")
+    problem = replace(problem, params=problem.reached())
+    problem.cotangent(problem.equilibrium)  # a loss that cannot be used says so now
+    told, found = problem.context.batch_dim, problem.inspect()
+    problem, whole = problem.settled(found.coupled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # residuals are reported instead
+        method, reference = solve_reference(whole)
+        lams = sorted({*LAMS, *(lam for s in strategies if (lam := _lam(s)))}, reverse=True)
+        damped_radii = whole.radii(lams, _RADIUS_VJPS)
+        results = _results(problem, strategies, reference, damped_radii, repeats)
+        if second_order:
+            results = _with_second_order(results, problem, whole, strategies)
+    return Measurement(
+        name=name,
+        batch_size=whole.packing.batch_size,
+        elements=whole.packing.rows * whole.packing.columns,
+        parameters=sum(p.numel() for p in problem.params),
+        dtype=str(flatten(problem.equilibrium)[0][0].dtype).removeprefix("torch."),
+        device=str(problem.device),
+        forward_residual=problem.forward_residual(),
+        nfe=nfe,
+        batch_dim=told,
+        samples_are_coupled=bool(found.coupled),
+        map_difference=found.difference,
+        map_reasons=list(found.reasons),
+        reference=repr(method),
+        reference_residual=reference.residual,
+        reference_norm=reference.norm,
+        radius=damped_radii[1.0],
+        damped_radii=damped_radii,
+        results=results,
+    )
+
+
+def _results(
+    problem: Problem,
+    strategies: Sequence[GradStrategy],
+    reference: Gradient,
+    damped_radii: Mapping[float, float],
+    repeats: int,
+) -> list[StrategyResult]:
+    rows: list[StrategyResult] = []
+    for strategy in strategies:
+        try:
+            found = problem.differentiate(strategy)
+            rows.append(
+                StrategyResult(
+                    strategy=repr(strategy),
+                    cosine=cosine(found.vector, reference.vector),
+                    relative_error=relative_error(found.vector, reference.vector),
+                    norm=found.norm,
+                    residual=found.residual,
+                    n_evaluations=found.n_evaluations,
+                    n_vjp=found.n_vjp,
+                    peak_bytes=peak_bytes(partial(_run, problem, strategy), problem.device),
+                    damped_radius=damped_radii.get(_lam(strategy) or math.nan),
+                )
+            )
+        except Exception as error:  # whatever a strategy raises; the others still report
+            message = f"{type(error).__name__}: {error}"
+            rows.append(StrategyResult(strategy=repr(strategy), error=message))
+    times: list[list[tuple[float, float]]] = [[] for _ in strategies]
+    for _ in range(repeats):
+        for strategy, row, own in zip(strategies, rows, times, strict=True):
+            if row.error is None:
+                own.append(_run(problem, strategy))
+    return [
+        replace(
+            row,
+            forward_seconds=statistics.median(forward for forward, _ in own),
+            backward_seconds=statistics.median(backward for _, backward in own),
+        )
+        if own
+        else row
+        for row, own in zip(rows, times, strict=True)
+    ]
+
+
+def _with_second_order(
+    rows: Sequence[StrategyResult],
+    problem: Problem,
+    whole: Problem,
+    strategies: Sequence[GradStrategy],
+) -> list[StrategyResult]:
+    reference = second_order_reference(whole)
+    found = []
+    for strategy, row in zip(strategies, rows, strict=True):
+        own = None if row.error else problem.second_derivative(strategy)
+        if own is not None and reference is not None:
+            row = replace(row, second_order_error=relative_error(own, reference))
+        found.append(row)
+    return found
+
+
+def _run(problem: Problem, strategy: GradStrategy) -> tuple[float, float]:
+    """Differentiate once; return the seconds forward and backward, the loss's own left out."""
+    start = now(problem.device)
+    attached = problem.attach(strategy)
+    forward = now(problem.device) - start
+    v = problem.cotangent(attached)
+    start = now(problem.device)
+    vjp(flatten(attached)[0], problem.params, v)
+    return forward, now(problem.device) - start
+
+
+def _lam(strategy: GradStrategy) -> float | None:
+    """Return the damping factor of a strategy that has a fixed one."""
+    lam = getattr(strategy, "lam", None)
+    return lam if isinstance(lam, float) and 0 < lam <= 1 else None

@@ -1,0 +1,278 @@
+"""One equilibrium, one loss, and the gradient that any strategy gives there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_map_only
+
+from ..._plumbing.compilation import as_written
+from ...adjoint import Linearization, Packing, relative_norm
+from ...adjoint.probe import with_probe
+from ...attach import attach
+from ...contract.state import CheckedFunc, State, check_equilibrium, flatten, unflatten
+from ...contract.strategy import Context, GradStrategy
+from ...inspection import Findings, inspect_map
+from ...jacobian import spectral_radius
+from .derivatives import as_vector, check_params, reached, short_of_compiled, vjp
+
+_RADIUS_TOL = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What all strategies are measured on.
+
+    An F that was compiled is measured as it was written: compiled code is differentiated once.
+
+    Attributes:
+        func: F, from a state to a state.
+        equilibrium: h*, detached.
+        loss: from a state to a scalar.
+        params: the tensors to differentiate with respect to, which F captures or is built from.
+        context: for the strategies.
+        edges: places in the graph before F to differentiate with respect to, too.
+    """
+
+    func: Callable[[State], State]
+    equilibrium: State
+    loss: Callable[[State], Tensor]
+    params: Sequence[Tensor]
+    context: Context = field(default_factory=Context)
+    edges: Sequence[GradientEdge] = ()
+
+    def __post_init__(self) -> None:
+        check_equilibrium(self.equilibrium)
+        if not self.edges:
+            object.__setattr__(self, "params", check_params(self.params))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state is."""
+        leaves: list[Tensor] = flatten(self.equilibrium)[0]
+        return leaves[0].device
+
+    @property
+    def packing(self) -> Packing:
+        """Of the state, by what the context says of samples."""
+        return Packing(flatten(self.equilibrium)[0], self.context.sample_dim)
+
+    def cotangent(self, state: State) -> list[Tensor]:
+        """Return v = dL/dh at a state, a tensor a leaf.
+
+        Raises:
+            ValueError: if the loss is not a scalar that depends on the state.
+        """
+        leaves, structure = flatten(state)
+        with torch.enable_grad():
+            inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+            loss = check_scalar(self.loss(unflatten(inputs, structure)))
+            if not loss.requires_grad:
+                raise ValueError("the loss does not depend on the state, so it has no gradient")
+            return list(
+                torch.autograd.grad(
+                    loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            )
+
+    def attach(self, strategy: GradStrategy, func: Callable[[State], State] | None = None) -> State:
+        """Return the equilibrium attached by a strategy, to F unless another map is given."""
+        with torch.enable_grad():
+            return attach(
+                self._written if func is None else func, self.equilibrium, strategy, self.context
+            )
+
+    def differentiate(self, strategy: GradStrategy) -> Gradient:
+        """Return the gradient that a strategy gives, with its evaluations and products counted."""
+        counted = _Counted(self._written)
+        probed, probes = with_probe(counted, self.equilibrium)
+        attached = self.attach(strategy, probed)
+        v = self.cotangent(attached)
+        grads = vjp(flatten(attached)[0], [*self.params, *self.edges, *probes], v)
+        split = len(self.params) + len(self.edges)
+        return Gradient(
+            as_vector(grads[:split]),
+            self._adjoint_residual(v, grads[split:]),
+            counted.n_evaluations,
+            counted.n_vjp,
+        )
+
+    @property
+    def _written(self) -> Callable[[State], State]:
+        return as_written(self.func)
+
+    def second_derivative(self, strategy: GradStrategy) -> Tensor | None:
+        """Return the gradient of <dL/dtheta, w> for a fixed random w, as one vector of float64.
+
+        None if the strategy, or the loss, has no second derivative.
+        """
+        generator = torch.Generator("cpu").manual_seed(0)
+        with torch.enable_grad():
+            loss = self.loss(self.attach(strategy))
+            try:
+                first = torch.autograd.grad(
+                    loss, self.params, create_graph=True, allow_unused=True, materialize_grads=True
+                )
+                total = loss.new_zeros(())
+                for grad in first:
+                    w = torch.randn(grad.shape, generator=generator, dtype=torch.float64)
+                    total = total + (grad * w.to(grad)).real.sum()
+                second = torch.autograd.grad(
+                    total, self.params, allow_unused=True, materialize_grads=True
+                )
+            except RuntimeError:  # whose graph has an end there
+                return None
+        return as_vector(second)
+
+    def linearize(self) -> Linearization:
+        """Return F on one graph at the equilibrium."""
+        return Linearization(CheckedFunc(self.func, self.equilibrium), self.equilibrium)
+
+    def reached(self) -> list[Tensor]:
+        """Return the parameters that F depends on.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        found = reached(self.linearize().outputs, self.params)
+        if any(found):
+            return [param for param, used in zip(self.params, found, strict=True) if used]
+        raise ValueError(
+            f"func depends on none of the {len(self.params)} tensors in params; pass those that "
+            "it uses, themselves and not copies"
+        )
+
+    def short_of_compiled(self) -> Problem:
+        """Return the same problem with gradients that end where compiled code before F begins.
+
+        Those that an iteration has in its initial state are left out then.
+        """
+        start = self.context.initial_state
+        before = [x for x in flatten(start)[0] if isinstance(x, Tensor)]
+        params, edges = short_of_compiled(self.linearize().outputs, self.params)
+        if not edges and not short_of_compiled(before, self.params)[1]:
+            return self
+        context = replace(self.context, initial_state=tree_map_only(Tensor, Tensor.detach, start))
+        return replace(self, params=params, edges=edges, context=context)
+
+    def forward_residual(self) -> float:
+        """Return ||F(h) - h|| / ||F(h)|| of the equilibrium, the whole batch together."""
+        with torch.no_grad():
+            image = flatten(CheckedFunc(self._written, self.equilibrium)(self.equilibrium))[0]
+        state = flatten(self.equilibrium)[0]
+        return _residual([f - h for f, h in zip(image, state, strict=True)], image)
+
+    def radii(self, lams: Sequence[float], max_iter: int) -> dict[float, float]:
+        """Return rho(lam J + (1 - lam) I) for each lam, the largest of the batch.
+
+        Args:
+            lams: damping factors.
+            max_iter: the most products a factor.
+        """
+        found = spectral_radius(
+            self.func,
+            self.equilibrium,
+            lams,
+            batch_dim=self.context.batch_dim,
+            tol=_RADIUS_TOL,
+            max_iter=max_iter,
+        )
+        largest = [float(radius.max()) if radius.numel() else 0.0 for radius in found]
+        return dict(zip(lams, largest, strict=True))
+
+    def inspect(self) -> Findings:
+        """Find out whether F mixes samples, and whether it is the same map each time."""
+        func = CheckedFunc(self.func, self.equilibrium)
+        told = self.context.batch_dim
+        return inspect_map(func, self.equilibrium, 0 if isinstance(told, str) else told)
+
+    def settled(self, coupled: bool | None) -> tuple[Problem, Problem]:
+        """Return the same problem as strategies see it, and as it is.
+
+        They differ where F mixes samples that were said to be independent.
+
+        Args:
+            coupled: whether F mixes samples, as was found out.
+        """
+        whole = replace(self, context=replace(self.context, batch_dim=None))
+        if self.context.batch_dim != "auto":
+            return self, whole if coupled else self
+        told = whole if coupled else replace(self, context=replace(self.context, batch_dim=0))
+        return told, told
+
+    def _adjoint_residual(self, v: Sequence[Tensor], g: Sequence[Tensor]) -> float:
+        image = self.linearize().vjp(g)
+        return _residual([vi - gi + ji for vi, gi, ji in zip(v, g, image, strict=True)], v)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """What a strategy returned.
+
+    Attributes:
+        vector: dL/dtheta, all parameters in one vector of float64 (or complex as pairs).
+        residual: ||v - (I - J^T) g|| / ||v|| of the g behind it, at h*, the batch together.
+        n_evaluations: calls of F.
+        n_vjp: backward passes through F, the one to the parameters included.
+    """
+
+    vector: Tensor
+    residual: float
+    n_evaluations: int
+    n_vjp: int
+
+    @property
+    def norm(self) -> float:
+        """||dL/dtheta||."""
+        return float(torch.linalg.vector_norm(self.vector))
+
+
+def check_scalar(loss: Any) -> Tensor:
+    """Return a loss.
+
+    Raises:
+        ValueError: if it is not a tensor with one element.
+    """
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"loss returned a {type(loss).__name__}; expected a scalar tensor")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss returned a tensor of shape {tuple(loss.shape)}; expected a scalar, such as "
+            "its mean"
+        )
+    return loss
+
+
+def inner_product(v: Sequence[Tensor], state: State) -> Tensor:
+    """Return the loss whose gradient at any state is v: Re <v, h>."""
+    total = [(vi.conj() * h).real.sum() for vi, h in zip(v, flatten(state)[0], strict=True)]
+    return torch.stack(total).sum()
+
+
+class _Counted:
+    """F, with its evaluations and the backward passes through it counted."""
+
+    def __init__(self, func: Callable[[State], State]) -> None:
+        self._func = func
+        self.n_evaluations = self.n_vjp = 0
+
+    def __call__(self, state: State) -> State:
+        self.n_evaluations += 1
+        result = self._func(state)
+        outputs = [x for x in flatten(result)[0] if isinstance(x, Tensor) and x.requires_grad]
+        if outputs:
+            torch.autograd.graph.register_multi_grad_hook(outputs, self._count, mode="any")
+        return result
+
+    def _count(self, grad: Tensor) -> None:
+        self.n_vjp += 1
+
+
+def _residual(error: Sequence[Tensor], of: Sequence[Tensor]) -> float:
+    """Return ||error|| / ||of||, all leaves together."""
+    return float(relative_norm(as_vector(error)[None], as_vector(of)[None]))

@@ -1,0 +1,1 @@
+"""How numbers are shown: as text, as a page, as advice; they come from `measure`."""

@@ -1,0 +1,126 @@
+"""What a report's numbers advise, in words."""
+
+from __future__ import annotations
+
+import math
+
+from ...inspection import REMEDY, in_words
+from ..measure.reference import POOR_REFERENCE
+from ..measure.results import Measurement, StrategyResult
+
+_GOOD_COSINE = 0.99
+_POOR_SOLVE = 1e-2
+_MANY_STEPS = 40
+
+
+def recommend(report: Measurement) -> list[str]:
+    """Return sentences that follow from the numbers of a report.
+
+    Whether damping helps is judged by the measured radius of lam J + (1 - lam) I over lam, never
+    by rho(J): eigenvalues of -1.4 are damped into the unit circle, those of 1.4 never.
+    """
+    if report.map_difference > 0:  # every number is of another map: none advises anything
+        return _caveats(report)
+    sentences = [*_caveats(report), _about_damping(report)]
+    if report.reference_norm == 0:
+        sentences.append("The gradient is zero here: nothing can be said of directions.")
+        return sentences
+    return [*sentences, *_about_results(report)]
+
+
+def _caveats(report: Measurement) -> list[str]:
+    found = []
+    random = report.map_difference > 0
+    if random:  # then residuals say nothing of solves or of precision
+        found.append(
+            f"F is not deterministic: {in_words(report.map_difference, report.map_reasons)}. "
+            "It has no equilibrium, and every number here is of another draw of it. "
+            f"{REMEDY}"
+        )
+    if report.forward_residual > _POOR_SOLVE and not random:
+        found.append(
+            f"The equilibrium is solved only to a relative residual of "
+            f"{report.forward_residual:.1e}: every gradient here, the reference too, is that of a "
+            "point that is not h*. Tighten the forward solve first."
+        )
+    if report.samples_are_coupled and report.batch_dim == "auto":
+        found.append(
+            "F mixes the samples of a batch (batch normalisation, attention over the batch, nodes "
+            "of a graph?): the batch is one system, for the reference and for every method here, "
+            "as with batch_dim=None."
+        )
+    elif report.samples_are_coupled:
+        found.append(
+            "F mixes the samples of a batch (batch normalisation?), which were said to be "
+            "independent: the reference treats the batch as one system, while ift and exact "
+            "solve each sample by itself and are off. Use a norm without batch statistics, or "
+            "batch_dim=None in the context."
+        )
+    if report.reference_residual > POOR_REFERENCE and not random:
+        found.append(
+            f"The reference itself has a residual of {report.reference_residual:.1e}: cosines and "
+            "errors are to a gradient that is not exact. Float64 or a better conditioned F helps."
+        )
+    return found
+
+
+def _about_damping(report: Measurement) -> str:
+    lam, radius = min(report.damped_radii.items(), key=lambda item: item[1])
+    plain = f"rho(dF/dh) is {report.radius:.3g}"
+    if radius >= 1:
+        return (
+            f"{plain}, and no damping factor brings the map's radius below 1 (lowest: "
+            f"{radius:.4f} at lam={lam:g}), as an eigenvalue lies at or beyond 1: "
+            "phantom gradients get worse with every step here. Use ift, or few steps, and "
+            "regularise with dpp.jacobian_reg."
+        )
+    steps = 1 if radius < 1e-3 else max(1, math.ceil(math.log(0.1) / math.log(radius)))
+    told = f"{plain}; with lam={lam:g} the damped map's radius is {radius:.3g}"
+    if steps > _MANY_STEPS:
+        return (
+            f"{told}, so a phantom gradient may need up to {steps} steps to come within 10 %: too "
+            "close to 1 for few steps. Compare ift, or regularise with dpp.jacobian_reg."
+        )
+    return (
+        f"{told}, lowest of all: a phantom gradient of k steps has an error of about "
+        f"{radius:.2g}^k, 10 % at k={steps}. Try npg(k={steps}, lam={lam:g}), or upg for "
+        "robustness."
+    )
+
+
+def _about_results(report: Measurement) -> list[str]:
+    usable = [r for r in report.results if r.cosine is not None and not math.isnan(r.cosine)]
+    if not usable:
+        return ["No method gave a gradient."]
+    found = []
+    uphill = [r.strategy for r in usable if _cosine(r) <= 0]
+    if uphill:
+        found.append(f"Not a descent direction: {', '.join(uphill)}.")
+    good = [r for r in usable if _cosine(r) >= _GOOD_COSINE]
+    if not good:
+        best = max(usable, key=_cosine)
+        found.append(
+            f"No method measured reaches a cosine of {_GOOD_COSINE}; the best is {best.strategy} "
+            f"with {_cosine(best):.3f}."
+        )
+        return found
+    cheapest = min(good, key=_seconds)
+    text = (
+        f"Of the methods measured, {cheapest.strategy} is the cheapest with a cosine of at least "
+        f"{_GOOD_COSINE}: {_cosine(cheapest):.4f} in {1e3 * _seconds(cheapest):.3g} ms"
+    )
+    best = max(usable, key=_cosine)
+    if best is not cheapest and _seconds(best) > _seconds(cheapest):
+        text += (
+            f", {_seconds(best) / _seconds(cheapest):.1f} times as fast as the most accurate, "
+            f"{best.strategy} ({_cosine(best):.4f})"
+        )
+    return [*found, text + "."]
+
+
+def _cosine(result: StrategyResult) -> float:
+    return -1.0 if result.cosine is None else result.cosine
+
+
+def _seconds(result: StrategyResult) -> float:
+    return (result.forward_seconds or 0.0) + (result.backward_seconds or 0.0)

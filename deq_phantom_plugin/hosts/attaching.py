@@ -1,0 +1,113 @@
+"""What equilibria have in common whose gradient is this package's own: no framework is hooked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..contract.memory import Memory
+from ..contract.state import State
+from ..contract.strategy import BatchDim, Context, GradStrategy, check_batch_dim
+from ..strategies.arguments import boolean
+from ..strategies.registry import Spec, get_strategy
+from .evaluation import attaches
+from .solve import Observers, attach_observed
+
+
+class Attaching(nn.Module):
+    """A module without parameters that attaches one equilibrium of a model by name.
+
+    It adds one number to the model's `state_dict`, the step of its memory, the same all through
+    training; checkpoints without it load.
+
+    Args:
+        grad: the strategy's spec, see `get_strategy`.
+        batch_dim: see `Context.batch_dim`.
+        grad_in_eval: whether it attaches in evaluation mode too.
+
+    Attributes:
+        grad: the strategy.
+        batch_dim: as it was given.
+        grad_in_eval: as it was given.
+        memory: see `Memory`.
+        observers: what is called with each `Solve` in training; not copied or saved.
+        host: the name of the host that finds it.
+
+    Raises:
+        ValueError: if an argument is invalid.
+    """
+
+    host: ClassVar[str] = "own"
+
+    def __init__(
+        self, grad: Spec, batch_dim: BatchDim = "auto", grad_in_eval: bool = False
+    ) -> None:
+        super().__init__()
+        self.grad: GradStrategy = self.strategy_of(grad)
+        check_batch_dim(batch_dim)
+        self.batch_dim = batch_dim
+        self.grad_in_eval = boolean("grad_in_eval", grad_in_eval)
+        self.memory = Memory()
+        self.observers: Observers = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        new: Any = self.strategy_of(value) if name == "grad" else value
+        super().__setattr__(name, new)
+
+    def strategy_of(self, spec: Spec) -> GradStrategy:
+        """Return the strategy that a spec names here."""
+        return get_strategy(spec)
+
+    def context(self, start: State, step: int | None = None) -> Context:
+        """Return what a strategy is told.
+
+        Args:
+            start: where the solve begins.
+            step: the training step, where the memory does not have it.
+        """
+        return Context(batch_dim=self.batch_dim, initial_state=start, step=step, memory=self.memory)
+
+    def solving(self, context: Context) -> GradStrategy | None:
+        """Return the strategy of the current step if it is to find the equilibrium itself."""
+        strategy = self.grad.resolve(context) if attaches(self) else None
+        return strategy if strategy is not None and strategy.owns_solve else None
+
+    def attached(
+        self,
+        func: Callable[[State], State],
+        found: State,
+        context: Context,
+        nfe: int,
+        residual: Tensor | None = None,
+    ) -> State:
+        """Attach the strategy to what was found, and tell observers; see `attach_observed`.
+
+        Args:
+            func: F.
+            found: the state that a solve ended in, detached; not looked at by a strategy that owns
+                the solve, which begins at the context's initial state.
+            context: of `context`.
+            nfe: evaluations of F that the solve took.
+            residual: of what was found, where it is known.
+        """
+        strategy = self.grad.resolve(context)
+        if strategy.owns_solve:
+            found = tree_map(lambda leaf: leaf.detach(), context.initial_state)
+        observers = [callback for (callback,) in self.observers] if self.training else []
+        return attach_observed(
+            observers, func, found, strategy, context, nfe, known_residual=residual
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "observers": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        new = {"grad_in_eval": False, "observers": []}  # pickles of 0.1 lack them
+        super().__setstate__({**new, **state})
+
+    def extra_repr(self) -> str:
+        """Show the strategy."""
+        return repr(self.grad)

@@ -1,0 +1,6 @@
+"""silva-networks takes strategies by name."""
+
+from .host import Silva
+from .mode import Extras, Mode
+
+__all__ = ["Extras", "Mode", "Silva"]

@@ -1,0 +1,203 @@
+"""What a host tells of a solve: `Solve`, and how observers come to have it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .._plumbing.calls import Counted
+from .._plumbing.compilation import never_compiled
+from .._plumbing.precision import AutocastState
+from .._plumbing.trial import Trial
+from ..adjoint import Packing, relative_norm
+from ..attach import attach
+from ..contract.state import State, flatten
+from ..contract.strategy import BatchDim, Context, GradStrategy
+
+
+@dataclass(frozen=True, eq=False)
+class Solve:
+    """One forward solve of an equilibrium in training, as its host saw it; see `Solve.of`.
+
+    Attributes:
+        func: F, from a state to a state of the same structure; valid until the parameters change.
+        initial_state: where the solve began.
+        equilibrium: the state it ended in, the last if several were sampled; detached.
+        attached: the same state in the autograd graph, as the model goes on with it.
+        strategy: the method behind that graph, also where it is the host's own.
+        step: the training step, None where nobody has told it.
+        nfe: evaluations of F that the solve took, 0 where the host cannot know.
+        batch_dim: see `Context.batch_dim`.
+        solver_result: see `Context.solver_result`.
+        index: which of the equilibria that the module finds in one forward pass, from 0.
+        known_residual: the residual, where the host's own solver has it.
+    """
+
+    func: Callable[[State], State]
+    initial_state: State
+    equilibrium: State
+    attached: State
+    strategy: GradStrategy
+    step: int | None
+    nfe: int
+    batch_dim: BatchDim = "auto"
+    solver_result: Any = None
+    index: int = 0
+    known_residual: Tensor | None = None
+    _autocast: AutocastState = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_autocast", AutocastState(flatten(self.equilibrium)[0]))
+
+    @classmethod
+    def of(
+        cls,
+        func: Callable[[State], State],
+        found: State,
+        attached: State,
+        strategy: GradStrategy,
+        context: Context,
+        nfe: int,
+        **known: Any,
+    ) -> Solve:
+        """Return a solve from what a host has at hand.
+
+        A strategy that owns its solve was given the initial state as what was found; what it did
+        find is what it returned.
+
+        Args:
+            func: F.
+            found: the state that the strategy was given, detached.
+            attached: the state that it returned.
+            strategy: the strategy.
+            context: its context.
+            nfe: evaluations of F until then.
+            **known: `index` and `known_residual`.
+        """
+        if strategy.resolve(context).owns_solve:
+            found = tree_map(Tensor.detach, attached)
+        return cls(
+            func,
+            context.initial_state,
+            found,
+            attached,
+            strategy,
+            context.current_step,
+            nfe,
+            context.batch_dim,
+            context.solver_result,
+            **known,
+        )
+
+    @functools.cached_property
+    def residual(self) -> Tensor:
+        """||F(h) - h|| / ||F(h)|| of each sample, shape (B,); (1,) where they are coupled.
+
+        Where the host does not know it, one evaluation of F when it is first asked for, which
+        leaves no trace: valid until the parameters change.
+        """
+        if self.known_residual is not None:
+            return self.known_residual
+        with torch.no_grad(), self.trial():
+            return relative_residual(self.equilibrium, self.func(self.equilibrium), self.batch_dim)
+
+    @property
+    def context(self) -> Context:
+        """What a strategy may know of it."""
+        return Context(
+            self.batch_dim, self.initial_state, solver_result=self.solver_result, step=self.step
+        )
+
+    @contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """Evaluate F as the solve did, under its autocast, inside a `with` block; see `Trial`."""
+        with Trial(self.equilibrium) as trial, self._autocast():
+            yield trial
+
+
+Observers: TypeAlias = list[tuple[Callable[[Solve], None]]]
+"""Callbacks, each in a tuple of its own, which tells it from an equal one."""
+
+
+def add_observer(observers: Observers, callback: Callable[[Solve], None]) -> Callable[[], None]:
+    """Add a callback to a list; return what takes it out again."""
+    observation = (callback,)
+    observers.append(observation)
+
+    def end() -> None:
+        observers[:] = [known for known in observers if known is not observation]
+
+    return end
+
+
+@never_compiled
+def tell(
+    observers: Sequence[Callable[[Solve], None]],
+    func: Callable[[State], State],
+    found: State,
+    attached: State,
+    strategy: GradStrategy,
+    context: Context,
+    nfe: int,
+    **known: Any,
+) -> None:
+    """Call observers with the solve that `Solve.of` makes of the other arguments."""
+    if observers:
+        solve = Solve.of(func, found, attached, strategy, context, nfe, **known)
+        for observer in observers:
+            observer(solve)
+
+
+def attach_observed(
+    observers: Sequence[Callable[[Solve], None]],
+    func: Callable[[State], State],
+    found: State,
+    strategy: GradStrategy,
+    context: Context,
+    nfe: int,
+    index: int = 0,
+    known_residual: Tensor | None = None,
+) -> State:
+    """Attach a strategy to what a host found, as `dpp.attach` does, and tell observers.
+
+    Args:
+        observers: what to call with the solve.
+        func: F.
+        found: the state that the host's solve ended in, detached; for a strategy that owns the
+            solve, where that begins.
+        strategy: the strategy, resolved.
+        context: its context, with the initial state.
+        nfe: evaluations of F that the host's solve took; those of a strategy that owns the solve
+            are counted.
+        index: see `Solve`.
+        known_residual: of what was found, where the host's solver has it.
+    """
+    if not observers or not torch.is_grad_enabled():
+        return attach(func, found, strategy, context)
+    counted = Counted(func)
+    attached = attach(counted if strategy.owns_solve else func, found, strategy, context)
+    taken = counted.nfe if strategy.owns_solve else nfe
+    known = {"index": index, "known_residual": known_residual}
+    tell(observers, func, found, attached, strategy, context, taken, **known)
+    return attached
+
+
+def relative_residual(state: State, image: State, batch_dim: BatchDim) -> Tensor:
+    """Return ||F(h) - h|| / ||F(h)|| of each sample, shape (B,), or (1,) where they are coupled.
+
+    Args:
+        state: h.
+        image: F(h).
+        batch_dim: see `Context.batch_dim`; 0 where it is to be found out.
+    """
+    before, after = flatten(state)[0], flatten(image)[0]
+    packing = Packing(before, 0 if isinstance(batch_dim, str) else batch_dim)
+    h, f = packing.pack(before), packing.pack(after)
+    return relative_norm(f - h, f)

@@ -1,0 +1,6 @@
+"""TorchDEQ takes strategies by name."""
+
+from .entries import Entry, HostGrad, ProduceGrad, ProduceSteps
+from .host import TorchDEQ
+
+__all__ = ["Entry", "HostGrad", "ProduceGrad", "ProduceSteps", "TorchDEQ"]

@@ -1,0 +1,186 @@
+"""How TorchDEQ's cores are made: a `grad` of names, checked, an entry for each state; `--grad`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ...contract.strategy import GradStrategy
+from ...strategies.arguments import boolean
+from ...strategies.registry import get_strategy
+from ..settings import defaults, remember_each
+from .core import n_equilibria
+from .entries import ProduceGrad, ProduceSteps
+
+# TorchDEQ's solver -> ours, and its setting -> our argument; see `defaults`.
+_SOLVERS = {
+    "anderson_fast": "anderson",
+    "broyden_fast": "broyden",
+    "fixed_point_fast": "fixed_point",
+    "fixed_point_iter": "fixed_point",
+    "simple_fixed_point_iter": "fixed_point",
+}
+_SETTINGS: Mapping[str, tuple[str, Any]] = {
+    "tau": ("lam", 1.0),
+    "b_solver": ("solver", "fixed_point_iter"),
+    "b_max_iter": ("max_iter", 40),
+    "b_tol": ("tol", 1e-6),
+}
+
+
+def hook_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Let a core take names as its `grad`."""
+    signature = inspect.signature(original)
+
+    def __init__(self: Any, *given: Any, **named: Any) -> None:
+        bound = signature.bind(self, *given, **named)
+        bound.apply_defaults()
+        settings = {**bound.arguments}
+        args, kwargs = settings.pop("args"), settings.pop("kwargs")
+        del settings["self"]
+        effective = {**settings, **_config(args), **kwargs}
+        self.__dict__["grad_in_eval"] = boolean(
+            "grad_in_eval", effective.get("grad_in_eval", False)
+        )
+        if not _is_named(effective["grad"]):
+            original(self, args, **settings, **kwargs)
+            self.__dict__["_grad_settings"] = settings
+            return
+        specs = _as_list(effective["grad"])
+        if effective["ift"] or effective["hook_ift"]:
+            raise ValueError(
+                f"grad={effective['grad']!r} beside ift=True or hook_ift=True: a name says all; "
+                "pass grad='ift' for implicit differentiation"
+            )
+        _check_names(specs, effective)
+        from torchdeq.utils.config import DEQConfig
+
+        config = DEQConfig(args)
+        config.update(**kwargs)  # as TorchDEQ does, into the caller's own dict
+        original(self, DEQConfig({**config.config, "grad": 1}), **settings)
+        self.args = config
+        self.__dict__["_grad_settings"] = settings
+        install(self, strategies_of(specs, effective, n_equilibria(self)), effective)
+
+    return __init__
+
+
+def _config(args: Any) -> Mapping[str, Any]:
+    """Return the settings in TorchDEQ's `args`: None, a dict, a namespace or a DEQConfig."""
+    from torchdeq.utils.config import DEQConfig
+
+    if isinstance(args, DEQConfig):
+        return args.config  # type: ignore[no-any-return]
+    if args is None:
+        return {}
+    return args if isinstance(args, Mapping) else vars(args)
+
+
+def _is_steps(grad: Any) -> bool:
+    return isinstance(grad, int)
+
+
+def _as_list(grad: Any) -> list[Any]:
+    return list(grad) if isinstance(grad, list | tuple) else [grad]
+
+
+def _is_named(grad: Any) -> bool:
+    """Whether any part of a `grad` is for us."""
+    return any(not _is_steps(spec) for spec in _as_list(grad))
+
+
+def _check_names(specs: list[Any], args: Mapping[str, Any]) -> list[GradStrategy | int]:
+    """Turn specs into strategies, integers left alone.
+
+    Raises:
+        ValueError: if one is invalid, or cannot hand out the states that are asked for.
+    """
+    samples = {name: args.get(name) for name in ("sup_gap", "sup_loc")}
+    sampling = [
+        f"{name}={value!r}"
+        for name, value in samples.items()
+        if value and (name == "sup_loc" or value > 0)
+    ]
+    strategies: list[GradStrategy | int] = []
+    for spec in specs:
+        if _is_steps(spec):
+            if spec < 1:
+                raise ValueError(f"grad={spec!r}; expected steps of at least 1, or a spec")
+            strategies.append(spec)
+            continue
+        strategy = get_strategy(spec, defaults(args.get, _SETTINGS, _SOLVERS))
+        if sampling and not strategy.hands_out_states:
+            raise ValueError(
+                f"{sampling[0]} samples the states that a strategy passes through, and "
+                f"{strategy!r} hands out none; upg and bptt do"
+            )
+        strategies.append(strategy)
+    return strategies
+
+
+def strategies_of(grad: Any, args: Mapping[str, Any], n: int) -> list[GradStrategy | int]:
+    """Return the strategy, or steps, of each of n sampled states.
+
+    Raises:
+        ValueError: if there are more or fewer, or as in `_check_names`.
+    """
+    from torchdeq.grad import make_pair
+
+    specs = _as_list(grad)
+    if len(specs) not in (1, n):
+        wanted = "1" if n == 1 else f"1 or {n}, one a state"
+        raise ValueError(f"grad={grad!r} has {len(specs)} entries; expected {wanted}")
+    return list(make_pair(range(n), _check_names(specs, args)))
+
+
+def install(deq: Any, strategies: list[GradStrategy | int], args: Mapping[str, Any]) -> None:
+    """Give each sampled state of an equilibrium its strategy; nothing can fail from here on."""
+    sup_gap, sup_loc = args.get("sup_gap") or -1, tuple(args.get("sup_loc") or ())
+    remember_each(deq, len(strategies))
+    entries: list[ProduceSteps | ProduceGrad] = [
+        ProduceSteps(index, strategy, sup_gap, sup_loc, args.get("tau", 1.0))
+        if isinstance(strategy, int)
+        else ProduceGrad(index, strategy, sup_gap, sup_loc)
+        for index, strategy in enumerate(strategies)
+    ]
+    own = [entry.function for entry in entries if isinstance(entry, ProduceSteps)]
+    deq.produce_grad = (
+        own if len(own) == len(entries) else entries
+    )  # TorchDEQ's own code for its own
+
+
+def add_deq_args(parser):  # type: ignore[no-untyped-def]
+    """Decorate the commonly used argument parser with arguments used in TorchDEQ.
+
+    Only this function's code is used, inside TorchDEQ's module: it has to import what it needs.
+    """
+    from deq_phantom_plugin.hosts.torchdeq.construct import add_named_grad
+
+    add_named_grad(parser)
+
+
+def add_named_grad(parser: Any) -> None:
+    """Add TorchDEQ's arguments to a parser, with a `--grad` that takes names."""
+    from torchdeq.utils import arg_utils
+
+    arg_utils.add_deq_args.deq_phantom_original(parser)
+    action = parser._option_string_actions["--grad"]
+    action.type = _grad_argument
+    action.help = (
+        "steps of the phantom gradient, or the spec of a strategy such as upg or "
+        "'npg(k=9, lam=0.5)'; one, or one for each sampled state"
+    )
+
+
+def _grad_argument(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        get_strategy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text

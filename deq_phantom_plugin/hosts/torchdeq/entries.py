@@ -1,0 +1,204 @@
+"""What attaches a sampled state: entries of TorchDEQ's `produce_grad`, ours and its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._plumbing.once import warn_once
+from ...attach import attach, attach_states
+from ...contract.errors import AssumptionWarning
+from ...contract.state import State
+from ...contract.strategy import BackwardStats, Context, GradStrategy
+from .core import Call, Observed, batch_dim, calls, solves_at_once
+from .form import Form, map_leaves
+
+
+@dataclass(frozen=True)
+class Entry(ABC):
+    """An entry of TorchDEQ's `produce_grad`, where a `grad` has names in it.
+
+    TorchDEQ calls the first one for the first state, and so on; which entry that state has, the
+    forward pass knows.
+
+    Attributes:
+        index: which of the sampled states it is for.
+    """
+
+    index: int
+
+    def __call__(
+        self, deq: Any, deq_func: Any, z: State, writer: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """Return the sampled state, or states, attached; in the form that TorchDEQ solves in."""
+        call = calls.by_deq.get(id(deq))
+        if call is not None and len(call.infos) <= self.index:  # disabled in the middle of it
+            call = None
+        entry = self
+        if call is not None and call.entries:
+            entry = deq.produce_grad[call.entries[self.index]]
+        elif call is None and solves_at_once(deq) and differ(deq.produce_grad):
+            warn_once(
+                "entries without a host",
+                "the host torchdeq is not enabled: where a solver stops early, DEQIndexing hands "
+                "out states with the gradients of others; call dpp.enable()",
+                AssumptionWarning,
+            )
+        states = entry.produce(call, deq, deq_func, z, writer)
+        counted = getattr(deq_func, "func", None)
+        if states and isinstance(counted, Observed):
+            counted.producer = entry
+        return states
+
+    @abstractmethod
+    def produce(
+        self, call: Call | None, deq: Any, deq_func: Any, z: State, writer: Any
+    ) -> list[Any]:
+        """Return the states of this entry; `call` is None where the host is not enabled."""
+
+
+@dataclass(frozen=True)
+class ProduceSteps(Entry):
+    """An integer among names: TorchDEQ's own phantom gradient.
+
+    Attributes:
+        steps: its steps.
+        sup_gap: TorchDEQ's setting of that name.
+        sup_loc: likewise.
+        tau: likewise.
+    """
+
+    steps: int
+    sup_gap: int
+    sup_loc: tuple[int, ...]
+    tau: float
+
+    @property
+    def function(self) -> Callable[..., list[Any]]:
+        """What TorchDEQ makes of the integer."""
+        from torchdeq.grad import backward_factory
+
+        function: Callable[..., list[Any]] = backward_factory(
+            grad_type=self.steps, tau=self.tau, sup_gap=self.sup_gap, sup_loc=self.sup_loc
+        )
+        return function
+
+    def produce(
+        self, call: Call | None, deq: Any, deq_func: Any, z: State, writer: Any
+    ) -> list[Any]:
+        """See `Entry.produce`."""
+        return self.function(deq, deq_func, z, writer=writer)
+
+
+@dataclass(frozen=True)
+class ProduceGrad(Entry):
+    """A named strategy for one sampled state.
+
+    Attributes:
+        strategy: the strategy.
+        sup_gap: TorchDEQ's gap between the states that are handed out, below 1 for none.
+        sup_loc: TorchDEQ's numbers of the steps whose states are handed out.
+    """
+
+    strategy: GradStrategy
+    sup_gap: int
+    sup_loc: tuple[int, ...]
+
+    def current(self, deq: Any) -> GradStrategy:
+        """Return the strategy of the current step."""
+        return self.strategy.resolve(Context(memory=deq.grad_memory[self.index]))
+
+    def produce(
+        self, call: Call | None, deq: Any, deq_func: Any, z: State, writer: Any
+    ) -> list[Any]:
+        """See `Entry.produce`."""
+        if call is None and self.current(deq).owns_solve:
+            raise RuntimeError(
+                f"{self.strategy!r} owns the solve, which TorchDEQ leaves to it only while the "
+                "host is enabled: call dpp.enable()"
+            )
+        form = Form(deq_func)
+        context = Context(
+            batch_dim=batch_dim(deq),
+            initial_state=None if call is None else form.unpack(call.initial_states[self.index]),
+            solver_result=None if call is None else call.infos[self.index],
+            monitor=None if writer is None else functools.partial(report, writer),
+            memory=deq.grad_memory[self.index],
+        )
+        state = form.unpack(z)
+        if torch.is_grad_enabled() and (self.sup_gap > 0 or self.sup_loc):
+            states = attach_states(form.func, state, self.strategy, context)
+            return [form.pack(state) for state in self._sampled(states)]
+        return [form.pack(attach(form.func, state, self.strategy, context))]
+
+    def _sampled(self, states: Iterator[State]) -> Iterator[State]:
+        """Yield the states that TorchDEQ's own phantom gradient would hand out."""
+        state = None
+        for step, state in enumerate(states, start=1):
+            if self.sup_gap > 0:
+                if step % self.sup_gap == 0:
+                    yield state
+            elif step in self.sup_loc:
+                yield state
+        if self.sup_gap <= 0:
+            yield state
+
+
+def differ(producers: Sequence[Any]) -> bool:
+    """Whether entries of a `grad` with names differ from one another."""
+    alike = [replace(entry, index=0) for entry in producers if isinstance(entry, Entry)]
+    return any(entry != alike[0] for entry in alike)
+
+
+def strategy_of(producer: Callable[..., list[Any]], no_stat: bool) -> GradStrategy:
+    """Return the strategy behind an entry of `produce_grad`, also where it is TorchDEQ's own."""
+    if isinstance(producer, ProduceGrad):
+        return producer.strategy
+    return HostGrad(producer.function if isinstance(producer, ProduceSteps) else producer, no_stat)
+
+
+def report(writer: Callable[[Any], None], stats: BackwardStats) -> None:
+    """Tell TorchDEQ's `backward_writer` what it is told of its own backward solves."""
+    from torchdeq.solver.stat import SolverStat
+
+    if stats.residual is None or stats.trace is None:
+        return
+    steps = torch.full_like(stats.residual, stats.n_vjp)
+    writer(SolverStat(rel_lowest=stats.residual, rel_trace=stats.trace, nstep=steps))
+
+
+@dataclass(frozen=True, repr=False)
+class HostGrad(GradStrategy):
+    """TorchDEQ's own gradient, of an integer or of `ift=True`, as a strategy.
+
+    Attributes:
+        producer: what TorchDEQ's `backward_factory` made.
+        no_stat: TorchDEQ's setting of that name.
+    """
+
+    producer: Callable[..., list[Any]]
+    no_stat: bool
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        from torchdeq.utils.layer_utils import deq_decorator
+
+        start = map_leaves(Tensor.detach, equilibrium)  # hook_ift makes its input require grad
+        of_leaves = func if isinstance(start, Tensor) else lambda *leaves: func(list(leaves))
+        deq_func, z = deq_decorator(of_leaves, start, no_stat=self.no_stat)
+        # hook_ift leaves its hook on the first argument, and must not find the model's there.
+        return deq_func.vec2list(self.producer(types.SimpleNamespace(hook=None), deq_func, z)[-1])
+
+    def __repr__(self) -> str:
+        known = inspect.getclosurevars(self.producer).nonlocals
+        if "n_grad_step" not in known:
+            return "torchdeq(ift=True)"
+        return f"torchdeq(grad={known['n_grad_step']}, tau={known['tau']})"

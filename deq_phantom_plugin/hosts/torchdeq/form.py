@@ -1,0 +1,83 @@
+"""Between the form in which TorchDEQ solves, perhaps one flat vector, and the user's state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...contract.state import State
+
+
+class Form:
+    """Turns what a solver or a gradient of TorchDEQ gets into the user's state, and back.
+
+    A flat vector loses the memory format of its parts, which costs a convolutional F more than the
+    copies do; the parts get that of the initial state back, where it is known (`remember`).
+
+    Args:
+        deq_func: the function that TorchDEQ hands around, its wrapper or any other.
+    """
+
+    def __init__(self, deq_func: Any) -> None:
+        from torchdeq.utils.layer_utils import DEQWrapper, MDEQWrapper
+
+        self._deq_func = deq_func
+        self._flat = isinstance(deq_func, MDEQWrapper)
+        self._wrapped = isinstance(deq_func, DEQWrapper | MDEQWrapper)
+        self._models = getattr(deq_func, "deq_phantom_start", None)
+
+    @staticmethod
+    def remember(deq_func: Any, start: State | None) -> None:
+        """Let a wrapper know the state that it was made for."""
+        deq_func.deq_phantom_start = start
+
+    def unpack(self, z: Any) -> State:
+        """Return the user's state: a tensor or a list of tensors."""
+        if not self._flat:
+            return z if isinstance(z, Tensor) else list(z)
+        return like_start(self._deq_func.vec2list(z), self._models)
+
+    def pack(self, state: State) -> Any:
+        """Return a state in TorchDEQ's form."""
+        return self._deq_func.list2vec(state) if self._flat else state
+
+    @property
+    def func(self) -> Callable[[State], State]:
+        """The user's function, on the user's state."""
+        func = self._deq_func.func if self._wrapped else self._deq_func
+
+        @functools.wraps(func, assigned=(), updated=())
+        def on_state(state: State) -> State:
+            return evaluate(func, state)
+
+        return on_state
+
+
+def evaluate(func: Callable[..., Any], state: State) -> State:
+    """Evaluate the user's function, which takes a list of tensors one by one."""
+    return func(state) if isinstance(state, Tensor) else list(func(*state))
+
+
+def map_leaves(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """Return a tensor, or a list of tensors, changed."""
+    return function(state) if isinstance(state, Tensor) else [function(leaf) for leaf in state]
+
+
+def like_start(state: State, start: State | None) -> State:
+    """Return a list of tensors in the memory formats of the initial state, if that is known."""
+    if start is None or isinstance(state, Tensor):
+        return state
+    return [_like(leaf, model) for leaf, model in zip(state, start, strict=True)]
+
+
+def _like(leaf: Tensor, model: Tensor) -> Tensor:
+    """Return a leaf in channels_last where the model is in it."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(model.dim())
+    if wanted is None or model.is_contiguous() or not model.is_contiguous(memory_format=wanted):
+        return leaf
+    return leaf.contiguous(memory_format=wanted)

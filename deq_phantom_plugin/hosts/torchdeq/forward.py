@@ -1,0 +1,157 @@
+"""The forward pass of TorchDEQ's cores: which gradient each state gets that a solve hands out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._plumbing.once import warn_once
+from ...attach import attach
+from ...contract.errors import AssumptionWarning
+from ...contract.state import State
+from ...contract.strategy import Context
+from ..evaluation import attaches, watched
+from . import solvers
+from .core import Call, Observed, batch_dim, calls, func_and_start, solves_at_once, with_func
+from .entries import Entry, ProduceGrad, differ, report, strategy_of
+from .form import Form, evaluate, like_start, map_leaves
+
+
+def hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Note what a forward pass begins with, and attach in evaluation mode where that is told."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        in_eval = not self.training and attaches(self)
+        if not (self.training or in_eval):
+            args, kwargs = with_func(args, kwargs, functools.partial(watched, self))
+        named = self.training and any(isinstance(p, Entry) for p in self.produce_grad)
+        if not (named or in_eval) and not solvers.sees_states(self.f_solver):
+            return original(self, *args, **kwargs)
+        # By thread: several may run one model at once.
+        by_deq, key = calls.by_deq, id(self)
+        func, start = func_and_start(args, kwargs)
+        before, by_deq[key] = by_deq.get(key), (call := Call(start, in_eval))
+        try:
+            states, info = original(self, *args, **kwargs)
+            if in_eval:
+                writer = kwargs.get("backward_writer")
+                states = [*states[:-1], _attached_in_eval(self, call, func, states[-1], writer)]
+            return states, info
+        finally:
+            del by_deq[key]
+            if before is not None:
+                by_deq[key] = before
+
+    return forward
+
+
+def _attached_in_eval(
+    deq: Any, call: Call, func: Callable[..., Any], found: State, writer: Any
+) -> State:
+    """Attach the gradient of the last state to what was solved for in evaluation mode."""
+    producer = deq.produce_grad[-1]
+    context = Context(
+        batch_dim=batch_dim(deq),
+        initial_state=call.z_init if isinstance(call.z_init, Tensor) else list(call.z_init),
+        solver_result=call.infos[-1],
+        monitor=None if writer is None else functools.partial(report, writer),
+        memory=deq.grad_memory[-1] if isinstance(producer, ProduceGrad) else None,
+    )
+    strategy = strategy_of(producer, deq.no_stat)
+    state = like_start(map_leaves(Tensor.detach, found), call.z_init)
+    return attach(functools.partial(evaluate, func), state, strategy, context)
+
+
+def hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Solve, unless a strategy does, and note how that ended and which entries its states get."""
+
+    def _solve_fixed_point(self: Any, deq_func: Any, z_init: Any, *args: Any, **kwargs: Any) -> Any:
+        call = calls.by_deq.get(id(self))
+        if call is None:
+            return original(self, deq_func, z_init, *args, **kwargs)
+        Form.remember(deq_func, call.z_init)
+        if not (self.training or call.in_eval):
+            return original(self, deq_func, z_init, *args, **kwargs)
+        from torchdeq.solver.stat import SolverStat
+
+        at_once = solves_at_once(self)
+        producers = self.produce_grad if at_once else [self.produce_grad[call.solves]]
+        if call.in_eval:
+            producers = self.produce_grad[-1:]
+        call.solves += 1
+        strategies = [p.current(self) if isinstance(p, ProduceGrad) else None for p in producers]
+        if torch.is_grad_enabled() and all(s is not None and s.owns_solve for s in strategies):
+            known = info = SolverStat()  # TorchDEQ's own "not known": -1 throughout
+            solved = (z_init, [z_init] * len(producers), info) if at_once else (z_init, info)
+        else:
+            wanted = any(s is not None and s.wants_inverse_jacobian for s in strategies)
+            if wanted and solvers.keeps_inverse_jacobian(self.f_solver):
+                options = kwargs.get("solver_kwargs") or {}
+                kwargs["solver_kwargs"] = {**options, "keep_inverse": True}
+            if at_once and "indexing" in kwargs:
+                kwargs["indexing"] = Asked(kwargs["indexing"])
+            solved = original(self, deq_func, z_init, *args, **kwargs)
+            known = solvers.take_inverse_jacobian(solved[-1])
+            if at_once:
+                indexing = kwargs.get("indexing", self.indexing)
+                call.entries = _entries(indexing, len(solved[1]), producers)
+        if isinstance(deq_func.func, Observed):
+            deq_func.func.solver_result = known
+        call.initial_states += [z_init] * len(producers)
+        call.infos += [known] * len(producers)
+        return solved
+
+    return _solve_fixed_point
+
+
+class Asked(list[int]):
+    """The steps of DEQIndexing; knows at which of them a solver handed out a state.
+
+    Solvers ask `step in indexing` and then keep the state, but not its step.
+
+    Attributes:
+        found: those steps, in the order in which they were reached.
+    """
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        super().__init__(steps)
+        self.found: list[int] = []
+
+    def __contains__(self, step: object) -> bool:
+        """Whether a state is sampled at a step."""
+        sampled = super().__contains__(step)
+        if sampled:
+            self.found.append(step)  # type: ignore[arg-type]
+        return sampled
+
+
+def _entries(indexing: Sequence[int], n_states: int, producers: Sequence[Any]) -> list[int]:
+    """Return which entry each state has that a solve of DEQIndexing hands out.
+
+    TorchDEQ pairs the first with the first: where a solver stops early, leaves out its first steps
+    or has a step twice in its list, states get the entries of others.
+
+    Args:
+        indexing: the step of each entry, the limit of the solve for the last.
+        n_states: how many states the solve handed out.
+        producers: TorchDEQ's `produce_grad`.
+    """
+    last = len(producers) - 1
+    steps = indexing.found if isinstance(indexing, Asked) else []
+    if len(steps) != n_states:  # a solver of the user's may ask in its own way
+        steps = sorted(set(indexing))
+    before = list(indexing[:-1])
+    if before != sorted(before) and differ(producers):
+        warn_once(
+            f"unsorted {before}",
+            f"indexing={before} is not in ascending order: each entry of grad goes with the step "
+            "beside it, while the states are handed out in the order of their steps",
+            AssumptionWarning,
+        )
+    n_handed_out = min(n_states, len(producers))  # a longer solve than that which grad was made for
+    entries = [min(indexing.index(step), last) for step in steps[: n_handed_out - 1]]
+    return [*entries, last]

@@ -1,0 +1,154 @@
+"""Loops of a fixed number of evaluations, as recursive models have them, their gradient by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ._plumbing.transforms import in_forward_mode
+from .attach import attach
+from .contract.state import CheckedFunc, State, flatten
+from .contract.strategy import Context, GradStrategy
+from .inspection import settled
+from .strategies import BPTT
+from .strategies.arguments import positive_int
+from .strategies.registry import Spec, get_strategy
+
+
+def loop(
+    func: Callable[[State], State],
+    state: State,
+    steps: int,
+    grad: Spec = "upg",
+    context: Context | None = None,
+) -> State:
+    """Evaluate h <- F(h) `steps` times, and attach the named gradient to where that ends.
+
+    What recursive models do by hand, most evaluations without a graph and the last with one, is
+    `loop(func, state, steps, "tbptt(k=1)")`. The value is
+
+    - that of the plain loop, to the bit: `tbptt`, `jfb`, `ift`, `exact`, `shine`, `upg` with
+      lam=1.0, whose graph is of the last evaluations; `bptt`, whose graph is of all; and `npg` and
+      `npg_rr`, which evaluate F once more, for their graph alone;
+    - with `upg(k, lam)` below 1, steps - k evaluations and k damped ones;
+    - with `reversible`, that of its own iteration.
+
+    Under `torch.no_grad` it is the plain loop's. With `tbptt`, `upg`, `jfb` and `bptt` it compiles
+    into one graph, if `grad` is an object that `get_strategy` made outside of what is compiled.
+
+    Args:
+        func: F, from a state to a state of the same structure; see `dpp.attach`. The first
+            evaluation may bring the state to its final shape and dtype, as from vectors (D,) that
+            are learned to states (B, L, D).
+        state: where the loop begins: a tensor, or any nesting of tuples, lists and dicts of
+            tensors. A graph that it carries is gone through where all evaluations carry one
+            (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`), and cut otherwise.
+        steps: the number of evaluations.
+        grad: the strategy's spec, see `get_strategy`. A k beyond the loop means all of it; one
+            that owns the solve takes `steps`, unless its spec names a number of its own.
+        context: what else the strategy may know, see `dpp.attach`.
+
+    Returns:
+        A state like that of the last evaluation.
+
+    Raises:
+        TypeError: if `context` is no `Context`.
+        ValueError: if `steps` is no whole number of at least 1, the spec is invalid, or F returns
+            another structure than it was given, or after the first evaluation another shape.
+    """
+    steps = positive_int("steps", steps)
+    if not isinstance(context, Context | None):
+        raise TypeError(f"context={context!r:.60}; expected a dpp.Context, such as dpp.Context()")
+    context = replace(context or Context(), initial_state=state)
+    strategy = get_strategy(grad, {"steps": steps}).resolve(context).within(steps)
+    return looped(func, state, steps, strategy, context)
+
+
+def looped(
+    func: Callable[[State], State],
+    state: State,
+    steps: int,
+    strategy: GradStrategy,
+    context: Context,
+) -> State:
+    """Do what `loop` does, with a strategy that is resolved and within the loop.
+
+    Args:
+        func: F.
+        state: where the loop begins; the context's initial state.
+        steps: the number of evaluations.
+        strategy: the strategy.
+        context: its context.
+    """
+    growing = Growing(func)
+    if not (torch.is_grad_enabled() or in_forward_mode()):
+        return repeated(growing, state, steps)
+    free = 0 if strategy.owns_solve else steps - strategy.steps_ahead
+    unrolls = (strategy.hands_out_states and not strategy.owns_solve) or isinstance(strategy, BPTT)
+    if free == 0 and unrolls:
+        # An unrolled graph of all evaluations, which may go on into the first state's.
+        detached = tree_map(Tensor.detach, state)
+        context = settled(context, growing, detached, strategy.tells_samples_apart)
+        return strategy.attach(growing, state, context)
+    with torch.no_grad():
+        found = repeated(growing, tree_map(Tensor.detach, state), free)
+    return attach(func, found, strategy, context)
+
+
+def repeated(func: Callable[[State], State], state: State, steps: int) -> State:
+    """Return the state after so many evaluations."""
+    for _ in range(steps):
+        state = func(state)
+    return state
+
+
+class Growing:
+    """F, whose first result may be larger than the state it was given; later ones are like it.
+
+    Args:
+        func: F.
+
+    Raises:
+        ValueError: on a call whose result is no state, or not like that of the first.
+    """
+
+    def __init__(self, func: Callable[[State], State]) -> None:
+        self._func = self.__wrapped__ = func
+        self._checked: CheckedFunc | None = None
+
+    def __call__(self, state: State) -> State:
+        """Evaluate F."""
+        if self._checked is not None:
+            return self._checked(state)
+        image = self._func(state)
+        self._checked = CheckedFunc(self._func, _grown(state, image))
+        return image
+
+
+def _grown(state: State, image: State) -> State:
+    """Return a first result, if the state may have grown to it."""
+    (before, want), (after, got) = flatten(state), flatten(image)
+    if got != want:
+        raise ValueError(
+            f"func returned the structure {got}, but was given {want}; it must map a state to a "
+            "state of the same structure, a dict with its keys in the same order"
+        )
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        where = f"leaf {index} of what func returned" if len(after) > 1 else "func's result"
+        if not isinstance(new, Tensor):
+            raise ValueError(f"{where} is a {type(new).__name__}; expected a tensor")
+        if not _broadcasts(old.shape, new.shape):
+            raise ValueError(
+                f"{where} has shape {tuple(new.shape)}, to which the state's {tuple(old.shape)} "
+                "does not broadcast"
+            )
+    return image
+
+
+def _broadcasts(old: torch.Size, new: torch.Size) -> bool:
+    pairs = zip(reversed(old), reversed(new), strict=False)
+    return len(old) <= len(new) and all(a in (1, b) for a, b in pairs)

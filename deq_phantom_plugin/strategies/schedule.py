@@ -1,0 +1,93 @@
+"""Schedule: another strategy from a given training step on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from .._plumbing.compilation import never_compiled
+from .._plumbing.once import warn_once
+from ..contract.errors import ConvergenceWarning
+from ..contract.state import State
+from ..contract.strategy import Context, GradStrategy
+from .registry import Spec, get_strategy, register_strategy
+
+
+@register_strategy("schedule")
+@dataclass(frozen=True, repr=False)
+class Schedule(GradStrategy):
+    """Switches strategy by training step, such as from unrolled pretraining to phantom gradients.
+
+    `"schedule({0: 'bptt(steps=5)', 20000: 'upg(k=5, lam=0.6)'})"` is the transition of the
+    supplement's section 4.3. The step is told by `dpp.set_step(model, step)` or the host, never
+    counted from calls, so it is right under gradient accumulation; it is saved and resumed with
+    the model. Until it is told, it is taken to be 0, with a warning.
+
+    Args:
+        stages: from the step at which a stage begins to the spec of its strategy; one begins at 0.
+            Kept as pairs, sorted.
+
+    Raises:
+        ValueError: if a step is no whole number of at least 0, none is 0, or a spec is invalid.
+    """
+
+    stages: Mapping[int, Spec] | tuple[tuple[int, GradStrategy], ...]
+
+    def __post_init__(self) -> None:
+        expected = "expected a dict such as {0: 'bptt(steps=5)', 20000: 'upg'}"
+        try:
+            pairs = [(step, spec) for step, spec in dict(self.stages).items()]
+        except (TypeError, ValueError):
+            raise ValueError(f"stages={self.stages!r}; {expected}") from None
+        for step, _ in pairs:
+            if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+                raise ValueError(f"step {step!r} in stages; expected whole numbers of at least 0")
+        if 0 not in dict(pairs):
+            raise ValueError(f"stages={self.stages!r} do not say what step 0 uses; {expected}")
+        stages = tuple(sorted(((step, get_strategy(spec)) for step, spec in pairs), key=_start))
+        object.__setattr__(self, "stages", stages)
+
+    @never_compiled  # or for each step anew
+    def resolve(self, context: Context) -> GradStrategy:
+        """Return the strategy of the current step's stage."""
+        step = context.current_step
+        if step is None:
+            if len(self._pairs) > 1:
+                warn_once(
+                    "schedule",
+                    f"{self!r} was not told the training step and takes it to be 0; call "
+                    "dpp.set_step(model, step) in the training loop, of a model whose dpp.Memory "
+                    "is in the context",
+                    ConvergenceWarning,
+                )
+            step = 0
+        active = [strategy for start, strategy in self._pairs if start <= step][-1]
+        return active.resolve(context)
+
+    @property
+    def hands_out_states(self) -> bool:
+        """Whether the strategies of all stages do."""
+        return all(strategy.hands_out_states for _, strategy in self._pairs)
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        return self.resolve(context).attach(func, equilibrium, context)
+
+    def states(
+        self, func: Callable[[State], State], equilibrium: State, context: Context
+    ) -> Iterator[State]:
+        """Yield the states of the current stage's strategy."""
+        return self.resolve(context).states(func, equilibrium, context)
+
+    @property
+    def _pairs(self) -> tuple[tuple[int, GradStrategy], ...]:
+        assert isinstance(self.stages, tuple)
+        return self.stages
+
+    def __repr__(self) -> str:
+        stages = {start: repr(strategy) for start, strategy in self._pairs}
+        return f"{self.name}({stages!r})"
+
+
+def _start(stage: tuple[int, GradStrategy]) -> int:
+    return stage[0]

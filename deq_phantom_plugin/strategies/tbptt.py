@@ -1,0 +1,78 @@
+"""TBPTT: autograd through the last evaluations of a loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ..contract.state import State
+from ..contract.strategy import Context, GradStrategy
+from .arguments import positive_int
+from .registry import register_strategy
+
+
+@register_strategy("tbptt")
+@dataclass(frozen=True, repr=False)
+class TBPTT(GradStrategy):
+    """Truncated backpropagation: the last k evaluations h <- F(h) carry the graph.
+
+    The name that recurrent and recursive models know it by (Williams & Peng 1990). In a `dpp.loop`
+    the value is the plain loop's and the first state's graph is cut, unless all evaluations carry
+    one. At an equilibrium it is `upg(k, lam=1.0)`: g = sum_{t<k} (J^T)^t v, the Neumann series cut
+    after k terms, which comes near the implicit gradient only where rho(J) < 1.
+
+    Costs k evaluations of F with their backward passes; memory holds k graphs.
+
+    Args:
+        k: the number of evaluations; "all", in a loop of a fixed number of steps alone, for
+            backpropagation through the whole loop.
+
+    Raises:
+        ValueError: if `k` is neither; in `attach` of "all" outside a loop.
+    """
+
+    k: int | str = 1
+
+    def __post_init__(self) -> None:
+        if self.k != "all":
+            try:
+                object.__setattr__(self, "k", positive_int("k", self.k))
+            except ValueError as error:
+                raise ValueError(f"{error}, or 'all'") from None
+
+    @property
+    def tells_samples_apart(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def steps_ahead(self) -> int:
+        """`k`, the evaluations."""
+        return self._number
+
+    def within(self, steps: int) -> TBPTT:
+        """See `GradStrategy.within`."""
+        return replace(self, k=steps if self.k == "all" else min(self._number, steps))
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        return deque(self.states(func, equilibrium, context), maxlen=1).pop()
+
+    def states(
+        self, func: Callable[[State], State], equilibrium: State, context: Context
+    ) -> Iterator[State]:
+        """Yield the k states h_1 ... h_k."""
+        state = equilibrium
+        for _ in range(self._number):
+            state = func(state)
+            yield state
+
+    @property
+    def _number(self) -> int:
+        if isinstance(self.k, str):
+            raise ValueError(
+                f"{self!r} is all of a loop, and there is none here: use dpp.loop, or give k a "
+                "number"
+            )
+        return self.k
