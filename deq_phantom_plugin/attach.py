@@ -46,7 +46,8 @@ def attach(
     Raises:
         TypeError: if `context` is no `Context`.
         ValueError: if the spec is invalid, the equilibrium carries a graph or holds NaN or Inf, or
-            `func` returns another structure, shape or dtype than it was given.
+            `func` returns another structure, shape or dtype than it was given. Compiled code looks
+            at no numbers: there NaN goes on into the loss.
     """
     strategy = get_strategy(grad)
     context = Context() if context is None else context

@@ -57,8 +57,9 @@ def loop(
 
     Raises:
         TypeError: if `context` is no `Context`.
-        ValueError: if `steps` is no whole number of at least 1, the spec is invalid, or F returns
-            another structure than it was given, or after the first evaluation another shape.
+        ValueError: if `steps` is no whole number of at least 1, the spec is invalid, its strategy
+            evaluates F more often than the loop, or F returns another structure than it was given,
+            or after the first evaluation another shape.
     """
     steps = positive_int("steps", steps)
     if not isinstance(context, Context | None):
@@ -88,6 +89,11 @@ def looped(
     if not (torch.is_grad_enabled() or in_forward_mode()):
         return repeated(growing, state, steps)
     free = 0 if strategy.owns_solve else steps - strategy.steps_ahead
+    if free < 0:  # of another package, or one that wraps: `GradStrategy.within` is not theirs
+        raise ValueError(
+            f"{strategy!r} evaluates F {strategy.steps_ahead} times, in a loop of steps={steps}; "
+            "expected at most so many"
+        )
     unrolls = (strategy.hands_out_states and not strategy.owns_solve) or isinstance(strategy, BPTT)
     if free == 0 and unrolls:
         # An unrolled graph of all evaluations, which may go on into the first state's.

@@ -300,3 +300,24 @@ def test_a_first_state_that_grows_under_a_strategy_that_cannot():
 def test_what_is_no_context():
     with pytest.raises(TypeError, match=r"expected a dpp\.Context"):
         dpp.loop(torch.tanh, torch.zeros(3), 3, context={"step": 1})
+
+
+class Longer(dpp.GradStrategy):
+    """Of another package: it does not know of loops."""
+
+    @property
+    def steps_ahead(self):
+        return 4
+
+    def attach(self, func, equilibrium, context):
+        for _ in range(4):
+            equilibrium = func(equilibrium)
+        return equilibrium
+
+
+def test_a_strategy_that_is_longer_than_the_loop():
+    with pytest.raises(ValueError, match=r"Longer\(\) evaluates F 4 times, in a loop of steps=3"):
+        dpp.loop(torch.tanh, torch.ones(3), 3, Longer())
+    start = torch.ones(3)
+    want = start.tanh().tanh().tanh().tanh()
+    assert torch.equal(dpp.loop(torch.tanh, start, 4, Longer()), want)
