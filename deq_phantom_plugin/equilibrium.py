@@ -24,9 +24,9 @@ from .contract.strategy import BatchDim, Context, GradStrategy
 from .forward import ForwardSolution, anderson, broyden, fixed_point
 from .hosts.attaching import Attaching
 from .hosts.evaluation import attaches, watched
-from .hosts.solve import relative_residual, tell
+from .hosts.solve import relative_residual
 from .inspection import settled
-from .loop import Growing, looped, repeated
+from .loop import At, evaluations, repeated
 from .strategies.arguments import positive_int
 from .strategies.registry import Spec, get_strategy
 
@@ -180,21 +180,20 @@ class Equilibrium(Attaching):
         return self.attached(func, found, context, nfe, residual)
 
     def _loop(
-        self, func: Callable[[State], State], start: State, begin: State, steps: int
+        self,
+        func: Callable[[State], State],
+        start: State,
+        begin: State,
+        steps: int,
+        at: At | None = None,
     ) -> State:
-        """Return the state after a loop; see `dpp.loop`."""
+        """Return the state after a loop; see `dpp.loop`, and `looped` for `at`."""
         self.last = LastSolve(None, torch.tensor(steps))
-        if not attaches(self):
-            with torch.no_grad():
-                return repeated(Growing(watched(self, func)), begin, steps)
-        context = self.context(start)
-        strategy = self.grad.resolve(context).within(steps)
-        attached = looped(func, start, steps, strategy, context)
-        observers = [callback for (callback,) in self.observers] if self.training else []
-        if observers:
-            found = tree_map(_detached, attached)
-            tell(observers, func, found, attached, strategy, context, steps)
-        return attached
+        if attaches(self):
+            return self.looped(func, start, steps, at)
+        with torch.no_grad():
+            func = watched(self, func)
+            return repeated(evaluations(func, at and watched(self, at)), begin, steps)
 
     def _by_function(
         self, func: Callable[[State], State], begin: State, context: Context

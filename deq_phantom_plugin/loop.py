@@ -14,9 +14,12 @@ from .attach import attach
 from .contract.state import CheckedFunc, State, flatten
 from .contract.strategy import Context, GradStrategy
 from .inspection import settled
-from .strategies import BPTT
+from .strategies import BPTT, TBPTT
 from .strategies.arguments import positive_int
 from .strategies.registry import Spec, get_strategy
+
+At = Callable[[int, State], State]
+"""Evaluation number i of a loop: (i, state) -> state."""
 
 
 def loop(
@@ -75,6 +78,7 @@ def looped(
     steps: int,
     strategy: GradStrategy,
     context: Context,
+    at: At | None = None,
 ) -> State:
     """Do what `loop` does, with a strategy that is resolved and within the loop.
 
@@ -84,8 +88,11 @@ def looped(
         steps: the number of evaluations.
         strategy: the strategy.
         context: its context.
+        at: evaluation number i of the loop, from 0, where it is no iteration of one map: (i, state)
+            -> state. It leads to where the strategy begins, which then takes F; `tbptt` and `bptt`,
+            which need no F, go backwards through the evaluations themselves.
     """
-    growing = Growing(func)
+    growing = evaluations(func, at)
     if not (torch.is_grad_enabled() or in_forward_mode()):
         return repeated(growing, state, steps)
     free = 0 if strategy.owns_solve else steps - strategy.steps_ahead
@@ -94,8 +101,12 @@ def looped(
             f"{strategy!r} evaluates F {strategy.steps_ahead} times, in a loop of steps={steps}; "
             "expected at most so many"
         )
+    if at is not None and isinstance(strategy, TBPTT | BPTT):
+        with torch.no_grad():
+            cut = repeated(growing, tree_map(Tensor.detach, state), free) if free else state
+        return repeated(growing, cut, getattr(strategy, "steps", steps - free))
     unrolls = (strategy.hands_out_states and not strategy.owns_solve) or isinstance(strategy, BPTT)
-    if free == 0 and unrolls:
+    if free == 0 and unrolls and at is None:
         # An unrolled graph of all evaluations, which may go on into the first state's.
         detached = tree_map(Tensor.detach, state)
         context = settled(context, growing, detached, strategy.tells_samples_apart)
@@ -103,6 +114,24 @@ def looped(
     with torch.no_grad():
         found = repeated(growing, tree_map(Tensor.detach, state), free)
     return attach(func, found, strategy, context)
+
+
+def evaluations(func: Callable[[State], State], at: At | None = None) -> Callable[[State], State]:
+    """Return what takes a loop's state one evaluation on; see `looped`."""
+    return Growing(func) if at is None else _Counting(at)
+
+
+class _Counting:
+    """The evaluations of a loop one by one, as a function of the state."""
+
+    def __init__(self, at: At) -> None:
+        self._at, self._done = at, 0
+
+    def __call__(self, state: State) -> State:
+        """Do the next evaluation."""
+        state = self._at(self._done, state)
+        self._done += 1
+        return state
 
 
 def repeated(func: Callable[[State], State], state: State, steps: int) -> State:

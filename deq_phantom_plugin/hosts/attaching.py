@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_map
 from ..contract.memory import Memory
 from ..contract.state import State
 from ..contract.strategy import BatchDim, Context, GradStrategy, check_batch_dim
+from ..loop import At
 from ..strategies.arguments import boolean
 from ..strategies.registry import Spec, get_strategy
 from .evaluation import attaches
-from .solve import Observers, attach_observed
+from .solve import Observers, Solve, attach_observed, loop_observed
 
 
 class Attaching(nn.Module):
@@ -96,10 +97,27 @@ class Attaching(nn.Module):
         strategy = self.grad.resolve(context)
         if strategy.owns_solve:
             found = tree_map(lambda leaf: leaf.detach(), context.initial_state)
-        observers = [callback for (callback,) in self.observers] if self.training else []
         return attach_observed(
-            observers, func, found, strategy, context, nfe, known_residual=residual
+            self._watching(), func, found, strategy, context, nfe, known_residual=residual
         )
+
+    def looped(
+        self, func: Callable[[State], State], start: State, steps: int, at: At | None = None
+    ) -> State:
+        """Return the state after a loop of evaluations, attached, and tell observers of it.
+
+        Args:
+            func: F.
+            start: where the loop begins.
+            steps: the number of evaluations.
+            at: see `deq_phantom_plugin.loop.looped`.
+        """
+        context = self.context(start)
+        strategy = self.grad.resolve(context)
+        return loop_observed(self._watching(), func, start, steps, strategy, context, at=at)
+
+    def _watching(self) -> list[Callable[[Solve], None]]:
+        return [callback for (callback,) in self.observers] if self.training else []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "observers": []}

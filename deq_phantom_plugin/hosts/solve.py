@@ -20,6 +20,7 @@ from ..adjoint import Packing, relative_norm
 from ..attach import attach
 from ..contract.state import State, flatten
 from ..contract.strategy import BatchDim, Context, GradStrategy
+from ..loop import At, looped
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +187,36 @@ def attach_observed(
     taken = counted.nfe if strategy.owns_solve else nfe
     known = {"index": index, "known_residual": known_residual}
     tell(observers, func, found, attached, strategy, context, taken, **known)
+    return attached
+
+
+def loop_observed(
+    observers: Sequence[Callable[[Solve], None]],
+    func: Callable[[State], State],
+    start: State,
+    steps: int,
+    strategy: GradStrategy,
+    context: Context,
+    index: int = 0,
+    at: At | None = None,
+) -> State:
+    """Evaluate a loop as `dpp.loop` does, and tell observers of the state at its end.
+
+    Args:
+        observers: what to call with the solve.
+        func: F.
+        start: where the loop begins; the context's initial state.
+        steps: the number of evaluations.
+        strategy: the strategy, resolved.
+        context: its context.
+        index: see `Solve`.
+        at: see `looped`.
+    """
+    strategy = strategy.within(steps)
+    attached = looped(func, start, steps, strategy, context, at)
+    if observers and torch.is_grad_enabled():
+        found = tree_map(Tensor.detach, attached)
+        tell(observers, func, found, attached, strategy, context, steps, index=index)
     return attached
 
 

@@ -5,5 +5,6 @@ line when it needs them.
 """
 
 from .equilibrium import Equilibrium, default_grad, grad_argument, steps, switch
+from .loop import Loop
 
-__all__ = ["Equilibrium", "default_grad", "grad_argument", "steps", "switch"]
+__all__ = ["Equilibrium", "Loop", "default_grad", "grad_argument", "steps", "switch"]

@@ -1,0 +1,112 @@
+"""tiny-recursive-model (lucidrains): `TinyRecursiveModel(..., grad="npg")`.
+
+`deep_refinement` makes its refinement blocks one after the other, and only the last has a graph. A
+model with a `grad` gives that loop to a strategy: the state is (outputs, latents), one evaluation
+is one block, `refine_latent_then_output_once`. The first state are two learned vectors (dim,),
+which grow to (batch, tokens, dim) in the first block. Without a `grad` its own code runs. The
+sibling in `trm_dense_loss`, whose loss looks at each block, is no equilibrium and is not hooked.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract.strategy import Context, GradStrategy
+from ..loop import evaluations, repeated
+from ..strategies import TBPTT
+from ..strategies.registry import get_strategy
+from .evaluation import attaches, watched
+from .host import PatchingHost
+from .patches import Patches
+from .settings import memory_of
+from .solve import loop_observed
+
+_MODULE = "tiny_recursive_model.trm"
+
+
+class TinyRecursive(PatchingHost):
+    """The hook into `TinyRecursiveModel` of tiny-recursive-model 0.0.15."""
+
+    name = "tiny_recursive_model"
+    package = "tiny_recursive_model"
+    distribution = "tiny-recursive-model"
+    known_versions = ("0.0.15",)
+    pip = '"deq-phantom-plugin[trm]"'
+    in_eval = "told"
+
+    def patch(self, patches: Patches) -> None:
+        """Hook the constructor and the loop, when the package is loaded."""
+
+        def apply(module: Any) -> None:
+            patches.replace(module.TinyRecursiveModel, "__init__", _hook_init(self))
+            patches.replace(module.TinyRecursiveModel, "deep_refinement", _hook_loop(self))
+
+        patches.when_imported(_MODULE, apply)
+
+    def is_equilibrium(self, module: nn.Module) -> bool:
+        """Whether a module is a `TinyRecursiveModel`."""
+        loaded = sys.modules.get(_MODULE)
+        return loaded is not None and isinstance(module, loaded.TinyRecursiveModel)
+
+    def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
+        """See `Host.prepare_grad`; None is the model's own gradient."""
+        return functools.partial(_install, module, _strategy(module, spec))
+
+
+def _strategy(model: Any, spec: Any) -> GradStrategy | None:
+    return None if spec is None else get_strategy(spec, {"steps": model.num_refinement_blocks})
+
+
+def _install(model: Any, strategy: GradStrategy | None) -> None:
+    model.grad = strategy
+    if strategy is not None:
+        memory_of(model)
+
+
+def _hook_init(host: TinyRecursive) -> Callable[[Any], Any]:
+    def hook(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, *args: Any, grad: Any = None, **kwargs: Any) -> None:
+            if grad is not None and not host.is_enabled:
+                raise TypeError(f"a grad is taken while the host {host.name} is enabled")
+            original(self, *args, **kwargs)
+            if grad is not None:
+                _install(self, _strategy(self, grad))
+
+        parameters = [*inspect.signature(original).parameters.values()]
+        parameters.append(inspect.Parameter("grad", inspect.Parameter.KEYWORD_ONLY, default=None))
+        __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return __init__
+
+    return hook
+
+
+def _hook_loop(host: TinyRecursive) -> Callable[[Any], Any]:
+    def hook(original: Callable[..., Any]) -> Callable[..., Any]:
+        def deep_refinement(self: Any, inputs: Tensor, outputs: Tensor, latents: Tensor) -> Any:
+            strategy = getattr(self, "grad", None) if host.is_enabled else None
+            observers = host.observers(self) if self.training else []
+            if not torch.is_grad_enabled() or (strategy is None and not observers):
+                return original(self, inputs, outputs, latents)
+
+            def block(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+                refined: tuple[Tensor, Tensor] = self.refine_latent_then_output_once(inputs, *state)
+                return refined
+
+            start, steps = (outputs, latents), self.num_refinement_blocks
+            if strategy is not None and not attaches(self):
+                with torch.no_grad():
+                    return repeated(evaluations(watched(self, block)), start, steps)
+            context = Context(initial_state=start, memory=getattr(self, "grad_memory", None))
+            acting = (strategy or TBPTT(k=1)).resolve(context)
+            return loop_observed(observers, block, start, steps, acting, context)
+
+        return deep_refinement
+
+    return hook
