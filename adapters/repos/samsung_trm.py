@@ -21,26 +21,26 @@ PAIR = (
     "    z_H, z_L = state\n"
     "    for _L_step in range(self.config.L_cycles):\n"
     "        z_L = self.L_level(z_L, z_H + input_embeddings, **seq_info)\n"
-    "    return self.L_level(z_H, z_L, **seq_info), z_L\n"
+    "    return self.L_level(z_H, z_L, **seq_info), z_L\n\n"
     "z_H, z_L = self.loop(cycle, (carry.z_H, carry.z_L))"
 )
 SINGLE = (
     "def cycle(z_L):\n"
     "    for _L_step in range(self.config.L_cycles):\n"
     "        z_L = self.L_level(z_L + input_embeddings, **seq_info)\n"
-    "    return self.L_level(z_L, **seq_info)\n"
+    "    return self.L_level(z_L, **seq_info)\n\n"
     "z_L = self.loop(cycle, carry.z_L)"
 )
 SIX = (
     "z_L = [carry.z_L1, carry.z_L2, carry.z_L3, carry.z_L4, carry.z_L5, carry.z_L6]\n"
-    "changed, kept = z_L[:self.config.L_cycles], z_L[self.config.L_cycles:]\n"
+    "changed, kept = z_L[:self.config.L_cycles], z_L[self.config.L_cycles:]\n\n"
     "def cycle(state):\n"
     "    z_H, z_L = state[0], [*state[1], *kept]\n"
     "    for _L_step in range(self.config.L_cycles):\n"
     "        z_L_ = z_L[0] + z_L[1] + z_L[2] + z_L[3] + z_L[4] + z_L[5]\n"
     "        z_L[_L_step] = self.L_level(z_L_, z_H + input_embeddings, **seq_info)\n"
     "    z_L_ = z_L[0] + z_L[1] + z_L[2] + z_L[3] + z_L[4] + z_L[5]\n"
-    "    return self.L_level(z_H, z_L_, **seq_info), z_L[:self.config.L_cycles]\n"
+    "    return self.L_level(z_H, z_L_, **seq_info), z_L[:self.config.L_cycles]\n\n"
     "z_H, changed = self.loop(cycle, (carry.z_H, changed))\n"
     "z_L = [*changed, *kept]"
 )

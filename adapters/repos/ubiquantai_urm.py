@@ -32,7 +32,7 @@ URM = Project(
                 "        hidden_states = hidden_states + input_embeddings\n"
                 "        for layer in self.layers:\n"
                 "            hidden_states = layer(hidden_states=hidden_states, **seq_info)\n"
-                "    return hidden_states\n"
+                "    return hidden_states\n\n"
                 "hidden_states = self.loop(cycle, carry.current_hidden)",
                 "replace",
                 through="for _ in range(self.config.L_cycles):",
