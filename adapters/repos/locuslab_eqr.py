@@ -2,6 +2,16 @@
 
 `deep_recursion` of the inner network runs `latent_recursion` H_cycles - 1 times without a graph and
 once with one. One evaluation is one `latent_recursion` of (z_H, z_L).
+
+Each level of EqR adds noise (`noise_scale`), drawn anew, in evaluation mode too. What that means:
+
+- `tbptt`, `bptt`, `jfb` and `upg` differentiate the very evaluations that were drawn, and draw no
+  more than the repository's own training, which stays the same to the bit. So do `ift` and `exact`,
+  whose map is the last evaluation as it was drawn, and warn once that F is not the same each time.
+- `npg` and `npg_rr` evaluate once more for their graph, with noise of its own, so that later draws
+  are others; the value is that of the loop.
+- `reversible` evaluates again in backward, and warns that F is not deterministic.
+- Residuals in reports do not fall below the noise.
 """
 
 from __future__ import annotations
@@ -13,7 +23,7 @@ from . import recursive
 INNER = "InnerNetwork"
 
 
-def _model(what: str, config: str) -> SeamFile:
+def _model(what: str, config: str, required: bool = True) -> SeamFile:
     return recursive.model(
         what,
         (f"class {config}", f"class {INNER}", "def deep_recursion"),
@@ -29,6 +39,7 @@ def _model(what: str, config: str) -> SeamFile:
             scope=f"{INNER}.deep_recursion",
         ),
         known=("e6101a84f547508b",),
+        required=required,
     )
 
 
@@ -37,7 +48,7 @@ EQR = Project(
     recursive.SWITCH,
     (
         _model("the model", "EqRConfig"),
-        _model("the TRM", "TRMConfig"),
+        _model("the TRM", "TRMConfig", required=False),
         recursive.architecture("@EqRModel"),
         recursive.architecture("@TRMModel"),
         recursive.TRAINING,

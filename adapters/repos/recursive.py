@@ -43,7 +43,7 @@ def model(
     own = _LOOP.format(spec="self.config.grad", steps=steps)
     named = _LOOP.format(spec="{grad}", steps=steps)
     edits = (
-        Edit("forward_dtype: str", "grad: Optional[str] = {grad}", scope=config, mode="patch"),
+        Edit("forward_dtype: str", "grad: str | None = {grad}", scope=config, mode="patch"),
         Edit(levels, own, scope=made, mode="patch"),
         Edit(levels, named, scope=made, mode="run"),
         edit,

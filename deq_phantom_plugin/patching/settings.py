@@ -30,7 +30,7 @@ def insert(source: bytes, edits: Sequence[Edit]) -> bytes:
         before = lines[places[0]]
         ending = before[len(before.rstrip(b"\r\n")) :]
         if not ending:  # the last line of the file, which has no end of its own
-            lines[places[0]] += b"\n"
+            lines[places[0]] += b"\r\n" if b"\r\n" in source else b"\n"
         lines.insert(places[0] + 1, edit.new.encode() + ending)
         source = b"".join(lines)
     return source
