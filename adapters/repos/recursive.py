@@ -7,10 +7,16 @@ of null is the repository's own training. `pretrain.py` tells the training step.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from deq_phantom_plugin.patching.adapter import YAML, Edit, SeamFile
 
 SWITCH = "`arch.grad=...` on its command line, or `grad: ...` in its config/arch/*.yaml"
 
+_TELL = (
+    "deq_phantom_plugin.patching.tell_step(\n"
+    "    train_state.model, {step}, getattr(config.arch, 'grad', None))"
+)
 _LOOP = "self.loop = deq_phantom_plugin.patching.Loop({spec}, steps={steps})"
 
 
@@ -65,16 +71,22 @@ def architecture(name: str) -> SeamFile:
     )
 
 
-TRAINING = SeamFile(
-    "the training script",
-    ("def train_batch(", "if train_state.step > train_state.total_steps:"),
-    (
-        Edit(
-            "train_state.step += 1",
-            "deq_phantom_plugin.set_step(train_state.model, train_state.step - 1)",
-            scope="train_batch",
-            mode="patch",
-        ),
-    ),
-    required=False,
+def training(ends: str, anchor: str, where: Literal["before", "after"], step: str) -> SeamFile:
+    """Return the script whose `train_batch` tells the step, and refuses half a patch.
+
+    Args:
+        ends: how it asks for the end of the training, which tells scripts apart.
+        anchor: the statement beside which it is told.
+        where: on which side.
+        step: the step, from 0, as an expression.
+    """
+    told = Edit(anchor, _TELL.format(step=step), where, scope="train_batch", mode="patch")
+    return SeamFile("the training script", ("def train_batch(", ends), (told,), required=False)
+
+
+TRAINING = training(
+    "if train_state.step > train_state.total_steps:",
+    "train_state.step += 1",
+    "after",
+    "train_state.step - 1",
 )

@@ -10,7 +10,7 @@ has no loop.
 
 from __future__ import annotations
 
-from deq_phantom_plugin.patching.adapter import Adapter, Edit, Project, SeamFile
+from deq_phantom_plugin.patching.adapter import Adapter, Edit, Project
 
 from . import recursive
 from .samsung_trm import PAIR
@@ -58,18 +58,11 @@ URM = Project(
         ),
         recursive.architecture("@URM"),
         recursive.architecture("@TRM"),
-        SeamFile(
-            "the training script",
-            ("def train_batch(", "if train_state.step >= train_state.total_steps:"),
-            (
-                Edit(
-                    "compute_target_q = train_state.step",
-                    "deq_phantom_plugin.set_step(train_state.model, train_state.step)",
-                    scope="train_batch",
-                    mode="patch",
-                ),
-            ),
-            required=False,
+        recursive.training(
+            "if train_state.step >= train_state.total_steps:",
+            "compute_target_q = train_state.step",
+            "before",
+            "train_state.step",
         ),
     ),
 )

@@ -107,6 +107,15 @@ def test_the_configuration_takes_a_method(patched, repo):
     assert b"Could not override 'arch.grad'" in done.stderr
 
 
+def test_half_a_patch_does_not_train_with_the_old_method(repo):
+    assert main(["patch", str(repo), "--grad", "npg"]) == 0
+    subprocess.run(["git", "-C", str(repo), "checkout", "-q", "--", "models"], check=True)
+    command = [sys.executable, "pretrain.py", "arch=trm"]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ACTLossHead has no equilibrium whose gradient could be switched" in done.stderr
+
+
 def test_lines_of_a_configuration_and_back_byte_for_byte(repo):
     before = tree(repo)
     assert main(["patch", str(repo), "--grad", "schedule({0: 'jfb', 9: 'npg'})"]) == 0

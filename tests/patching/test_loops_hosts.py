@@ -181,6 +181,6 @@ def test_hydra_takes_a_method(repository, copies):
     original = copies(repository, patched=False)
     with (
         hydra.initialize_config_dir(str(original / "config"), version_base=None),
-        pytest.raises(Exception, match="Could not override 'arch.grad'"),
+        pytest.raises(Exception, match=r"Could not override 'arch\.grad'"),
     ):
         hydra.compose("cfg_pretrain", overrides=[f"arch={arch}", "arch.grad=npg"])

@@ -22,7 +22,7 @@ def configuration(arch, **changes):
     return found
 
 
-def train_batch(train_state, batch):
+def train_batch(config, train_state, batch):
     train_state.step += 1
     if train_state.step > train_state.total_steps:
         return None
@@ -46,7 +46,8 @@ def main(arch, *changes):
     batch = {"inputs": torch.arange(8).view(2, 4) % 5, "labels": torch.arange(8).view(2, 4) % 3}
     head = ACTLossHead(model, "softmax_cross_entropy")
     state = SimpleNamespace(model=head, carry=head.initial_carry(batch), step=0, total_steps=3)
-    print(json.dumps([train_batch(state, batch) for _ in range(3)]))
+    settings = SimpleNamespace(arch=SimpleNamespace(**config))
+    print(json.dumps([train_batch(settings, state, batch) for _ in range(3)]))
 
 
 if __name__ == "__main__":
