@@ -16,7 +16,8 @@ from .compat import SHIMS
 RECORD = ".deq-phantom"
 """The folder in a patched repository that remembers what the files were."""
 
-SKIPPED = {".git", ".hg", ".svn", RECORD, "__pycache__", "node_modules", ".venv", "venv"}
+_KEPT = {"checkpoints", "outputs", "wandb"}  # where runs keep copies of the source
+SKIPPED = {".git", ".hg", ".svn", RECORD, "__pycache__", "node_modules", ".venv", "venv"} | _KEPT
 """Folders that are no part of the source."""
 
 _PATIENCE = 60  # seconds for git

@@ -275,8 +275,10 @@ def check_own(root, model, module):
         ours.load_state_dict(theirs.state_dict())
         found[dtype] = same(trained(ours), trained(theirs))
         theirs.eval(), ours.eval()
-        with torch.no_grad():
-            found[f"{dtype}, evaluated"] = [*steps_of(ours)] == [*steps_of(theirs)]
+        for without in (torch.no_grad, torch.inference_mode):
+            with without():
+                same_values = [*steps_of(ours)] == [*steps_of(theirs)]
+            found[f"{dtype}, {without.__name__}"] = same_values
     return found
 
 

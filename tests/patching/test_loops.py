@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -184,9 +185,15 @@ def test_another_version_is_refused(repo, path, old, new, capsys):
     assert f"  {path}: " in said
 
 
-def test_what_a_run_has_saved_of_its_configuration_is_no_part_of_it(repo):
-    saved = repo / "outputs" / "all_config.yaml"
+def test_what_a_run_has_saved_of_code_and_configuration_is_no_part_of_it(repo):
+    saved = repo / "runs" / "all_config.yaml"
     saved.parent.mkdir()
     saved.write_text("arch:\n  name: urm.urm@URM\n  L_cycles: 2\n")
+    for folder in ("outputs/first/code", "checkpoints/first"):
+        shutil.copytree(repo / "models", repo / folder / "models")
+        shutil.copytree(repo / "config", repo / folder / "config")
+    before = tree(repo)
     assert main(["patch", str(repo), "--grad", "npg"]) == 0
-    assert "grad" not in saved.read_text()
+    kept = ("runs", "outputs", "checkpoints")
+    assert before.items() >= {p: c for p, c in tree(repo).items() if p.startswith(kept)}.items()
+    assert main(["patch", str(repo), "--grad", "jfb"]) == 0
