@@ -130,8 +130,7 @@ def plan(
         ValueError: if the spec or a shim's name is invalid, nothing is recognised, a seam is of an
             unknown version, or a file lies outside the folder.
     """
-    from .rewrite import SeamError, fingerprint, rewrite
-    from .settings import insert
+    from .rewrite import SeamError, fingerprint
 
     get_strategy(grad)
     check_shims(compat)
@@ -152,17 +151,10 @@ def plan(
             version = fingerprint(old, function)
             if version not in versions:
                 unknown.append(f"  {path}: {function} is {version or 'not there'}")
-        edits = [edit for edit in kind.edits if edit.mode in (None, mode)]
         try:
-            if kind.endings == YAML:
-                new = insert(old, _filled(edits, json.dumps(grad)))
-            else:
-                imports = _imports(kind, compat if mode == "patch" else ())
-                new = rewrite(old, _filled(edits, repr(grad)), imports)
+            changes.append(Change(path, old, _edited(old, kind, grad, mode, compat)))
         except SeamError as error:
             unknown.append(f"  {path}: {error}")
-            continue
-        changes.append(Change(path, old, new))
     if unknown:
         names = ", ".join(match.project.name for match in matches)
         commits = ", ".join(c[:7] for match in matches for c in match.adapter.commits)
@@ -285,6 +277,17 @@ def _check_claims(matches: list[Match]) -> None:
                     f"{path} is claimed by {other[1].project.name} and {match.project.name}; "
                     "name the folder of one of them"
                 )
+
+
+def _edited(old: bytes, kind: SeamFile, grad: str, mode: Mode, compat: Sequence[str]) -> bytes:
+    from .rewrite import rewrite
+    from .settings import insert
+
+    edits = [edit for edit in kind.edits if edit.mode in (None, mode)]
+    if kind.endings == YAML:
+        return insert(old, _filled(edits, json.dumps(grad)))
+    imports = _imports(kind, compat if mode == "patch" else ())
+    return rewrite(old, _filled(edits, repr(grad)), imports)
 
 
 def _filled(edits: Sequence[Edit], grad: str) -> list[Edit]:
