@@ -191,9 +191,9 @@ class Equilibrium(Attaching):
         self.last = LastSolve(None, torch.tensor(steps))
         if attaches(self):
             return self.looped(func, start, steps, at)
+        evaluate = evaluations(watched(self, func), at and watched(self, at))
         with torch.no_grad():
-            func = watched(self, func)
-            return repeated(evaluations(func, at and watched(self, at)), begin, steps)
+            return repeated(evaluate, begin, steps)
 
     def _by_function(
         self, func: Callable[[State], State], begin: State, context: Context

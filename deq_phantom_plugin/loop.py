@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ._plumbing.transforms import in_forward_mode
 from .attach import attach
-from .contract.state import CheckedFunc, State, flatten
+from .contract.state import CheckedFunc, State, flatten, unflatten
 from .contract.strategy import Context, GradStrategy
 from .inspection import settled
 from .strategies import BPTT, TBPTT
@@ -102,18 +101,14 @@ def looped(
             "expected at most so many"
         )
     if at is not None and isinstance(strategy, TBPTT | BPTT):
-        with torch.no_grad():
-            cut = repeated(growing, tree_map(Tensor.detach, state), free) if free else state
+        cut = _without_graph(growing, state, free) if free else state
         return repeated(growing, cut, getattr(strategy, "steps", steps - free))
     unrolls = (strategy.hands_out_states and not strategy.owns_solve) or isinstance(strategy, BPTT)
     if free == 0 and unrolls and at is None:
         # An unrolled graph of all evaluations, which may go on into the first state's.
-        detached = tree_map(Tensor.detach, state)
-        context = settled(context, growing, detached, strategy.tells_samples_apart)
+        context = settled(context, growing, _detached(state), strategy.tells_samples_apart)
         return strategy.attach(growing, state, context)
-    with torch.no_grad():
-        found = repeated(growing, tree_map(Tensor.detach, state), free)
-    return attach(func, found, strategy, context)
+    return attach(func, _without_graph(growing, state, free), strategy, context)
 
 
 def evaluations(func: Callable[[State], State], at: At | None = None) -> Callable[[State], State]:
@@ -141,6 +136,21 @@ def repeated(func: Callable[[State], State], state: State, steps: int) -> State:
     return state
 
 
+def _detached(state: State) -> State:
+    leaves, structure = flatten(state)
+    return unflatten([Tensor.detach(leaf) for leaf in leaves], structure)
+
+
+def _without_graph(evaluate: Callable[[State], State], state: State, steps: int) -> State:
+    """Return the state after so many evaluations, of which none carries a graph."""
+    with torch.no_grad():
+        state = _detached(state)
+        if isinstance(evaluate, Growing) and steps > 2:
+            # The last is compared with the first: what is between takes no more than by hand.
+            return evaluate(repeated(evaluate.func, evaluate(state), steps - 2))
+        return repeated(evaluate, state, steps)
+
+
 class Growing:
     """F, whose first result may be larger than the state it was given; later ones are like it.
 
@@ -152,15 +162,15 @@ class Growing:
     """
 
     def __init__(self, func: Callable[[State], State]) -> None:
-        self._func = self.__wrapped__ = func
+        self.func = self.__wrapped__ = func
         self._checked: CheckedFunc | None = None
 
     def __call__(self, state: State) -> State:
         """Evaluate F."""
         if self._checked is not None:
             return self._checked(state)
-        image = self._func(state)
-        self._checked = CheckedFunc(self._func, _grown(state, image))
+        image = self.func(state)
+        self._checked = CheckedFunc(self.func, _grown(state, image))
         return image
 
 

@@ -65,7 +65,7 @@ class HrmTextCase(HostCase):
         HrmText().why_broken() if HrmText().installed() else "no Transformers that has hrm_text"
     )
     exact, precision = "ift(tol=1e-6, max_iter=400)", 1e-4  # the model normalises in float32
-    channels, width = 4, 8
+    channels, width, steps = 4, 8, 3
     own = None
     patched = (
         ("transformers.models.hrm_text.modeling_hrm_text.HrmTextModel", "forward"),
@@ -108,6 +108,47 @@ class HrmTextCase(HostCase):
     def loss(self, model: nn.Module) -> Tensor:
         ids = torch.tensor([[1, 5, 3, 2], [4, 4, 9, 10]])
         return model(ids, labels=ids).loss
+
+
+class TinyRecursiveCase(HostCase):
+    name = "tiny_recursive_model"
+    missing = without("tiny_recursive_model")
+    channels, steps, calls = 4, 4, 3
+    patched = (
+        ("tiny_recursive_model.trm.TinyRecursiveModel", "__init__"),
+        ("tiny_recursive_model.trm.TinyRecursiveModel", "deep_refinement"),
+    )
+
+    class Network(nn.Module):
+        """A contraction, so that the loop's end is near an equilibrium."""
+
+        def __init__(self, width: int, inside: nn.Module | None) -> None:
+            super().__init__()
+            self.mix, self.inside = nn.Linear(width, width), inside or nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(0.4 * self.inside(self.mix(x)))
+
+    def model(self, grad: Any, inside: nn.Module | None = None) -> nn.Module:
+        from tiny_recursive_model import TinyRecursiveModel
+
+        torch.manual_seed(0)
+        network = self.Network(self.width, inside)
+        named = {} if grad is None else {"grad": grad}
+        model = TinyRecursiveModel(
+            dim=self.width,
+            num_tokens=7,
+            network=network,
+            num_refinement_blocks=self.steps,
+            num_latent_refinements=self.calls - 1,
+            **named,
+        )
+        return model.double().train()
+
+    def loss(self, model: nn.Module) -> Tensor:
+        tokens = torch.tensor([[1, 5, 3, 2], [4, 4, 6, 0], [2, 0, 1, 1]])
+        carried = [vector.expand(*tokens.shape, -1) for vector in model.get_initial()]
+        return model(tokens, *carried, labels=tokens)[0]
 
 
 class SilvaCase(HostCase):
@@ -282,4 +323,4 @@ class OwnCase(PatchedCase):
             )
 
 
-CASES = [TorchDEQCase(), HrmTextCase(), SilvaCase(), DeepInvCase()]
+CASES = [TorchDEQCase(), HrmTextCase(), TinyRecursiveCase(), SilvaCase(), DeepInvCase()]

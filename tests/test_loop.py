@@ -238,6 +238,10 @@ def test_evaluation_mode_is_the_plain_loop_without_a_graph(x):
     want = model.by_hand(x, 0)
     assert all(torch.equal(state[name], want[name]) for name in want)
     assert not state["answer"].requires_grad
+    with pytest.warns(dpp.AssumptionWarning, match="in evaluation mode"):
+        again = model(x)
+    assert all(torch.equal(again[name], want[name]) for name in want)
+    assert not again["answer"].requires_grad
 
 
 def test_a_copy_and_an_old_pickle(x):

@@ -6,11 +6,10 @@ this host is enabled, a model with a `grad` gives each such recurrence to a stra
 equilibrium z = F(z) = L_module(z + z_H) that its last iterate is taken for:
 
 - Outside training, and without a `grad`, Transformers' own code runs.
-- The strategy begins `steps_ahead` evaluations before the end, so that the value is that of
-  `L_cycles` evaluations for `ift`, `jfb` and `upg(lam=1.0)`, as it is in evaluation, and
-  `upg(k, lam=1.0)` is what `L_bp_cycles=[k]` does for k < L_cycles, bit for bit.
+- It is a `dpp.loop` of `L_cycles` evaluations: `tbptt(k)` is what `L_bp_cycles=[k]` does, bit for
+  bit, and the value is that of evaluation wherever that page says so.
 - A list has one spec for each high-level cycle. The default, `L_bp_cycles=[2]` with two of them, is
-  `["upg(k=1, lam=1.0)", "upg(k=2, lam=1.0)"]`.
+  `["tbptt(k=1)", "tbptt(k=2)"]`.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from .._plumbing.extras import is_there, why_not
 from .._plumbing.trial import Trial
 from ..contract.errors import AssumptionWarning
 from ..contract.strategy import Context, GradStrategy
-from ..strategies import BPTT, UPG
+from ..strategies import TBPTT
 from ..strategies.registry import FunctionStrategy, get_strategy
 from .evaluation import attaches
 from .host import PatchingHost
 from .patches import Patches
 from .settings import remember_each
-from .solve import attach_observed
+from .solve import loop_observed
 
 _MODULE = "transformers.models.hrm_text.modeling_hrm_text"
 
@@ -126,7 +125,7 @@ def _strategies(model: Any, spec: Any) -> tuple[GradStrategy, ...]:
         raise ValueError(
             f"grad={spec!r} has {len(specs)} entries; expected one, or H_cycles={cycles}"
         )
-    return tuple(get_strategy(each) for each in specs)
+    return tuple(get_strategy(each, {"steps": model.config.L_cycles}) for each in specs)
 
 
 def _install(model: Any, strategies: tuple[GradStrategy, ...], of: Any) -> None:
@@ -151,9 +150,7 @@ def _own(model: Any) -> tuple[GradStrategy, ...]:
     """Return what the model's `L_bp_cycles` do, as strategies."""
     config, padded = model.config, model.L_bp_cycles_padded
     counts = [padded[i] if i < len(padded) else 1 for i in range(config.H_cycles)]
-    return tuple(
-        BPTT(config.L_cycles) if k >= config.L_cycles else UPG(k=k, lam=1.0) for k in counts
-    )
+    return tuple(TBPTT(k=min(k, config.L_cycles)) for k in counts)
 
 
 # --- hooks ------------------------------------------------------------------------------------
@@ -238,7 +235,7 @@ def _hook_part(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Recurrence:
-    """One forward pass of a model, whose low-level recurrences are equilibria of strategies.
+    """One forward pass of a model, whose low-level recurrences are loops of strategies.
 
     The model's own loop goes on around it: what the low-level module is called with is the sum of
     both states, and what it returns before the last call is not looked at.
@@ -250,8 +247,7 @@ class _Recurrence:
         self.model, self.strategies, self.observers = model, strategies, observers
         self.cycle = self.calls = 0
         self.high: Tensor | None = None
-        self.low: Tensor | None = None
-        self.start: Tensor | None = None
+        self.low: Any = None
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -282,40 +278,25 @@ class _Recurrence:
         return self.high
 
     def low_level(self, original: Callable[..., Any], _: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate the low-level module, or at the end of its cycles attach the strategy."""
+        """Do nothing until the last call of a cycle, which has a graph; there do the whole loop."""
         model, high = self.model, self.high
         assert high is not None
-        if self.calls == 0:
-            self._begin()
+        if self.low is None:  # where the model begins
+            first = model.z_L_init.to(dtype=high.dtype, device=high.device)
+            self.low = first.expand_as(high).contiguous()
         self.calls += 1
-        context = self._context()
-        strategy = self.strategies[self.cycle].resolve(context)
         cycles = model.config.L_cycles
-        free = 0 if strategy.owns_solve else max(0, cycles - strategy.steps_ahead)
+        if self.calls < cycles:
+            return self.low
 
         def func(z: Tensor) -> Tensor:
             return original(z.to(high.device) + high, *args, **kwargs)  # type: ignore[no-any-return]
 
-        assert self.low is not None
-        if self.calls <= free:
-            with torch.no_grad():
-                self.low = func(self.low.detach())
-        if self.calls == cycles:
-            self.low = attach_observed(
-                self.observers, func, self.low.detach(), strategy, context, free, self.cycle
-            )
-        return self.low
-
-    def _begin(self) -> None:
-        """Start the low-level state where the model does."""
-        model, high = self.model, self.high
-        assert high is not None
-        if self.low is None:
-            first = model.z_L_init.to(dtype=high.dtype, device=high.device)
-            self.low = first.expand_as(high).contiguous()
-        self.start = self.low
-
-    def _context(self) -> Context:
-        memories = getattr(self.model, "grad_memory", None)
+        memories = getattr(model, "grad_memory", None)
         memory = None if memories is None else memories[self.cycle]
-        return Context(initial_state=self.start, memory=memory)
+        context = Context(initial_state=self.low, memory=memory)
+        strategy = self.strategies[self.cycle].resolve(context)
+        self.low = loop_observed(
+            self.observers, func, self.low, cycles, strategy, context, self.cycle
+        )
+        return self.low

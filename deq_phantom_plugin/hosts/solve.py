@@ -213,10 +213,14 @@ def loop_observed(
         at: see `looped`.
     """
     strategy = strategy.within(steps)
-    attached = looped(func, start, steps, strategy, context, at)
-    if observers and torch.is_grad_enabled():
-        found = tree_map(Tensor.detach, attached)
-        tell(observers, func, found, attached, strategy, context, steps, index=index)
+    if not observers or not torch.is_grad_enabled():
+        return looped(func, start, steps, strategy, context, at)
+    counted = Counted(func)
+    acting = counted if strategy.owns_solve else func
+    attached = looped(acting, start, steps, strategy, context, at)
+    nfe = steps if at is not None or not strategy.owns_solve else counted.nfe
+    found = tree_map(Tensor.detach, attached)
+    tell(observers, func, found, attached, strategy, context, nfe, index=index)
     return attached
 
 

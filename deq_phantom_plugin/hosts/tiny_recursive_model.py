@@ -101,8 +101,9 @@ def _hook_loop(host: TinyRecursive) -> Callable[[Any], Any]:
 
             start, steps = (outputs, latents), self.num_refinement_blocks
             if strategy is not None and not attaches(self):
+                evaluate = evaluations(watched(self, block))
                 with torch.no_grad():
-                    return repeated(evaluations(watched(self, block)), start, steps)
+                    return repeated(evaluate, start, steps)
             context = Context(initial_state=start, memory=getattr(self, "grad_memory", None))
             acting = (strategy or TBPTT(k=1)).resolve(context)
             return loop_observed(observers, block, start, steps, acting, context)

@@ -24,6 +24,8 @@ class HostCase:
         remembers: whether a model that is made with a name has a memory.
         pickles: whether the framework's own models do.
         owns_solve: whether strategies that own the solve are taken.
+        steps: of its loop, where that has a fixed length and its end is what observers see.
+        calls: how often one evaluation of F calls the module inside.
         copies_observers: whether a copy of a model that is observed is observed as well.
         exact: an `ift` that is exact for the model.
         precision: of that one's gradient.
@@ -38,6 +40,8 @@ class HostCase:
     remembers: ClassVar[bool] = True
     pickles: ClassVar[bool] = True
     owns_solve: ClassVar[bool] = True
+    steps: ClassVar[int | None] = None
+    calls: ClassVar[int] = 1
     copies_observers: ClassVar[bool] = False
     exact: ClassVar[str] = "ift(tol=1e-12, max_iter=400)"
     precision: ClassVar[float] = 1e-8

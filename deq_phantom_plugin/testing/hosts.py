@@ -17,6 +17,7 @@ from ..attach import attach
 from ..checkpoint import load_memory_state_dict, memory_state_dict
 from ..diagnostics import monitor
 from ..hosts import Solve, disable, enable, find_equilibria, registry
+from ..loop import loop
 from ..strategies.registry import get_strategy
 from ..switch import set_grad, set_step
 from .equilibria import EquilibriumSuite
@@ -58,7 +59,10 @@ class HostSuite(EquilibriumSuite):
             leaves = tree_leaves(solve.attached)
             v = [torch.randn_like(leaf) for leaf in leaves]
             context = solve.context
-            hand = attach(solve.func, solve.equilibrium, spec, context)
+            if enabled.steps is None:
+                hand = attach(solve.func, solve.equilibrium, spec, context)
+            else:
+                hand = loop(solve.func, solve.initial_state, enabled.steps, spec, context)
             expected, got = (
                 torch.autograd.grad(outputs, parameters, v, allow_unused=True, retain_graph=True)
                 for outputs in (tree_leaves(hand), leaves)

@@ -17,6 +17,7 @@ from host_cases import (
     OwnCase,
     PatchedCase,
     SilvaCase,
+    TinyRecursiveCase,
     TorchDEQCase,
 )
 
@@ -27,6 +28,10 @@ class TestTorchDEQ(HostSuite):
 
 class TestHrmText(HostSuite):
     case = HrmTextCase()
+
+
+class TestTinyRecursive(HostSuite):
+    case = TinyRecursiveCase()
 
 
 class TestSilva(HostSuite):
