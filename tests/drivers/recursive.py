@@ -439,7 +439,7 @@ def check_compiled(root, model, module):
     """Whether the inner forward pass is one graph, of the original and of the patched model."""
     found = {}
     cases = [("original", loaded_original(root, model), None)]
-    specs = (None, "tbptt(k=2)", "tbptt(k='all')", "bptt", "jfb", "upg")
+    specs = (None, "tbptt(k=2)", "tbptt(k='all')", "upg")
     cases += [(spec or "own", module, spec) for spec in specs]
     for name, of, spec in cases:
         torch._dynamo.reset()
