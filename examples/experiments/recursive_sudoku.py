@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness.command import Experiment, main
 from harness.recursive import RecursiveSettings, RecursiveTask
-from harness.results import Column, Curve, best, last
+from harness.results import Column, Curve, best, last, mean
 
 EXPERIMENT = Experiment(
     Path(__file__),
@@ -29,11 +29,13 @@ EXPERIMENT = Experiment(
         Column("residual, first call", last("residual_first"), "{:.2f}"),
         Column("last call", last("residual"), "{:.2f}"),
         Column("rho", last("rho"), "{:.2f}"),
+        Column("cosine", mean("cosine"), "{:.2f}"),
     ],
     curves=[
         Curve("solved", "test puzzles solved"),
         Curve("solved", "test puzzles solved", x="seconds"),
         Curve("train_loss", "training loss", log=True),
+        Curve("cosine", "cosine with backpropagation"),
         Curve("rho", "spectral radius of the loop's map", log=True),
     ],
     joint=False,

@@ -285,7 +285,7 @@ def test_those_that_have_not_halted_go_on(task):
         True,
     ]
     assert learner.calls.tolist() == [1, 0, 1, 1]
-    states, _ = made._states()
+    states, _ = made._states(learner.model)
     assert torch.equal(states[[0, 2, 3]], outputs[[0, 2, 3]])
     assert torch.equal(states[1], learner.model.output_init_embed.expand(16, -1))
     (grad,) = torch.autograd.grad(states.sum(), learner.model.output_init_embed)
@@ -326,6 +326,40 @@ def test_residual_and_radius_are_those_of_a_dense_jacobian(task):
     assert found["residual_first"] == pytest.approx(first, rel=1e-6)
     assert found["residual"] == pytest.approx(end, rel=1e-6)
     assert found["rho"] == pytest.approx(sum(radii) / 2, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
+def test_the_gradient_is_compared_with_backpropagation_through_the_whole_loop(task):
+    for run in ("own", "tbptt-2", "tbptt-all"):
+        made = task(run)
+        for number in range(3):
+            made.step(number)
+        made.optimizer.zero_grad()
+        made._call(made.model.model)[0].backward()
+        named = dict(made.model.model.named_parameters())
+        ours = {name: p.grad for name, p in named.items() if p.grad is not None}
+        dpp.disable()
+        plain = task_model(made)
+        plain.load_state_dict({name: p.detach() for name, p in named.items()}, strict=True)
+        inputs = plain.input_embed(made.model.seq)
+        new = (made.model.calls == 0)[:, None, None]
+        carried = (made.model.outputs, made.model.latents)
+        state = [torch.where(new, a, b) for a, b in zip(plain.get_initial(), carried, strict=True)]
+        for _ in range(2):
+            state = plain.refine_latent_then_output_once(inputs, *state)
+        # What its own code does with its last block, after two that have a graph as well.
+        plain.num_refinement_blocks = 1
+        plain(made.model.seq, *state, labels=made.model.labels)[0].backward()
+        dpp.enable("tiny_recursive_model")
+        a, b = (
+            torch.cat([grads.get(n, torch.zeros_like(p)).flatten() for n, p in named.items()])
+            for grads in (ours, {n: p.grad / 8 for n, p in plain.named_parameters()})
+        )
+        found = made.evaluate(3)
+        assert found["cosine"] == pytest.approx(float(a @ b / (a.norm() * b.norm())), rel=1e-4)
+        assert found["length"] == pytest.approx(float(a.norm() / b.norm()), rel=1e-4)
+        if run == "tbptt-all":
+            assert (found["cosine"], found["length"]) == pytest.approx((1, 1), abs=1e-5)
 
 
 def test_accuracy_counts_whole_puzzles_and_blanks(task, monkeypatch):

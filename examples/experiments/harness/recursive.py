@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ class RecursiveTask(Task):
             group["lr"] = s.lr * min(1.0, (number + 1) / max(1, s.warmup))
         self._replace_halted(draw)
         self.optimizer.zero_grad()
-        loss, outputs, latents, halt = self._call()
+        loss, outputs, latents, halt = self._call(learner.model)
         loss.backward()
         self.optimizer.step()
         learner.averaged.update_parameters(learner.model)
@@ -196,21 +197,19 @@ class RecursiveTask(Task):
             old.copy_(torch.where(learner.halted[:, None], new.to(self.device), old))
         learner.calls.masked_fill_(learner.halted, 0)
 
-    def _call(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _call(self, model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the mean loss, the next states and the probability of halting of each puzzle."""
-        learner = self.model
-        learner.model.train()
-        outputs, latents = self._states()
-        loss, _, outputs, latents, _, halt = learner.model(
-            learner.seq, outputs, latents, labels=learner.labels
+        outputs, latents = self._states(model)
+        loss, _, outputs, latents, _, halt = model.train()(
+            self.model.seq, outputs, latents, labels=self.model.labels
         )
         return loss / len(halt), outputs, latents, halt.detach()
 
-    def _states(self) -> list[Tensor]:
+    def _states(self, model: Any) -> list[Tensor]:
         """Return the states, those of new puzzles with a graph to the initial vectors."""
         learner = self.model
         new = (learner.calls == 0)[:, None, None]
-        carried = zip(learner.model.get_initial(), (learner.outputs, learner.latents), strict=True)
+        carried = zip(model.get_initial(), (learner.outputs, learner.latents), strict=True)
         return [torch.where(new, initial, state) for initial, state in carried]
 
     def _halts(self, halt: Tensor, draw: torch.Generator) -> Tensor:
@@ -224,20 +223,41 @@ class RecursiveTask(Task):
         return last | ((halt > 0.5) & (calls >= (explores * least).to(self.device)))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Return accuracy on the test's puzzles, the loop's residual and radius, peak memory.
+        """Return accuracy on the test's puzzles, the loop's residual and radius, and the gradient.
 
         `solved` is the share of puzzles without a mistake after all calls, `cells` that of the
         blanks filled in right. `residual` is that of the loop's map, one refinement block, at the
         end of the last call, `residual_first` of the first, and `rho` the mean spectral radius of
-        the map at the end of the last. `memory` are the most MiB that a call with its backward
-        pass adds to what is there before.
+        the map at the end of the last. All these are of the averaged weights.
+
+        `memory` are the most MiB that a call with its backward pass adds to what is there before.
+        `cosine` is that of the gradient on the batch in training with the one by backpropagation
+        through the whole loop, `length` the ratio of their norms.
         """
-        found = self._accuracy()
-        found |= self._at_the_ends()
-        with PeakMemory() as memory:
-            self._call()[0].backward()
+        found = self._accuracy() | self._at_the_ends()
         self.optimizer.zero_grad()
-        return {**found, "memory": memory.peak / 2**20}
+        with PeakMemory() as memory:
+            self._call(self.model.model)[0].backward()
+        found["memory"] = memory.peak / 2**20
+        if step > 0:  # there is a batch
+            found |= self._against_backpropagation()
+        self.optimizer.zero_grad()
+        return found
+
+    def _against_backpropagation(self) -> dict[str, float]:
+        """Compare the gradient that is there with that through the whole loop."""
+        whole = copy.deepcopy(self.model.model)
+        dpp.set_grad(whole, "tbptt(k='all')")
+        whole.zero_grad()
+        self._call(whole)[0].backward()
+        ours, theirs = (
+            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in m])
+            for m in (list(self.model.model.parameters()), list(whole.parameters()))
+        )
+        return {
+            "cosine": float(torch.cosine_similarity(ours, theirs, dim=0)),
+            "length": float(ours.norm() / theirs.norm()),
+        }
 
     @torch.no_grad()
     def _accuracy(self) -> dict[str, float]:
