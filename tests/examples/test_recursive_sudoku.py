@@ -292,6 +292,29 @@ def test_those_that_have_not_halted_go_on(task):
     assert torch.equal(grad, torch.full((16,), 16.0))  # of one puzzle's cells
 
 
+def test_large_puzzles_by_the_recipe_of_the_paper(task):
+    small = {"width": 8, "batch_size": 3, "train_grids": 2, "test_grids": 2, "steps": 2}
+    made = task(size="paper", **small, supervisions=2, warmup=0, lr=0.01)
+    assert made.train_set.seq.shape == (2, 81)
+    before = [p.detach().clone() for p in made.model.model.parameters()]
+    seen = []
+    for number in range(2):
+        assert made.step(number).isfinite()
+        seen.append(made.model.seq.clone())
+    assert made.model.outputs.shape == (3, 97, 8)  # with the registers
+    # Puzzles are augmented when they come, and stay for all their calls.
+    assert not any(torch.equal(a, b) for a in seen[0] for b in made.train_set.seq)
+    assert torch.equal(*seen)
+    # Initial vectors have no gradient where the last block alone has a graph.
+    changed = [
+        not torch.equal(a, b) for a, b in zip(before, made.model.model.parameters(), strict=True)
+    ]
+    names = [name for name, _ in made.model.model.named_parameters()]
+    still = {name for name, moved in zip(names, changed, strict=True) if not moved}
+    assert still == {"output_init_embed", "latent_init_embed"}
+    assert 0 <= made.evaluate(2)["cells"] <= 1
+
+
 # --- what is measured ----------------------------------------------------------------------------
 
 
