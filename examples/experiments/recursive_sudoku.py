@@ -33,7 +33,6 @@ EXPERIMENT = Experiment(
     ],
     curves=[
         Curve("solved", "test puzzles solved"),
-        Curve("solved", "test puzzles solved", x="seconds"),
         Curve("train_loss", "training loss", log=True),
         Curve("cosine", "cosine with backpropagation"),
         Curve("rho", "spectral radius of the loop's map", log=True),
