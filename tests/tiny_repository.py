@@ -51,10 +51,10 @@ ADAPTER = Adapter(
 )
 
 
-def checkout(folder: Path, git: bool = True) -> Path:
+def checkout(folder: Path, git: bool = True, source: Path = TINY) -> Path:
     """Return a fresh copy of the repository."""
-    root = folder / "tiny"
-    shutil.copytree(TINY, root, ignore=shutil.ignore_patterns("__pycache__"))
+    root = folder / source.name
+    shutil.copytree(source, root, ignore=shutil.ignore_patterns("__pycache__"))
     if git:
         for command in (
             ["init", "-q"],

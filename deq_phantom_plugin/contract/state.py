@@ -87,8 +87,9 @@ class CheckedFunc:
     def __call__(self, state: State) -> State:
         """Evaluate the map, checked."""
         inputs, _ = flatten(state)
-        # A compiler functionalises what is in place, and does not count.
-        versions = [] if torch.compiler.is_compiling() else [leaf._version for leaf in inputs]
+        # A compiler functionalises what is in place, and inference tensors do not count.
+        counts = not (torch.compiler.is_compiling() or any(leaf.is_inference() for leaf in inputs))
+        versions = [leaf._version for leaf in inputs] if counts else []
         self._weights.prepare()
         result = self._func(state)
         if any(leaf._version != version for leaf, version in zip(inputs, versions, strict=False)):

@@ -4,7 +4,15 @@ What is imported here is all that patched code uses; the engine's files are impo
 line when it needs them.
 """
 
-from .equilibrium import Equilibrium, default_grad, grad_argument, steps, switch
+from .equilibrium import Equilibrium, default_grad, grad_argument, steps, switch, tell_step
 from .loop import Loop
 
-__all__ = ["Equilibrium", "Loop", "default_grad", "grad_argument", "steps", "switch"]
+__all__ = [
+    "Equilibrium",
+    "Loop",
+    "default_grad",
+    "grad_argument",
+    "steps",
+    "switch",
+    "tell_step",
+]

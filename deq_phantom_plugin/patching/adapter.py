@@ -14,10 +14,15 @@ Mode = Literal["patch", "run"]
 IMPORT = "import deq_phantom_plugin.patching"
 """What edited files import, unless their `SeamFile` says otherwise."""
 
+PYTHON, YAML = (".py",), (".yaml", ".yml")
+"""How names of files end."""
+
 
 @dataclass(frozen=True)
 class Edit:
     """One change of statements; everything else in the file stays as it is, down to the bytes.
+
+    In YAML, a line `key: value` that goes after the line which begins with the anchor.
 
     Attributes:
         anchor: how the statement begins; spaces and line breaks do not count.
@@ -51,6 +56,7 @@ class SeamFile:
             of the versions that the edits were written for; any other is refused.
         required: whether a repository without such a file is not this one.
         imports: statements that the changes need at the top.
+        endings: how the names of such files end: `PYTHON` or `YAML`.
     """
 
     what: str
@@ -59,6 +65,7 @@ class SeamFile:
     known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     required: bool = True
     imports: str = IMPORT
+    endings: tuple[str, ...] = PYTHON
 
 
 @dataclass(frozen=True)

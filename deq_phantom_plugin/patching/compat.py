@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -24,7 +25,7 @@ def apply(*names: str) -> None:
 
 
 def _cpu() -> None:
-    """Without CUDA, `.cuda()`, `torch.cuda.synchronize()` and CUDA types mean the CPU."""
+    """Without CUDA, `.cuda()`, `with torch.device("cuda")` and CUDA types mean the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -42,6 +43,15 @@ def _cpu() -> None:
         original(name.replace("torch.cuda.", "torch."))
 
     torch.set_default_tensor_type = set_default_tensor_type
+
+    from torch.utils._device import DeviceContext
+
+    enter = DeviceContext.__init__
+
+    def __init__(self: DeviceContext, device: torch.device) -> None:
+        enter(self, torch.device("cpu") if device.type == "cuda" else device)
+
+    DeviceContext.__init__ = __init__  # type: ignore[method-assign]
 
 
 def _linalg() -> None:
@@ -77,14 +87,90 @@ def _numpy() -> None:
 
 def _torch_sparse() -> None:
     """`import torch_sparse` works where it is not installed, for code that never calls it."""
-    try:
-        import torch_sparse  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError:
-        sys.modules["torch_sparse"] = types.ModuleType("torch_sparse")
+    _stand_in("torch_sparse")
+
+
+def _flash_attn() -> None:
+    """`flash_attn_func` where it is not installed, by `scaled_dot_product_attention`."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def flash_attn_func(
+        q: Any,
+        k: Any,
+        v: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+    ) -> Any:
+        """Attention of tensors (batch, length, heads, dim); k and v may have fewer heads."""
+        if causal and q.shape[1] != k.shape[1]:  # whose masks begin at opposite corners
+            raise ValueError(
+                f"causal=True of {q.shape[1]} queries and {k.shape[1]} keys; the shim expects as "
+                "many"
+            )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        attended = scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale
+        )
+        return attended.transpose(1, 2).contiguous()
+
+    _stand_in("flash_attn", flash_attn_func=flash_attn_func)
+
+
+def _adam_atan2() -> None:
+    """`AdamATan2` where it is not installed, in plain PyTorch."""
+    import torch
+
+    class AdamATan2(torch.optim.Optimizer):
+        """Adam with decoupled weight decay, whose quotient m / (sqrt(v) + eps) is an atan2."""
+
+        def __init__(
+            self,
+            params: Any,
+            lr: float = 1e-3,
+            betas: tuple[float, float] = (0.9, 0.99),
+            weight_decay: float = 1e-2,
+        ) -> None:
+            super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+            """Take a step; return what the closure returns."""
+            loss = None if closure is None else torch.enable_grad()(closure)()
+            for group in self.param_groups:
+                first, second = group["betas"]
+                for p in (p for p in group["params"] if p.grad is not None):
+                    state = self.state[p]
+                    if not state:
+                        zeros = [torch.zeros_like(p) for _ in range(2)]
+                        state.update(step=0, exp_avg=zeros[0], exp_avg_sq=zeros[1])
+                    state["step"] += 1
+                    state["exp_avg"].lerp_(p.grad, 1 - first)
+                    state["exp_avg_sq"].lerp_(p.grad.square(), 1 - second)
+                    mean = state["exp_avg"] / (1 - first ** state["step"])
+                    square = state["exp_avg_sq"] / (1 - second ** state["step"])
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(group["lr"] * torch.atan2(mean, square.sqrt()))
+            return loss
+
+    _stand_in("adam_atan2", AdamATan2=AdamATan2)
+
+
+def _stand_in(name: str, **content: Any) -> None:
+    """Put a module in the place of a package that is not installed."""
+    if name in sys.modules or importlib.util.find_spec(name) is not None:
+        return
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.util.spec_from_loader(name, None)  # who looks for it asks for one
+    vars(module).update(content)
+    sys.modules[name] = module
 
 
 SHIMS: dict[str, Callable[[], None]] = {
+    "adam_atan2": _adam_atan2,
     "cpu": _cpu,
+    "flash_attn": _flash_attn,
     "linalg": _linalg,
     "load": _load,
     "numpy": _numpy,
@@ -92,5 +178,6 @@ SHIMS: dict[str, Callable[[], None]] = {
 }
 """Name -> shim; the first line of its docstring says what it does."""
 
-LIBRARY = {"cpu": "torch", "linalg": "torch", "load": "torch", "numpy": "numpy"}
+LIBRARY = dict.fromkeys(("adam_atan2", "cpu", "flash_attn", "linalg", "load"), "torch")
+LIBRARY["numpy"] = "numpy"
 """The module after whose import a shim can be applied; the others need none."""

@@ -16,7 +16,7 @@ from ..hosts import find_equilibria
 from ..hosts.attaching import Attaching
 from ..hosts.evaluation import attaches, look
 from ..strategies.registry import Spec, get_strategy
-from ..switch import set_grad
+from ..switch import set_grad, set_step
 
 RUN_GRAD = "DEQ_PHANTOM_RUN_GRAD"
 """The environment variable in which `deq-phantom run` has its spec."""
@@ -89,12 +89,34 @@ def switch(model: nn.Module, grad: Spec) -> None:
         ValueError: if the model has no equilibrium, since a part of the patch is missing then; or
             the spec is invalid.
     """
+    _check_patched(model)
+    set_grad(model, os.environ.get(RUN_GRAD, grad))
+
+
+def tell_step(model: nn.Module, step: int, grad: Spec | None) -> None:
+    """Tell a patched model the training step, see `dpp.set_step`.
+
+    Args:
+        model: the model; one that the patch knows nothing of needs none.
+        step: the step.
+        grad: what the configuration says, None for the model's own gradient.
+
+    Raises:
+        ValueError: if a method is named and the model has no equilibrium, since a part of the patch
+            is missing then.
+    """
+    if grad is not None:
+        _check_patched(model)
+    if find_equilibria(model):
+        set_step(model, step)
+
+
+def _check_patched(model: nn.Module) -> None:
     if not find_equilibria(model):
         raise ValueError(
             f"{type(model).__name__} has no equilibrium whose gradient could be switched: a file "
             "of the patched repository is missing or was put back. `deq-phantom doctor` says which"
         )
-    set_grad(model, os.environ.get(RUN_GRAD, grad))
 
 
 def default_grad(parser: argparse.ArgumentParser, grad: Spec) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .adapter import PYTHON, YAML
 from .repository import RECORD, SKIPPED
 
 _JOURNAL = "journal.json"
@@ -111,17 +112,18 @@ def contents(root: Path, files: Mapping[str, str]) -> dict[str, bytes]:
     A record comes with the repository, and may say anything.
 
     Raises:
-        ValueError: if one is no Python file of the repository, which is all that a patch changes.
+        ValueError: if one is no Python or YAML file of the repository, which is all that a patch
+            changes.
     """
     for path in files:
         target = root / path
         if (
-            not path.endswith(".py")
+            not path.endswith((*PYTHON, *YAML))
             or SKIPPED.intersection(Path(path).parts)
             or not target.is_relative_to(root)
             or os.path.realpath(target) != str(target)
         ):
-            raise ValueError(f"{path!r} is no Python file of the repository")
+            raise ValueError(f"{path!r} is no Python or YAML file of the repository")
     return {path: base64.b64decode(text, validate=True) for path, text in files.items()}
 
 

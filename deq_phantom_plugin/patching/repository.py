@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..strategies.registry import get_strategy
-from .adapter import IMPORT, Adapter, Edit, Mode, Project, SeamFile, known_adapters
+from .adapter import IMPORT, PYTHON, YAML, Adapter, Edit, Mode, Project, SeamFile, known_adapters
 from .compat import SHIMS
 
 RECORD = ".deq-phantom"
 """The folder in a patched repository that remembers what the files were."""
 
-SKIPPED = {".git", ".hg", ".svn", RECORD, "__pycache__", "node_modules", ".venv", "venv"}
+_KEPT = {"checkpoints", "outputs", "wandb"}  # where runs keep copies of the source
+SKIPPED = {".git", ".hg", ".svn", RECORD, "__pycache__", "node_modules", ".venv", "venv"} | _KEPT
 """Folders that are no part of the source."""
 
 _PATIENCE = 60  # seconds for git
@@ -89,9 +91,13 @@ def recognise(root: Path, read: Callable[[str], bytes] | None = None) -> list[Ma
         for kind in project.files
     ]
     found: dict[str, list[SeamFile]] = {}
-    for path in _python_files(root):
+    for path in _files(root, (*PYTHON, *YAML)):
         content = read(path)
-        here = [kind for kind, marks in kinds if all(mark in content for mark in marks)]
+        here = [
+            kind
+            for kind, marks in kinds
+            if path.endswith(kind.endings) and all(mark in content for mark in marks)
+        ]
         if here:
             found[path] = here
     matches = []
@@ -124,7 +130,7 @@ def plan(
         ValueError: if the spec or a shim's name is invalid, nothing is recognised, a seam is of an
             unknown version, or a file lies outside the folder.
     """
-    from .rewrite import SeamError, fingerprint, rewrite
+    from .rewrite import SeamError, fingerprint
 
     get_strategy(grad)
     check_shims(compat)
@@ -145,13 +151,10 @@ def plan(
             version = fingerprint(old, function)
             if version not in versions:
                 unknown.append(f"  {path}: {function} is {version or 'not there'}")
-        edits = [_filled(edit, grad) for edit in kind.edits if edit.mode in (None, mode)]
         try:
-            new = rewrite(old, edits, _imports(kind, compat if mode == "patch" else ()))
+            changes.append(Change(path, old, _edited(old, kind, grad, mode, compat)))
         except SeamError as error:
             unknown.append(f"  {path}: {error}")
-            continue
-        changes.append(Change(path, old, new))
     if unknown:
         names = ", ".join(match.project.name for match in matches)
         commits = ", ".join(c[:7] for match in matches for c in match.adapter.commits)
@@ -171,23 +174,23 @@ def check_shims(names: Sequence[str]) -> None:
             raise ValueError(f"unknown compatibility shim {name!r}; there are {', '.join(SHIMS)}")
 
 
-def _python_files(root: Path) -> Iterator[str]:
+def _files(root: Path, endings: tuple[str, ...] = PYTHON) -> Iterator[str]:
     for folder, folders, names in os.walk(root):  # does not follow links to folders
         folders[:] = sorted(name for name in folders if name not in SKIPPED)
         for name in sorted(names):
             path = Path(folder, name)
-            if name.endswith(".py") and path.is_file() and path.stat().st_size <= _LARGEST:
+            if name.endswith(endings) and path.is_file() and path.stat().st_size <= _LARGEST:
                 if path.is_symlink() and not path.resolve().is_relative_to(root):
                     continue
                 yield path.relative_to(root).as_posix()
 
 
 def outside_links(root: Path) -> list[str]:
-    """Return the Python files that lie elsewhere and are passed over, by path relative to root."""
+    """Return the files that lie elsewhere and are passed over, by path relative to the root."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
-        links = (Path(folder, name) for name in names if name.endswith(".py"))
+        links = (Path(folder, name) for name in names if name.endswith((*PYTHON, *YAML)))
         # A link that leads round in a circle has no `resolve`.
         found += [
             p
@@ -204,7 +207,7 @@ def check_unpatched(root: Path, read: Callable[[str], bytes] | None = None) -> N
         ValueError: names the files.
     """
     read = read or (lambda path: (root / path).read_bytes())
-    marked = {path for path in _python_files(root) if IMPORT.encode() in read(path)}
+    marked = {path for path in _files(root) if IMPORT.encode() in read(path)}
     marked -= _untracked(root) if marked else set()  # somebody's own
     if marked:
         raise ValueError(
@@ -276,8 +279,19 @@ def _check_claims(matches: list[Match]) -> None:
                 )
 
 
-def _filled(edit: Edit, grad: str) -> Edit:
-    return replace(edit, new=edit.new.replace("{grad}", repr(grad)))
+def _edited(old: bytes, kind: SeamFile, grad: str, mode: Mode, compat: Sequence[str]) -> bytes:
+    from .rewrite import rewrite
+    from .settings import insert
+
+    edits = [edit for edit in kind.edits if edit.mode in (None, mode)]
+    if kind.endings == YAML:
+        return insert(old, _filled(edits, json.dumps(grad)))
+    imports = _imports(kind, compat if mode == "patch" else ())
+    return rewrite(old, _filled(edits, repr(grad)), imports)
+
+
+def _filled(edits: Sequence[Edit], grad: str) -> list[Edit]:
+    return [replace(edit, new=edit.new.replace("{grad}", grad)) for edit in edits]
 
 
 def _imports(kind: SeamFile, compat: Sequence[str]) -> str:

@@ -72,7 +72,8 @@ class _Rewriter(cst.CSTTransformer):  # type: ignore[misc,name-defined]
             depth = (len(line) - len(line.lstrip(" "))) // 4
             lines.append(self.module.default_indent * depth + line[4 * depth :])
         text = self.module.default_newline.join([*lines, ""])
-        return list(cst.parse_module(text, config=self.module.config_for_parsing).body)
+        body = cst.parse_module(text, config=self.module.config_for_parsing).body
+        return [node.with_changes(leading_lines=_unindented(node.leading_lines)) for node in body]
 
     def visit_ClassDef(self, node: Any) -> None:
         self.scope.append(node.name.value)
@@ -134,6 +135,11 @@ def _split_tail(source: bytes) -> tuple[bytes, bytes]:
     last = statements[-1].end_lineno if statements else 0
     lines = source.splitlines(keepends=True)
     return b"".join(lines[:last]), b"".join(lines[last:])
+
+
+def _unindented(lines: Sequence[Any]) -> list[Any]:
+    """Return lines above a statement, those that are empty without blanks."""
+    return [line.with_changes(indent=line.comment is not None) for line in lines]
 
 
 def _squeezed(code: str) -> str:

@@ -49,6 +49,8 @@ def gradients(model, **inputs):
     [
         (2, 3, [2], ["upg(k=1, lam=1.0)", "upg(k=2, lam=1.0)"]),
         (2, 3, [2], ["jfb", "upg(k=2, lam=1.0)"]),
+        (2, 3, [2], ["tbptt(k=1)", "tbptt(k=2)"]),
+        (2, 2, [2, 2], "tbptt('all')"),
         (1, 4, [3], "upg(k=3, lam=1.0)"),
         (3, 3, [1, 2, 1], ["jfb", "upg(k=2, lam=1.0)", "jfb"]),
         (2, 2, [1, 1], "jfb"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -361,10 +362,14 @@ def test_the_shipped_adapters_load(monkeypatch):
         found = {adapter.repository for adapter in known_adapters()}
     assert found == {
         "Gsunshine/phantom_grad",
+        "SamsungSAILMontreal/TinyRecursiveModels",
         "SwiftieH/IGNN",
+        "UbiquantAI/URM",
+        "locuslab/EqR",
         "locuslab/deq",
         "locuslab/mdeq",
         "locuslab/torchdeq",
+        "sapientinc/HRM",
     }
 
 
@@ -746,9 +751,15 @@ def shimmed(name, code):
 
 
 CODE = {
+    "adam_atan2": "import torch; from adam_atan2 import AdamATan2; "
+    "AdamATan2(torch.nn.Linear(2, 2).parameters(), lr=0.0).step()",
     "cpu": "import torch; torch.set_default_tensor_type('torch.cuda.FloatTensor'); "
     "x = torch.nn.Linear(2, 2).cuda()(torch.ones(1, 2).cuda()); torch.cuda.synchronize(); "
-    "assert x.device.type == 'cpu'",
+    "assert x.device.type == 'cpu'\n"
+    "with torch.device('cuda'): assert torch.zeros(2).device.type == 'cpu'\n"
+    "with torch.device('meta'): assert torch.zeros(2).is_meta",
+    "flash_attn": "import torch; from flash_attn import flash_attn_func; "
+    "x = torch.ones(1, 3, 2, 4); assert torch.equal(flash_attn_func(x, x, x), x)",
     "linalg": "import torch; a, b = 2 * torch.eye(2), torch.ones(2, 1); "
     "assert torch.equal(torch.solve(b, a)[0], b / 2)",
     "load": "import io, torch; f = io.BytesIO(); torch.save(torch.nn.Linear(2, 2), f); f.seek(0); "
@@ -784,6 +795,60 @@ def test_shims_in_a_run_and_in_a_patch(repo, capsys):
     assert python(repo, "old.py").stdout == "<class 'int'>\n"
     assert command("doctor", repo) == 0
     assert "patched with upg, shims numpy, torch_sparse" in capsys.readouterr().out
+
+
+def test_attention_by_the_shim_is_that_of_a_softmax(monkeypatch):
+    """With fewer heads of keys and values than of queries."""
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    compat.apply("flash_attn")
+    from flash_attn import flash_attn_func
+
+    q = torch.randn(2, 5, 4, 3, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 5, 2, 3, dtype=torch.float64)
+    keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / 3**0.5
+    for causal, mask in ((False, 0.0), (True, torch.full((5, 5), -torch.inf).triu(1))):
+        want = torch.einsum("bhqk,bkhd->bqhd", (scores + mask).softmax(-1), values)
+        got = flash_attn_func(q=q, k=k, v=v, causal=causal)
+        torch.testing.assert_close(got, want)
+        assert got.is_contiguous()
+    with pytest.raises(ValueError, match="causal=True of 5 queries and 4 keys"):
+        flash_attn_func(q, k[:, :4], v[:, :4], causal=True)
+
+
+def test_the_optimizer_of_the_shim(monkeypatch):
+    """Against its recursion for one number, with decoupled weight decay."""
+    monkeypatch.setitem(sys.modules, "adam_atan2", None)
+    monkeypatch.delitem(sys.modules, "adam_atan2")
+    compat.apply("adam_atan2")
+    from adam_atan2 import AdamATan2
+
+    p = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    other = torch.nn.Parameter(torch.ones(3))  # without a gradient, as an unused layer
+    optimizer = AdamATan2([p, other], lr=0.1, betas=(0.9, 0.95), weight_decay=0.5)
+    x, m, v = 2.0, 0.0, 0.0
+    for t in range(1, 5):
+        grad = 3 * x**2 - t
+        m, v = 0.9 * m + 0.1 * grad, 0.95 * v + 0.05 * grad**2
+        step = math.atan2(m / (1 - 0.9**t), math.sqrt(v / (1 - 0.95**t)))
+        x = x * (1 - 0.1 * 0.5) - 0.1 * step
+        optimizer.zero_grad()
+        (p**3 - t * p).backward()
+        optimizer.step()
+        assert p.item() == pytest.approx(x, rel=1e-12)
+    assert torch.equal(other, torch.ones(3))
+
+
+def test_a_package_that_is_there_has_no_stand_in(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn.py").write_text("flash_attn_func = 'its own'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    compat.apply("flash_attn")
+    import flash_attn
+
+    assert flash_attn.flash_attn_func == "its own"
+    monkeypatch.delitem(sys.modules, "flash_attn")
 
 
 @pytest.mark.parametrize("name", ["patch", "run"])
