@@ -28,6 +28,7 @@ pytest.importorskip("tensorboard")
 pytest.importorskip("torchdeq")
 pytest.importorskip("transformers")
 pytest.importorskip("torch_geometric")
+pytest.importorskip("tiny_recursive_model")
 
 FOLDER = ROOT / "examples" / "experiments"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -451,6 +452,7 @@ SMALL = {
     "mdeq_ablation": ["--runs", "ift-official", "--set", "train_images=48", "augment=true"],
     "deq_wikitext": ["--runs", "postln-upg-jr0.1", "--set", "dropout=0.1"],
     "ignn_graphs": ["--runs", "npg", "--repeats", "1"],
+    "recursive_sudoku": ["--runs", "all-then-1", "--repeats", "1"],
 }
 
 

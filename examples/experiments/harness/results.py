@@ -84,6 +84,16 @@ def best(
     return of
 
 
+def mean(key: str, scale: float = 1.0) -> Callable[[Record], float]:
+    """Return what takes the mean of a key over all evaluations that have it."""
+
+    def of(record: Record) -> float:
+        values = [row[key] for row in record.history if key in row]
+        return scale * statistics.fmean(values) if values else math.nan
+
+    return of
+
+
 def milliseconds(record: Record) -> float:
     """Return the median of the medians of a step's time."""
     times = [row["ms_per_step"] for row in record.history if "ms_per_step" in row]

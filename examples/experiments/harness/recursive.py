@@ -1,0 +1,309 @@
+"""A tiny recursive model (TRM) that learns to solve Sudoku."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import require
+
+from . import processes
+from .memory import PeakMemory
+from .sudoku import load_puzzles
+from .training import Task
+
+
+@dataclass(frozen=True)
+class RecursiveSettings:
+    """How a TRM is trained.
+
+    Attributes:
+        box: side of a box: 2 for 4x4, all of whose grids are known, 3 for random 9x9 grids.
+        train_grids: grids to train with.
+        test_grids: the same of the test; no grid is in both.
+        puzzles: puzzles of a grid, each with one solution.
+        givens: digits that a puzzle keeps, or more where fewer would have several solutions.
+        augment: whether training puzzles are turned into others by symmetries of Sudoku.
+        width: of the states.
+        layers: of the network, an MLP-mixer.
+        expansion: hidden sizes of its MLPs, over cells and registers and over channels, in sizes of
+            what comes in.
+        registers: tokens beside the cells.
+        blocks: refinement blocks of a call, the loop's evaluations; H_cycles in the paper's code.
+        refinements: of the latents in a block; L_cycles in the paper's code.
+        grad: the gradient's spec; None for the model's own, one block with graph.
+        supervisions: calls that a puzzle gets at most, the state carried over, an optimiser step
+            each; in evaluations all of them.
+        halt: whether a puzzle that the model takes for solved makes room for another.
+        explore: share of the puzzles that are kept for a random number of calls all the same.
+        halt_weight: of the loss of halting.
+        steps: optimiser steps.
+        batch_size: puzzles a step.
+        lr: learning rate, after `warmup` steps of a linear rise.
+        warmup: those steps.
+        betas: of AdamAtan2.
+        weight_decay: of AdamAtan2.
+        ema: how much of the averaged weights, which are evaluated, is kept in a step.
+        eval_every: steps between evaluations.
+        eval_batch: puzzles of an evaluation's batch.
+        radius_puzzles: test puzzles whose residuals and spectral radii are measured.
+    """
+
+    box: int
+    train_grids: int
+    test_grids: int
+    puzzles: int
+    givens: int
+    augment: bool
+    width: int
+    layers: int
+    expansion: int
+    registers: int
+    blocks: int
+    refinements: int
+    grad: str | None
+    supervisions: int
+    halt: bool
+    explore: float
+    halt_weight: float
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int
+    betas: tuple[float, ...]
+    weight_decay: float
+    ema: float
+    eval_every: int
+    eval_batch: int
+    radius_puzzles: int
+
+
+class Learner(nn.Module):
+    """A TRM, the average of its weights, and the puzzles that it is at: what a run goes on from.
+
+    Args:
+        model: the TRM.
+        ema: see `RecursiveSettings`.
+        state: shape (batch, tokens, width) of its states.
+        cells: of a puzzle.
+    """
+
+    def __init__(self, model: nn.Module, ema: float, state: tuple[int, int, int], cells: int):
+        super().__init__()
+        self.model = model
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        for name, value in {
+            "seq": torch.zeros(state[0], cells, dtype=torch.long),
+            "labels": torch.zeros(state[0], cells, dtype=torch.long),
+            "outputs": torch.zeros(state),
+            "latents": torch.zeros(state),
+            "calls": torch.zeros(state[0], dtype=torch.long),
+            "halted": torch.ones(state[0], dtype=torch.bool),
+        }.items():
+            self.register_buffer(name, value)
+
+
+class RecursiveTask(Task):
+    """Trains a TRM with deep supervision, as its authors' code does; see `Task`.
+
+    A step is one call of the model on a batch, in which each puzzle is at a call of its own: those
+    that have halted are replaced, the states of the others go on, detached.
+
+    Args:
+        settings: how.
+        seed: of the puzzles, the weights, the order of the puzzles, and halting.
+        data: nothing, since the puzzles are generated.
+        device: where to train.
+    """
+
+    def __init__(
+        self, settings: RecursiveSettings, seed: int, data: Path | None, device: torch.device
+    ) -> None:
+        s = self.settings = settings
+        self.seed, self.device = seed, device
+        if data is not None:
+            raise SystemExit(f"--data {data}, but the puzzles are generated; expected none")
+        if s.augment and s.box == 2:
+            raise ValueError("augment=True makes test grids of other 4x4 ones; expected False")
+        self.train_set, self.test_set = load_puzzles(
+            s.box, s.train_grids, s.test_grids, s.puzzles, s.givens, seed
+        )
+        trm = require("tiny_recursive_model", "trm")
+        dpp.enable("tiny_recursive_model")
+        torch.manual_seed(seed)
+        cells = s.box**4
+        tokens = cells + s.registers
+        model = trm.TinyRecursiveModel(
+            dim=s.width,
+            num_tokens=s.box**2 + 1,
+            network=trm.MLPMixer1D(
+                dim=s.width,
+                depth=s.layers,
+                seq_len=tokens,
+                # Both hidden sizes are counted in widths there; the first MLP is over tokens.
+                expansion_factor=s.expansion * tokens / s.width,
+                expansion_factor_token=s.expansion,
+            ),
+            num_refinement_blocks=s.blocks,
+            num_latent_refinements=s.refinements,
+            halt_loss_weight=s.halt_weight,
+            num_register_tokens=s.registers,
+            grad=s.grad,
+        )
+        self.model = Learner(model, s.ema, (s.batch_size, tokens, s.width), cells).to(device)
+        # The paper's optimiser, in the implementation that the model's package depends on.
+        self.optimizer = require("adam_atan2_pytorch", "trm").AdamAtan2(
+            self.model.model.parameters(),
+            lr=s.lr,
+            betas=s.betas,
+            weight_decay=s.weight_decay,
+        )
+        self.steps, self.eval_every = s.steps, s.eval_every
+
+    def step(self, number: int) -> Tensor:
+        """Take a step."""
+        s, learner = self.settings, self.model
+        draw = torch.Generator().manual_seed(processes.seed(self.seed, number))
+        torch.manual_seed(processes.seed(self.seed, number))
+        dpp.set_step(learner.model, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * min(1.0, (number + 1) / max(1, s.warmup))
+        self._replace_halted(draw)
+        self.optimizer.zero_grad()
+        loss, outputs, latents, halt = self._call(learner.model)
+        loss.backward()
+        self.optimizer.step()
+        learner.averaged.update_parameters(learner.model)
+        learner.outputs.copy_(outputs)
+        learner.latents.copy_(latents)
+        learner.calls += 1
+        learner.halted.copy_(self._halts(halt, draw))
+        return loss.detach()
+
+    @torch.no_grad()
+    def _replace_halted(self, draw: torch.Generator) -> None:
+        """Put new puzzles, which have had no call yet, where others have halted."""
+        s, learner = self.settings, self.model
+        drawn = self.train_set.draw(s.batch_size, draw, s.augment)
+        for old, new in zip((learner.seq, learner.labels), drawn, strict=True):
+            old.copy_(torch.where(learner.halted[:, None], new.to(self.device), old))
+        learner.calls.masked_fill_(learner.halted, 0)
+
+    def _call(self, model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the mean loss, the next states and the probability of halting of each puzzle."""
+        outputs, latents = self._states(model)
+        loss, _, outputs, latents, _, halt = model.train()(
+            self.model.seq, outputs, latents, labels=self.model.labels
+        )
+        return loss / len(halt), outputs, latents, halt.detach()
+
+    def _states(self, model: Any) -> list[Tensor]:
+        """Return the states, those of new puzzles with a graph to the initial vectors."""
+        learner = self.model
+        new = (learner.calls == 0)[:, None, None]
+        carried = zip(model.get_initial(), (learner.outputs, learner.latents), strict=True)
+        return [torch.where(new, initial, state) for initial, state in carried]
+
+    def _halts(self, halt: Tensor, draw: torch.Generator) -> Tensor:
+        """Return which puzzles are done with: at their last call, or taken for solved."""
+        s, calls = self.settings, self.model.calls
+        last = calls >= s.supervisions
+        if not s.halt or s.supervisions < 2:
+            return last
+        explores = torch.rand(len(calls), generator=draw) < s.explore
+        least = torch.randint(2, s.supervisions + 1, (len(calls),), generator=draw)
+        return last | ((halt > 0.5) & (calls >= (explores * least).to(self.device)))
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Return accuracy on the test's puzzles, the loop's residual and radius, and the gradient.
+
+        `solved` is the share of puzzles without a mistake after all calls, `cells` that of the
+        blanks filled in right. `residual` is that of the loop's map, one refinement block, at the
+        end of the last call, `residual_first` of the first, and `rho` the mean spectral radius of
+        the map at the end of the last. All these are of the averaged weights.
+
+        `memory` are the most MiB that a call with its backward pass adds to what is there before.
+        `cosine` is that of the gradient on the batch in training with the one by backpropagation
+        through the whole loop, `length` the ratio of their norms.
+        """
+        found = self._accuracy() | self._at_the_ends()
+        self.optimizer.zero_grad()
+        with PeakMemory() as memory:
+            self._call(self.model.model)[0].backward()
+        found["memory"] = memory.peak / 2**20
+        if step > 0:  # there is a batch
+            found |= self._against_backpropagation()
+        self.optimizer.zero_grad()
+        return found
+
+    def _against_backpropagation(self) -> dict[str, float]:
+        """Compare the gradient that is there with that through the whole loop."""
+        whole = copy.deepcopy(self.model.model)
+        dpp.set_grad(whole, "tbptt(k='all')")
+        whole.zero_grad()
+        self._call(whole)[0].backward()
+        ours, theirs = (
+            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in m])
+            for m in (list(self.model.model.parameters()), list(whole.parameters()))
+        )
+        return {
+            "cosine": float(torch.cosine_similarity(ours, theirs, dim=0)),
+            "length": float(ours.norm() / theirs.norm()),
+        }
+
+    @torch.no_grad()
+    def _accuracy(self) -> dict[str, float]:
+        model, sums = self._averaged(), torch.zeros(3, dtype=torch.float64)
+        for seq, labels in self._test_batches():
+            state = model.get_initial()
+            for _ in range(self.settings.supervisions):
+                *state, pred, _ = model(seq, *state)
+            right, blank = pred.argmax(dim=-1) == labels, seq == 0
+            sums += torch.stack([right.all(dim=1).sum(), (right & blank).sum(), blank.sum()]).cpu()
+        solved, cells, blanks = sums.tolist()
+        return {"solved": solved / len(self.test_set.seq), "cells": cells / blanks}
+
+    def _at_the_ends(self) -> dict[str, float]:
+        model, s = self._averaged(), self.settings
+        seq = self.test_set.seq[: s.radius_puzzles].to(self.device)
+        with torch.no_grad():
+            inputs, _ = model.embed_inputs_with_registers(seq)
+
+            def block(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+                refined: tuple[Tensor, Tensor] = model.refine_latent_then_output_once(
+                    inputs, *state
+                )
+                return refined
+
+            state, residuals = model.get_initial(), []
+            for _ in range(s.supervisions):
+                state = model.deep_refinement(inputs, *state)
+                residuals.append(_residual(state, block(state)))
+        radii = dpp.spectral_radius(block, tuple(state), batch_dim=0, tol=0.02, max_iter=60)
+        return {
+            "residual_first": residuals[0],
+            "residual": residuals[-1],
+            "rho": float(radii.mean()),
+        }
+
+    def _averaged(self) -> Any:
+        return self.model.averaged.module.eval()
+
+    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size, test = self.settings.eval_batch, self.test_set
+        for seq, labels in zip(test.seq.split(size), test.labels.split(size), strict=True):
+            yield seq.to(self.device), labels.to(self.device)
+
+
+def _residual(state: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> float:
+    """Return the mean of ||F(h) - h|| / ||F(h)|| over the puzzles."""
+    before, after = (torch.cat(pair, dim=-1).flatten(1) for pair in (state, image))
+    return float(((after - before).norm(dim=1) / after.norm(dim=1)).mean())
