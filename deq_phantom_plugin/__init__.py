@@ -36,6 +36,7 @@ from .strategies import (
     Exact,
     Guard,
     Reversible,
+    Ramp,
     Schedule,
 )
 from .strategies.registry import get_strategy, list_strategies, register_strategy
@@ -65,6 +66,7 @@ __all__ = [
     "Memory",
     "NonFiniteError",
     "Reversible",
+    "Ramp",
     "Schedule",
     "State",
     "attach",

@@ -64,6 +64,7 @@ def attach(
     context = settled(context, checked, state, acting.tells_samples_apart)
     attached = acting.attach(checked, state, context)
     _check_attached(strategy, attached, state)
+    count(context)
     return attached
 
 
@@ -79,6 +80,13 @@ def attach_states(
     acting, checked = strategy.resolve(context), CheckedFunc(func, state)
     context = settled(context, checked, state, acting.tells_samples_apart)
     yield from acting.states(checked, state, context)
+    count(context)
+
+
+def count(context: Context) -> None:
+    """Tell a memory that counts them that an equilibrium was attached."""
+    if context.memory is not None and context.memory.counts:
+        context.memory.count()
 
 
 def _ordinary(equilibrium: State) -> State:

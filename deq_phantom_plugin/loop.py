@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ._plumbing.transforms import in_forward_mode
-from .attach import attach
+from .attach import attach, count
 from .contract.state import CheckedFunc, State, flatten, unflatten
 from .contract.strategy import Context, GradStrategy
 from .inspection import settled
 from .strategies import BPTT, TBPTT
-from .strategies.arguments import positive_int
+from .strategies.depth import Depth, number_or_depth
 from .strategies.registry import Spec, get_strategy
 
 At = Callable[[int, State], State]
@@ -24,7 +24,7 @@ At = Callable[[int, State], State]
 def loop(
     func: Callable[[State], State],
     state: State,
-    steps: int,
+    steps: int | str,
     grad: Spec = "upg",
     context: Context | None = None,
 ) -> State:
@@ -49,7 +49,8 @@ def loop(
         state: where the loop begins: a tensor, or any nesting of tuples, lists and dicts of
             tensors. A graph that it carries is gone through where all evaluations carry one
             (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`), and cut otherwise.
-        steps: the number of evaluations.
+        steps: the number of evaluations, or a distribution of it, see `Depth`; the context's memory
+            knows the training step that it is drawn for.
         grad: the strategy's spec, see `get_strategy`. A k beyond the loop means all of it; one
             that owns the solve takes `steps`, unless its spec names a number of its own.
         context: what else the strategy may know, see `dpp.attach`.
@@ -63,12 +64,13 @@ def loop(
             evaluates F more often than the loop, or F returns another structure than it was given,
             or after the first evaluation another shape.
     """
-    steps = positive_int("steps", steps)
+    depth = number_or_depth("steps", steps)
     if not isinstance(context, Context | None):
         raise TypeError(f"context={context!r:.60}; expected a dpp.Context, such as dpp.Context()")
     context = replace(context or Context(), initial_state=state)
-    strategy = get_strategy(grad, {"steps": steps}).resolve(context).within(steps)
-    return looped(func, state, steps, strategy, context)
+    number = depth.draw(context) if isinstance(depth, Depth) else depth
+    strategy = get_strategy(grad, {"steps": number}).resolve(context).within(number)
+    return looped(func, state, number, strategy, context)
 
 
 def looped(
@@ -102,11 +104,13 @@ def looped(
         )
     if at is not None and isinstance(strategy, TBPTT | BPTT):
         cut = _without_graph(growing, state, free) if free else state
+        count(context)
         return repeated(growing, cut, getattr(strategy, "steps", steps - free))
     unrolls = (strategy.hands_out_states and not strategy.owns_solve) or isinstance(strategy, BPTT)
     if free == 0 and unrolls and at is None:
         # An unrolled graph of all evaluations, which may go on into the first state's.
         context = settled(context, growing, _detached(state), strategy.tells_samples_apart)
+        count(context)
         return strategy.attach(growing, state, context)
     return attach(func, _without_graph(growing, state, free), strategy, context)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .contract.memory import LARGEST_STEP, Memory
 from .hosts import find_equilibria, what_is_found
-from .strategies.arguments import boolean
+from .strategies.arguments import boolean, positive_int
 from .strategies.registry import Spec, get_strategy
 
 # Models without anything to tell the step to, of which that was said; `set_step` is called often.
@@ -51,25 +51,30 @@ def set_grad(module: nn.Module, spec: Spec | list[Spec], *, in_eval: bool | None
     return len(found)
 
 
-def set_step(module: nn.Module, step: int) -> None:
+def set_step(module: nn.Module, step: int, *, total: int | None = None) -> None:
     """Tell every equilibrium inside a model the training step (optimiser steps, from 0).
 
     Args:
         module: the model.
         step: the step that the next forward pass belongs to.
+        total: how many steps there will be, for what goes by fractions of training; kept until
+            another is told.
 
     Warns:
         UserWarning: once for a model that has neither an equilibrium nor a `Memory`; says what
             would be found.
 
     Raises:
-        ValueError: if `step` is not a whole number of at least 0, or too large for a float64.
+        ValueError: if `step` is not a whole number of at least 0, or too large for a float64; if
+            `total` is not a whole number of at least 1.
     """
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= LARGEST_STEP:
         raise ValueError(f"step={step!r:.60}; expected a whole number of at least 0, at most 2**53")
+    if total is not None:
+        total = positive_int("total", total)
     memories = [m for m in check_module(module).modules() if isinstance(m, Memory)]
-    for memory in memories:
-        memory.step = int(step)
+    for place, memory in enumerate(memories):
+        memory.tell(int(step), total, place)
     if not memories and module not in _said:
         _said.add(module)
         if not find_equilibria(module):  # TorchDEQ's own gradients need no step

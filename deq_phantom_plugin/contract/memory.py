@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._plumbing.compilation import never_compiled
 from .._plumbing.once import warn_once
 from .._plumbing.trial import Trial
 from .errors import AssumptionWarning
@@ -37,6 +38,9 @@ class Memory(nn.Module):
 
     Attributes:
         step: the training step, None until `dpp.set_step` or a host has told it.
+        total: how many steps there will be, None until `dpp.set_step` has told it; not saved.
+        place: which of its model's memories it is, from 0; `dpp.set_step` counts them.
+        counts: whether a strategy asked which call of its step it is in; not saved.
         failures: samples in which a solve failed, "forward" and "adjoint"; see `guard`.
         histories: what strategies note over the steps, by name: tensors and plain values.
         findings: what `inspection` found out of F, by mode and structure of the state. Not saved or
@@ -46,6 +50,9 @@ class Memory(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.step: int | None = None
+        self.total: int | None = None
+        self.place, self.counts = 0, False
+        self._calls = 0  # equilibria that were attached in this step
         self.failures: Counter[str] = Counter()
         self.histories: dict[str, Any] = {}
         self.findings: dict[tuple[Any, ...], Any] = {}
@@ -64,6 +71,24 @@ class Memory(nn.Module):
         """Keep a detached tensor under `name` for the next step; what a trial found is not kept."""
         if not Trial.depth():
             self._warm_starts[name] = value.detach()
+
+    def tell(self, step: int, total: int | None, place: int) -> None:
+        """Be told where training is; see `dpp.set_step`."""
+        if step != self.step:
+            self._calls = 0
+        self.step, self.place = step, place
+        self.total = self.total if total is None else total
+
+    def number_of_call(self) -> int:
+        """Return which call of its step the equilibrium is in, from 0."""
+        self.counts = True
+        return self._calls
+
+    @never_compiled  # or for each call anew
+    def count(self) -> None:
+        """Be told that an equilibrium was attached; trials do not count."""
+        if not Trial.depth():
+            self._calls += 1
 
     def doubt(self) -> None:
         """Ask again what F is like: a solve that relied on what was found has stopped short.
@@ -164,6 +189,7 @@ class Memory(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"findings": {}, "_doubts": 0, "histories": {}, "_on_meta": False}
+        new |= {"total": None, "place": 0, "counts": False, "_calls": 0}
         super().__setstate__({**new, **state})  # pickles of 0.1 lack them
 
     def extra_repr(self) -> str:

@@ -49,6 +49,7 @@ class Context:
         initial_state: where the forward solve began; it may carry a graph.
         solver_result: what the forward solver returned besides the equilibrium.
         step: the training step; falls back to the memory's.
+        total: how many training steps there will be; falls back to the memory's.
         monitor: called with `BackwardStats` in each backward pass that has something to tell.
         memory: what this equilibrium keeps between steps; with one, what was found out of F is
             asked once, without one in every call.
@@ -65,6 +66,7 @@ class Context:
     monitor: Callable[[BackwardStats], None] | None = None
     memory: Memory | None = None
     on_failure: FailurePolicy | None = None
+    total: int | None = None
 
     def __post_init__(self) -> None:
         check_batch_dim(self.batch_dim)
@@ -89,6 +91,13 @@ class Context:
         if self.step is None and self.memory is not None:
             return self.memory.step
         return self.step
+
+    @property
+    def current_total(self) -> int | None:
+        """The length of training in steps, from whoever knows it."""
+        if self.total is None and self.memory is not None:
+            return self.memory.total
+        return self.total
 
 
 def check_batch_dim(batch_dim: Any) -> None:

@@ -10,6 +10,7 @@ from .ift import IFT
 from .jfb import JFB
 from .npg import NPG
 from .npg_rr import NPGRR
+from .ramp import Ramp
 from .reversible import Reversible
 from .schedule import Schedule
 from .shine import SHINE
@@ -27,6 +28,7 @@ __all__ = [
     "UPG",
     "Exact",
     "Guard",
+    "Ramp",
     "Reversible",
     "Schedule",
 ]

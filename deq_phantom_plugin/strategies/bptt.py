@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
-from .arguments import positive_int
+from .depth import Depth, drawn, number_or_depth
 from .registry import register_strategy
 
 
@@ -25,16 +25,16 @@ class BPTT(GradStrategy):
     Costs `steps` evaluations of F with their backward passes; memory holds `steps` graphs.
 
     Args:
-        steps: the number of iterations.
+        steps: the number of iterations, or a distribution of it, see `Depth`.
 
     Raises:
         ValueError: if `steps` is not a whole number of at least 1.
     """
 
-    steps: int = 10
+    steps: int | Depth | str = 10
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", positive_int("steps", self.steps))
+        object.__setattr__(self, "steps", number_or_depth("steps", self.steps))
 
     @property
     def owns_solve(self) -> bool:
@@ -46,6 +46,12 @@ class BPTT(GradStrategy):
         """No."""
         return False
 
+    def resolve(self, context: Context) -> GradStrategy:
+        """Return the strategy with the number of the current step, where that is drawn."""
+        return (
+            replace(self, steps=self.steps.draw(context)) if isinstance(self.steps, Depth) else self
+        )
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         return deque(self.states(func, equilibrium, context), maxlen=1).pop()
@@ -55,6 +61,6 @@ class BPTT(GradStrategy):
     ) -> Iterator[State]:
         """Yield the iterates h_1 ... h_steps."""
         state = equilibrium if context.initial_state is None else context.initial_state
-        for _ in range(self.steps):
+        for _ in range(drawn("steps", self.steps)):
             state = func(state)
             yield state

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .arguments import damping_factor, positive_int
+from ..contract.strategy import Context, GradStrategy
+from .arguments import damping_factor
+from .depth import Depth, drawn, number_or_depth
 from .neumann import Neumann
 from .registry import register_strategy
 
@@ -24,7 +26,7 @@ class NPG(Neumann):
     are taken at once, memory holds a graph of each, and the context's monitor is told nothing.
 
     Args:
-        k: the number of terms.
+        k: the number of terms, or a distribution of it, see `Depth`.
         lam: the damping factor in (0, 1], or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
             measured for each sample in backward with 10 vector-Jacobian products.
 
@@ -32,13 +34,17 @@ class NPG(Neumann):
         ValueError: if an argument is out of range.
     """
 
-    k: int = 5
+    k: int | Depth | str = 5
     lam: float | str = 0.5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", positive_int("k", self.k))
+        object.__setattr__(self, "k", number_or_depth("k", self.k))
         object.__setattr__(self, "lam", damping_factor(self.lam))
+
+    def resolve(self, context: Context) -> GradStrategy:
+        """Return the strategy with the number of the current step, where that is drawn."""
+        return replace(self, k=self.k.draw(context)) if isinstance(self.k, Depth) else self
 
     def terms(self) -> tuple[int, float]:
         """See `Neumann.terms`."""
-        return self.k, 1.0
+        return drawn("k", self.k), 1.0

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .._plumbing.compilation import never_compiled
-from .._plumbing.once import warn_once
-from ..contract.errors import ConvergenceWarning
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 from .registry import Spec, get_strategy, register_strategy
+from .told import in_steps, told_step
 
 
 @register_strategy("schedule")
@@ -25,13 +24,14 @@ class Schedule(GradStrategy):
 
     Args:
         stages: from the step at which a stage begins to the spec of its strategy; one begins at 0.
-            Kept as pairs, sorted.
+            A float between 0 and 1 is a fraction of training, whose length `dpp.set_step(model,
+            step, total=...)` tells. Kept as pairs, sorted.
 
     Raises:
         ValueError: if a step is no whole number of at least 0, none is 0, or a spec is invalid.
     """
 
-    stages: Mapping[int, Spec] | tuple[tuple[int, GradStrategy], ...]
+    stages: Mapping[int | float, Spec] | tuple[tuple[int | float, GradStrategy], ...]
 
     def __post_init__(self) -> None:
         expected = "expected a dict such as {0: 'bptt(steps=5)', 20000: 'upg'}"
@@ -40,8 +40,13 @@ class Schedule(GradStrategy):
         except (TypeError, ValueError):
             raise ValueError(f"stages={self.stages!r}; {expected}") from None
         for step, _ in pairs:
-            if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-                raise ValueError(f"step {step!r} in stages; expected whole numbers of at least 0")
+            if isinstance(step, bool) or not (
+                0 < step < 1 if isinstance(step, float) else isinstance(step, int) and step >= 0
+            ):
+                raise ValueError(
+                    f"step {step!r} in stages; expected whole numbers of at least 0, or fractions "
+                    "of training between 0 and 1"
+                )
         if 0 not in dict(pairs):
             raise ValueError(f"stages={self.stages!r} do not say what step 0 uses; {expected}")
         stages = tuple(sorted(((step, get_strategy(spec)) for step, spec in pairs), key=_start))
@@ -50,18 +55,11 @@ class Schedule(GradStrategy):
     @never_compiled  # or for each step anew
     def resolve(self, context: Context) -> GradStrategy:
         """Return the strategy of the current step's stage."""
-        step = context.current_step
-        if step is None:
-            if len(self._pairs) > 1:
-                warn_once(
-                    "schedule",
-                    f"{self!r} was not told the training step and takes it to be 0; call "
-                    "dpp.set_step(model, step) in the training loop, of a model whose dpp.Memory "
-                    "is in the context",
-                    ConvergenceWarning,
-                )
-            step = 0
-        active = [strategy for start, strategy in self._pairs if start <= step][-1]
+        step = told_step(context, repr(self)) if len(self._pairs) > 1 else 0
+        begun = sorted(
+            (in_steps(when, context, repr(self)), i) for i, (when, _) in enumerate(self._pairs)
+        )
+        active = [self._pairs[i][1] for start, i in begun if start <= step][-1]
         return active.resolve(context)
 
     @property
@@ -80,7 +78,7 @@ class Schedule(GradStrategy):
         return self.resolve(context).states(func, equilibrium, context)
 
     @property
-    def _pairs(self) -> tuple[tuple[int, GradStrategy], ...]:
+    def _pairs(self) -> tuple[tuple[int | float, GradStrategy], ...]:
         assert isinstance(self.stages, tuple)
         return self.stages
 
@@ -89,5 +87,5 @@ class Schedule(GradStrategy):
         return f"{self.name}({stages!r})"
 
 
-def _start(stage: tuple[int, GradStrategy]) -> int:
+def _start(stage: tuple[int | float, GradStrategy]) -> int | float:
     return stage[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
-from .arguments import positive_int
+from .depth import Depth, drawn, number_or_depth
 from .registry import register_strategy
 
 
@@ -25,19 +25,19 @@ class TBPTT(GradStrategy):
     Costs k evaluations of F with their backward passes; memory holds k graphs.
 
     Args:
-        k: the number of evaluations; "all", in a loop of a fixed number of steps alone, for
-            backpropagation through the whole loop.
+        k: the number of evaluations, or a distribution of it, see `Depth`; "all", in a loop of a
+            fixed number of steps alone, for backpropagation through the whole loop.
 
     Raises:
         ValueError: if `k` is neither; in `attach` of "all" outside a loop.
     """
 
-    k: int | str = 1
+    k: int | Depth | str = 1
 
     def __post_init__(self) -> None:
         if self.k != "all":
             try:
-                object.__setattr__(self, "k", positive_int("k", self.k))
+                object.__setattr__(self, "k", number_or_depth("k", self.k))
             except ValueError as error:
                 raise ValueError(f"{error}, or 'all'") from None
 
@@ -50,6 +50,10 @@ class TBPTT(GradStrategy):
     def steps_ahead(self) -> int:
         """`k`, the evaluations."""
         return self._number
+
+    def resolve(self, context: Context) -> GradStrategy:
+        """Return the strategy with the number of the current step, where that is drawn."""
+        return replace(self, k=self.k.draw(context)) if isinstance(self.k, Depth) else self
 
     def within(self, steps: int) -> TBPTT:
         """See `GradStrategy.within`."""
@@ -70,9 +74,9 @@ class TBPTT(GradStrategy):
 
     @property
     def _number(self) -> int:
-        if isinstance(self.k, str):
+        if self.k == "all":
             raise ValueError(
                 f"{self!r} is all of a loop, and there is none here: use dpp.loop, or give k a "
                 "number"
             )
-        return self.k
+        return drawn("k", self.k)

@@ -14,8 +14,9 @@ from .._plumbing.transforms import in_torch_func
 from ..adjoint import Linearization
 from ..contract.state import State, damped_step, flatten, unflatten
 from ..contract.strategy import Context, GradStrategy
-from .arguments import boolean, damping_factor, positive_int
+from .arguments import boolean, damping_factor
 from .damping import damping
+from .depth import Depth, drawn, number_or_depth
 from .registry import register_strategy
 
 
@@ -33,7 +34,7 @@ class UPG(GradStrategy):
     inside `torch.func`, which has no checkpoints).
 
     Args:
-        k: the number of steps.
+        k: the number of steps, or a distribution of it, see `Depth`.
         lam: the damping factor in (0, 1], or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
             measured for each sample: one more evaluation of F and 10 vector-Jacobian products.
         checkpoint: whether to recompute each step's graph in backward.
@@ -42,12 +43,12 @@ class UPG(GradStrategy):
         ValueError: if an argument is out of range.
     """
 
-    k: int = 5
+    k: int | Depth | str = 5
     lam: float | str = 0.5
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", positive_int("k", self.k))
+        object.__setattr__(self, "k", number_or_depth("k", self.k))
         object.__setattr__(self, "lam", damping_factor(self.lam))
         boolean("checkpoint", self.checkpoint)
 
@@ -59,11 +60,15 @@ class UPG(GradStrategy):
     @property
     def steps_ahead(self) -> int:
         """`k`, the steps."""
-        return self.k
+        return drawn("k", self.k)
+
+    def resolve(self, context: Context) -> GradStrategy:
+        """Return the strategy with the number of the current step, where that is drawn."""
+        return replace(self, k=self.k.draw(context)) if isinstance(self.k, Depth) else self
 
     def within(self, steps: int) -> UPG:
         """See `GradStrategy.within`."""
-        return self if self.k <= steps else replace(self, k=steps)
+        return self if self.steps_ahead <= steps else replace(self, k=steps)
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
@@ -79,7 +84,7 @@ class UPG(GradStrategy):
         else:
             lam = self.lam
         state = equilibrium
-        for _ in range(self.k):
+        for _ in range(self.steps_ahead):
             state = (
                 self._checkpointed(func, state, lam)
                 if self.checkpoint and not in_torch_func()  # which knows of no checkpoints

@@ -565,6 +565,8 @@ SPECS = [
     "npg(k=3, lam='adaptive')",
     "npg_rr(p=0.5, lam=0.25)",
     "reversible(steps=3, beta=0.5)",
+    "ramp('upg', {'k': (2, 5)}, until=9)",
+    "upg(k='poisson(3)')",
     "schedule({0: 'bptt(steps=2)', 7: \"guard('ift', on_failure='raise')\"})",
     "shine(refine=2, fallback=None)",
     "upg(k=2, lam=0.3, checkpoint=True)",

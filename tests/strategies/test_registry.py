@@ -26,6 +26,7 @@ BUILT_IN = [
     "npg",
     "npg_rr",
     "reversible",
+    "ramp",
     "schedule",
     "shine",
     "tbptt",

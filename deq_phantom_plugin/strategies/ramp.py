@@ -1,0 +1,125 @@
+"""Ramp: an argument of another strategy grows along training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .._plumbing.compilation import never_compiled
+from ..contract.state import State
+from ..contract.strategy import Context, GradStrategy
+from .registry import Spec, get_strategy, register_strategy
+from .told import in_steps, told_step
+
+
+@register_strategy("ramp")
+@dataclass(frozen=True, repr=False)
+class Ramp(GradStrategy):
+    """A strategy of which arguments go linearly from one value to another, and stay there.
+
+    `"ramp('tbptt', {'k': (2, 5)}, until=0.2)"` begins with k=2 and has k=5 from a fifth of training
+    on, as HRM-Text's warm-up of its backpropagation. Whole numbers are rounded, others are not. The
+    step is told by `dpp.set_step(model, step)`, the length of training, which a fraction needs, by
+    `dpp.set_step(model, step, total=...)`.
+
+    Args:
+        grad: the strategy's spec.
+        arguments: name -> (first, last) of each argument that changes. Kept as sorted pairs.
+        until: the step from which on they stay, or the fraction of training, in (0, 1].
+
+    Raises:
+        ValueError: if an argument is none of the strategy's, or is no number, or one of its values
+            is out of range; if `until` is neither. In `resolve`, if it is a fraction and nobody has
+            told the length of training.
+    """
+
+    grad: Spec
+    arguments: Mapping[str, tuple[float, float]] | tuple[tuple[str, tuple[float, float]], ...]
+    until: int | float = 1.0
+
+    def __post_init__(self) -> None:
+        inner = get_strategy(self.grad)
+        object.__setattr__(self, "grad", inner)
+        expected = "expected a dict such as {'k': (2, 5)}"
+        try:
+            pairs = sorted((name, tuple(ends)) for name, ends in dict(self.arguments).items())
+        except (TypeError, ValueError):
+            raise ValueError(f"arguments={self.arguments!r}; {expected}") from None
+        if not pairs:
+            raise ValueError(f"arguments={self.arguments!r} has none; {expected}")
+        known = {f.name for f in dataclasses.fields(inner) if f.init}  # type: ignore[arg-type]
+        for name, ends in pairs:
+            if name not in known:
+                raise ValueError(f"{inner!r} has no argument {name!r}; it has {sorted(known)}")
+            if len(ends) != 2 or not all(_is_number(end) for end in ends):
+                raise ValueError(f"{name}={ends!r} in arguments; {expected}, of two numbers")
+            if not _is_number(getattr(inner, name)):
+                raise ValueError(
+                    f"{name}={getattr(inner, name)!r} of {inner!r} is no number that could grow"
+                )
+        object.__setattr__(self, "arguments", tuple(pairs))
+        object.__setattr__(self, "until", fraction_or_step("until", self.until))
+        for progress in (0.0, 1.0):  # both ends are in range
+            self._at(progress)
+
+    @never_compiled  # or for each step anew
+    def resolve(self, context: Context) -> GradStrategy:
+        """Return the strategy with the arguments of the current step."""
+        end = in_steps(self.until, context, repr(self))
+        step = told_step(context, repr(self))
+        return self._at(min(1.0, step / end)).resolve(context)
+
+    def _at(self, progress: float) -> GradStrategy:
+        """Return the strategy at a fraction of the way."""
+        values: dict[str, Any] = {}
+        for name, (first, last) in self._pairs:
+            value = first + progress * (last - first)
+            whole = isinstance(first, int) and isinstance(last, int)
+            values[name] = round(value) if whole else value
+        assert isinstance(self.grad, GradStrategy)
+        return dataclasses.replace(self.grad, **values)  # type: ignore[type-var]
+
+    @property
+    def hands_out_states(self) -> bool:
+        """Whether the strategy does."""
+        assert isinstance(self.grad, GradStrategy)
+        return self.grad.hands_out_states
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        return self.resolve(context).attach(func, equilibrium, context)
+
+    def states(
+        self, func: Callable[[State], State], equilibrium: State, context: Context
+    ) -> Iterator[State]:
+        """Yield the states of the strategy at the current step."""
+        return self.resolve(context).states(func, equilibrium, context)
+
+    @property
+    def _pairs(self) -> tuple[tuple[str, tuple[float, float]], ...]:
+        assert isinstance(self.arguments, tuple)
+        return self.arguments
+
+    def __repr__(self) -> str:
+        return f"{self.name}({repr(self.grad)!r}, {dict(self._pairs)!r}, until={self.until!r})"
+
+
+def fraction_or_step(name: str, value: Any) -> int | float:
+    """Return a point of training: a step of at least 1, or a fraction in (0, 1].
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if _is_number(value) and (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+        number: int | float = value
+        return number
+    raise ValueError(
+        f"{name}={value!r}; expected a step, a whole number of at least 1, or a fraction of "
+        "training, a float in (0, 1]"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
