@@ -295,6 +295,9 @@ def test_steps_that_are_none(steps):
     if steps is not None:
         with pytest.raises(ValueError, match=r"steps=.*expected a whole number of at least 1"):
             dpp.Equilibrium(steps=steps)
+        equilibrium = dpp.Equilibrium(steps=3)
+        with pytest.raises(ValueError, match=r"steps=.*expected a whole number of at least 1"):
+            equilibrium.steps = steps
 
 
 @pytest.mark.parametrize("settings", [{"max_iter": 5}, {"tol": 0.1}, {"solver": "broyden"}])
