@@ -51,7 +51,8 @@ def loop(
             are learned to states (B, L, D).
         state: where the loop begins: a tensor, or any nesting of tuples, lists and dicts of
             tensors. A graph that it carries is gone through where all evaluations carry one
-            (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`), and cut otherwise.
+            (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`, `jfb` where that is 1), and
+            cut otherwise, also by what wraps a strategy, as `guard` does.
         steps: the number of evaluations.
         grad: the strategy's spec, see `get_strategy`. A k beyond the loop means all of it; one
             that owns the solve takes `steps`, unless its spec names a number of its own. An object
@@ -176,14 +177,15 @@ class Growing:
     def __init__(self, func: Callable[[State], State]) -> None:
         self.func = self.__wrapped__ = func
         self._checked: CheckedFunc | None = None
+        self._weights = CachedWeights()
 
     def __call__(self, state: State) -> State:
         """Evaluate F."""
         if self._checked is not None:
             return self._checked(state)
-        CachedWeights().prepare()
+        self._weights.prepare()
         image = self.func(state)
-        self._checked = CheckedFunc(self.func, _grown(state, image))
+        self._checked = CheckedFunc(self.func, _grown(state, image), self._weights)
         return image
 
 

@@ -216,6 +216,17 @@ def test_one_graph_for_the_compiler(spec, as_module, x):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("spec", "k"), [("tbptt(2)", 2), ("tbptt('all')", STEPS), ("bptt", STEPS)])
+def test_the_plain_loop_under_autocast_bit_for_bit(spec, k, x):
+    """Weights are cast once for all evaluations with a graph: the sum of gradients is rounded."""
+    model, x = Recursive(spec).float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = gradients(model, model.by_hand(x, k))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(model, model(x))
+    assert_same(got, want)
+
+
 class Halved(nn.Module):
     """A parametrization."""
 
