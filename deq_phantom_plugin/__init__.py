@@ -35,8 +35,8 @@ from .strategies import (
     UPG,
     Exact,
     Guard,
-    Reversible,
     Ramp,
+    Reversible,
     Schedule,
 )
 from .strategies.registry import get_strategy, list_strategies, register_strategy
@@ -65,8 +65,8 @@ __all__ = [
     "JacobianRegularization",
     "Memory",
     "NonFiniteError",
-    "Reversible",
     "Ramp",
+    "Reversible",
     "Schedule",
     "State",
     "attach",

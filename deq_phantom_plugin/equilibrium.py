@@ -28,6 +28,7 @@ from .hosts.solve import relative_residual
 from .inspection import settled
 from .loop import At, evaluations, repeated
 from .strategies.arguments import positive_int
+from .strategies.depth import Depth, number_or_depth
 from .strategies.registry import Spec, get_strategy
 
 SOLVERS: Mapping[str, Callable[..., ForwardSolution]] = MappingProxyType(
@@ -76,11 +77,14 @@ class Equilibrium(Attaching):
         grad_in_eval: whether the gradient is attached in evaluation mode too, for forces, saliency
             maps and attacks.
         steps: the number of evaluations of a loop that takes the place of a solver, as recursive
-            models have it: see `dpp.loop`. It looks at no residual.
+            models have it, or a distribution of it, see `Depth`, of which evaluation mode takes the
+            mean: see `dpp.loop`. It looks at no residual.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
         memory: what the strategy keeps between steps, see `Memory`.
+        steps: as it was given. A strategy that owns the solve keeps the number that it was named
+            with: name it again where this is written.
         last: the last solve, None before the first; not saved, copied or pickled. Where the solver
             does not tell the residual (a strategy that owns the solve, a function that returns a
             state), it is from one more evaluation, which leaves no trace.
@@ -94,7 +98,12 @@ class Equilibrium(Attaching):
         ValueError: if an argument is out of range; says what is accepted.
     """
 
-    steps: int | None
+    steps: int | Depth | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "steps" and value is not None:
+            value = number_or_depth("steps", value)
+        super().__setattr__(name, value)
 
     def __init__(
         self,
@@ -105,9 +114,9 @@ class Equilibrium(Attaching):
         tol: float | None = None,
         batch_dim: BatchDim = "auto",
         grad_in_eval: bool = False,
-        steps: int | None = None,
+        steps: int | str | None = None,
     ) -> None:
-        self.__dict__["steps"] = None if steps is None else positive_int("steps", steps)
+        self.__dict__["steps"] = None if steps is None else number_or_depth("steps", steps)
         super().__init__(grad, batch_dim, grad_in_eval)
         self.solver, self.max_iter, self.tol = solver, max_iter, tol
         if steps is not None:
@@ -159,7 +168,7 @@ class Equilibrium(Attaching):
         begin = tree_map(_detached, start)
         check_equilibrium(begin, finite=False)
         if self.steps is not None:
-            return self._loop(func, start, begin, self.steps)
+            return self._loop(func, start, begin)
         context, counted = self.context(start), Counted(func)
         if self.solving(context) is not None:
             attached = self.attached(counted, begin, context, 0)
@@ -184,16 +193,23 @@ class Equilibrium(Attaching):
         func: Callable[[State], State],
         start: State,
         begin: State,
-        steps: int,
         at: At | None = None,
     ) -> State:
         """Return the state after a loop; see `dpp.loop`, and `looped` for `at`."""
+        steps = self._number(start)
         self.last = LastSolve(None, torch.tensor(steps))
         if attaches(self):
             return self.looped(func, start, steps, at)
         evaluate = evaluations(watched(self, func), at and watched(self, at))
         with torch.no_grad():
             return repeated(evaluate, begin, steps)
+
+    def _number(self, start: State) -> int:
+        """Return the evaluations of a loop: in evaluation mode they do not depend on the step."""
+        if isinstance(self.steps, Depth):
+            return self.steps.draw(self.context(start)) if self.training else self.steps.typical
+        assert self.steps is not None
+        return self.steps
 
     def _by_function(
         self, func: Callable[[State], State], begin: State, context: Context

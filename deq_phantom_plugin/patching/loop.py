@@ -53,7 +53,6 @@ class Loop(Equilibrium):
             at: evaluation number i of the loop, from 0, as (i, state) -> state, where it is no
                 iteration of F: see `deq_phantom_plugin.loop.looped`.
         """
-        assert self.steps is not None
         if self.grad is self._models_own and torch.is_grad_enabled():
-            return self.looped(func, start, self.steps, at)
-        return self._loop(func, start, tree_map(Tensor.detach, start), self.steps, at)
+            return self.looped(func, start, self._number(start), at)
+        return self._loop(func, start, tree_map(Tensor.detach, start), at)
