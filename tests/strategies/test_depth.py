@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import subprocess
@@ -66,7 +67,7 @@ def test_the_stated_distribution(text, probability):
     middle = sorted(found)[STEPS // 2]
     above = [n > middle for n in found]
     share = sum(above) / STEPS
-    both = sum(a and b for a, b in zip(above, above[1:], strict=False))
+    both = sum(a and b for a, b in itertools.pairwise(above))
     assert abs(both - (STEPS - 1) * share**2) <= 5 * math.sqrt(STEPS * share**2 * (1 - share**2))
 
 
