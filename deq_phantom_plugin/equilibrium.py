@@ -81,6 +81,8 @@ class Equilibrium(Attaching):
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
         memory: what the strategy keeps between steps, see `Memory`.
+        steps: as it was given. A strategy that owns the solve keeps the number that it was named
+            with: name it again where this is written.
         last: the last solve, None before the first; not saved, copied or pickled. Where the solver
             does not tell the residual (a strategy that owns the solve, a function that returns a
             state), it is from one more evaluation, which leaves no trace.
@@ -95,6 +97,11 @@ class Equilibrium(Attaching):
     """
 
     steps: int | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "steps" and value is not None:
+            value = positive_int("steps", value)
+        super().__setattr__(name, value)
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ._plumbing.cached_weights import CachedWeights
 from ._plumbing.transforms import in_forward_mode
 from .attach import attach
 from .contract.state import CheckedFunc, State, flatten, unflatten
@@ -37,7 +38,9 @@ def loop(
       lam=1.0, whose graph is of the last evaluations; `bptt`, whose graph is of all; and `npg` and
       `npg_rr`, which evaluate F once more, for their graph alone;
     - with `upg(k, lam)` below 1, steps - k evaluations and k damped ones;
-    - with `reversible`, that of its own iteration.
+    - with `reversible`, that of its own iteration;
+    - with `guard`, that of the strategy inside, and in samples that fall back that of the fallback,
+      which goes on from the state that the strategy inside began at.
 
     Under `torch.no_grad` it is the plain loop's. With `tbptt`, `upg`, `jfb` and `bptt` it compiles
     into one graph, if `grad` is an object that `get_strategy` made outside of what is compiled.
@@ -48,10 +51,12 @@ def loop(
             are learned to states (B, L, D).
         state: where the loop begins: a tensor, or any nesting of tuples, lists and dicts of
             tensors. A graph that it carries is gone through where all evaluations carry one
-            (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`), and cut otherwise.
+            (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`, `jfb` where that is 1), and
+            cut otherwise, also by what wraps a strategy, as `guard` does.
         steps: the number of evaluations.
         grad: the strategy's spec, see `get_strategy`. A k beyond the loop means all of it; one
-            that owns the solve takes `steps`, unless its spec names a number of its own.
+            that owns the solve takes `steps`, unless its spec names a number of its own. An object
+            has one: `get_strategy("bptt")` is of 10 steps, `get_strategy("tbptt('all')")` of all.
         context: what else the strategy may know, see `dpp.attach`.
 
     Returns:
@@ -121,9 +126,11 @@ class _Counting:
 
     def __init__(self, at: At) -> None:
         self._at, self._done = at, 0
+        self._weights = CachedWeights()
 
     def __call__(self, state: State) -> State:
         """Do the next evaluation."""
+        self._weights.prepare()
         state = self._at(self._done, state)
         self._done += 1
         return state
@@ -138,6 +145,12 @@ def repeated(func: Callable[[State], State], state: State, steps: int) -> State:
 
 def _detached(state: State) -> State:
     leaves, structure = flatten(state)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise ValueError(
+                f"the state holds a {type(leaf).__name__}; expected a tensor, or any nesting of "
+                "tuples, lists and dicts of tensors"
+            )
     return unflatten([Tensor.detach(leaf) for leaf in leaves], structure)
 
 
@@ -164,13 +177,15 @@ class Growing:
     def __init__(self, func: Callable[[State], State]) -> None:
         self.func = self.__wrapped__ = func
         self._checked: CheckedFunc | None = None
+        self._weights = CachedWeights()
 
     def __call__(self, state: State) -> State:
         """Evaluate F."""
         if self._checked is not None:
             return self._checked(state)
+        self._weights.prepare()
         image = self.func(state)
-        self._checked = CheckedFunc(self.func, _grown(state, image))
+        self._checked = CheckedFunc(self.func, _grown(state, image), self._weights)
         return image
 
 

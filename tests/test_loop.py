@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.functional import jacobian
+from torch.nn.utils import parametrize
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.hosts import find_equilibria
+from deq_phantom_plugin.patching import Loop
 
 STEPS = 6
 
@@ -214,6 +216,24 @@ def test_one_graph_for_the_compiler(spec, as_module, x):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("spec", "k"), [("tbptt(2)", 2), ("tbptt('all')", STEPS), ("bptt", STEPS)])
+def test_the_plain_loop_under_autocast_bit_for_bit(spec, k, x):
+    """Weights are cast once for all evaluations with a graph: the sum of gradients is rounded."""
+    model, x = Recursive(spec).float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = gradients(model, model.by_hand(x, k))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(model, model(x))
+    assert_same(got, want)
+
+
+class Halved(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return 0.5 * weight
+
+
 # --- as a module ----------------------------------------------------------------------------------
 
 
@@ -229,6 +249,28 @@ def test_a_module_is_found_switched_and_observed(x):
     assert torch.equal(solve.equilibrium["answer"], state["answer"])
     assert model.equilibrium.last.residual is None
     assert int(model.equilibrium.last.nfe) == STEPS
+
+
+@pytest.mark.parametrize("spec", ["tbptt", "tbptt(2)", "tbptt('all')", "bptt", "upg(k=50)"])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_weights_that_an_evaluation_without_a_graph_has_left_behind(spec, one_by_one):
+    torch.manual_seed(0)
+    layer = parametrize.register_parametrization(nn.Linear(3, 3).double(), "weight", Halved())
+    start = torch.randn(2, 3, dtype=torch.float64)
+    func = lambda h: torch.tanh(layer(h))  # noqa: E731
+    at = (lambda i, h: func(h)) if one_by_one else None
+    module = Loop(spec, STEPS)
+
+    def gradient():
+        with torch.no_grad():
+            module(func, start, at)
+        return torch.autograd.grad(module(func, start, at).sum(), [*layer.parameters()])
+
+    want = gradient()
+    with parametrize.cached():
+        got = gradient()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_evaluation_mode_is_the_plain_loop_without_a_graph(x):
@@ -264,6 +306,9 @@ def test_steps_that_are_none(steps):
     if steps is not None:
         with pytest.raises(ValueError, match=r"steps=.*expected a whole number of at least 1"):
             dpp.Equilibrium(steps=steps)
+        equilibrium = dpp.Equilibrium(steps=3)
+        with pytest.raises(ValueError, match=r"steps=.*expected a whole number of at least 1"):
+            equilibrium.steps = steps
 
 
 @pytest.mark.parametrize("settings", [{"max_iter": 5}, {"tol": 0.1}, {"solver": "broyden"}])
@@ -294,6 +339,12 @@ def test_a_map_that_changes_shape_later():
         dpp.loop(lambda h: (h, h), torch.zeros(3), 3)
     with pytest.raises(ValueError, match="is a float; expected a tensor"):
         dpp.loop(lambda h: 1.0, torch.zeros(3), 3)
+
+
+@pytest.mark.parametrize("spec", ["tbptt", "tbptt('all')", "npg"])
+def test_a_first_state_that_is_none(spec):
+    with pytest.raises(ValueError, match="the state holds a NoneType; expected a tensor"):
+        dpp.loop(lambda state: state, (torch.zeros(3), None), 3, spec)
 
 
 def test_a_first_state_that_grows_under_a_strategy_that_cannot():

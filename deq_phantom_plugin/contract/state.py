@@ -73,15 +73,25 @@ class CheckedFunc:
 
     Under autocast a map may return another dtype; it is cast back to the state's.
 
+    Args:
+        func: the map.
+        like: what it is given, or a state like that.
+        weights: of evaluations of this map before, if there were any.
+
     Raises:
         ValueError: on a call whose result differs, or that changed its input in place (the
             equilibrium is read again in backward).
     """
 
-    def __init__(self, func: Callable[[State], State], like: State) -> None:
+    def __init__(
+        self,
+        func: Callable[[State], State],
+        like: State,
+        weights: CachedWeights | None = None,
+    ) -> None:
         self._func = self.__wrapped__ = func
         leaves, self._structure = flatten(like)
-        self._weights = CachedWeights()
+        self._weights = weights or CachedWeights()
         self._like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
 
     def __call__(self, state: State) -> State:

@@ -17,7 +17,8 @@ def insert(source: bytes, edits: Sequence[Edit]) -> bytes:
         edits: each a line `key: value` to insert after the line that begins with its anchor.
 
     Raises:
-        SeamError: if there is not exactly one such line, or the key is there already.
+        SeamError: if there is not exactly one such line, its value goes on in the next, or the key
+            is there already.
     """
     for edit in edits:
         lines = source.splitlines(keepends=True)
@@ -27,6 +28,8 @@ def insert(source: bytes, edits: Sequence[Edit]) -> bytes:
             raise SeamError(f"expected one line {edit.anchor!r}, found {len(places)}")
         if any(re.match(rb"""["']?%s["']?\s*:""" % key.encode(), line) for line in lines):
             raise SeamError(f"it has a key {key!r} already")
+        if re.match(rb"[ \t]+[^\s#]|-\s", b"".join(lines[places[0] + 1 :][:1])):
+            raise SeamError(f"the value of {edit.anchor!r} goes on in the next line")
         before = lines[places[0]]
         ending = before[len(before.rstrip(b"\r\n")) :]
         if not ending:  # the last line of the file, which has no end of its own

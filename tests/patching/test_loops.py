@@ -140,6 +140,8 @@ def test_lines_in_windows_endings():
         insert(b"a: 1\r\nL_cycles: 2\r\nb: 3", [edit])
         == b"a: 1\r\nL_cycles: 2\r\ngrad: {grad}\r\nb: 3"
     )
+    for rest in (b"", b"\n  # so many\n", b"---\n", b"  \nb: 3\n"):
+        assert insert(b"L_cycles: 2\n" + rest, [edit]) == b"L_cycles: 2\ngrad: {grad}\n" + rest
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,8 @@ def test_lines_in_windows_endings():
         (b'L_cycles: 2\n"grad" : null\n', "has a key 'grad' already"),
         (b"L_cycles: 2\nL_cycles: 3\n", "expected one line 'L_cycles:', found 2"),
         (b"arch:\n  L_cycles: 2\n", "expected one line 'L_cycles:', found 0"),
+        (b"L_cycles:\n  2\n", "the value of 'L_cycles:' goes on in the next line"),
+        (b"L_cycles:\n- 2\n", "the value of 'L_cycles:' goes on in the next line"),
     ],
 )
 def test_another_configuration_is_refused(source, said):
