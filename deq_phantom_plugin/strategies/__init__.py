@@ -4,6 +4,7 @@ from torch.serialization import add_safe_globals
 
 from ..contract.failure import FailurePolicy
 from .bptt import BPTT
+from .depth import Depth
 from .exact import Exact
 from .guard import Guard
 from .ift import IFT
@@ -33,4 +34,4 @@ __all__ = [
     "Schedule",
 ]
 
-add_safe_globals([FailurePolicy])  # a guard has one
+add_safe_globals([FailurePolicy, Depth])  # arguments of strategies
