@@ -168,7 +168,7 @@ class Equilibrium(Attaching):
         begin = tree_map(_detached, start)
         check_equilibrium(begin, finite=False)
         if self.steps is not None:
-            return self._loop(func, start, begin)
+            return self._loop(func, start)
         context, counted = self.context(start), Counted(func)
         if self.solving(context) is not None:
             attached = self.attached(counted, begin, context, 0)
@@ -188,21 +188,19 @@ class Equilibrium(Attaching):
             return found
         return self.attached(func, found, context, nfe, residual)
 
-    def _loop(
-        self,
-        func: Callable[[State], State],
-        start: State,
-        begin: State,
-        at: At | None = None,
-    ) -> State:
-        """Return the state after a loop; see `dpp.loop`, and `looped` for `at`."""
+    def _loop(self, func: Callable[[State], State], start: State) -> State:
+        """Return the state after a loop; see `dpp.loop`."""
         steps = self._number(start)
         self.last = LastSolve(None, torch.tensor(steps))
-        if attaches(self):
-            return self.looped(func, start, steps, at)
+        return (self.looped if attaches(self) else self._plain)(func, start, steps)
+
+    def _plain(
+        self, func: Callable[[State], State], start: State, steps: int, at: At | None = None
+    ) -> State:
+        """Return the state after a loop that carries no gradient; see `looped` for `at`."""
         evaluate = evaluations(watched(self, func), at and watched(self, at))
         with torch.no_grad():
-            return repeated(evaluate, begin, steps)
+            return repeated(evaluate, tree_map(_detached, start), steps)
 
     def _number(self, start: State) -> int:
         """Return the evaluations of a loop: in evaluation mode they do not depend on the step."""
