@@ -46,6 +46,7 @@ class Loop(Equilibrium):
     ) -> None:
         self.__dict__["_models_own"] = get_strategy(own, {"steps": steps or 1})
         super().__init__(grad=grad, steps=steps)  # type: ignore[arg-type]
+        self.grad = grad  # type: ignore[assignment]  # as a spec, not as what it names
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "grad":
