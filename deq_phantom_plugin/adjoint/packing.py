@@ -60,17 +60,20 @@ class Packing:
         """Where the leaves are."""
         return self._like[0].device
 
-    def pack(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Return the leaves as a (B, D) matrix."""
-        if self._only is not None:
-            only = leaves[0].reshape(self.rows, self._widths[0])
-            return only if only.dtype == self.dtype else only.to(self.dtype)
+    def pack(self, leaves: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """Return the leaves as a (B, D) matrix, in memory of its own if `out` gives that."""
         columns = []
-        for leaf, order, width in zip(leaves, self._orders, self._widths, strict=True):
-            ordered = leaf.permute(order)
-            if leaf.is_complex():
-                ordered = torch.view_as_real(ordered.resolve_conj())
-            columns.append(ordered.reshape(self.rows, width).to(self.dtype))
+        if self._only is not None:
+            columns.append(leaves[0].reshape(self.rows, self._widths[0]))
+        else:
+            for leaf, order, width in zip(leaves, self._orders, self._widths, strict=True):
+                ordered = leaf.permute(order)
+                if leaf.is_complex():
+                    ordered = torch.view_as_real(ordered.resolve_conj())
+                columns.append(ordered.reshape(self.rows, width))
+        if out is not None:
+            return out.copy_(columns[0]) if len(columns) == 1 else torch.cat(columns, 1, out=out)
+        columns = [c if c.dtype == self.dtype else c.to(self.dtype) for c in columns]
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
     def unpack(self, matrix: Tensor) -> list[Tensor]:
