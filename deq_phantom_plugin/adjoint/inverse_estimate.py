@@ -39,7 +39,8 @@ class InverseEstimate:
         self._steps = rows.new_empty(capacity, batch, size)  # written before read
         # |s_i|^2 on the diagonal, -s_i . s_{j+1} below it; what is above is never looked at.
         self._system = rows.new_zeros(batch, capacity, capacity)
-        self._one = rows.new_ones(())
+        # Operations on tensors of no dimension take less than on Python's numbers.
+        self._one, self._smallest = rows.new_tensor(1.0), rows.new_tensor(_SMALLEST)
         self._tiny = torch.finfo(rows.dtype).tiny
         self._count = 0
 
@@ -81,15 +82,14 @@ class InverseEstimate:
         if n > 0:
             # w = -H_{n-1} r = r + sum_{j<n-1} c_j s_{j+1}, c_j |s_j|^2 = s_j . r + sum_{i<j} ...
             coefficients = self._coefficients(n)
-            mixed = step[:, None]
+            mixed = row = step[:, None]
             if n > 1:
-                taken = self._steps[1:n].transpose(0, 1)
-                mixed = torch.baddbmm(mixed, coefficients[:, :, : n - 1], taken)
+                mixed = torch.baddbmm(row, _row(coefficients, 0, n - 1), self._kept(1, n - 1))
             # The update gives -H_n r = w / (1 - s . w / |s|^2), whose denominator is
             # s^T H y / |s|^2, since H y = s - w. If it is none, w stands for both.
-            change = torch.sub(self._one, coefficients[:, :, n - 1 :])
-            change = torch.where(change.abs() > _SMALLEST, change, self._one)
-            torch.div(mixed, change, out=step[:, None])
+            change = torch.sub(self._one, _row(coefficients, n - 1, 1))
+            change = torch.where(torch.gt(change.abs(), self._smallest), change, self._one)
+            torch.div(mixed, change, out=row)
         if active is not None:
             step.masked_fill_(~active[:, None], 0)  # NaN times zero is NaN
         self._count = n + 1
@@ -101,14 +101,28 @@ class InverseEstimate:
         The row of the last step is made here.
         """
         # Row vectors from the left: column vectors from the right take several times as long.
-        pair, steps = self._steps[n - 1 : n + 1].transpose(0, 1), self._steps[:n].permute(1, 2, 0)
-        products = torch.bmm(pair, steps)
-        last, row = products[:, 0], self._system[:, n - 1]
+        products = torch.bmm(self._kept(n - 1, 2), self._kept(0, n).mT)
         if n > 1:
-            torch.neg(last[:, 1:], out=row[:, : n - 1])
+            torch.neg(_row(products, 1, n - 1), out=self._part(n - 1, 0, 1, n - 1))
         # Of a step of zero all products are zero: there is nothing to divide.
-        torch.clamp(last[:, n - 1 :], min=self._tiny, out=row[:, n - 1 : n])
-        return _solve(self._system[:, :n, :n].mT, products[:, 1:], upper=True)
+        square = _row(products, n - 1, 1)
+        torch.clamp(square, min=self._tiny, out=self._part(n - 1, n - 1, 1, 1))
+        return _solve(self._part(0, 0, n, n).mT, _row(products, n, n), upper=True)
+
+    # What follows is one view where slices would be two or three, which take as long as the work
+    # where states are small.
+
+    def _kept(self, first: int, n: int) -> Tensor:
+        """Return n of the steps, shape (B, n, D)."""
+        _, batch, size = self._steps.shape
+        shape, strides = (batch, n, size), (size, batch * size, 1)
+        return self._steps.as_strided(shape, strides, first * batch * size)
+
+    def _part(self, row: int, column: int, height: int, width: int) -> Tensor:
+        """Return a part of the system, shape (B, height, width)."""
+        batch, size, _ = self._system.shape
+        shape, strides = (batch, height, width), (size * size, size, 1)
+        return self._system.as_strided(shape, strides, row * size + column)
 
     def transposed(self, vectors: Tensor) -> Tensor:
         """Return -H^T x for the last H, shape (B, D): an estimate of (I - J^T)^-1 x.
@@ -119,10 +133,17 @@ class InverseEstimate:
         if n < 1:
             return vectors
         # x + sum_{j<n} c_j s_j, c_j |s_j|^2 = s_{j+1} . x + sum_{i>j} (s_{j+1} . s_i) c_i
-        steps = self._steps[: n + 1].transpose(0, 1)
+        steps = self._kept(0, n + 1)
         inner = torch.bmm(vectors[:, None], steps[:, 1:].mT)
-        coefficients = _solve(self._system[:, :n, :n], inner, upper=False)
+        coefficients = _solve(self._part(0, 0, n, n), inner, upper=False)
         return torch.baddbmm(vectors[:, None], coefficients, steps[:, :n]).squeeze(1)
+
+
+def _row(matrices: Tensor, first: int, n: int) -> Tensor:
+    """Return n numbers of each of contiguous matrices, shape (B, 1, n)."""
+    batch, height, width = matrices.shape
+    size = height * width
+    return matrices.as_strided((batch, 1, n), (size, n, 1), first)
 
 
 def _solve(system: Tensor, right: Tensor, upper: bool) -> Tensor:

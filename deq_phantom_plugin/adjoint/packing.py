@@ -39,6 +39,7 @@ class Packing:
         in_order = [list(range(leaf.dim())) for leaf in like] == self._orders
         if len(like) == 1 and in_order and like[0].dtype == self.dtype:
             self._only = like[0].shape
+        self._is_matrix = self._only == (self.rows, self.columns)
 
     @property
     def is_half(self) -> bool:
@@ -64,7 +65,8 @@ class Packing:
         """Return the leaves as a (B, D) matrix, in memory of its own if `out` gives that."""
         columns = []
         if self._only is not None:
-            columns.append(leaves[0].reshape(self.rows, self._widths[0]))
+            only = leaves[0]
+            columns.append(only if self._is_matrix else only.reshape(self.rows, self.columns))
         else:
             for leaf, order, width in zip(leaves, self._orders, self._widths, strict=True):
                 ordered = leaf.permute(order)
@@ -79,7 +81,8 @@ class Packing:
     def unpack(self, matrix: Tensor) -> list[Tensor]:
         """Return a (B, D) matrix as leaves of the like leaves' shapes, dtypes and formats."""
         if self._only is not None:
-            return [matrix.to(self.dtype).reshape(self._only)]
+            only = matrix if matrix.dtype == self.dtype else matrix.to(self.dtype)
+            return [only if self._is_matrix else only.reshape(self._only)]
         leaves = []
         for part, like, order in zip(
             torch.split(matrix, self._widths, dim=1), self._like, self._orders, strict=True

@@ -127,7 +127,7 @@ class _Mixer:
         self._kept = like.new_empty(2, m, batch, size)  # residuals, images; written before read
         self._gram = like.new_empty(batch, m, m)
         self._ridge = lam * torch.eye(m, dtype=like.dtype, device=like.device)
-        self._ones = like.new_ones(batch, m, 1)
+        self._known: dict[tuple[int, int], _Views] = {}
         self._tau = tau
 
     @property
@@ -138,24 +138,55 @@ class _Mixer:
     def take(self) -> None:
         """Take what was written into account."""
         slot = self.slot
-        n = self._count = max(self._count, slot + 1)
-        residuals = self._kept[0, :n].transpose(0, 1)
-        newest, ridge = residuals[:, slot : slot + 1], self._ridge[slot : slot + 1, :n]
-        row = torch.baddbmm(ridge.expand(len(newest), -1, -1), newest, residuals.mT).squeeze(1)
-        self._gram[:, slot, :n] = self._gram[:, :n, slot] = row
+        self._count = max(self._count, slot + 1)
+        views = self._views(slot, self._count)
+        row = torch.baddbmm(views.ridge, views.newest, views.residuals.mT)
+        views.row.copy_(row)
+        views.column.copy_(row.mT)
         self.slot = (slot + 1) % self.size
 
     def mixture(self) -> Tensor:
-        n = self._count
+        """Return it, shape (B, D)."""
+        views = self._views((self.slot - 1) % self.size, self._count)
         # The variant that does not wait for the device to report singular matrices.
-        solved, _ = torch.linalg.solve_ex(self._gram[:, :n, :n], self._ones[:, :n])
-        weights = (solved / solved.sum(dim=1, keepdim=True)).mT
-        mixture = torch.bmm(weights, self._kept[1, :n].transpose(0, 1)).squeeze(1)
+        solved, _ = torch.linalg.solve_ex(views.gram, views.ones)
+        weights = torch.div(solved, solved.sum(dim=1, keepdim=True)).mT
+        mixture = torch.bmm(weights, views.images).squeeze(1)
         if self._tau != 1:
-            mixed = torch.bmm(weights, self._kept[0, :n].transpose(0, 1)).squeeze(1)
+            mixed = torch.bmm(weights, views.residuals).squeeze(1)
             mixture = mixture - (1 - self._tau) * mixed
         return mixture
 
+    def _views(self, slot: int, n: int) -> _Views:
+        """Return the parts that are used, which are the same again `size` iterations later."""
+        known = self._known.get((slot, n))
+        if known is None:
+            known = self._known[slot, n] = _Views(self._kept, self._gram, self._ridge, slot, n)
+        return known
+
     def select(self, rows: Tensor) -> None:
         self._kept = self._kept.index_select(2, rows)
-        self._gram, self._ones = self._gram[rows], self._ones[rows]
+        self._gram, self._known = self._gram[rows], {}
+
+
+class _Views:
+    """Parts of what a mixer keeps: of n states, of which that in `slot` is the newest.
+
+    Attributes:
+        residuals: shape (B, n, D).
+        images: the same.
+        newest: the residual of the newest, shape (B, 1, D).
+        gram: the Gram matrix, shape (B, n, n).
+        row: of the newest in it, shape (B, 1, n).
+        column: the same, shape (B, n, 1).
+        ridge: the row of what is added to it.
+        ones: shape (B, n, 1).
+    """
+
+    def __init__(self, kept: Tensor, gram: Tensor, ridge: Tensor, slot: int, n: int) -> None:
+        self.residuals, self.images = kept[:, :n].transpose(1, 2).unbind()
+        self.newest = self.residuals[:, slot : slot + 1]
+        self.gram = gram[:, :n, :n]
+        self.row, self.column = self.gram[:, slot : slot + 1], self.gram[:, :, slot : slot + 1]
+        self.ridge = ridge[slot : slot + 1, :n].expand_as(self.row)
+        self.ones = ridge.new_ones(()).expand(len(gram), n, 1)

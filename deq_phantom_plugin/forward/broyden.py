@@ -103,7 +103,8 @@ def _iterate(
             residual = image - x
             torch.index_select(residual, 0, held, out=estimate.room)
         norms = x.new_empty(2, len(x))
-        torch.linalg.vector_norm(residual, dim=1, out=norms[0])
-        torch.linalg.vector_norm(image, dim=1, out=norms[1])
+        of_residual, of_image = norms.unbind()
+        torch.linalg.vector_norm(residual, dim=1, out=of_residual)
+        torch.linalg.vector_norm(image, dim=1, out=of_image)
         if tracker.record([x], norms, iteration + 2):
             break

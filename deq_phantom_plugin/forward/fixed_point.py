@@ -103,10 +103,10 @@ class _Room:
 
     def norms(self) -> Tensor:
         """Return ||change|| over all leaves of each sample, and below it ||new||, shape (2, B)."""
+        if len(self._pairs) == 1:
+            return self._norm(self._pairs[0], self._dims[0])
         norms = [self._norm(p, dims) for p, dims in zip(self._pairs, self._dims, strict=True)]
-        total: Tensor = norms[0]
-        if len(norms) > 1:
-            total = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         return total
 
     def _norm(self, pair: Tensor, dims: list[int]) -> Tensor:

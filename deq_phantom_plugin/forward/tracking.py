@@ -164,8 +164,8 @@ class Tracker:
         self._stopping, self._keep_going = stopping, keep_going or stopping.return_final
         self._batch_dim, self._first_step = batch_dim, first_step
         self._like, self._norms = like, list[Tensor]()
-        few = len(like) <= _FEW
-        self._late = LateRead(like.device, Tensor.tolist if few else _as_array)
+        self._few = len(like) <= _FEW
+        self._late = LateRead(like.device, Tensor.tolist if self._few else _as_array)
         self._unseen = deque[tuple[list[Tensor], int]]()
         self._sampled = list[list[Tensor]]()
         self.best = start
@@ -221,7 +221,7 @@ class Tracker:
 
         Such are most; where samples are few, Python's numbers are the quickest.
         """
-        if len(residual) > _FEW:
+        if not self._few:
             return False
         value = residual
         if self._stopping.mode == "rel":
