@@ -184,9 +184,16 @@ class _Views:
     """
 
     def __init__(self, kept: Tensor, gram: Tensor, ridge: Tensor, slot: int, n: int) -> None:
-        self.residuals, self.images = kept[:, :n].transpose(1, 2).unbind()
-        self.newest = self.residuals[:, slot : slot + 1]
-        self.gram = gram[:, :n, :n]
-        self.row, self.column = self.gram[:, slot : slot + 1], self.gram[:, :, slot : slot + 1]
-        self.ridge = ridge[slot : slot + 1, :n].expand_as(self.row)
-        self.ones = ridge.new_ones(()).expand(len(gram), n, 1)
+        # One view each where slices would be two or three, which take as long as the work where
+        # states are small.
+        _, m, batch, size = kept.shape
+        states, matrix = (batch, n, size), (batch, n, n)
+        strides, place = (size, batch * size, 1), slot * batch * size
+        self.residuals = kept.as_strided(states, strides, 0)
+        self.images = kept.as_strided(states, strides, m * batch * size)
+        self.newest = kept.as_strided((batch, 1, size), strides, place)
+        self.gram = gram.as_strided(matrix, (m * m, m, 1), 0)
+        self.row = gram.as_strided((batch, 1, n), (m * m, m, 1), slot * m)
+        self.column = gram.as_strided((batch, n, 1), (m * m, m, 1), slot)
+        self.ridge = ridge.as_strided((batch, 1, n), (0, m, 1), slot * m)
+        self.ones = ridge.new_ones(batch, n, 1)
