@@ -6,8 +6,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 class LateRead:
@@ -54,3 +57,11 @@ class LateRead:
         if event is not None:
             event.synchronize()
         return self._convert(copy)
+
+
+def as_array(numbers: Tensor) -> NDArray[Any]:
+    """Return the numbers of a tensor as the host's, in the same memory if they lie there."""
+    if is_functorch_wrapped_tensor(numbers):  # whose memory is not to be had
+        dtype = torch.empty(0, dtype=numbers.dtype).numpy().dtype
+        return np.asarray(numbers.tolist(), dtype).reshape(numbers.shape)
+    return numbers.numpy(force=True)

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .._plumbing.late_read import LateRead
+from .._plumbing.late_read import LateRead, as_array
 from ..adjoint import Packing
 from ..adjoint.inverse_estimate import InverseEstimate
 from ..contract.state import State, flatten, unflatten
@@ -165,7 +164,7 @@ class Tracker:
         self._batch_dim, self._first_step = batch_dim, first_step
         self._like, self._norms = like, list[Tensor]()
         self._few = len(like) <= _FEW
-        self._late = LateRead(like.device, Tensor.tolist if self._few else _as_array)
+        self._late = LateRead(like.device, Tensor.tolist if self._few else as_array)
         self._unseen = deque[tuple[list[Tensor], int]]()
         self._sampled = list[list[Tensor]]()
         self.best = start
@@ -329,14 +328,6 @@ class Tracker:
 
     def _on_device(self, numbers: NDArray[Any]) -> Tensor:
         return torch.from_numpy(numbers.copy()).to(self._like.device, non_blocking=True)
-
-
-def _as_array(numbers: Tensor) -> NDArray[Any]:
-    """Return the numbers of a tensor of the host's, perhaps in the same memory."""
-    if is_functorch_wrapped_tensor(numbers):  # whose memory is not to be had
-        dtype = torch.empty(0, dtype=numbers.dtype).numpy().dtype
-        return np.asarray(numbers.tolist(), dtype).reshape(numbers.shape)
-    return numbers.numpy(force=True)
 
 
 _FEW = 32  # samples whose numbers are looked at one by one
