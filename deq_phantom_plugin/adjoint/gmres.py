@@ -15,7 +15,7 @@ from .progress import Apply, Progress, Solution
 
 Running: TypeAlias = NDArray[Any] | None
 
-_BLOCK = 10  # vectors whose memory is taken at once
+_BLOCK = 10  # vectors whose memory is taken at first, and twice as many each time
 _LONG = 10  # products after which a cycle asks how far F's own rounding lets it get
 
 
@@ -67,7 +67,8 @@ def _cycle(progress: Progress, residual: Tensor, length: int, running: Running) 
             least = progress.rounding(last, image).clamp(min=progress.tol).reshape(1, 1)
         torch.sub(last, image, out=vector)
         column, below, before = _orthogonalise(vector, basis, progress.tol, problem.running)
-        read = late.read(torch.cat([column, below, before, norm, least.expand_as(norm)], dim=1))
+        numbers = [below, before, norm, least.expand_as(norm), *column]
+        read = late.read(torch.cat(numbers, dim=1))
         if read is not None:
             problem.add(read)
         if not problem.running.any() or progress.remaining < 2:
@@ -127,16 +128,18 @@ class _LeastSquares:
         """Take a column into account.
 
         Args:
-            numbers: the column above the diagonal, shape (B, n), and beside it its last number, the
-                norm before its vector was made orthogonal, that of the residual, and the least that
-                can be told of that; (B, n + 4) in all.
+            numbers: shape (B, 4 + n), or (B, 4 + 2 n): the column's last number, the norm before
+                its vector was made orthogonal, that of the residual, the least that can be told of
+                that, and the column above the diagonal, which may be a sum of two.
 
         Raises:
             NonFiniteError: if it is not finite in a sample that runs.
         """
-        n, self._count = numbers.shape[1] - 4, self._count + 1
-        column, counted = numbers[:, :n].astype(float), self.running
-        below, before, self._norm, least = numbers[:, n:].astype(float).T
+        n = self._count = self._count + 1
+        numbers = numbers.astype(float)
+        below, before, self._norm, least = numbers[:, :4].T
+        column = numbers[:, 4:].reshape(len(numbers), -1, n).sum(axis=1)
+        counted = self.running
         self._progress.check_finite((counted & ~np.isfinite(below)).tolist())
         diagonal = np.where(counted, below, 1)
         self._triangle[:, : n - 1, n - 1], self._triangle[:, n - 1, n - 1] = column[:, 1:], diagonal
@@ -174,7 +177,7 @@ class _Basis:
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._blocks: list[Tensor] = []
-        self._count = 0
+        self._room = 0  # in the last block
 
     def append(self, vectors: Tensor, norm: Tensor, frozen: Tensor | None) -> Tensor:
         """Add vectors, divided by their norms; return them.
@@ -184,40 +187,48 @@ class _Basis:
             norm: shape (B, 1), above zero.
             frozen: the samples that have stopped, whose are zero, shape (B, 1); none if None.
         """
-        block, slot = divmod(self._count, _BLOCK)
-        if block == len(self._blocks):
+        if not self._room:
             batch, size = self._like.shape
-            self._blocks.append(self._like.new_empty(batch, _BLOCK, size))
-        place = self._blocks[block][:, slot]
-        self._count += 1
+            self._room = _BLOCK * 2 ** len(self._blocks)
+            self._blocks.append(self._like.new_empty(batch, self._room, size))
+        block = self._blocks[-1]
+        place = block[:, block.shape[1] - self._room]
+        self._room -= 1
         torch.div(vectors, norm, out=place)
         if frozen is not None:
             place.masked_fill_(frozen, 0)  # NaN times zero is NaN
         return place
 
-    def subtract_projection(self, vector: Tensor) -> Tensor:
-        """Take from a vector its part in the basis, in place; return the coefficients."""
-        rows = vector[:, None]
-        parts = [torch.bmm(rows, block.mT) for block in self._used()]
-        for part, block in zip(parts, self._used(), strict=True):
+    def subtract_projection(self, vector: Tensor) -> list[Tensor]:
+        """Take from a vector its part in the basis, in place.
+
+        Returns:
+            The coefficients of each block, shape (B, n).
+        """
+        rows, used = vector[:, None], self._used()
+        parts = [torch.bmm(rows, block.mT) for block in used]
+        for part, block in zip(parts, used, strict=True):
             rows.baddbmm_(part, block, alpha=-1)
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).squeeze(1)
+        return [part.squeeze(1) for part in parts]
 
     def combination(self, weights: Tensor) -> Tensor:
         """Return the sum of the vectors with these weights, shape (B, n), as many as there are."""
         total = torch.zeros_like(self._like)[:, None]
-        for part, block in zip(weights[:, None].split(_BLOCK, dim=2), self._blocks, strict=True):
+        sizes = [block.shape[1] for block in self._blocks]
+        sizes[-1] = weights.shape[1] - sum(sizes[:-1])
+        parts = weights[:, None].split(sizes, dim=2)
+        for part, block in zip(parts, self._blocks, strict=True):
             total.baddbmm_(part, block[:, : part.shape[2]])
         return total.squeeze(1)
 
     def _used(self) -> list[Tensor]:
-        last = (self._count - 1) % _BLOCK + 1
-        return [*self._blocks[:-1], self._blocks[-1][:, :last]]
+        last = self._blocks[-1]
+        return [*self._blocks[:-1], last[:, : last.shape[1] - self._room]]
 
 
 def _orthogonalise(
     vector: Tensor, basis: _Basis, tol: float, running: NDArray[Any]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Take from a vector its part in a basis.
 
     By classical Gram-Schmidt, whose two products read the basis once each. What rounding leaves in
@@ -231,19 +242,22 @@ def _orthogonalise(
         running: the samples that count, shape (B,).
 
     Returns:
-        The coefficients in the basis, shape (B, n); the norm of what is left, at least that of the
-        rounding; and the norm before, both of shape (B, 1).
+        Parts that add up to the coefficients in the basis, shape (B, n) together, once or twice;
+        the norm of what is left, at least that of the rounding; and the norm before, both of shape
+        (B, 1).
     """
     info = torch.finfo(vector.dtype)
     before = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
     column = basis.subtract_projection(vector)
-    below = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
     # On other devices to look would be to wait, which takes longer than a second pass.
-    if not LateRead.is_late(vector.device):
-        old, new = as_array(before)[:, 0], as_array(below)[:, 0]
-        if not (running & (old * info.eps >= 0.01 * tol * new)).any():
+    late = LateRead.is_late(vector.device)
+    if not late and info.eps < 0.01 * tol:
+        below = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+        small = as_array(before) * info.eps >= 0.01 * tol * as_array(below)
+        if not (running & small[:, 0]).any():
             return column, below.clamp(min=info.tiny), before
-    column = column + basis.subtract_projection(vector)
+    column += basis.subtract_projection(vector)
     below = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-    rounding = torch.add(before.new_tensor(info.tiny), before, alpha=info.eps)
-    return column, torch.maximum(below, rounding), before
+    if late or not (as_array(below) > as_array(before) * info.eps).all():
+        below = torch.maximum(below, before * info.eps).clamp(min=info.tiny)
+    return column, below, before

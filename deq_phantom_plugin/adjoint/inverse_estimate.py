@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .._plumbing.late_read import LateRead, as_array
 
 Product = Callable[[Tensor], Tensor]
 
@@ -42,6 +45,7 @@ class InverseEstimate:
         # Operations on tensors of no dimension take less than on Python's numbers.
         self._one, self._smallest = rows.new_tensor(1.0), rows.new_tensor(_SMALLEST)
         self._tiny = torch.finfo(rows.dtype).tiny
+        self._late = LateRead.is_late(rows.device)  # where to look would be to wait
         self._count = 0
 
     @property
@@ -88,7 +92,8 @@ class InverseEstimate:
             # The update gives -H_n r = w / (1 - s . w / |s|^2), whose denominator is
             # s^T H y / |s|^2, since H y = s - w. If it is none, w stands for both.
             change = torch.sub(self._one, _row(coefficients, n - 1, 1))
-            change = torch.where(torch.gt(change.abs(), self._smallest), change, self._one)
+            if self._late or not (np.abs(as_array(change)) > _SMALLEST).all():
+                change = torch.where(torch.gt(change.abs(), self._smallest), change, self._one)
             torch.div(mixed, change, out=row)
         if active is not None:
             step.masked_fill_(~active[:, None], 0)  # NaN times zero is NaN
