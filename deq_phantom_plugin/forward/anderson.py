@@ -52,8 +52,8 @@ def anderson(
         tau: how much of F(h) there is in the mixture; the rest is h.
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
-        check_every: the iterations from one look at the residuals to the next: samples stop, and
-            the best state is chosen, then.
+        check_every: the iterations from one look at the residual to the next. Only what is looked
+            at can be the end of the solve, or its best state.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
 
@@ -77,27 +77,23 @@ def _iterate(rows: Rows, tracker: Tracker, mixer: _Mixer, stopping: Stopping) ->
         torch.sub(rows(x, new), x, out=change)
         mixer.take()
         x = new
-    # What the host has not looked at must not lie where the next states are written.
-    in_place = mixer.size > stopping.check_every + 1
     states: list[list[Tensor]] = [[x] for _ in range(mixer.size)]
     for iteration in range(stopping.max_iter):
         kept = tracker.shrink()
         if kept is not None:
             mixer.select(kept)
         x, held, slot = _moved(x, mixer.mixture(), tracker), tracker.held, mixer.slot
-        if held is None and in_place:
-            pair = mixer.room
-            tracker.let_go(states[slot])
-        else:
-            pair = x.new_empty(2, *x.shape)
+        pair = mixer.room if held is None else x.new_empty(2, *x.shape)
+        tracker.let_go(states[slot])
         change, new = pair.unbind()
         torch.sub(rows(x, new), x, out=change)
         if held is not None:
             torch.index_select(pair, 1, held, out=mixer.room)
-        elif not in_place:
-            mixer.room.copy_(pair)
         mixer.take()
         states[slot] = [new]
+        if not tracker.looks(iteration + 3):
+            tracker.pass_over()
+            continue
         norms = torch.linalg.vector_norm(pair, dim=2)
         if tracker.record(states[slot], norms, iteration + 3):
             break

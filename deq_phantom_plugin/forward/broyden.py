@@ -52,8 +52,8 @@ def broyden(
             have converged then stay in the linear algebra, where nothing more is learned of them.
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
-        check_every: the iterations from one look at the residuals to the next: samples stop, and
-            the best state is chosen, then.
+        check_every: the iterations from one look at the residual to the next. Only what is looked
+            at can be the end of the solve, or its best state.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
 
@@ -102,6 +102,9 @@ def _iterate(
         else:
             residual = image - x
             torch.index_select(residual, 0, held, out=estimate.room)
+        if not tracker.looks(iteration + 2):
+            tracker.pass_over()
+            continue
         norms = x.new_empty(2, len(x))
         of_residual, of_image = norms.unbind()
         torch.linalg.vector_norm(residual, dim=1, out=of_residual)

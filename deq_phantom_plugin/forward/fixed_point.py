@@ -48,8 +48,8 @@ def fixed_point(
         tau: the damping factor in (0, 1].
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
-        check_every: the iterations from one look at the residuals to the next: the solve stops, and
-            the best state is chosen, then.
+        check_every: the iterations from one look at the residual to the next. Only what is looked
+            at can be the end of the solve, or its best state.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
 
@@ -64,19 +64,23 @@ def fixed_point(
     tracker = Tracker(leaves, packing.batch_dim, like, stopping, keep_going=True)
     state = start
     # In turn: the state before is wanted yet, and what the host has not looked at.
-    rooms = [_Room(leaves, packing.batch_dim, like) for _ in range(check_every + 2)]
+    rooms = [_Room(leaves, packing.batch_dim, like) for _ in range(3)]
     for iteration in range(max_iter):
         image, room = flatten(func(state))[0], rooms[iteration % len(rooms)]
+        looks = tracker.looks(iteration + 1)
         tracker.let_go(room.new)
         for f, h, new, change in zip(image, leaves, room.new, room.change, strict=True):
             if tau == 1:  # copied, since F may return the same memory each time, as CUDA graphs do
                 new.copy_(f)
             else:
                 torch.lerp(h, f, tau, out=new)
-            torch.sub(new, h, out=change)
+            if looks:
+                torch.sub(new, h, out=change)
         leaves = room.new
         state = unflatten(leaves, structure)
-        if tracker.record(leaves, room.norms(), iteration + 1):
+        if not looks:
+            tracker.pass_over()
+        elif tracker.record(leaves, room.norms(), iteration + 1):
             break
     return tracker.solution(lambda tensors: unflatten([t.clone() for t in tensors], structure))
 

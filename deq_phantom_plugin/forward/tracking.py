@@ -46,7 +46,8 @@ class ForwardSolution:
         sampled: the best states after the evaluations that were asked for.
         abs_lowest: ||F(h) - h|| of each sample, shape (B,).
         rel_lowest: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,).
-        abs_trace: the residual after each iteration, shape (B, N + 1); 1e8 before the first.
+        abs_trace: the residual after each iteration, shape (B, N + 1); 1e8 before the first, and
+            that of the last look where there was none.
         rel_trace: the same, relative.
         n_steps: the iteration in which the lowest residual was found, shape (B,).
         inverse_jacobian: of a quasi-Newton solve that was asked to keep it.
@@ -106,7 +107,7 @@ class Stopping(NamedTuple):
         mode: whether that is "abs", ||F(h) - h||, or "rel", that over ||F(h)||.
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether the last state is taken for the best, and nothing stops early.
-        check_every: the iterations from one look at the residuals to the next.
+        check_every: the iterations from one look at the residual to the next.
     """
 
     max_iter: int
@@ -165,7 +166,8 @@ class Tracker:
         self._like, self._norms = like, list[Tensor]()
         self._few = len(like) <= _FEW
         self._late = LateRead(like.device, Tensor.tolist if self._few else as_array)
-        self._unseen = deque[tuple[list[Tensor], int]]()
+        self._unseen = deque[tuple[list[Tensor], int, int]]()
+        self._before = like.new_full((2, len(like)), _BEFORE)
         self._sampled = list[list[Tensor]]()
         self.best = start
         self._lowest: Any = [_BEFORE] * len(like)
@@ -173,6 +175,21 @@ class Tracker:
         self._held: NDArray[Any] | None = None
         self.moving: Tensor | None = None
         self.held: Tensor | None = None
+
+    def looks(self, n_evaluations: int) -> bool:
+        """Whether the next iterate is one that is looked at.
+
+        Args:
+            n_evaluations: evaluations of F with it.
+        """
+        stop, count = self._stopping, len(self._norms) + 1
+        if stop.check_every == 1 or count % stop.check_every == 0 or count == stop.max_iter:
+            return True
+        return n_evaluations in stop.sample_at
+
+    def pass_over(self) -> None:
+        """Take note that there was an iterate that is not looked at."""
+        self._norms.append(self._norms[-1] if self._norms else self._before)
 
     def record(self, state: list[Tensor], norms: Tensor, n_evaluations: int) -> bool:
         """Take note of an iterate; return whether the solve is over.
@@ -183,25 +200,20 @@ class Tracker:
             n_evaluations: evaluations of F so far.
         """
         self._norms.append(norms)
-        self._unseen.append((state, n_evaluations))
-        every = self._stopping.check_every
-        if every > 1:
-            count = len(self._norms)
-            if count % every and count != self._stopping.max_iter:
-                return False
-            norms = torch.stack(self._norms[(count - 1) // every * every :])
+        self._unseen.append((state, len(self._norms), n_evaluations))
         seen = self._late.read(norms)
         if seen is None:
             return False
-        over = False
-        for residual, image in seen if every > 1 else (seen,):
-            over = self._look(residual, image, *self._unseen.popleft())
-        return over
+        state, _, n_evaluations = self._unseen.popleft()
+        return self._look(*seen, state, n_evaluations)
 
     def let_go(self, state: list[Tensor]) -> None:
-        """Copy a recorded state whose memory is to be overwritten, if it is the best so far."""
+        """Copy a recorded state whose memory is to be overwritten, if it may be wanted yet."""
         if self.best is state:
             self.best = [tensor.clone() for tensor in state]
+        for index, (other, *rest) in enumerate(self._unseen):
+            if other is state:
+                self._unseen[index] = ([tensor.clone() for tensor in state], *rest)
 
     def _look(self, residual: Any, image: Any, state: list[Tensor], n_evaluations: int) -> bool:
         """Take note of what was read of an iterate; return whether the solve is over."""
@@ -286,7 +298,7 @@ class Tracker:
             lowest = {mode: trace.amin(dim=0) for mode, trace in usable.items()}
             when = usable[stop.mode].argmin(dim=0)
         missing = stop.max_iter - count
-        before = torch.full_like(lowest["abs"], _BEFORE)[None]
+        before = self._before[:1]
         filled = {
             mode: torch.cat([before, trace, lowest[mode].expand(missing, -1)]).mT
             for mode, trace in traces.items()
@@ -308,8 +320,9 @@ class Tracker:
             return
         stop = self._stopping
         lowest = self._on_device(np.asarray(self._lowest)).to(values.dtype)
-        for value in values[len(values) - len(self._unseen) :]:
-            state, n_evaluations = self._unseen.popleft()
+        while self._unseen:
+            state, number, n_evaluations = self._unseen.popleft()
+            value = values[number - 1]
             better = value < lowest
             self.best = state if stop.return_final else self._chosen(better, state)
             lowest = torch.where(better, value, lowest)
