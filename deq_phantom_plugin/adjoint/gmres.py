@@ -159,7 +159,7 @@ class _LeastSquares:
         """Return what each basis vector weighs, shape (B, n), in a tensor's dtype and device."""
         n = self._count
         right = -(self._norm / self._square)[:, None] * self._u[:, 1 : n + 1]
-        weights = torch.linalg.solve_triangular(
+        weights: Tensor = torch.linalg.solve_triangular(
             torch.from_numpy(self._triangle[:, :n, :n]),
             torch.from_numpy(right)[:, :, None],
             upper=True,

@@ -66,7 +66,7 @@ _later = _Later()
 
 def _look_later(leaves: Sequence[Tensor], name: str) -> None:
     device = leaves[0].device
-    reader, before = _later.waiting.pop(device, None) or (LateRead(device), "")
+    reader, before = _later.waiting.pop(device, (LateRead(device), ""))
     # By its largest number: a sum can overflow, and there is no second look.
     known = [
         torch.linalg.vector_norm(leaf, ord=math.inf).isfinite() for leaf in leaves if leaf.numel()

@@ -205,15 +205,17 @@ class Tracker:
         if seen is None:
             return False
         state, _, n_evaluations = self._unseen.popleft()
-        return self._look(*seen, state, n_evaluations)
+        residual, image = seen
+        return self._look(residual, image, state, n_evaluations)
 
     def let_go(self, state: list[Tensor]) -> None:
         """Copy a recorded state whose memory is to be overwritten, if it may be wanted yet."""
         if self.best is state:
             self.best = [tensor.clone() for tensor in state]
-        for index, (other, *rest) in enumerate(self._unseen):
+        for index, (other, number, n_evaluations) in enumerate(self._unseen):
             if other is state:
-                self._unseen[index] = ([tensor.clone() for tensor in state], *rest)
+                copied = [tensor.clone() for tensor in state]
+                self._unseen[index] = copied, number, n_evaluations
 
     def _look(self, residual: Any, image: Any, state: list[Tensor], n_evaluations: int) -> bool:
         """Take note of what was read of an iterate; return whether the solve is over."""
