@@ -137,23 +137,27 @@ class _LeastSquares:
         """
         n = self._count = self._count + 1
         numbers = numbers.astype(float)
-        below, before, self._norm, least = numbers[:, :4].T
-        column = numbers[:, 4:].reshape(len(numbers), -1, n).sum(axis=1)
+        below, before, norm, least = numbers[:, :4].T
+        column = numbers[:, 4:]
+        if column.shape[1] > n:
+            column = column[:, :n] + column[:, n:]
         counted = self.running
-        self._progress.check_finite((counted & ~np.isfinite(below)).tolist())
-        diagonal = np.where(counted, below, 1)
-        self._triangle[:, : n - 1, n - 1], self._triangle[:, n - 1, n - 1] = column[:, 1:], diagonal
+        if not np.isfinite(below).all():
+            self._progress.check_finite((counted & ~np.isfinite(below)).tolist())
+        diagonal = below if counted.all() else np.where(counted, below, 1)
         products = column * self._u[:, :n]
         total = products.sum(axis=1)
-        # Rounding over rounding: H is singular, and J has an eigenvalue of one.
-        rounding = 1e3 * self._eps * np.abs(products).sum(axis=1)
-        singular = (below <= 10 * self._eps * before) & (np.abs(total) <= rounding)
-        new = np.where(singular, 0, total / diagonal)
+        new = total / diagonal
+        small = below <= 10 * self._eps * before
+        if small.any():
+            # Rounding over rounding: H is singular, and J has an eigenvalue of one.
+            rounding = 1e3 * self._eps * np.abs(products).sum(axis=1)
+            new = np.where(small & (np.abs(total) <= rounding), 0, new)
+        self._triangle[:, : n - 1, n - 1], self._triangle[:, n - 1, n - 1] = column[:, 1:], diagonal
         self._u[:, n] = -new
         self._square = self._square + new * new
-        reduction = np.sqrt(self._square)  # of the residual
-        unsolved = self._norm > least * reduction
-        self.running = counted & unsolved & (reduction < 1 / self._eps)
+        self._norm, reduction = norm, np.sqrt(self._square)  # of the residual
+        self.running = counted & (norm > least * reduction) & (reduction < 1 / self._eps)
 
     def weights(self, like: Tensor) -> Tensor:
         """Return what each basis vector weighs, shape (B, n), in a tensor's dtype and device."""
