@@ -62,6 +62,6 @@ class LateRead:
 def as_array(numbers: Tensor) -> NDArray[Any]:
     """Return the numbers of a tensor as the host's, in the same memory if they lie there."""
     if is_functorch_wrapped_tensor(numbers):  # whose memory is not to be had
-        dtype = torch.empty(0, dtype=numbers.dtype).numpy().dtype
+        dtype = np.dtype(str(numbers.dtype).removeprefix("torch."))
         return np.asarray(numbers.tolist(), dtype).reshape(numbers.shape)
     return numbers.numpy(force=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +12,6 @@ from torch import Tensor
 from .._plumbing.late_read import LateRead, as_array
 from .fixed_point import fixed_point
 from .progress import Apply, Progress, Solution
-
-Running: TypeAlias = NDArray[Any] | None
 
 _BLOCK = 10  # vectors whose memory is taken at first, and twice as many each time
 _LONG = 10  # products after which a cycle asks how far F's own rounding lets it get
@@ -32,26 +30,29 @@ def gmres(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, restart: int = 50
         return fixed_point(apply, rhs, tol, max_vjp)
     progress = Progress(apply, rhs, tol, max_vjp)
     x, residual = torch.zeros_like(rhs), rhs
-    running: Running = None
+    late, running = LateRead.is_late(rhs.device), None
     while progress.remaining > 1:
+        if not late or progress.n_vjp:  # at first, to look there would be to wait
+            running = as_array(progress.active)
         length = min(restart, progress.remaining - 1, rhs.shape[1])
         x = x + _cycle(progress, residual, length, running)
         residual = rhs - x + progress.apply(x)
         if progress.record(x, residual, at_once=True):
             break
-        running = as_array(progress.active)
     return progress.solution()
 
 
-def _cycle(progress: Progress, residual: Tensor, length: int, running: Running) -> Tensor:
+def _cycle(
+    progress: Progress, residual: Tensor, length: int, running: NDArray[Any] | None
+) -> Tensor:
     """Return the correction that minimises the residual over `length` Krylov vectors.
 
     Args:
         progress: of the solve.
         residual: at the beginning of the cycle, shape (B, D).
         length: the most vectors.
-        running: the samples that are to be solved, shape (B,); all if None. The others are frozen:
-            their basis vectors are zero.
+        running: the samples that are to be solved, shape (B,); None where the host does not know.
+            The others are frozen: their basis vectors are zero.
     """
     basis, late = _Basis(residual), LateRead(residual.device, as_array)
     problem = _LeastSquares(progress, length, running)
@@ -92,23 +93,25 @@ class _LeastSquares:
     Args:
         progress: of the solve.
         length: the most columns.
-        running: the samples that are to be solved, shape (B,); all if None.
+        running: the samples that are to be solved, shape (B,); None where the host does not know.
 
     Attributes:
         running: those that are not solved yet.
     """
 
-    def __init__(self, progress: Progress, length: int, running: Running) -> None:
+    def __init__(self, progress: Progress, length: int, running: NDArray[Any] | None) -> None:
         batch = len(progress.rhs)
         self._progress, self._eps = progress, torch.finfo(progress.rhs.dtype).eps
-        self.running = np.ones(batch, dtype=bool) if running is None else running
+        self._mask: Tensor | None = None
+        if running is None:
+            running, self._mask = np.ones(batch, dtype=bool), ~progress.active[:, None]
+        self.running = running
         self._triangle = np.zeros((batch, length, length))
         self._u = np.zeros((batch, length + 1))
         self._u[:, 0] = 1
         self._square = np.ones(batch)  # |u|^2
         self._norm = np.zeros(batch)
         self._count = 0
-        self._mask: Tensor | None = None
         self._masked = batch
 
     def frozen(self, like: Tensor) -> Tensor | None:
@@ -141,10 +144,11 @@ class _LeastSquares:
         column = numbers[:, 4:]
         if column.shape[1] > n:
             column = column[:, :n] + column[:, n:]
-        counted = self.running
-        if not np.isfinite(below).all():
-            self._progress.check_finite((counted & ~np.isfinite(below)).tolist())
-        diagonal = below if counted.all() else np.where(counted, below, 1)
+        diagonal, counted = below, self.running & (norm > 0)
+        if not counted.all():
+            diagonal, column = np.where(counted, below, 1), np.where(counted[:, None], column, 0)
+        if not np.isfinite(diagonal).all():
+            self._progress.check_finite((~np.isfinite(diagonal)).tolist())
         products = column * self._u[:, :n]
         total = products.sum(axis=1)
         new = total / diagonal

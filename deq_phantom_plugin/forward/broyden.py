@@ -64,10 +64,8 @@ def broyden(
     if memory is not None and memory < 1:
         raise ValueError(f"memory={memory}; expected at least one vector")
     if memory is not None and keep_inverse:
-        raise ValueError(
-            f"memory={memory} with keep_inverse=True: an estimate that begins anew is none of the "
-            "Jacobian; leave memory out (TorchDEQ's LBFGS_thres)"
-        )
+        why = "an estimate that begins anew is none of the Jacobian; leave memory out"
+        raise ValueError(f"memory={memory} with keep_inverse=True: {why} (TorchDEQ's LBFGS_thres)")
     rows = Rows(func, start, batch_dim)
     stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every)
     tracker = rows.tracker(stopping)
