@@ -69,13 +69,7 @@ def fixed_point(
         image, room = flatten(func(state))[0], rooms[iteration % len(rooms)]
         looks = tracker.looks(iteration + 1)
         tracker.let_go(room.new)
-        for f, h, new, change in zip(image, leaves, room.new, room.change, strict=True):
-            if tau == 1:  # copied, since F may return the same memory each time, as CUDA graphs do
-                new.copy_(f)
-            else:
-                torch.lerp(h, f, tau, out=new)
-            if looks:
-                torch.sub(new, h, out=change)
+        room.write(leaves, image, tau, looks)
         leaves = room.new
         state = unflatten(leaves, structure)
         if not looks:
@@ -95,15 +89,33 @@ class _Room:
 
     Attributes:
         new: the leaves of the one.
-        change: the leaves of the other.
     """
 
     def __init__(self, leaves: Sequence[Tensor], batch_dim: int | None, like: Tensor) -> None:
         self._pairs = [_pair(leaf) for leaf in leaves]
-        self.change, self.new = ([pair[i] for pair in self._pairs] for i in (0, 1))
+        self._change, self.new = ([pair[i] for pair in self._pairs] for i in (0, 1))
         self._like = like
         # Over dimensions, since a reshape would copy leaves that are in channels_last.
         self._dims = [_others(leaf.dim(), batch_dim) for leaf in leaves]
+
+    def write(
+        self, old: Sequence[Tensor], image: Sequence[Tensor], tau: float, with_change: bool
+    ) -> None:
+        """Write the state that follows from another, and the change if that is wanted.
+
+        Args:
+            old: the leaves of h.
+            image: of F(h); copied, since F may return the same memory each time, as CUDA graphs do.
+            tau: the damping factor.
+            with_change: whether `norms` are asked for.
+        """
+        for h, f, new, change in zip(old, image, self.new, self._change, strict=True):
+            if tau == 1:
+                new.copy_(f)
+            else:
+                torch.lerp(h, f, tau, out=new)
+            if with_change:
+                torch.sub(new, h, out=change)
 
     def norms(self) -> Tensor:
         """Return ||change|| over all leaves of each sample, and below it ||new||, shape (2, B)."""
