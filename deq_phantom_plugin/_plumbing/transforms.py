@@ -125,8 +125,8 @@ def refuse_in_torch_func(user: object) -> None:
             f"{user} does not work inside torch.func (vmap, grad, vjp, jvp, jacrev, ...), where "
             "numbers cannot be looked at and graphs are not its own. Take upg, jfb, npg, bptt or "
             "exact there, with a lam that is a number and no clip; or stay outside: "
-            "torch.autograd.grad, also with is_grads_batched=True, and torch.autograd.functional are right with every "
-            "strategy but reversible"
+            "torch.autograd.grad, also with is_grads_batched=True, and torch.autograd.functional "
+            "are right with every strategy but reversible"
         )
 
 
