@@ -92,6 +92,16 @@ def test_npg_of_two_terms_is_the_onestep_of_attractor():
     torch.testing.assert_close(got, v + shrink[:, None] * image, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
+@pytest.mark.parametrize("lam", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("clip", [0.3, 5.0])
+def test_g_is_never_longer_than_one_plus_clip(lam, clip):
+    problem = Linear((0.5, 1.2, 1e3))
+    for spec in (f"npg(k=90, lam={lam}, clip={clip})", f"ift(solver='fixed_point', clip={clip})"):
+        longest = problem.g(spec).norm(dim=1) / problem.v.norm(dim=1)
+        assert longest.max() <= (1 + clip) * (1 + 1e-12)
+
+
 def test_the_norm_is_that_of_all_leaves_of_a_sample():
     """Of leaves that are 300 times as large as others, too, and along another dimension."""
     problem = Linear((0.5, 3.0, 3.0), width=5)
@@ -418,6 +428,21 @@ def test_off_the_operators_are_those_of_the_series():
 def test_only_a_clip_asks_whether_samples_are_independent():
     assert dpp.NPG(clip=1.0).tells_samples_apart
     assert not dpp.NPG().tells_samples_apart
+
+
+@pytest.mark.parametrize(
+    "spec", ["npg(k=4, lam=1.0, clip=0.6)", "ift(solver='fixed_point', clip=9)"]
+)
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.AssumptionWarning")
+def test_coupled_samples_are_found_out_and_have_one_norm(spec):
+    problem = Linear((0.5, 0.9, 0.2))
+    mixing = torch.tensor([[0.8, 0.2, 0], [0, 0.8, 0.2], [0.2, 0, 0.8]], dtype=torch.float64)
+    alone = problem.func
+    assert torch.equal(problem.g(spec, dpp.Context()), problem.g(spec, INDEPENDENT))
+    problem.func = lambda h: mixing @ (alone(h) - problem.inject) + problem.inject
+    found = problem.g(spec, dpp.Context())
+    assert torch.equal(found, problem.g(spec, COUPLED))
+    assert not torch.equal(found, problem.g(spec, INDEPENDENT))
 
 
 def test_a_guard_and_a_ramp_take_it():
