@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.late_read import LateRead
 from deq_phantom_plugin.forward import anderson, broyden, fixed_point
 from deq_phantom_plugin.testing import make_equilibrium
@@ -148,6 +149,25 @@ def test_the_best_state_of_each_sample_is_kept(solver, every, late, samples, mon
     states = torch.stack([h if solver is broyden else image for h, image in seen])
     best = states[when, torch.arange(samples)]
     torch.testing.assert_close(found.state, best, rtol=1e-12, atol=1e-12)
+
+
+def test_torchdeq_takes_it():
+    pytest.importorskip("torchdeq")
+    from torchdeq import get_deq
+
+    problem, calls = make_equilibrium([(3, 20)], norm=0.5), []
+    with dpp.enabled("torchdeq"):
+        deq = get_deq(f_solver="fixed_point_fast", f_max_iter=90, f_tol=1e-9).eval()
+    for every in (1, 10):
+        calls.clear()
+        with torch.no_grad():
+            (state,), _ = deq(
+                lambda h: calls.append(1) or problem.func(h),
+                torch.zeros_like(problem.state),
+                solver_kwargs={"check_every": every},
+            )
+        assert len(calls) % every == 0
+        torch.testing.assert_close(state, problem.state, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("every", [0, -1])
