@@ -92,7 +92,7 @@ class InverseEstimate:
             # The update gives -H_n r = w / (1 - s . w / |s|^2), whose denominator is
             # s^T H y / |s|^2, since H y = s - w. If it is none, w stands for both.
             change = torch.sub(self._one, _row(coefficients, n - 1, 1))
-            if self._late or not (np.abs(as_array(change)) > _SMALLEST).all():
+            if self._late or _smallest(change) <= _SMALLEST:
                 change = torch.where(torch.gt(change.abs(), self._smallest), change, self._one)
             torch.div(mixed, change, out=row)
         if active is not None:
@@ -142,6 +142,14 @@ class InverseEstimate:
         inner = torch.bmm(vectors[:, None], steps[:, 1:].mT)
         coefficients = _solve(self._part(0, 0, n, n), inner, upper=False)
         return torch.baddbmm(vectors[:, None], coefficients, steps[:, :n]).squeeze(1)
+
+
+def _smallest(numbers: Tensor) -> float:
+    """Return the smallest absolute value of (B, 1, 1) numbers, zero if one is NaN."""
+    if len(numbers) == 1:
+        number = abs(numbers.tolist()[0][0][0])
+        return number if number == number else 0.0
+    return float(np.nan_to_num(np.abs(as_array(numbers)).min(initial=np.inf), posinf=np.inf))
 
 
 def _row(matrices: Tensor, first: int, n: int) -> Tensor:

@@ -121,7 +121,11 @@ class _Mixer:
         batch, size = like.shape
         self.size, self.slot, self._count = m, 0, 0
         self._kept = like.new_empty(2, m, batch, size)  # residuals, images; written before read
-        self._gram = like.new_empty(batch, m, m)
+        # That the weights add up to one is the first row, its multiplier the first column.
+        self._system = like.new_ones(batch, m + 1, m + 1)
+        self._system[:, 0, 0] = 0
+        self._right = like.new_zeros(m + 1)
+        self._right[0] = 1
         self._ridge = lam * torch.eye(m, dtype=like.dtype, device=like.device)
         self._known: dict[tuple[int, int], _Views] = {}
         self._tau = tau
@@ -145,8 +149,8 @@ class _Mixer:
         """Return it, shape (B, D)."""
         views = self._views((self.slot - 1) % self.size, self._count)
         # The variant that does not wait for the device to report singular matrices.
-        solved, _ = torch.linalg.solve_ex(views.gram, views.ones)
-        weights = torch.div(solved, solved.sum(dim=1, keepdim=True)).mT
+        solved, _ = torch.linalg.solve_ex(views.system, views.right)
+        weights = solved[:, 1:].mT
         mixture = torch.bmm(weights, views.images).squeeze(1)
         if self._tau != 1:
             mixed = torch.bmm(weights, views.residuals).squeeze(1)
@@ -157,12 +161,14 @@ class _Mixer:
         """Return the parts that are used, which are the same again `size` iterations later."""
         known = self._known.get((slot, n))
         if known is None:
-            known = self._known[slot, n] = _Views(self._kept, self._gram, self._ridge, slot, n)
+            known = self._known[slot, n] = _Views(
+                self._kept, self._system, self._ridge, self._right, slot, n
+            )
         return known
 
     def select(self, rows: Tensor) -> None:
         self._kept = self._kept.index_select(2, rows)
-        self._gram, self._known = self._gram[rows], {}
+        self._system, self._known = self._system[rows], {}
 
 
 class _Views:
@@ -172,24 +178,27 @@ class _Views:
         residuals: shape (B, n, D).
         images: the same.
         newest: the residual of the newest, shape (B, 1, D).
-        gram: the Gram matrix, shape (B, n, n).
+        system: the Gram matrix, bordered by ones, shape (B, n + 1, n + 1).
         row: of the newest in it, shape (B, 1, n).
         column: the same, shape (B, n, 1).
         ridge: the row of what is added to it.
-        ones: shape (B, n, 1).
+        right: the right-hand side of the system, shape (B, n + 1, 1).
     """
 
-    def __init__(self, kept: Tensor, gram: Tensor, ridge: Tensor, slot: int, n: int) -> None:
+    def __init__(
+        self, kept: Tensor, system: Tensor, ridge: Tensor, right: Tensor, slot: int, n: int
+    ) -> None:
         # One view each where slices would be two or three, which take as long as the work where
         # states are small.
         _, m, batch, size = kept.shape
-        states, matrix = (batch, n, size), (batch, n, n)
-        strides, place = (size, batch * size, 1), slot * batch * size
+        states, strides, place = (batch, n, size), (size, batch * size, 1), slot * batch * size
         self.residuals = kept.as_strided(states, strides, 0)
         self.images = kept.as_strided(states, strides, m * batch * size)
         self.newest = kept.as_strided((batch, 1, size), strides, place)
-        self.gram = gram.as_strided(matrix, (m * m, m, 1), 0)
-        self.row = gram.as_strided((batch, 1, n), (m * m, m, 1), slot * m)
-        self.column = gram.as_strided((batch, n, 1), (m * m, m, 1), slot)
+        side = m + 1
+        strides, place = (side * side, side, 1), (slot + 1) * side + 1
+        self.system = system.as_strided((batch, n + 1, n + 1), strides, 0)
+        self.row = system.as_strided((batch, 1, n), strides, place)
+        self.column = system.as_strided((batch, n, 1), strides, side + slot + 1)
         self.ridge = ridge.as_strided((batch, 1, n), (0, m, 1), slot * m)
-        self.ones = ridge.new_ones(batch, n, 1)
+        self.right = right.as_strided((batch, n + 1, 1), (0, 1, 1), 0)
