@@ -234,7 +234,7 @@ class Tracker:
 
         Such are most; where samples are few, Python's numbers are the quickest.
         """
-        if not self._few:
+        if not self._few or not residual:
             return False
         value = residual
         if self._stopping.mode == "rel":

@@ -151,6 +151,15 @@ def test_the_best_state_of_each_sample_is_kept(solver, every, late, samples, mon
     torch.testing.assert_close(found.state, best, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_empty_batch_is_solved(solver):
+    calls = []
+    found = solver(lambda h: calls.append(1) or torch.cos(h), torch.zeros(0, 3), max_iter=40)
+    assert found.state.shape == (0, 3)
+    assert found.abs_trace.shape[0] == 0
+    assert len(calls) <= 3
+
+
 def test_torchdeq_takes_it():
     pytest.importorskip("torchdeq")
     from torchdeq import get_deq
