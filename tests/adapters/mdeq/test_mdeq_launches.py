@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("torchdeq")
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-from suite.accounting import launches  # noqa: E402
-from torchdeq import get_deq  # noqa: E402
+from suite.accounting import launches
+from torchdeq import get_deq
 
-from deq_phantom_plugin.adapters.mdeq import MDEQ  # noqa: E402
+from deq_phantom_plugin.adapters.mdeq import MDEQ
 
 SOLVE = {"f_max_iter": 21, "f_tol": 0.0, "f_stop_mode": "rel"}
 PEERS = {
