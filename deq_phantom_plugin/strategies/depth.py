@@ -5,9 +5,9 @@
     'lognormal_poisson(mean=32, sigma=0.5)'     Huginn's: 1 + Poisson(r), where r is log-normal of
                                                 mean 32, log r of deviation sigma
 
-What is drawn depends on nothing but the seed, the training step, the equilibrium's place in its model
-and the argument that it is for: all calls in a step have one draw, so have all processes, and a run
-that was resumed goes on with the same. In evaluation mode nothing is drawn.
+What is drawn depends on nothing but the seed, the training step, the equilibrium's place in its
+model and the argument that it is for: all calls in a step have one draw, so have all processes, and
+a run that was resumed goes on with the same. In evaluation mode nothing is drawn.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ class Depth:
     def __post_init__(self) -> None:
         if self.kind not in _ARGUMENTS:
             near = hint(self.kind, _ARGUMENTS)
-            raise ValueError(
-                f"no distribution {self.kind!r}{near}; there are {listed(_ARGUMENTS)}"
-            )
+            raise ValueError(f"no distribution {self.kind!r}{near}; there are {listed(_ARGUMENTS)}")
         names = _ARGUMENTS[self.kind]
         if len(self.arguments) != len(names):
             raise ValueError(f"{self.kind} takes {', '.join(names)}")

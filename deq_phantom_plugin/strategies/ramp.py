@@ -58,7 +58,9 @@ class Ramp(GradStrategy):
         for name, ends in pairs:
             if name not in known:
                 raise ValueError(f"{inner!r} has no argument {name!r}; it has {sorted(known)}")
-            if not (isinstance(ends, tuple | list) and len(ends) == 2 and all(map(_is_number, ends))):
+            if not (
+                isinstance(ends, tuple | list) and len(ends) == 2 and all(map(_is_number, ends))
+            ):
                 raise ValueError(f"{name}={ends!r} in arguments; {expected}, of two numbers")
             if not _is_number(getattr(inner, name)):
                 raise ValueError(

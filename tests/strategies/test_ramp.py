@@ -47,9 +47,7 @@ def test_other_numbers_grow_in_a_line():
     assert mixed.lam == 0.75
 
 
-@given(
-    st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers(1, 2**53), st.integers(0, 2**53)
-)
+@given(st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers(1, 2**53), st.integers(0, 2**53))
 def test_it_stays_between_its_ends_and_reaches_the_last(first, last, end, step):
     ramp = dpp.Ramp("upg", {"lam": (first, last)}, until=end)
     lam = ramp.resolve(dpp.Context(step=step)).lam
