@@ -88,8 +88,8 @@ class Memory(nn.Module):
 
     @never_compiled  # or for each call anew
     def count(self) -> None:
-        """Be told that an equilibrium was attached; trials do not count."""
-        if not Trial.depth():
+        """Be told that an equilibrium was attached; trials and evaluations do not count."""
+        if self.training and not Trial.depth():
             self._calls += 1
 
     def doubt(self) -> None:

@@ -107,6 +107,19 @@ def test_each_call_for_itself():
     assert by_step[0] == by_step[2] != by_step[1]
 
 
+def test_an_evaluation_and_a_report_between_two_calls_are_not_counted():
+    model = Net("tbptt(k='uniform(1, 40, per_call=True)')", steps=40, grad_in_eval=True)
+    dpp.set_step(model, 0)
+    wanted = [acted(model), acted(model)]
+    dpp.set_step(model, 1)
+    dpp.set_step(model, 0)
+    found = [acted(model)]
+    model.eval()(3)
+    model.train()
+    dpp.model_report(model, (), lambda out: out.sum(), ["jfb"], repeats=1)
+    assert [*found, acted(model)] == wanted
+
+
 def test_calls_without_a_graph_draw_for_themselves_too():
     model = Net("tbptt(k=1)", steps="uniform(1, 40, per_call=True)")
     found = []
