@@ -60,10 +60,11 @@ def attach(
     check_equilibrium(equilibrium, finite=False)
     if not attaching:
         return equilibrium
-    if not strategy.accepts_nonfinite:
+    acting = strategy.resolve(context)
+    if not acting.accepts_nonfinite:
         _check_finite(equilibrium, context)
     state = _ordinary(equilibrium)
-    acting, checked = strategy.resolve(context), CheckedFunc(func, state)
+    checked = CheckedFunc(func, state)
     context = settled(context, checked, state, acting.tells_samples_apart)
     attached = acting.attach(checked, state, context)
     _check_attached(strategy, attached, state)
@@ -90,7 +91,8 @@ def attach_states(
 def _check_finite(equilibrium: State, context: Context) -> None:
     def whose() -> str:
         step, memory = context.current_step, context.memory
-        place = "" if memory is None else f"number {memory.place} of its model, "
+        number = None if memory is None else memory.place
+        place = "" if number is None else f"number {number} of its model, "
         return f"{place}training step {'not told' if step is None else step}"
 
     check_finite(flatten(equilibrium)[0], whose)
