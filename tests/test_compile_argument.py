@@ -100,6 +100,30 @@ def test_a_loop(spec, graphs):
     assert found["True graphs"][0] == found["True graphs"][1] >= 1
 
 
+@pytest.mark.parametrize("spec", ["upg(k=2)", "npg(k=4)"])
+def test_an_mdeq(spec, graphs):
+    pytest.importorskip("torchdeq")
+    from deq_phantom_plugin.adapters.mdeq import MDEQ
+
+    images, found = torch.randn(2, 3, 8, 8), {}
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = MDEQ.from_preset(
+            "tiny", grad=spec, f_solver="broyden_fast", f_max_iter=6, f_tol=0.0, compile=compile
+        )
+        before = len(graphs)
+        for step in range(3):
+            model.zero_grad()
+            model(images).square().sum().backward()
+            if step == 0:
+                after = len(graphs)
+        assert len(graphs) == after
+        assert (after > before) == compile
+        found[compile] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    error = (found[True] - found[False]).norm() / found[False].norm()
+    assert error < 1e-4
+
+
 def test_copies_and_old_pickles():
     model = Model("upg", compile="reduce-overhead")
     assert "compile='reduce-overhead'" in repr(model)
