@@ -106,27 +106,33 @@ class InverseEstimate:
         The row of the last step is made here.
         """
         # Row vectors from the left: column vectors from the right take several times as long.
-        products = torch.bmm(self._kept(n - 1, 2), self._kept(0, n).mT)
+        products = torch.bmm(self._kept(n - 1, 2), self._kept(0, n, transposed=True))
         if n > 1:
             torch.neg(_row(products, 1, n - 1), out=self._part(n - 1, 0, 1, n - 1))
         # Of a step of zero all products are zero: there is nothing to divide.
         square = _row(products, n - 1, 1)
         torch.clamp(square, min=self._tiny, out=self._part(n - 1, n - 1, 1, 1))
-        return _solve(self._part(0, 0, n, n).mT, _row(products, n, n), upper=True)
+        return _solve(self._part(0, 0, n, n, transposed=True), _row(products, n, n), upper=True)
 
     # What follows is one view where slices would be two or three, which take as long as the work
     # where states are small.
 
-    def _kept(self, first: int, n: int) -> Tensor:
+    def _kept(self, first: int, n: int, transposed: bool = False) -> Tensor:
         """Return n of the steps, shape (B, n, D)."""
         _, batch, size = self._steps.shape
         shape, strides = (batch, n, size), (size, batch * size, 1)
+        if transposed:
+            shape, strides = (batch, size, n), (size, 1, batch * size)
         return self._steps.as_strided(shape, strides, first * batch * size)
 
-    def _part(self, row: int, column: int, height: int, width: int) -> Tensor:
+    def _part(
+        self, row: int, column: int, height: int, width: int, transposed: bool = False
+    ) -> Tensor:
         """Return a part of the system, shape (B, height, width)."""
         batch, size, _ = self._system.shape
         shape, strides = (batch, height, width), (size * size, size, 1)
+        if transposed:
+            shape, strides = (batch, width, height), (size * size, 1, size)
         return self._system.as_strided(shape, strides, row * size + column)
 
     def transposed(self, vectors: Tensor) -> Tensor:

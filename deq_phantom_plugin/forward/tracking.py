@@ -288,30 +288,27 @@ class Tracker:
         """
         stop, count = self._stopping, len(self._norms)
         norms = torch.stack(self._norms)
-        traces = {"abs": norms[:, 0], "rel": norms[:, 0] / (norms[:, 1] + _TINY)}
-        self._compare_unseen(traces[stop.mode])
+        residual, image = norms.unbind(1)
+        traces = torch.stack((residual, residual / (image + _TINY)))  # (2, N, B): abs, rel
+        mode = STOP_MODES.index(stop.mode)
+        self._compare_unseen(traces[mode])
         if stop.sample_at and not self._sampled:
             self._sampled.append(self.best)
-        usable = {mode: _without_nan(trace) for mode, trace in traces.items()}
         if stop.return_final:
-            lowest = {mode: trace[-1] for mode, trace in traces.items()}
-            when = torch.full_like(lowest["abs"], count - 1, dtype=torch.long)
+            lowest = traces[:, -1]
+            when = torch.full_like(lowest[0], count - 1, dtype=torch.long)
         else:
-            lowest = {mode: trace.amin(dim=0) for mode, trace in usable.items()}
-            when = usable[stop.mode].argmin(dim=0)
-        missing = stop.max_iter - count
-        before = self._before[:1]
-        filled = {
-            mode: torch.cat([before, trace, lowest[mode].expand(missing, -1)]).mT
-            for mode, trace in traces.items()
-        }
+            usable = torch.nan_to_num(traces, nan=torch.inf, posinf=torch.inf)
+            lowest, when = usable.amin(dim=1), usable[mode].argmin(dim=0)
+        rest = lowest[:, None].expand(-1, stop.max_iter - count, -1)
+        filled = torch.cat([self._before[:, None], traces, rest], dim=1).mT
         return ForwardSolution(
             state=restore(self.best),
             sampled=[restore(tensors) for tensors in self._sampled],
-            abs_lowest=lowest["abs"],
-            rel_lowest=lowest["rel"],
-            abs_trace=filled["abs"],
-            rel_trace=filled["rel"],
+            abs_lowest=lowest[0],
+            rel_lowest=lowest[1],
+            abs_trace=filled[0],
+            rel_trace=filled[1],
             n_steps=(when + self._first_step).to(norms.dtype),
             inverse_jacobian=inverse_jacobian,
         )
@@ -348,7 +345,3 @@ class Tracker:
 _FEW = 32  # samples whose numbers are looked at one by one
 _BEFORE = 1e8  # what TorchDEQ's traces begin with
 _TINY = 1e-9  # and what they add to a norm that they divide by
-
-
-def _without_nan(trace: Tensor) -> Tensor:
-    return torch.nan_to_num(trace, nan=torch.inf, posinf=torch.inf)
