@@ -87,3 +87,49 @@ def test_a_name_counts_in_training_alone():
 def test_a_call_without_a_number_is_refused():
     with pytest.raises(ValueError, match="steps=None; expected the number"):
         Loop("npg")(func, START)
+
+
+def numbered(i, h):
+    """An evaluation that goes by its number."""
+    return func(h) / (1 + i)
+
+
+@pytest.mark.parametrize(("spec", "graph"), [(None, 2), ("tbptt(k=4)", 4), ("bptt", 5)])
+def test_evaluations_by_their_number(spec, graph):
+    h, states = START, [START]
+    for i in range(5):
+        with torch.set_grad_enabled(i >= 5 - graph):
+            states.append(h := numbered(i, h))
+    found, before = Loop(spec).numbered(numbered, START, 3, 2)
+    assert same(found, h)
+    assert torch.equal(before, states[-2])
+    assert not before.requires_grad
+
+
+@pytest.mark.parametrize("spec", ["npg", "ift", "jfb", "exact", "upg(k=2, lam=1.0)"])
+def test_the_map_is_the_last_evaluation(spec):
+    """Of a loop that is no iteration of one map: what leads there is its own, F is the last."""
+    k = {"npg": 0, "upg(k=2, lam=1.0)": 2}.get(spec, 1)
+    with torch.no_grad():
+        h = START
+        for i in range(5 - k):
+            h = numbered(i, h)
+    want = dpp.attach(lambda h: numbered(4, h), h, spec)
+    found, before = Loop(spec).numbered(numbered, START, 3, 2)
+    assert torch.allclose(found, want, rtol=1e-12)
+    assert all(map(torch.allclose, gradients(found), gradients(want)))
+    assert not before.requires_grad
+
+
+def test_numbers_below_zero_are_none():
+    assert same(Loop(None).numbered(numbered, START, -2, 1)[0], numbered(0, START))
+    assert Loop("npg").numbered(numbered, START, torch.tensor([0]), -1) == (START, START)
+
+
+def test_a_cache_is_refused_where_a_gradient_evaluates_again():
+    for loop in (Loop(None), Loop("npg").eval()):
+        loop.numbered(numbered, START, 3, 2, cache={})
+    with pytest.raises(ValueError, match="a cache in training"):
+        Loop("npg").numbered(numbered, START, 3, 2, cache={})
+    with torch.no_grad():
+        Loop("npg").numbered(numbered, START, 3, 2, cache={})
