@@ -19,7 +19,7 @@ training, where a strategy would fill it again. Generation runs under `torch.no_
 - Processes draw depths of their own unless `lockstep_n` and `lockstep_k` are set. DDP takes that:
   gradients of parameters are one backward pass each. Blocks that FSDP shards by themselves do not:
   every evaluation, and every product with F's Jacobian, waits for all processes. There set both,
-  and take `tbptt`, `bptt`, `jfb` or `upg`.
+  and take nothing that stops at a tolerance, as `ift` does, or evaluates F again in backward.
 - The training step is the repository's own, a micro-batch, which `max_steps` counts.
 
 `legacy_modeling_file.py` is imported nowhere and is left alone; so is `vllm`, which does not train.

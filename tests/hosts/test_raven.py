@@ -95,7 +95,7 @@ def test_a_name_and_none_again(model, checkpointed):
 def test_the_depth_is_its_own_draw(model):
     own = trained(model, None)
     dpp.enable("raven")
-    for spec in ("npg", "ift", "jfb", "upg(k=2, lam=1.0)", "bptt"):
+    for spec in ("npg", "ift", "jfb", "upg(k=3, lam=1.0)", "bptt"):
         dpp.set_grad(model, spec)
         found = trained(model, None)
         assert torch.allclose(found[0][0], own[0][0], rtol=1e-12)

@@ -101,7 +101,7 @@ def test_the_depth_is_its_own_draw(model, repo, patched):
     """Other gradients, at the same depths, with the same random numbers and states."""
     (own,) = trained(repo, job(model))
     assert len({tuple(step[-2]["steps"]) for step in own}) > 1
-    specs = ("bptt", "npg", "ift", "jfb", "upg(k=2, lam=1.0)")
+    specs = ("bptt", "npg", "ift", "jfb", "upg(k=3, lam=1.0)")
     for found in trained(patched, *(job(model, grad=spec) for spec in specs)):
         for ours, theirs in zip(found, own, strict=True):
             assert ours[0] == pytest.approx(theirs[0], rel=1e-12)
