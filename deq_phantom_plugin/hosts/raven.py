@@ -246,6 +246,7 @@ def _pair(model: Any, num_steps: Any) -> tuple[Any, Any]:
     return num_steps, torch.tensor(0)
 
 
+@never_compiled  # or for each number of evaluations anew
 def _looped(
     model: Any,
     spec: Any,
@@ -263,7 +264,7 @@ def _looped(
     if spec is None and graph:
         strategy = TBPTT(graph)
     elif spec is not None and attaches(model):
-        strategy = _of_steps(spec, steps)
+        strategy = get_strategy(spec, {"steps": steps})
     if strategy is None:
         step = evaluations(recurrence.func, watched(model, recurrence.at))
         with torch.no_grad():
@@ -275,8 +276,3 @@ def _looped(
             observers, recurrence.func, start, steps, strategy, context, at=recurrence.at
         )
     return end, recurrence.before  # type: ignore[return-value]
-
-
-@never_compiled
-def _of_steps(spec: Any, steps: int) -> GradStrategy:
-    return get_strategy(spec, {"steps": steps})

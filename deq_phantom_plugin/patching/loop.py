@@ -101,6 +101,7 @@ class Loop(Equilibrium):
             self._watching(), func, start, number, strategy.resolve(context), context, at=at
         )
 
+    @never_compiled  # or for each number of evaluations anew
     def numbered(
         self, evaluate: At, start: State, free: int, graph: int, cache: Any = None
     ) -> tuple[State, State]:

@@ -400,23 +400,6 @@ def check_tools(kind):
     return found
 
 
-def check_compiled(kind):
-    """Graphs that the compiler makes of the original and of the patched model, and gradients."""
-    found = {}
-    cases = [("original", kind.original, None)]
-    cases += [(spec or "own", kind.module, spec) for spec in (None, "tbptt(k=4)", "npg", "ift")]
-    counters = torch._dynamo.utils.counters["stats"]
-    for name, module, spec in cases:
-        torch._dynamo.reset()
-        want = trained(kind, kind.built(module, grad=spec), steps=6)
-        model = kind.built(module, grad=spec)
-        before = counters["unique_graphs"]
-        model.compile(backend="aot_eager")
-        got = trained(kind, model, steps=6)
-        found[name] = [error(got[1], want[1]), counters["unique_graphs"] - before]
-    return found
-
-
 def generated(kind, model, number=4):
     """Greedy tokens with a cache, their logits, and which evaluations have entries in it.
 
@@ -476,7 +459,7 @@ def main(name, root, check):
     sys.path.insert(0, os.getcwd())
     stand_ins(Path.cwd())
     kind = MODELS[name](root)
-    if check not in ("own", "compiled"):
+    if check != "own":
         torch.set_default_dtype(torch.float64)
         torch.Tensor.float = torch.Tensor.double  # norms, rotations and logits round to less
     print("RESULT", json.dumps(globals()[f"check_{check}"](kind)))
