@@ -133,3 +133,33 @@ def test_a_cache_is_refused_where_a_gradient_evaluates_again():
         Loop("npg").numbered(numbered, START, 3, 2, cache={})
     with torch.no_grad():
         Loop("npg").numbered(numbered, START, 3, 2, cache={})
+
+
+@pytest.mark.parametrize("spec", [None, "tbptt(k=2)", "npg"])
+def test_a_compiled_model_runs_the_loop_as_it_is_written(spec):
+    """Its length changes with every call; the block may be compiled by itself."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loop, self.block = Loop(spec), torch.nn.Linear(4, 4).double()
+            torch.nn.init.constant_(self.block.weight, 0.1)
+
+        def forward(self, x, free):
+            return self.loop.numbered(lambda i, h: torch.tanh(self.block(h)) + x, x, free, 1)[0]
+
+    plain, compiled = Model(), Model()
+    compiled.load_state_dict(plain.state_dict())
+    compiled.block.compile(backend="aot_eager", dynamic=False)
+    compiled.compile(backend="aot_eager", dynamic=False)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    for free in range(1, 13):  # more numbers than the compiler would take
+        found = [
+            torch.autograd.grad(model(Z, free).square().sum(), model.block.weight)[0]
+            for model in (plain, compiled)
+        ]
+        assert torch.allclose(*found, rtol=1e-12)
+        graphs.append(counters["unique_graphs"])
+    assert graphs[3] == graphs[-1]
