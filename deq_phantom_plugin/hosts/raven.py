@@ -260,7 +260,8 @@ def _looped(
     steps = free + graph
     if steps == 0:
         return start, start.detach()
-    recurrence, strategy = Recurrence(evaluate, steps), None
+    recurrence = Recurrence(evaluate, steps)
+    strategy: GradStrategy | None = None
     if spec is None and graph:
         strategy = TBPTT(graph)
     elif spec is not None and attaches(model):
