@@ -16,6 +16,7 @@ import functools
 import inspect
 import sys
 import textwrap
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -108,11 +109,10 @@ class Raven(PatchingHost):
 
 def _loaded() -> Iterator[type]:
     """Return the classes that are loaded already, each once."""
-    found = {
-        id(cls): cls
-        for module in list(sys.modules.values())
-        if isinstance(cls := getattr(module, "__dict__", {}).get(_NAME), type)
-    }
+    modules = [m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)]
+    # Past the module's own way to get attributes: one that loads lazily is to stay so.
+    names = (object.__getattribute__(module, "__dict__").get(_NAME) for module in modules)
+    found = {id(cls): cls for cls in names if isinstance(cls, type)}
     return (cls for cls in found.values() if _LOOP in vars(cls))
 
 
