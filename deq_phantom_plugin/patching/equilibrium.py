@@ -95,13 +95,14 @@ def switch(model: nn.Module, grad: Spec) -> None:
     set_grad(model, os.environ.get(RUN_GRAD, grad))
 
 
-def tell_step(model: nn.Module, step: int, grad: Spec | None) -> None:
+def tell_step(model: nn.Module, step: int, grad: Spec | None, total: int | None = None) -> None:
     """Tell a patched model the training step, see `dpp.set_step`.
 
     Args:
         model: the model; one that the patch knows nothing of needs none.
         step: the step.
         grad: what the configuration says, None for the model's own gradient.
+        total: how many steps there will be, None where that is not known.
 
     Raises:
         ValueError: if a method is named and the model has no equilibrium, since a part of the patch
@@ -110,7 +111,7 @@ def tell_step(model: nn.Module, step: int, grad: Spec | None) -> None:
     if grad is not None:
         _check_patched(model)
     if find_equilibria(model):
-        set_step(model, step)
+        set_step(model, step, total=total)
 
 
 def _check_patched(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from ..contract.state import State
 from ..contract.strategy import GradStrategy
 from ..equilibrium import Equilibrium, LastSolve
 from ..hosts.evaluation import attaches
+from ..hosts.recurrence import Recurrence, refuse_cache
 from ..hosts.solve import loop_observed
 from ..loop import At
 from ..strategies import TBPTT
@@ -99,6 +100,34 @@ class Loop(Equilibrium):
         return loop_observed(
             self._watching(), func, start, number, strategy.resolve(context), context, at=at
         )
+
+    @never_compiled  # or for each number of evaluations anew
+    def numbered(
+        self, evaluate: At, start: State, free: int, graph: int, cache: Any = None
+    ) -> tuple[State, State]:
+        """Return the state at the end of a loop and the state before its last evaluation.
+
+        For a recurrence whose evaluations count along. F is the last of them; a cache that they
+        write to, one entry each, is refused where a gradient evaluates F again.
+
+        Args:
+            evaluate: evaluation number i, from 0: (i, state) -> state.
+            start: where the loop begins.
+            free: how many evaluations the model has without a graph; none if negative.
+            graph: how many it has after them with one.
+            cache: what evaluations write to, None for nothing.
+
+        Raises:
+            ValueError: if there is a cache in training and a gradient is named, or observed.
+        """
+        carrying = max(int(graph), 0)
+        steps = max(int(free), 0) + carrying
+        if steps == 0:
+            return start, start
+        refuse_cache(cache, bool(self._watching()) or (attaches(self) and not self.is_own))
+        recurrence = Recurrence(evaluate, steps)
+        end = self(recurrence.func, start, recurrence.at, steps=steps, graph=carrying)
+        return end, recurrence.before
 
     def _number(self, start: State) -> int:
         if self.steps is None:

@@ -87,3 +87,79 @@ def test_a_name_counts_in_training_alone():
 def test_a_call_without_a_number_is_refused():
     with pytest.raises(ValueError, match="steps=None; expected the number"):
         Loop("npg")(func, START)
+
+
+def numbered(i, h):
+    """An evaluation that goes by its number."""
+    return func(h) / (1 + i)
+
+
+@pytest.mark.parametrize(("spec", "graph"), [(None, 2), ("tbptt(k=4)", 4), ("bptt", 5)])
+def test_evaluations_by_their_number(spec, graph):
+    h, states = START, [START]
+    for i in range(5):
+        with torch.set_grad_enabled(i >= 5 - graph):
+            states.append(h := numbered(i, h))
+    found, before = Loop(spec).numbered(numbered, START, 3, 2)
+    assert same(found, h)
+    assert torch.equal(before, states[-2])
+    assert not before.requires_grad
+
+
+@pytest.mark.parametrize("spec", ["npg", "ift", "jfb", "exact", "upg(k=2, lam=1.0)"])
+def test_the_map_is_the_last_evaluation(spec):
+    """Of a loop that is no iteration of one map: what leads there is its own, F is the last."""
+    k = {"npg": 0, "upg(k=2, lam=1.0)": 2}.get(spec, 1)
+    with torch.no_grad():
+        h = START
+        for i in range(5 - k):
+            h = numbered(i, h)
+    want = dpp.attach(lambda h: numbered(4, h), h, spec)
+    found, before = Loop(spec).numbered(numbered, START, 3, 2)
+    assert torch.allclose(found, want, rtol=1e-12)
+    assert all(map(torch.allclose, gradients(found), gradients(want)))
+    assert not before.requires_grad
+
+
+def test_numbers_below_zero_are_none():
+    assert same(Loop(None).numbered(numbered, START, -2, 1)[0], numbered(0, START))
+    assert Loop("npg").numbered(numbered, START, torch.tensor([0]), -1) == (START, START)
+
+
+def test_a_cache_is_refused_where_a_gradient_evaluates_again():
+    for loop in (Loop(None), Loop("npg").eval()):
+        loop.numbered(numbered, START, 3, 2, cache={})
+    with pytest.raises(ValueError, match="a cache in training"):
+        Loop("npg").numbered(numbered, START, 3, 2, cache={})
+    with torch.no_grad():
+        Loop("npg").numbered(numbered, START, 3, 2, cache={})
+
+
+@pytest.mark.parametrize("spec", [None, "tbptt(k=2)", "npg"])
+def test_a_compiled_model_runs_the_loop_as_it_is_written(spec):
+    """Its length changes with every call; the block may be compiled by itself."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loop, self.block = Loop(spec), torch.nn.Linear(4, 4).double()
+            torch.nn.init.constant_(self.block.weight, 0.1)
+
+        def forward(self, x, free):
+            return self.loop.numbered(lambda i, h: torch.tanh(self.block(h)) + x, x, free, 1)[0]
+
+    plain, compiled = Model(), Model()
+    compiled.load_state_dict(plain.state_dict())
+    compiled.block.compile(backend="aot_eager", dynamic=False)
+    compiled.compile(backend="aot_eager", dynamic=False)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    for free in range(1, 13):  # more numbers than the compiler would take
+        found = [
+            torch.autograd.grad(model(Z, free).square().sum(), model.block.weight)[0]
+            for model in (plain, compiled)
+        ]
+        assert torch.allclose(*found, rtol=1e-12)
+        graphs.append(counters["unique_graphs"])
+    assert graphs[3] == graphs[-1]
