@@ -7,6 +7,7 @@ calls one by name on the leaves of any state.
 from __future__ import annotations
 
 from .broyden import broyden
+from .clip import Clip
 from .implicit import VJP, implicit
 from .linearization import Linearization, inside_checkpoint, mixes_samples
 from .packing import Packing, relative_norm
@@ -18,6 +19,7 @@ __all__ = [
     "SOLVERS",
     "VJP",
     "Apply",
+    "Clip",
     "Linearization",
     "Packing",
     "Pushforward",

@@ -563,6 +563,7 @@ SPECS = [
     "ift(higher_order=True)",
     "jfb",
     "npg(k=3, lam='adaptive')",
+    "npg(k=2, lam=1.0, clip=1.0)",
     "npg_rr(p=0.5, lam=0.25)",
     "reversible(steps=3, beta=0.5)",
     "ramp('upg', {'k': (2, 5)}, until=9)",

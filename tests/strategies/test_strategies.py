@@ -39,6 +39,7 @@ TestIFTWarmStart = suite("ift(warm_start=True)", 1e-4)
 TestJFB = suite("jfb")
 TestNPG = suite("npg")
 TestNPGAdaptive = suite("npg(lam='adaptive')")
+TestNPGClipped = suite("npg(k=60, lam=1.0, clip=1.0)", 1e-6)
 TestNPGLong = suite("npg(k=60)", 1e-6)
 TestNPGRR = suite("npg_rr", draws=True)
 TestReversible = suite("reversible(steps=20, beta=0.5)", 1e-3)
@@ -576,6 +577,11 @@ def test_equilibrium_must_be_usable(spec, equilibrium, match):
         ("upg(lam=1.5)", "lam=1.5"),
         ("npg(lam=-0.1)", "lam=-0.1"),
         ("npg(lam='best')", "'adaptive'"),
+        ("npg(clip=0)", "clip=0; expected a finite number above 0, or None"),
+        ("npg(clip=-1.5)", "clip=-1.5"),
+        ("npg(clip=True)", "clip=True"),
+        ("npg(clip='x')", "clip='x'"),
+        ("npg(clip=1e999)", "clip=inf"),
         ("upg(checkpoint=1)", "checkpoint=1; expected True or False"),
         ("bptt(steps=0)", "steps=0"),
         ("ift(tol=0)", "tol=0"),
@@ -590,9 +596,11 @@ def test_arguments_out_of_range(spec, match):
         dpp.get_strategy(spec)
 
 
-def test_lam_nan_is_refused():
+def test_nan_is_refused():
     with pytest.raises(ValueError, match="lam=nan"):
         dpp.UPG(lam=float("nan"))
+    with pytest.raises(ValueError, match="clip=nan"):
+        dpp.NPG(clip=float("nan"))
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])
