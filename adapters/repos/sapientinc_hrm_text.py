@@ -13,6 +13,8 @@ each step has the graph that the repository gives it. `bp_warmup_ratio` ramps th
 `trm` has the same loop with one module for both. There one evaluation is one H cycle, as in
 TinyRecursiveModels.
 
+Its states are the tokens of several texts in a row, so a batch is one system, and no samples.
+
 Its loader asks a checkpoint for every key of the
 model; so the training step, which `pretrain.py` tells in each step, is not saved with it.
 """
@@ -99,7 +101,7 @@ def _model(
         own: what it does by itself, as an argument of `patching.Loop`.
     """
     made = f"{name}.__init__"
-    rest = f"steps={steps}{own}, saved=False)"
+    rest = f"steps={steps}{own}, saved=False, batch_dim=None)"
     return SeamFile(
         f"the model {what}",
         (f"class {config}(TransformerConfig)", f"class {name}(nn.Module)"),

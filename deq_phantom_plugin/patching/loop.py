@@ -10,7 +10,7 @@ from torch import nn
 
 from .._plumbing.compilation import never_compiled
 from ..contract.state import State
-from ..contract.strategy import GradStrategy
+from ..contract.strategy import BatchDim, GradStrategy
 from ..equilibrium import Equilibrium, LastSolve
 from ..hosts.evaluation import attaches
 from ..hosts.solve import loop_observed
@@ -33,6 +33,7 @@ class Loop(Equilibrium):
         own: a spec of what the model does by itself.
         saved: whether the training step is in the model's `state_dict`: a loader that asks a
             checkpoint for every key of the model would refuse those from before the patch.
+        batch_dim: see `Context.batch_dim`.
 
     Attributes:
         grad: the strategy; None may be written too.
@@ -50,9 +51,10 @@ class Loop(Equilibrium):
         steps: int | None = None,
         own: Spec = "tbptt(k=1)",
         saved: bool = True,
+        batch_dim: BatchDim = "auto",
     ) -> None:
         self.__dict__["_models_own"] = get_strategy(own, {"steps": steps or 1})
-        super().__init__(grad=grad, steps=steps)  # type: ignore[arg-type]
+        super().__init__(grad=grad, steps=steps, batch_dim=batch_dim)  # type: ignore[arg-type]
         self.grad = grad  # type: ignore[assignment]  # as a spec, not as what it names
         if not saved:
             self.memory.register_state_dict_post_hook(_left_out)
