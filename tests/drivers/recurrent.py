@@ -250,6 +250,16 @@ def check_special(root, model, module):
     return model.special(root, module)
 
 
+def check_compiled(root, model, module):
+    """Whether it compiles into one graph."""
+    return model.compiled(root, module)
+
+
+def check_configured(root, model, module):
+    """What its configuration names."""
+    return model.configured(root, module)
+
+
 def main(name, root, *checks):
     from recurrent_models import MODELS
 
