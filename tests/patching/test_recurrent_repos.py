@@ -71,7 +71,7 @@ def said(root, driver, *args):
 def test_models(model, patched):
     """No method is their own training bit for bit; others are their own code, told to."""
     original = RECURRENT / MODELS[model]
-    driver, checks = DRIVERS / "recurrent.py", ("own", "unrolled", "special")
+    driver, checks = DRIVERS / "looped.py", ("own", "unrolled", "special")
     found = said(patched[MODELS[model]], driver, model, original, *checks)
     assert all(found["own"].values()), found["own"]
     assert found["unrolled"].pop("tells apart") > 1e-3
@@ -93,7 +93,7 @@ def test_models(model, patched):
 
 def test_in_memory_it_is_the_same(tmp_path, capfd):
     root = checkout(tmp_path, source=RECURRENT / "diffusion")
-    driver = [sys.executable, str(DRIVERS / "recurrent.py"), "fpdm", str(RECURRENT / "diffusion")]
+    driver = [sys.executable, str(DRIVERS / "looped.py"), "fpdm", str(RECURRENT / "diffusion")]
     command = ["--", "env", "-C", str(root), *driver, "in_memory"]
     assert main(["run", "--repo", str(root), "--grad", "tbptt(k=2)", *command]) == 0
     line = capfd.readouterr().out.splitlines()[-1]
@@ -101,7 +101,7 @@ def test_in_memory_it_is_the_same(tmp_path, capfd):
 
 
 def test_the_script_of_diffusion_takes_a_method(patched):
-    driver = DRIVERS / "recurrent_fpdm_train.py"
+    driver = DRIVERS / "looped_fpdm_train.py"
     theirs = said(RECURRENT / "diffusion", driver)
     own = said(patched["diffusion"], driver, "--grad", "")
     assert [step.pop("step") for step in own] == [[0, 3], [1, 3], [2, 3]]

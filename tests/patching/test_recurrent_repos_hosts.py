@@ -74,7 +74,7 @@ def results(copies):
             if repository == "HRM-Text":
                 checks += ["compiled", "configured"]
             original = HOSTS / repository
-            found[model] = said("recurrent.py", copies(repository), model, original, *checks)
+            found[model] = said("looped.py", copies(repository), model, original, *checks)
         return found[model]
 
     return result
@@ -127,7 +127,7 @@ def test_in_memory(repository, model, copies, capfd):
     )
     if model == "hrm_text":
         spec = "tbptt(k=3)"
-    driver = [sys.executable, str(DRIVERS / "recurrent.py"), model, str(HOSTS / repository)]
+    driver = [sys.executable, str(DRIVERS / "looped.py"), model, str(HOSTS / repository)]
     command = ["--", "env", "-C", str(root), *driver, "in_memory"]
     assert main(["run", "--repo", str(root), "--grad", spec, *command]) == 0
     line = next(x for x in capfd.readouterr().out.splitlines() if x.startswith("RESULT "))
@@ -184,14 +184,14 @@ def test_every_parameter_has_a_gradient_under_ddp(results):
 
 def test_the_training_script_of_fixed_point_diffusion(copies):
     repository = "fixed-point-diffusion-models"
-    theirs = said("recurrent_fpdm_train.py", copies(repository, patched=False))
+    theirs = said("looped_fpdm_train.py", copies(repository, patched=False))
     root = copies(repository)
     assert [step.pop("step") for step in theirs] == [None] * 3
-    own = said("recurrent_fpdm_train.py", root, "--grad", "")
+    own = said("looped_fpdm_train.py", root, "--grad", "")
     assert [step.pop("step") for step in own] == [[0, 3], [1, 3], [2, 3]]
     assert own == theirs
-    default = said("recurrent_fpdm_train.py", root)
-    assert default == said("recurrent_fpdm_train.py", root, "--grad", "npg")
+    default = said("looped_fpdm_train.py", root)
+    assert default == said("looped_fpdm_train.py", root, "--grad", "npg")
     assert [step["grads"] for step in default] != [step["grads"] for step in own]
 
 

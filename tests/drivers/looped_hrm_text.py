@@ -1,4 +1,4 @@
-"""HRM-Text: its four models that loop, tiny, in `recurrent.py`.
+"""HRM-Text: its four models that loop, tiny, in `looped.py`.
 
 Its attention is FlashAttention 3 on a GPU. Here it is in plain PyTorch.
 """
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
-from recurrent import built, error, original, trained
+from looped import built, error, original, trained
 from torch.nn import functional as F
 
 import deq_phantom_plugin as dpp

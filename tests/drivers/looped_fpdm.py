@@ -1,4 +1,4 @@
-"""fixed-point-diffusion-models: a tiny diffusion transformer, in `recurrent.py`."""
+"""fixed-point-diffusion-models: a tiny diffusion transformer, in `looped.py`."""
 
 import random
 import sys
@@ -7,7 +7,7 @@ import types
 from typing import ClassVar
 
 import torch
-from recurrent import built, original, trained
+from looped import built, original, trained
 from torch import nn
 from torch.nn import functional as F
 

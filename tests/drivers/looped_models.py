@@ -1,8 +1,8 @@
-"""The models that `recurrent.py` compares: how each is built, and one evaluation written out."""
+"""The models that `looped.py` compares: how each is built, and one evaluation written out."""
 
-from recurrent_attractor import Attractor
-from recurrent_fpdm import Fpdm
-from recurrent_hrm_text import HRM, TRM, Rins, Universal
+from looped_attractor import Attractor
+from looped_fpdm import Fpdm
+from looped_hrm_text import HRM, TRM, Rins, Universal
 
 MODELS = {
     "fpdm": Fpdm(),

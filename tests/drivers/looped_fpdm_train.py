@@ -1,6 +1,6 @@
 """Runs the training script of fixed-point-diffusion-models, in its folder, for three steps.
 
-    python recurrent_fpdm_train.py [--grad SPEC]
+    python looped_fpdm_train.py [--grad SPEC]
 
 What it imports and is not installed, or wants a GPU, are stand-ins. Prints losses, gradients, and
 what its loop was told.
@@ -71,7 +71,7 @@ def module(name, **content):
 
 
 def main():
-    from recurrent_models import MODELS
+    from looped_models import MODELS
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

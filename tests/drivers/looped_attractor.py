@@ -1,10 +1,10 @@
-"""Attractor: a tiny language model with a fixed point, in `recurrent.py`."""
+"""Attractor: a tiny language model with a fixed point, in `looped.py`."""
 
 import importlib
 from typing import ClassVar
 
 import torch
-from recurrent import built, error, original, trained
+from looped import built, error, original, trained
 from torch.nn import functional as F
 
 SETTINGS = {

@@ -2,7 +2,7 @@
 
 Run in the folder of a patched code base, or of one that `deq-phantom run` patches in memory:
 
-    python recurrent.py MODEL ORIGINAL CHECK ...   (own first, if it is among them)
+    python looped.py MODEL ORIGINAL CHECK ...   (own first, if it is among them)
 
 ORIGINAL is a checkout as it was. What the original says is by its own code, its settings or its
 `detach` changed where a check wants more of the loop in the graph.
@@ -261,7 +261,7 @@ def check_configured(root, model, module):
 
 
 def main(name, root, *checks):
-    from recurrent_models import MODELS
+    from looped_models import MODELS
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -278,5 +278,5 @@ def main(name, root, *checks):
 
 
 if __name__ == "__main__":
-    sys.modules["recurrent"] = sys.modules["__main__"]
+    sys.modules["looped"] = sys.modules["__main__"]
     main(*sys.argv[1:])
