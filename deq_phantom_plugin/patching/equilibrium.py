@@ -146,7 +146,7 @@ def tell_step(model: nn.Module, step: int, grad: Spec | None, total: int | None 
         model: the model; one that the patch knows nothing of needs none.
         step: the step.
         grad: what the configuration says, None for the model's own gradient.
-        total: how many steps there will be, None where the script does not know.
+        total: how many steps there will be, None where that is not known.
 
     Raises:
         ValueError: if a method is named and the model has no equilibrium, since a part of the patch
