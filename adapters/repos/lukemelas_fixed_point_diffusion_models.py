@@ -5,9 +5,9 @@ are detached from, and k that carry the graph. Both draws stay, also where a gra
 does not ask for k; with adaptive sampling its controller gives both. One evaluation is one
 `forward_pass`.
 
-Its no-grad part builds a graph and detaches, for the sake of DDP: under autocast PyTorch keeps
-weights that were cast without autograd, and no gradient would get past them. `patching.Loop` has
-them cast anew.
+Its no-grad part builds a graph and detaches from it, for the sake of DDP as its comment says. Here
+it builds none. What DDP would miss are gradients of weights that autocast has cast without autograd
+and kept; `patching.Loop` has them cast anew.
 
 Its own training cuts where the loop begins, and so does every gradient but that of the whole loop.
 A solution that was kept from the last call (`fixed_point_reuse_solution`) is cut from always: the

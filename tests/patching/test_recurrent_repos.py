@@ -106,35 +106,49 @@ def test_the_script_of_diffusion_takes_a_method(patched):
     own = said(patched["diffusion"], driver, "--grad", "")
     assert [step.pop("step") for step in own] == [[0, 3], [1, 3], [2, 3]]
     assert own == [{"loss": step["loss"], "grads": step["grads"]} for step in theirs]
-    default, npg, jfb = (
-        said(patched["diffusion"], driver, *grad)
-        for grad in ([], ["--grad", "npg"], ["--grad", "jfb"])
+    default, jfb = (said(patched["diffusion"], driver, *grad) for grad in ([], ["--grad", "jfb"]))
+    assert own[0]["grads"] != default[0]["grads"] != jfb[0]["grads"] != own[0]["grads"]
+
+
+def runs(root, script, arguments):
+    """What a script prints for each of some lists of arguments, in one process."""
+    path, _, module = script.rpartition("/")
+    code = (
+        f"import json, sys; sys.path.insert(0, {path!r}); import {module} as script\n"
+        "for arguments in json.loads(sys.argv[1]): script.main(*arguments)"
     )
-    assert default == npg
-    assert default[0]["grads"] != jfb[0]["grads"] != own[0]["grads"]
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+LATE = "schedule({0: 'npg', 0.5: 'jfb'})"  # from the half of training on
 
 
 def test_the_script_of_attractor_takes_a_method(patched):
-    script, root = "scripts/train.py", patched["attractor"]
-    own = said(RECURRENT / "attractor", script)
-    assert said(root, script, "null") == own
-    assert said(root, script) == said(root, script, "npg") != own
-    late = said(root, script, "schedule({0: 'npg', 0.5: 'jfb'})")  # the second of two steps
-    npg = said(root, script)
+    (theirs,) = runs(RECURRENT / "attractor", "scripts/train", [[]])
+    each = [["null"], [], ["npg"], ["jfb"], [LATE]]
+    own, default, npg, jfb, late = runs(patched["attractor"], "scripts/train", each)
+    assert own == theirs
+    assert own != default == npg != jfb
     assert late[0] == npg[0]
     assert late[1] != npg[1]
 
 
-@pytest.mark.parametrize("arch", ["hrm", "trm", "ut", "rins"])
-def test_the_configuration_of_hrm_text_takes_a_method(arch, patched):
-    script, root = "pretrain.py", patched["hrm_text"]
-    own = said(RECURRENT / "hrm_text", script, arch)
-    assert said(root, script, arch, "arch.grad=null") == own
-    npg = said(root, script, arch)
-    assert npg == said(root, script, arch, "arch.grad=npg") != own
-    late = said(root, script, arch, "arch.grad=schedule({0: 'npg', 0.5: 'jfb'})")
-    assert late[:2] == npg[:2]  # the first half of four steps
-    assert late[2:] != npg[2:]
+def test_the_configuration_of_hrm_text_takes_a_method(patched):
+    archs, specs = ("hrm", "trm", "ut", "rins"), ("null", "npg", LATE)
+    theirs = runs(RECURRENT / "hrm_text", "pretrain", [[arch] for arch in archs])
+    each = [
+        [arch, *(f"arch.grad={spec}" for spec in specs[i:][:1])] for arch in archs for i in range(4)
+    ]
+    found = runs(patched["hrm_text"], "pretrain", each)
+    for number, own in enumerate(theirs):
+        null, npg, late, default = found[4 * number :][:4]
+        assert null == own
+        assert own != npg == default
+        assert late[:2] == npg[:2]
+        assert late[2:] != npg[2:]
 
 
 @pytest.mark.parametrize("folder", sorted(set(MODELS.values())))
