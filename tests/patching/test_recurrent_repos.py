@@ -137,7 +137,7 @@ def test_the_script_of_attractor_takes_a_method(patched):
 
 
 def test_the_configuration_of_hrm_text_takes_a_method(patched):
-    archs, specs = ("hrm", "trm", "ut", "rins"), ("null", "npg", LATE)
+    archs, specs = ("hrm", "trm", "ut", "rins"), ("null", "npg", f'"{LATE}"')
     theirs = runs(RECURRENT / "hrm_text", "pretrain", [[arch] for arch in archs])
     each = [
         [arch, *(f"arch.grad={spec}" for spec in specs[i:][:1])] for arch in archs for i in range(4)
