@@ -209,7 +209,7 @@ def test_caches_checkpoints_and_the_compiler_of_hrm_text(results, model):
     for what in ("keys", "cached", "resumed"):
         assert found["special"][what], what
     assert max(found["compiled"].values()) < 1e-5, found["compiled"]
-    assert found["configured"] == ["npg(k=5, lam=0.5)", "jfb", "own", "tbptt(k=2)"]
+    assert found["configured"] == ["npg(k=5, lam=0.5)", "jfb()", "own", "tbptt(k=2)"]
 
 
 def test_a_ramp_beside_the_warm_up_of_hrm_text(results):
