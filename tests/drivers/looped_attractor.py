@@ -62,7 +62,7 @@ class Attractor:
 
     def whole(self, root, k):
         """Train the original with k evaluations of its map in the graph."""
-        made = built(original(root, self), self, grad=None)
+        made = built(original(root, self), self)
 
         def unrolled(y, c, *rest):
             steps = 5 if k == "bptt" else k
