@@ -55,12 +55,14 @@ def attach(
         raise TypeError(f"context={context!r:.60}; expected a dpp.Context, such as dpp.Context()")
     # Forward mode goes on where autograd is off.
     attaching = torch.is_grad_enabled() or in_forward_mode()
-    # To look at numbers is to wait for the device, and cannot be exported.
-    check_equilibrium(equilibrium, finite=attaching and not strategy.accepts_nonfinite)
     if not attaching:
+        check_equilibrium(equilibrium, finite=False)
         return equilibrium
+    acting = strategy.resolve(context)
+    # To look at numbers is to wait for the device, and cannot be exported.
+    check_equilibrium(equilibrium, finite=not acting.accepts_nonfinite)
     state = _ordinary(equilibrium)
-    acting, checked = strategy.resolve(context), CheckedFunc(func, state)
+    checked = CheckedFunc(func, state)
     context = settled(context, checked, state, acting.tells_samples_apart)
     attached = acting.attach(checked, state, context)
     _check_attached(strategy, attached, state)

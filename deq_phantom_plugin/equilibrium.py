@@ -18,6 +18,7 @@ from ._plumbing.compilation import never_compiled
 from ._plumbing.late_read import LateRead
 from ._plumbing.once import warn_once
 from ._plumbing.trial import Trial
+from .attach import count
 from .contract.errors import AssumptionWarning, ConvergenceWarning
 from .contract.state import CheckedFunc, State, check_equilibrium, flatten
 from .contract.strategy import BatchDim, Context, GradStrategy
@@ -192,7 +193,11 @@ class Equilibrium(Attaching):
         """Return the state after a loop; see `dpp.loop`."""
         steps = self._number(start)
         self.last = LastSolve(None, torch.tensor(steps))
-        return (self.looped if attaches(self) else self._plain)(func, start, steps)
+        if attaches(self):
+            return self.looped(func, start, steps)
+        if self.training:
+            count(self.context(start))  # of which nobody else hears
+        return self._plain(func, start, steps)
 
     def _plain(
         self, func: Callable[[State], State], start: State, steps: int, at: At | None = None
@@ -203,9 +208,9 @@ class Equilibrium(Attaching):
             return repeated(evaluate, tree_map(_detached, start), steps)
 
     def _number(self, start: State) -> int:
-        """Return the evaluations of a loop: in evaluation mode they do not depend on the step."""
+        """Return the evaluations of a loop."""
         if isinstance(self.steps, Depth):
-            return self.steps.draw(self.context(start)) if self.training else self.steps.typical
+            return self.steps.draw(self.context(start))
         assert self.steps is not None
         return self.steps
 

@@ -54,7 +54,7 @@ def loop(
             (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`, `jfb` where that is 1), and
             cut otherwise, also by what wraps a strategy, as `guard` does.
         steps: the number of evaluations, or a distribution of it, see `Depth`; the context's memory
-            knows the training step that it is drawn for.
+            knows the training step that it is drawn for, and whether the model is in training.
         grad: the strategy's spec, see `get_strategy`. A k beyond the loop means all of it; one
             that owns the solve takes `steps`, unless its spec names a number of its own. An object
             has one: `get_strategy("bptt")` is of 10 steps, `get_strategy("tbptt('all')")` of all.

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ._plumbing.once import warn_once
+from .contract.errors import AssumptionWarning
 from .contract.memory import LARGEST_STEP, Memory
 from .hosts import find_equilibria, what_is_found
 from .strategies.arguments import boolean, positive_int
@@ -55,7 +57,8 @@ def set_step(module: nn.Module, step: int, *, total: int | None = None) -> None:
     """Tell every equilibrium inside a model the training step (optimiser steps, from 0).
 
     Args:
-        module: the model.
+        module: the model, whole: equilibria are numbered in what is given here, and draw by their
+            numbers.
         step: the step that the next forward pass belongs to.
         total: how many steps there will be, for what goes by fractions of training; kept until
             another is told.
@@ -63,6 +66,7 @@ def set_step(module: nn.Module, step: int, *, total: int | None = None) -> None:
     Warns:
         UserWarning: once for a model that has neither an equilibrium nor a `Memory`; says what
             would be found.
+        AssumptionWarning: once, if `step` is beyond the length that was told.
 
     Raises:
         ValueError: if `step` is not a whole number of at least 0, or too large for a float64; if
@@ -75,6 +79,14 @@ def set_step(module: nn.Module, step: int, *, total: int | None = None) -> None:
     memories = [m for m in check_module(module).modules() if isinstance(m, Memory)]
     for place, memory in enumerate(memories):
         memory.tell(int(step), total, place)
+    length = max((memory.total or step for memory in memories), default=step)
+    if step > length:
+        warn_once(
+            "beyond the total",
+            f"step={step} is beyond total={length}: what goes by fractions of training has been at "
+            "its end since then. The step counts optimiser steps, as the total does. Said once.",
+            AssumptionWarning,
+        )
     if not memories and module not in _said:
         _said.add(module)
         if not find_equilibria(module):  # TorchDEQ's own gradients need no step

@@ -43,7 +43,8 @@ class SetStep(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See `dpp.set_step`."""
-        dpp.set_step(kwargs["model"], state.global_step)
+        total = state.max_steps if state.max_steps > 0 else None
+        dpp.set_step(kwargs["model"], state.global_step, total=total)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See `dpp.memory_state_dict`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .broyden import broyden
 from .clip import Clip
+from .fixed_point import fixed_point
 from .implicit import VJP, implicit
 from .linearization import Linearization, inside_checkpoint, mixes_samples
 from .packing import Packing, relative_norm
@@ -26,6 +27,7 @@ __all__ = [
     "Solution",
     "broyden",
     "check_solver",
+    "fixed_point",
     "implicit",
     "inside_checkpoint",
     "mixes_samples",

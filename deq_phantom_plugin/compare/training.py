@@ -148,7 +148,7 @@ def _train(
 
     model.train()
     for number, (images, labels) in enumerate(_batches(data, settings, device)):
-        set_step(model, number)
+        set_step(model, number, total=settings.steps)
         loss, total, backward = step(images, labels)
         scheduler.step()
         times.append((total, backward))

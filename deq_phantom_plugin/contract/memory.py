@@ -39,7 +39,8 @@ class Memory(nn.Module):
     Attributes:
         step: the training step, None until `dpp.set_step` or a host has told it.
         total: how many steps there will be, None until `dpp.set_step` has told it; not saved.
-        place: which of its model's memories it is, from 0; `dpp.set_step` counts them.
+        place: which of its model's memories it is, from 0; None until `dpp.set_step` has counted
+            them. Not saved.
         counts: whether a strategy asked which call of its step it is in; not saved.
         failures: samples in which a solve failed, "forward" and "adjoint"; see `guard`.
         histories: what strategies note over the steps, by name: tensors and plain values.
@@ -51,7 +52,8 @@ class Memory(nn.Module):
         super().__init__()
         self.step: int | None = None
         self.total: int | None = None
-        self.place, self.counts = 0, False
+        self.place: int | None = None
+        self.counts = False
         self._calls = 0  # equilibria that were attached in this step
         self.failures: Counter[str] = Counter()
         self.histories: dict[str, Any] = {}
@@ -86,8 +88,8 @@ class Memory(nn.Module):
 
     @never_compiled  # or for each call anew
     def count(self) -> None:
-        """Be told that an equilibrium was attached; trials do not count."""
-        if not Trial.depth():
+        """Be told that an equilibrium was attached; trials and evaluations do not count."""
+        if self.training and not Trial.depth():
             self._calls += 1
 
     def doubt(self) -> None:
@@ -189,7 +191,7 @@ class Memory(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {"findings": {}, "_doubts": 0, "histories": {}, "_on_meta": False}
-        new |= {"total": None, "place": 0, "counts": False, "_calls": 0}
+        new |= {"total": None, "place": None, "counts": False, "_calls": 0}
         super().__setstate__({**new, **state})  # pickles of 0.1 lack them
 
     def extra_repr(self) -> str:

@@ -138,7 +138,7 @@ class GradStrategy(ABC):
         hands_out_states: whether `states` is there.
         steps_ahead: evaluations of F by which the value that `attach` returns is ahead of the
             equilibrium it was given, 1 for F(h*); hosts whose solve has a fixed length take as
-            many fewer.
+            many fewer. Asked of what `resolve(context)` returns: it may depend on the step.
     """
 
     name: ClassVar[str] = ""

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from ..contract.memory import Memory
 from ..contract.state import State
-from ..contract.strategy import BatchDim, GradStrategy
+from ..contract.strategy import BatchDim, Context, GradStrategy
 from ..hosts import find_equilibria
 from ..hosts.attaching import Attaching
 from ..hosts.evaluation import attaches, look
@@ -186,6 +187,16 @@ def default_grad(parser: argparse.ArgumentParser, grad: Spec) -> None:
 def steps(grad: int | Spec) -> int:
     """Return the steps k of a strategy, 1 where it has none; an integer is itself.
 
-    For scripts that compute with the integer that `grad` was before.
+    For scripts that compute with the integer that `grad` was before, in evaluation: of what is
+    drawn that is the mean, of what follows the step (a ramp, a schedule) the first.
+
+    Raises:
+        ValueError: if k is all of a loop, which has no number.
     """
-    return grad if isinstance(grad, int) else int(getattr(get_strategy(grad), "k", 1))
+    if isinstance(grad, int):
+        return grad
+    acting = get_strategy(grad).resolve(Context(memory=Memory().eval(), step=0, total=1))
+    k = getattr(getattr(acting, "grad", acting), "k", 1)  # of a guard, that inside
+    if isinstance(k, str):
+        raise ValueError(f"{acting!r} has no number of steps here; expected k to be one")
+    return int(k)

@@ -28,7 +28,7 @@ class BPTT(GradStrategy):
         steps: the number of iterations, or a distribution of it, see `Depth`.
 
     Raises:
-        ValueError: if `steps` is not a whole number of at least 1.
+        ValueError: if `steps` is neither.
     """
 
     steps: int | Depth | str = 10
@@ -48,9 +48,8 @@ class BPTT(GradStrategy):
 
     def resolve(self, context: Context) -> GradStrategy:
         """Return the strategy with the number of the current step, where that is drawn."""
-        return (
-            replace(self, steps=self.steps.draw(context)) if isinstance(self.steps, Depth) else self
-        )
+        depth = self.steps
+        return replace(self, steps=depth.draw(context)) if isinstance(depth, Depth) else self
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""

@@ -5,16 +5,16 @@
     'lognormal_poisson(mean=32, sigma=0.5)'     Huginn's: 1 + Poisson(r), where r is log-normal of
                                                 mean 32, log r of deviation sigma
 
-What is drawn depends on nothing but the seed, the training step and the equilibrium's place in its
-model: all calls in a step have one draw, so have all processes, and a run that was resumed goes on
-with the same.
+What is drawn depends on nothing but the seed, the training step, the equilibrium's place in its
+model and the argument that it is for: all calls in a step have one draw, so have all processes, and
+a run that was resumed goes on with the same. In evaluation mode nothing is drawn.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -26,9 +26,9 @@ from .._plumbing.hints import hint, listed
 from ..contract.strategy import Context
 from .arguments import boolean, positive_float, positive_int, whole_number
 from .registry import parse_spec
-from .told import told_step
+from .told import told_call, told_place, told_step
 
-_LARGEST_MEAN = 10_000
+_LARGEST_MEAN, _LARGEST_SIGMA = 10_000, 3
 _OPTIONS = {"seed": 0, "per_call": False, "per_process": False}
 _ARGUMENTS = {
     "uniform": ("low", "high"),
@@ -45,8 +45,11 @@ class Depth:
         kind: its name.
         arguments: in the order of the name's.
         seed: of the draws.
-        per_call: whether each call of a step draws for itself.
+        per_call: whether each call of a step draws for itself; not under activation checkpointing.
         per_process: whether each process does.
+
+    Raises:
+        ValueError: if there is no such distribution, or an argument is out of range.
     """
 
     kind: str
@@ -55,28 +58,55 @@ class Depth:
     per_call: bool = False
     per_process: bool = False
 
+    def __post_init__(self) -> None:
+        if self.kind not in _ARGUMENTS:
+            near = hint(self.kind, _ARGUMENTS)
+            raise ValueError(f"no distribution {self.kind!r}{near}; there are {listed(_ARGUMENTS)}")
+        names = _ARGUMENTS[self.kind]
+        if len(self.arguments) != len(names):
+            raise ValueError(f"{self.kind} takes {', '.join(names)}")
+        check: Callable[[str, Any], float]
+        check = positive_int if self.kind == "uniform" else positive_float
+        numbers = tuple(check(*named) for named in zip(names, self.arguments, strict=True))
+        if self.kind == "uniform" and numbers[1] < numbers[0]:
+            raise ValueError(f"high={numbers[1]} is below low={numbers[0]}")
+        if self.kind != "uniform" and numbers[0] > _LARGEST_MEAN:
+            raise ValueError(f"mean={numbers[0]!r}; expected at most {_LARGEST_MEAN}")
+        if self.kind == "lognormal_poisson" and numbers[1] > _LARGEST_SIGMA:
+            raise ValueError(f"sigma={numbers[1]!r}; expected at most {_LARGEST_SIGMA}")
+        object.__setattr__(self, "arguments", numbers)
+        object.__setattr__(self, "seed", whole_number("seed", self.seed))
+        boolean("per_call", self.per_call)
+        boolean("per_process", self.per_process)
+
     @property
     def typical(self) -> int:
-        """The mean, rounded: the depth of evaluation."""
+        """The depth of evaluation: the mean as it is named, rounded, between `low` and `high`."""
         if self.kind == "uniform":
             return max(1, round(sum(self.arguments) / 2))
         return max(1, round(self.arguments[0]))
 
     @never_compiled  # or for each step anew
-    def draw(self, context: Context) -> int:
-        """Return the number of the current step.
+    def draw(self, context: Context, name: str = "steps") -> int:
+        """Return the number of the current step; in evaluation mode `typical`, which has no step.
 
         Args:
             context: with a memory, which knows the step and the equilibrium's place.
+            name: the argument that it is for. A loop that draws its length and its k draws twice.
 
         Warns:
-            ConvergenceWarning: once, if nobody has told the step, which is taken to be 0.
+            ConvergenceWarning: once, if nobody has told the step, which is taken to be 0; or the
+                place, where the step is known.
+
+        Raises:
+            RuntimeError: with `per_call`, if a backward pass calls again (activation
+                checkpointing): which of the calls it repeats nobody knows.
         """
-        memory = context.memory
-        place = 0 if memory is None else memory.place
-        key = [self.seed, told_step(context, repr(self)), place]
+        if context.memory is not None and not context.memory.training:
+            return self.typical
+        key = [self.seed, told_step(context, repr(self)), told_place(context, repr(self)), name]
         if self.per_call:
-            key.append(0 if memory is None else memory.number_of_call())
+            key.append(told_call(context, repr(self)))
         if self.per_process and torch.distributed.is_available():
             ready = torch.distributed.is_initialized()
             key.append(torch.distributed.get_rank() if ready else 0)
@@ -95,7 +125,7 @@ class Depth:
             return max(1, _poisson(self.arguments[0], next(uniform)))
         mean, sigma = self.arguments
         rate = math.exp(NormalDist(math.log(mean) - sigma**2 / 2, sigma).inv_cdf(next(uniform)))
-        return 1 + _poisson(min(rate, 100.0 * _LARGEST_MEAN), next(uniform))
+        return 1 + _poisson(rate, next(uniform))
 
     def __str__(self) -> str:
         names = _ARGUMENTS[self.kind] if self.kind == "lognormal_poisson" else None
@@ -146,11 +176,9 @@ def drawn(name: str, value: int | Depth | str) -> int:
 
 def _parsed(text: str) -> Depth:
     kind, args, kwargs = parse_spec(text)
-    if kind not in _ARGUMENTS:
-        raise ValueError(
-            f"no distribution {kind!r}{hint(kind, _ARGUMENTS)}; there are {listed(_ARGUMENTS)}"
-        )
-    names = _ARGUMENTS[kind]
+    names = _ARGUMENTS.get(kind)
+    if names is None:
+        return Depth(kind, ())  # which says so
     if len(args) > len(names):
         raise ValueError(f"{kind} takes {', '.join(names)}")
     given = dict(zip(names, args, strict=False))
@@ -161,19 +189,7 @@ def _parsed(text: str) -> Depth:
     options = {key: given.pop(key) for key in _OPTIONS if key in given}
     if missing := [name for name in names if name not in given]:
         raise ValueError(f"{kind} lacks {', '.join(missing)}")
-    for key, value in options.items():
-        options[key] = whole_number(key, value) if key == "seed" else boolean(key, value)
-    if kind == "uniform":
-        low, high = (positive_int(key, given[key]) for key in names)
-        if high < low:
-            raise ValueError(f"high={high} is below low={low}")
-        return Depth(kind, (low, high), **options)
-    numbers = tuple(positive_float(key, given[key]) for key in names)
-    if numbers[0] > _LARGEST_MEAN:
-        raise ValueError(f"mean={given['mean']!r}; expected at most {_LARGEST_MEAN}")
-    if kind == "lognormal_poisson" and numbers[1] > 3:
-        raise ValueError(f"sigma={given['sigma']!r}; expected at most 3")
-    return Depth(kind, numbers, **options)
+    return Depth(kind, tuple(given[name] for name in names), **options)
 
 
 def _uniform(key: str) -> Iterator[float]:
@@ -187,15 +203,14 @@ def _uniform(key: str) -> Iterator[float]:
 
 def _poisson(mean: float, u: float) -> int:
     """Return the u-quantile of the Poisson distribution."""
-    if (
-        mean > 500
-    ):  # where a sum of so many terms is slow; the error of Cornish and Fisher is O(1/mean)
+    if mean > 500:  # where a sum is slow, and Cornish and Fisher's quantile 1 off in 1 of 500
         z = NormalDist().inv_cdf(u)
-        return max(0, round(mean + z * math.sqrt(mean) + (z * z - 1) / 6 - 0.5))
+        return max(0, math.ceil(mean + z * math.sqrt(mean) + (z * z - 1) / 6 - 0.5))
     total, n, term = 0.0, 0, math.exp(-mean)
     while True:
         total += term
-        if total >= u or n > 20 * mean + 100:
+        # Past the mean, terms that change nothing any more: rounding holds the sum below u.
+        if total >= u or (n > mean and total + term == total):
             return n
         n += 1
         term *= mean / n

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from .._plumbing.compilation import never_compiled
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 from .registry import Spec, get_strategy, register_strategy
-from .told import in_steps, told_step
+from .told import in_steps, not_resolved, told_step
 
 
 @register_strategy("ramp")
@@ -20,8 +22,9 @@ class Ramp(GradStrategy):
     """A strategy of which arguments go linearly from one value to another, and stay there.
 
     `"ramp('tbptt', {'k': (2, 5)}, until=0.2)"` begins with k=2 and has k=5 from a fifth of training
-    on, as HRM-Text's warm-up of its backpropagation. Whole numbers are rounded, others are not. The
-    step is told by `dpp.set_step(model, step)`, the length of training, which a fraction needs, by
+    on, as HRM-Text's warm-up of its backpropagation. Whole numbers change when the next one is
+    reached, so that each before the last is held equally long. The step is told by
+    `dpp.set_step(model, step)`, the length of training, which a fraction needs, by
     `dpp.set_step(model, step, total=...)`.
 
     Args:
@@ -44,48 +47,84 @@ class Ramp(GradStrategy):
         object.__setattr__(self, "grad", inner)
         expected = "expected a dict such as {'k': (2, 5)}"
         try:
-            pairs = sorted((name, tuple(ends)) for name, ends in dict(self.arguments).items())
+            pairs = sorted(dict(self.arguments).items())
         except (TypeError, ValueError):
             raise ValueError(f"arguments={self.arguments!r}; {expected}") from None
         if not pairs:
             raise ValueError(f"arguments={self.arguments!r} has none; {expected}")
-        known = {f.name for f in dataclasses.fields(inner) if f.init}  # type: ignore[arg-type]
+        if not dataclasses.is_dataclass(inner):
+            raise ValueError(f"{inner!r} is no dataclass, of which an argument could be replaced")
+        known = {f.name for f in dataclasses.fields(inner) if f.init}
         for name, ends in pairs:
             if name not in known:
                 raise ValueError(f"{inner!r} has no argument {name!r}; it has {sorted(known)}")
-            if len(ends) != 2 or not all(_is_number(end) for end in ends):
+            if not (
+                isinstance(ends, tuple | list) and len(ends) == 2 and all(map(_is_number, ends))
+            ):
                 raise ValueError(f"{name}={ends!r} in arguments; {expected}, of two numbers")
             if not _is_number(getattr(inner, name)):
                 raise ValueError(
                     f"{name}={getattr(inner, name)!r} of {inner!r} is no number that could grow"
                 )
-        object.__setattr__(self, "arguments", tuple(pairs))
+        object.__setattr__(self, "arguments", tuple((name, tuple(ends)) for name, ends in pairs))
         object.__setattr__(self, "until", fraction_or_step("until", self.until))
-        for progress in (0.0, 1.0):  # both ends are in range
-            self._at(progress)
+        for end in (0, 1):  # both are in range
+            self._at(Fraction(end))
 
     @never_compiled  # or for each step anew
     def resolve(self, context: Context) -> GradStrategy:
         """Return the strategy with the arguments of the current step."""
         end = in_steps(self.until, context, repr(self))
         step = told_step(context, repr(self))
-        return self._at(min(1.0, step / end)).resolve(context)
+        return self._at(min(Fraction(1), Fraction(step, end))).resolve(context)
 
-    def _at(self, progress: float) -> GradStrategy:
-        """Return the strategy at a fraction of the way."""
+    def _at(self, progress: Fraction) -> GradStrategy:
+        """Return the strategy at a fraction of the way, exactly: no rounding leaves the range."""
         values: dict[str, Any] = {}
         for name, (first, last) in self._pairs:
-            value = first + progress * (last - first)
+            way = progress * (Fraction(last) - Fraction(first))
             whole = isinstance(first, int) and isinstance(last, int)
-            values[name] = round(value) if whole else value
+            values[name] = first + int(way) if whole else float(Fraction(first) + way)
+        return dataclasses.replace(self._strategy, **values)  # type: ignore[type-var]
+
+    @property
+    def _strategy(self) -> GradStrategy:
         assert isinstance(self.grad, GradStrategy)
-        return dataclasses.replace(self.grad, **values)  # type: ignore[type-var]
+        return self.grad
+
+    @property
+    def owns_solve(self) -> bool:
+        """Whether the strategy does."""
+        return self._strategy.owns_solve
+
+    @property
+    def wants_inverse_jacobian(self) -> bool:
+        """Whether the strategy does."""
+        return self._strategy.wants_inverse_jacobian
+
+    @property
+    def accepts_nonfinite(self) -> bool:
+        """Whether the strategy does."""
+        return self._strategy.accepts_nonfinite
+
+    @property
+    def tells_samples_apart(self) -> bool:
+        """Whether the strategy does."""
+        return self._strategy.tells_samples_apart
 
     @property
     def hands_out_states(self) -> bool:
         """Whether the strategy does."""
-        assert isinstance(self.grad, GradStrategy)
-        return self.grad.hands_out_states
+        return self._strategy.hands_out_states
+
+    @property
+    def steps_ahead(self) -> int:
+        """Not known before the step is.
+
+        Raises:
+            ValueError: always.
+        """
+        raise not_resolved(self)
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
@@ -122,4 +161,6 @@ def fraction_or_step(name: str, value: Any) -> int | float:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -7,7 +7,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ from .._plumbing.transforms import refuse_in_torch_func
 from ..contract.errors import ConvergenceWarning, NonFiniteError
 from ..contract.state import State, flatten, unflatten
 from ..contract.strategy import Context, GradStrategy
-from .arguments import positive_int, relaxation
+from .arguments import relaxation
+from .depth import Depth, drawn, number_or_depth
 from .drift import Drift
 from .registry import register_strategy
 from .replay import Replay
@@ -83,7 +84,7 @@ class Reversible(GradStrategy):
     error of the gradient above 1e-2 warns once a run.
 
     Args:
-        steps: the number of iterations.
+        steps: the number of iterations, or a distribution of it, see `Depth`.
         beta: the relaxation factor, in (0, 1) or (1, 2). The nearer to 1, the faster states are
             forgotten and the fewer steps can be undone.
 
@@ -92,11 +93,11 @@ class Reversible(GradStrategy):
         RuntimeError: inside a transform of `torch.func`, and in backward under `torch.vmap`.
     """
 
-    steps: int = 10
+    steps: int | Depth | str = 10
     beta: float = 0.8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", positive_int("steps", self.steps))
+        object.__setattr__(self, "steps", number_or_depth("steps", self.steps))
         object.__setattr__(self, "beta", relaxation(self.beta))
 
     @property
@@ -108,6 +109,11 @@ class Reversible(GradStrategy):
     def tells_samples_apart(self) -> bool:
         """No."""
         return False
+
+    def resolve(self, context: Context) -> GradStrategy:
+        """Return the strategy with the number of the current step, where that is drawn."""
+        depth = self.steps
+        return replace(self, steps=depth.draw(context)) if isinstance(depth, Depth) else self
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
@@ -121,7 +127,7 @@ class Reversible(GradStrategy):
         start = equilibrium if context.initial_state is None else context.initial_state
         tape = _Tape(self, func, start)
         y = z = tape.widened(start)
-        for _ in range(self.steps):
+        for _ in range(drawn("steps", self.steps)):
             y = tape.update(y, z)
             z = tape.update(z, y)
             yield tape.narrowed(z)
@@ -206,7 +212,8 @@ class _Tape:
         self._drift = Drift([leaf.to(_wide(leaf)) for leaf in self._start], strategy.beta)
         self._replay = Replay()
         # Evaluations whose input and result are kept.
-        stops = (round(2 * strategy.steps * i / _STRETCHES) for i in range(1, _STRETCHES))
+        steps = drawn("steps", strategy.steps)
+        stops = (round(2 * steps * i / _STRETCHES) for i in range(1, _STRETCHES))
         self._kept: dict[int, _Pair | None] = dict.fromkeys(stops)
         self._end: _Pair | None = None
         self._lock = threading.RLock()  # threads may go back through one graph at once

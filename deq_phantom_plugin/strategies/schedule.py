@@ -9,7 +9,7 @@ from .._plumbing.compilation import never_compiled
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 from .registry import Spec, get_strategy, register_strategy
-from .told import in_steps, told_step
+from .told import in_steps, not_resolved, told_step
 
 
 @register_strategy("schedule")
@@ -66,6 +66,15 @@ class Schedule(GradStrategy):
     def hands_out_states(self) -> bool:
         """Whether the strategies of all stages do."""
         return all(strategy.hands_out_states for _, strategy in self._pairs)
+
+    @property
+    def steps_ahead(self) -> int:
+        """Not known before the step is.
+
+        Raises:
+            ValueError: always.
+        """
+        raise not_resolved(self)
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""

@@ -53,7 +53,7 @@ class TBPTT(GradStrategy):
 
     def resolve(self, context: Context) -> GradStrategy:
         """Return the strategy with the number of the current step, where that is drawn."""
-        return replace(self, k=self.k.draw(context)) if isinstance(self.k, Depth) else self
+        return replace(self, k=self.k.draw(context, "k")) if isinstance(self.k, Depth) else self
 
     def within(self, steps: int) -> TBPTT:
         """See `GradStrategy.within`."""

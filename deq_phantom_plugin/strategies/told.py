@@ -1,12 +1,15 @@
-"""The training step that a strategy goes by, and the length of training."""
+"""What a strategy goes by: the training step, the length of training, which equilibrium it is."""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+
+import torch
 
 from .._plumbing.once import warn_once
 from ..contract.errors import ConvergenceWarning
-from ..contract.strategy import Context
+from ..contract.strategy import Context, GradStrategy
 
 
 def told_step(context: Context, who: str) -> int:
@@ -28,6 +31,69 @@ def told_step(context: Context, who: str) -> int:
     return step
 
 
+def not_resolved(strategy: GradStrategy) -> ValueError:
+    """Return the error of what a strategy made of others knows of the step's alone."""
+    return ValueError(
+        f"{strategy!r} evaluates F as often as the strategy of the step does, which is what "
+        "`resolve(context)` returns: ask that one"
+    )
+
+
+def told_place(context: Context, who: str) -> int:
+    """Return which of its model's equilibria this is; 0 where nobody knows.
+
+    Args:
+        context: of the strategy.
+        who: needs it, as a spec.
+
+    Warns:
+        ConvergenceWarning: once, if the step is known and the place is not, as after the
+            `state_dict` of a model was loaded. (Where neither is, the step's warning says enough.)
+    """
+    memory = context.memory
+    if memory is None:
+        return 0
+    if memory.place is None and context.current_step is not None:
+        warn_once(
+            "place",
+            f"{who} was not told which of its model's equilibria it is in and takes it to be the "
+            "first, so that all of them draw the same; call dpp.set_step(model, step) on the whole "
+            "model before the forward pass",
+            ConvergenceWarning,
+        )
+    return memory.place or 0
+
+
+def told_call(context: Context, who: str) -> int:
+    """Return which call of its step an equilibrium is in; 0 where there is no memory that counts.
+
+    Args:
+        context: of the strategy.
+        who: needs it, as a spec.
+
+    Warns:
+        ConvergenceWarning: once, if the context has no memory.
+
+    Raises:
+        RuntimeError: if a backward pass calls again.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{who} draws for each call of a step, and a backward pass calls again (activation "
+            "checkpointing, or an F that is evaluated anew): which call that was is not known. "
+            "Take one draw for each step, per_call=False"
+        )
+    if context.memory is None:
+        warn_once(
+            "calls",
+            f"{who} draws for each call of a step, and nobody counts them: all calls draw the "
+            "same. Put a dpp.Memory into the context",
+            ConvergenceWarning,
+        )
+        return 0
+    return context.memory.number_of_call()
+
+
 def in_steps(when: int | float, context: Context, who: str) -> int:
     """Return a point of training in steps; a float is a fraction of all of them.
 
@@ -47,4 +113,4 @@ def in_steps(when: int | float, context: Context, who: str) -> int:
             f"{who}: {when!r} is a fraction of training, and nobody has told its length; call "
             "dpp.set_step(model, step, total=...) in the training loop, or give a number of steps"
         )
-    return math.ceil(when * total)
+    return math.ceil(Fraction(repr(when)) * total)  # 0.07 of 100 is 7, which floats overshoot

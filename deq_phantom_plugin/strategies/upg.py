@@ -64,7 +64,7 @@ class UPG(GradStrategy):
 
     def resolve(self, context: Context) -> GradStrategy:
         """Return the strategy with the number of the current step, where that is drawn."""
-        return replace(self, k=self.k.draw(context)) if isinstance(self.k, Depth) else self
+        return replace(self, k=self.k.draw(context, "k")) if isinstance(self.k, Depth) else self
 
     def within(self, steps: int) -> UPG:
         """See `GradStrategy.within`."""

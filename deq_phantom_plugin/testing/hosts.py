@@ -175,6 +175,28 @@ class HostSuite(EquilibriumSuite):
         twin.load_state_dict(model.state_dict())
         same(enabled.gradients(twin), exact, tol=0)
 
+    def test_a_depth_is_drawn_for_each_step(self, enabled: HostCase) -> None:
+        model = enabled.model("jfb")
+        set_grad(model, "npg(k='uniform(1, 9)')")
+        ((host, module),) = find_equilibria(model)
+        solves: list[Solve] = []
+        end, drawn = host.observe(module, solves.append), []
+        for step in range(6):
+            set_step(model, step)
+            enabled.loss(model)
+            drawn.append([getattr(solve.strategy, "k", None) for solve in solves])
+            solves.clear()
+            enabled.loss(model)  # of the same step
+            assert drawn[-1] == [getattr(solve.strategy, "k", None) for solve in solves]
+            solves.clear()
+        end()
+        assert all(isinstance(k, int) for ks in drawn for k in ks)
+        assert len({*map(tuple, drawn)}) > 2
+        if len(drawn[-1]) == 1:
+            got = enabled.gradients(model)
+            set_grad(model, f"npg(k={drawn[-1][0]})")
+            same(got, enabled.gradients(model), tol=0)
+
     def test_what_a_strategy_keeps_goes_on_in_another_model(self, enabled: HostCase) -> None:
         spec = "ift(warm_start=True, tol=1e-2)"
         model, twin, cold = (enabled.model("jfb") for _ in range(3))

@@ -28,6 +28,7 @@ SPECS = [
         f"ift(solver={solver!r}, {TIGHT})"
         for solver in ("gmres", "bicgstab", "anderson", "broyden", "fixed_point")
     ),
+    f"ift(solver='fixed_point', {TIGHT}, clip=9.0)",
     f"ift({TIGHT}, warm_start=True)",
     f"ift({TIGHT}, higher_order=True)",
     "shine",

@@ -147,6 +147,8 @@ def test_same_seed_same_run():
     first = compare(["upg(k=2)", "npg(k=2)"], data, settings)
     second = compare(["npg(k=2)"], data, settings)
     assert first[1].losses == second[0].losses
+    ramped = compare(["ramp('npg', {'k': (2, 4)}, until=1.0)"], data, settings)
+    assert ramped[0].losses == second[0].losses  # a fraction of these steps, k=2 in the first
     # All methods start from the same model and batch: npg's value is h*, upg's two steps on.
     assert first[0].losses[0] == pytest.approx(first[1].losses[0], rel=0.2)
     for result in first:

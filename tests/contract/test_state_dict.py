@@ -561,6 +561,7 @@ SPECS = [
     "guard('ift(tol=1e-3)', on_failure=\"fallback('npg(k=3)')\", adjoint_tol=0.2)",
     "ift(solver='anderson', tol=1e-3, max_iter=7, warm_start=True)",
     "ift(higher_order=True)",
+    "ift(solver='fixed_point', clip=2.0)",
     "jfb",
     "npg(k=3, lam='adaptive')",
     "npg(k=2, lam=1.0, clip=1.0)",

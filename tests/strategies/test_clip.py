@@ -92,6 +92,16 @@ def test_npg_of_two_terms_is_the_onestep_of_attractor():
     torch.testing.assert_close(got, v + shrink[:, None] * image, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
+@pytest.mark.parametrize("lam", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("clip", [0.3, 5.0])
+def test_g_is_never_longer_than_one_plus_clip(lam, clip):
+    problem = Linear((0.5, 1.2, 1e3))
+    for spec in (f"npg(k=90, lam={lam}, clip={clip})", f"ift(solver='fixed_point', clip={clip})"):
+        longest = problem.g(spec).norm(dim=1) / problem.v.norm(dim=1)
+        assert longest.max() <= (1 + clip) * (1 + 1e-12)
+
+
 def test_the_norm_is_that_of_all_leaves_of_a_sample():
     """Of leaves that are 300 times as large as others, too, and along another dimension."""
     problem = Linear((0.5, 3.0, 3.0), width=5)
@@ -171,6 +181,16 @@ def test_squares_neither_overflow_nor_vanish(size):
     assert clip.n_clipped == 1
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_stays_what_it_is_and_does_not_count(bad):
+    clip = Clip(torch.ones(3, 2), 0.5)
+    rows = torch.tensor([[bad, 7.0], [3.0, 4.0], [0.1, bad]])
+    want = rows.clone()
+    want[1] *= 0.5 * 2**0.5 / 5
+    torch.testing.assert_close(clip(rows), want, equal_nan=True)
+    assert clip.n_clipped == 1
+
+
 def test_complex_leaves_have_the_norm_of_their_pairs():
     factor = torch.tensor([[3j], [0.5 - 0.1j]], dtype=torch.complex128)
     inject = torch.zeros(2, 1, dtype=torch.complex128, requires_grad=True)
@@ -203,6 +223,153 @@ def test_each_of_many_cotangents_has_a_bound_of_its_own():
     (got,) = torch.autograd.grad(attached, problem.inject, many, is_grads_batched=True)
     want = [problem.g("npg(k=5, clip=0.7)", v=v) for v in many]
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-12, atol=1e-12)
+
+
+# --- ift --------------------------------------------------------------------------------------
+
+IFT = "ift(solver='fixed_point', tol=1e-12, max_iter=2000"
+
+
+def symmetric(radii):
+    """Jacobians of these spectral radii, whose largest eigenvalue is positive: all iterations end.
+
+    One of a radius above 1 ends where the product is clipped.
+    """
+    problem = Linear(radii)
+    for row, radius in enumerate(radii):
+        basis = torch.linalg.qr(problem.jacobians[row]).Q
+        values = radius * torch.tensor([1.0, 0.5, 0.3, 0.1, -0.2], dtype=torch.float64)
+        problem.jacobians[row] = (basis * values) @ basis.mT
+    return problem
+
+
+def solved_by_hand(problem, limit, together=False):
+    g = v = problem.v
+    for _ in range(2000):
+        g = v + clipped(problem.product(g), v, limit, together)
+    return g
+
+
+@pytest.mark.parametrize("context", [INDEPENDENT, COUPLED], ids=["independent", "coupled"])
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
+def test_ift_solves_the_equation_with_the_product_clipped(context):
+    problem = symmetric((0.3, 0.6, 1.7))
+    together = context.batch_dim is None
+    want = solved_by_hand(problem, 2.0, together)
+    again = problem.v + clipped(problem.product(want), problem.v, 2.0, together)
+    torch.testing.assert_close(again, want, rtol=1e-12, atol=1e-12)  # it has ended
+    got = problem.g(f"{IFT}, clip=2.0)", context)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_ift_is_the_implicit_gradient_where_no_product_is_longer_in_the_end(recwarn):
+    """Dense, and bit for bit that without a clip where none is longer on the way either."""
+    problem, told = symmetric((0.3, 0.6, 0.8)), []
+    context = dpp.Context(batch_dim=0, monitor=told.append)
+    system = torch.eye(5, dtype=torch.float64) - problem.jacobians.mT
+    exact = torch.linalg.solve(system, problem.v)
+    longest = (problem.product(exact).norm(dim=1) / problem.v.norm(dim=1)).max()
+    plain = problem.g(f"{IFT})", context)
+    assert torch.equal(problem.g(f"{IFT}, clip=9.0)", context), plain)
+    near = problem.g(f"{IFT}, clip={1.0001 * float(longest)})", context)
+    torch.testing.assert_close(near, exact, rtol=1e-9, atol=1e-9)
+    assert [stats.n_clipped for stats in told] == [0, 0, 0]
+    assert told[0].n_vjp == told[1].n_vjp
+    assert not recwarn.list
+
+
+def test_ift_tells_the_residual_of_the_system_itself_and_warns_once():
+    problem, told = symmetric((0.3, 0.6, 1.7)), []
+    context = dpp.Context(batch_dim=0, monitor=told.append)
+    spec = f"{IFT}, clip=2.0)"
+    with pytest.warns(dpp.ConvergenceWarning, match=r"1 of 3 samples .* products were clipped"):
+        g = problem.g(spec, context)
+    (stats,) = told
+    left = problem.v - g + problem.product(g)
+    want = left.norm(dim=1) / problem.v.norm(dim=1)
+    torch.testing.assert_close(stats.residual, want, rtol=1e-6, atol=1e-11)
+    assert stats.residual[2] > 0.5
+    assert stats.residual[:2].max() <= 1e-12
+    torch.testing.assert_close(stats.trace[:, -1], stats.residual)
+    assert 0 < stats.n_clipped < stats.n_vjp  # in one sample, after the first products
+
+
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
+def test_a_clipped_sample_is_a_failure_to_a_guard():
+    problem = symmetric((0.3, 0.6, 1.7))
+    inner = f"{IFT}, clip=2.0)"
+    policy = "fallback('jfb')"
+    got = problem.g(f"guard({inner!r}, on_failure={policy!r})")
+    assert torch.equal(got[:2], problem.g(inner)[:2])
+    torch.testing.assert_close(got[2], problem.v[2])
+    with pytest.raises(dpp.ConvergenceError, match="adjoint solve left"):
+        problem.g(f"guard({inner!r}, on_failure='raise')")
+
+
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
+def test_ift_a_wild_sample_does_not_change_the_others():
+    calm, wild = symmetric((0.3, 0.9, 0.5)), symmetric((0.3, 0.9, 1e6))
+    a, b = (problem.g("ift(solver='fixed_point', clip=1.0)") for problem in (calm, wild))
+    assert torch.equal(a[:2], b[:2])
+    assert b[2].norm() <= 2 * wild.v[2].norm() * (1 + 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_clipped_sample_does_not_pass_for_the_rounding_of_the_others(dtype):
+    """Rounding is how far a product is from linear, and a clipped one is far from that.
+
+    The second sample takes many products, and stops where its own rounding is.
+    """
+    problem = symmetric((0.3, 0.97, 1.7))
+    problem.jacobians, problem.v = problem.jacobians.to(dtype), problem.v.to(dtype)
+    problem.inject = problem.inject.detach().to(dtype).requires_grad_()
+    told = []
+    context = dpp.Context(batch_dim=0, monitor=told.append)
+    spec = "ift(solver='fixed_point', max_iter=400, clip=40.0)"
+    problem.g(spec, context)
+    clipped_at = told[0].n_clipped
+    problem.jacobians[2] = problem.jacobians[0]
+    problem.g(spec, context)
+    assert clipped_at > 0
+    assert told[1].n_clipped == 0
+    assert told[0].residual[1] <= 1.5 * told[1].residual[1] + 1e-4
+
+
+def test_a_clipped_sample_at_the_rounding_of_16_bits_is_said_too():
+    """It has come as far as rounding allows, but in another equation."""
+    problem = symmetric((0.3, 0.5, 1.7))
+    problem.jacobians, problem.v = problem.jacobians.bfloat16(), problem.v.bfloat16()
+    problem.inject = problem.inject.detach().bfloat16().requires_grad_()
+    with pytest.warns(dpp.ConvergenceWarning, match=r"1 of 3 samples .* products were clipped"):
+        problem.g("ift(solver='fixed_point', max_iter=400, clip=4.0)")
+
+
+def test_zero_nan_and_products_that_are_not_finite_in_ift():
+    problem = symmetric((0.3, 0.6, 0.5))
+    spec = f"{IFT}, clip=4.0)"
+    v = problem.v.clone()
+    v[0], v[1, 2] = 0, torch.inf
+    got = problem.g(spec, v=v)
+    assert torch.equal(got[:2], v[:2])
+    torch.testing.assert_close(got[2], problem.g(spec)[2], rtol=1e-10, atol=1e-12)
+    problem.jacobians[2, 1, 3] = torch.inf
+    with pytest.raises(dpp.NonFiniteError, match="NaN or infinite"):
+        problem.g(spec)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("", "solver='gmres'"),
+        ("solver='anderson', ", "solver='anderson'"),
+        ("solver='fixed_point', warm_start=True, ", "warm_start=True"),
+        ("solver='fixed_point', higher_order=True, ", "higher_order=True"),
+    ],
+)
+def test_what_relies_on_linear_products_is_refused(arguments, named):
+    with pytest.raises(ValueError, match=f"clip=1.0 with {named}.*expected .*, or clip=None"):
+        dpp.get_strategy(f"ift({arguments}clip=1.0)")
 
 
 # --- told, composed, off ----------------------------------------------------------------------
@@ -261,6 +428,21 @@ def test_off_the_operators_are_those_of_the_series():
 def test_only_a_clip_asks_whether_samples_are_independent():
     assert dpp.NPG(clip=1.0).tells_samples_apart
     assert not dpp.NPG().tells_samples_apart
+
+
+@pytest.mark.parametrize(
+    "spec", ["npg(k=4, lam=1.0, clip=0.6)", "ift(solver='fixed_point', clip=9)"]
+)
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.AssumptionWarning")
+def test_coupled_samples_are_found_out_and_have_one_norm(spec):
+    problem = Linear((0.5, 0.9, 0.2))
+    mixing = torch.tensor([[0.8, 0.2, 0], [0, 0.8, 0.2], [0.2, 0, 0.8]], dtype=torch.float64)
+    alone = problem.func
+    assert torch.equal(problem.g(spec, dpp.Context()), problem.g(spec, INDEPENDENT))
+    problem.func = lambda h: mixing @ (alone(h) - problem.inject) + problem.inject
+    found = problem.g(spec, dpp.Context())
+    assert torch.equal(found, problem.g(spec, COUPLED))
+    assert not torch.equal(found, problem.g(spec, INDEPENDENT))
 
 
 def test_a_guard_and_a_ramp_take_it():

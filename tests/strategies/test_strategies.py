@@ -33,6 +33,7 @@ TestIFT = suite("ift", 1e-4)
 TestIFTAnderson = suite("ift(solver='anderson')", 1e-4)
 TestIFTBicgstab = suite("ift(solver='bicgstab')", 1e-4)
 TestIFTBroyden = suite("ift(solver='broyden')", 1e-4)
+TestIFTClipped = suite("ift(solver='fixed_point', clip=3.0)", 1e-4)
 TestIFTFixedPoint = suite("ift(solver='fixed_point')", 1e-4)
 TestIFTHigherOrder = suite("ift(higher_order=True)", 1e-4)
 TestIFTWarmStart = suite("ift(warm_start=True)", 1e-4)
@@ -587,6 +588,8 @@ def test_equilibrium_must_be_usable(spec, equilibrium, match):
         ("ift(tol=0)", "tol=0"),
         ("ift(tol='small')", "tol='small'"),
         ("ift(max_iter=0)", "max_iter=0"),
+        ("ift(clip=0)", "clip=0; expected a finite number above 0, or None"),
+        ("ift(solver='fixed_point', clip='x')", "clip='x'"),
         ("ift(solver='gmre')", "did you mean 'gmres'"),
         ("ift(solver='cg')", "anderson, bicgstab, broyden, fixed_point, gmres"),
     ],

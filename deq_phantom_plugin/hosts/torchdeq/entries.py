@@ -52,6 +52,8 @@ class Entry(ABC):
                 "out states with the gradients of others; call dpp.enable()",
                 AssumptionWarning,
             )
+        if isinstance(entry, ProduceGrad):  # what is observed is what acted
+            entry = replace(entry, strategy=entry.current(deq))
         states = entry.produce(call, deq, deq_func, z, writer)
         counted = getattr(deq_func, "func", None)
         if states and isinstance(counted, Observed):

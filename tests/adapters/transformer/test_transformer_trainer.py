@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deq_phantom_plugin.contract.errors import AssumptionWarning
+from deq_phantom_plugin.hosts import find_equilibria
 
 pytest.importorskip("torchdeq")
 pytest.importorskip("transformers")
@@ -21,6 +22,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     pipeline,
 )
@@ -300,3 +302,49 @@ def test_smoothed_labels_are_of_the_next_token_in_tuples_too(tmp_path, return_di
         logits = model(ids).logits[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def drawn(folder, stop=None, resume=None):
+    """The k of each micro-batch of a training of 8 steps, and its losses."""
+    torch.manual_seed(0)
+    grad = "schedule({0: \"upg(k='uniform(1, 9)')\", 0.75: \"ramp('npg', {'k': (2, 6)})\"})"
+    model, found = make(tight=False, grad=grad, f_max_iter=8), []
+    ((host, deq),) = find_equilibria(model)
+    host.observe(deq, lambda solve: found.append(solve.strategy.k))
+    trainer = trainer_of(
+        model,
+        folder,
+        train_dataset=[{"input_ids": ids, "labels": ids} for ids in tokens(32, 8)],
+        callbacks=[SetStep(), *([] if stop is None else [Stop(stop)])],
+        max_steps=8,
+        save_steps=3,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        seed=1,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    losses = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+    return found, losses
+
+
+def test_a_resumed_training_draws_as_one_that_was_not_stopped(tmp_path):
+    """The Trainer tells the step, and the length that fractions of training are of."""
+    whole, losses = drawn(tmp_path / "whole")
+    assert len(whole) == 16
+    assert whole[::2] == whole[1::2]  # one draw for all parts of a step
+    assert len(set(whole[:12])) > 2
+    assert whole[12:] == [5, 5, 5, 5]  # steps 6 and 7 of 8, from 2 to 6
+    stopped, _ = drawn(tmp_path / "stopped", stop=5)
+    assert stopped == whole[:10]
+    resumed, again = drawn(tmp_path / "stopped", resume=str(tmp_path / "stopped" / "checkpoint-3"))
+    assert resumed == whole[6:]
+    assert again == pytest.approx(losses, abs=1e-6)
