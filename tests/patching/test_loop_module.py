@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 
 import deq_phantom_plugin as dpp
-from deq_phantom_plugin.patching import Loop
+from deq_phantom_plugin.patching import Equilibrium, Loop, tell_step
 
 torch.manual_seed(0)
-WEIGHT = (0.3 * torch.randn(4, 4, dtype=torch.float64)).requires_grad_()
+WEIGHT = torch.nn.Parameter(0.3 * torch.randn(4, 4, dtype=torch.float64))
 Z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
 START = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
 INPUTS = (WEIGHT, Z, START)
@@ -58,9 +59,10 @@ def test_no_graph_and_no_evaluations():
 
 @pytest.mark.parametrize("spec", ["bptt", "schedule({0: 'bptt', 9: 'jfb'})", "tbptt('all')"])
 def test_all_of_the_loop_is_all_of_each_call(spec):
-    loop = Loop(spec)
-    dpp.set_step(loop, 0)
-    for one in (loop, copy.deepcopy(loop)):
+    loop, switched = Loop(spec), Loop(None)
+    dpp.set_grad(switched, spec)
+    for one in (loop, copy.deepcopy(loop), switched):
+        dpp.set_step(one, 0)
         for steps in (2, 5):
             assert same(one(func, START, steps=steps, graph=1), by_hand(steps, steps))
 
@@ -163,3 +165,83 @@ def test_a_compiled_model_runs_the_loop_as_it_is_written(spec):
         assert torch.allclose(*found, rtol=1e-12)
         graphs.append(counters["unique_graphs"])
     assert graphs[3] == graphs[-1]
+
+
+def test_a_step_that_is_not_saved():
+    """A loader that asks a checkpoint for every key finds none of the loop's."""
+    model = torch.nn.ModuleDict({"loop": Loop(None, saved=False), "other": Loop(None)})
+    dpp.set_step(model, 3)
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert list(one.state_dict()) == ["other.memory.step"]
+    model.load_state_dict({"other.memory.step": torch.tensor(5.0)})
+    steps = [m.step for m in model.modules() if isinstance(m, dpp.Memory)]
+    assert steps == [None, 5]  # as untold, until the script tells it
+
+
+def test_a_damped_step_whose_state_changes_dtype():
+    """As under autocast: the first evaluation brings the state to 16 bits."""
+    half = lambda h: func(h.double()).bfloat16()  # noqa: E731
+    found = Loop("upg(k=2, lam=0.5)")(half, START.float(), steps=2, graph=1)
+    one = torch.lerp(START.float().bfloat16(), half(START.float()), 0.5)
+    assert torch.equal(found, torch.lerp(one, half(one), 0.5))
+    assert found.requires_grad
+
+
+# --- an equilibrium whose model keeps its own gradient --------------------------------------------
+
+
+class Own(torch.nn.Module):
+    """A model that solves, and attaches a gradient of its own: ten times one step."""
+
+    def __init__(self, grad):
+        super().__init__()
+        self.equilibrium = Equilibrium(grad, own="npg(k=2, lam=1.0)")
+        self.weight = WEIGHT
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = by_hand(40, 0)
+
+        def own():
+            return h + 10 * (func(h) - func(h).detach())
+
+        return self.equilibrium(func, h, own=own)
+
+
+def test_its_own_gradient_until_one_is_named():
+    model, named = Own(None), Own("jfb")
+    own, other = gradients(model(None)), gradients(named(None))
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.eval()):
+        assert one.equilibrium.is_own
+        assert all(map(torch.equal, gradients(one(None)), own))
+    model.train()
+    dpp.set_grad(model, "jfb")
+    assert not model.equilibrium.is_own
+    assert all(map(torch.equal, gradients(model(None)), other))
+    assert not all(map(torch.equal, own, other))
+    dpp.set_grad(model, None)
+    assert all(map(torch.equal, gradients(model(None)), own))
+
+
+def test_its_own_gradient_is_seen_by_monitors_and_reports():
+    model, logged = Own(None), []
+    with dpp.monitor(model, lambda numbers, step: logged.append(numbers), every=1):
+        model(None).sum().backward()
+    assert len(logged) == 1
+    report = dpp.model_report(model, None, lambda h: h.sum(), ["ift"]).reports[0]
+    assert report.results[0].strategy.startswith("npg(k=2, lam=1.0")
+
+
+def test_no_name_where_the_patch_left_nothing_is_refused():
+    with pytest.raises(ValueError, match="grad=None; expected a spec"):
+        Equilibrium(None)
+    with pytest.raises(ValueError, match="grad=None; expected a spec"):
+        dpp.set_grad(Equilibrium("npg"), None)
+
+
+def test_the_length_of_training_is_told():
+    loop = Loop("ramp('tbptt', {'k': (1, 3)}, until=0.5)")
+    tell_step(loop, 5, "npg", 20)
+    assert same(loop(func, START, steps=5, graph=1), by_hand(5, 2))
+    tell_step(loop, 10, "npg")
+    assert same(loop(func, START, steps=5, graph=1), by_hand(5, 3))
