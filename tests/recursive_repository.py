@@ -21,23 +21,24 @@ RECURSIVE = Path(__file__).parent / "repositories" / "recursive"
 MODELS = ("trm", "trm_singlez", "trm_hier6", "hrm", "urm", "eqr")
 
 
-def _here(kind: SeamFile) -> SeamFile:
-    """Return a seam that knows the versions here."""
-    sources = [path.read_bytes() for path in sorted(RECURSIVE.rglob("*.py"))]
+def _here(kind: SeamFile, root: Path) -> SeamFile:
+    """Return a seam that knows the versions in a folder."""
+    sources = [path.read_bytes() for path in sorted(root.rglob("*.py"))]
     sources = [s for s in sources if all(mark.encode() in s for mark in kind.marks)]
     known = {name: tuple(fingerprint(s, name) or "" for s in sources) for name in kind.known}
     return replace(kind, known=known)
 
 
-def _adapter(adapter: Adapter) -> Adapter:
+def adapted(adapter: Adapter, root: Path) -> Adapter:
+    """Return an adapter for the versions in a folder."""
     projects = tuple(
-        replace(project, files=tuple(_here(kind) for kind in project.files))
+        replace(project, files=tuple(_here(kind, root) for kind in project.files))
         for project in adapter.projects
     )
     return replace(adapter, projects=projects)
 
 
 ADAPTERS = [
-    _adapter(module.ADAPTER)
+    adapted(module.ADAPTER, RECURSIVE)
     for module in (locuslab_eqr, samsung_trm, sapientinc_hrm, ubiquantai_urm)
 ]

@@ -60,7 +60,7 @@ class Memory(nn.Module):
         self.findings: dict[tuple[Any, ...], Any] = {}
         self._doubts = 0
         self._warm_starts: dict[str, Tensor] = {}
-        self._on_meta = torch.get_default_device().type == "meta"
+        self._on_meta = _weights_go_to_meta()
 
     def warm_start(self, name: str, like: Tensor) -> Tensor | None:
         """Return the tensor kept under `name`, if it fits `like` in shape; cast to its dtype."""
@@ -199,6 +199,17 @@ class Memory(nn.Module):
         failures = f", failures={dict(self.failures)}" if self.failures else ""
         histories = f", histories={sorted(self.histories)}" if self.histories else ""
         return f"step={self.step}, warm_starts={sorted(self._warm_starts)}{histories}{failures}"
+
+
+def _weights_go_to_meta() -> bool:
+    """Whether a module that is made now has its weights on the meta device, to be loaded.
+
+    By the default device, or as Accelerate and Transformers 4 do it, where a parameter goes there
+    when it is registered.
+    """
+    probe = torch.nn.Module()
+    probe.register_parameter("weight", torch.nn.Parameter(torch.empty(0)))
+    return probe.get_parameter("weight").is_meta
 
 
 def _step(key: str, value: Any) -> int | None:

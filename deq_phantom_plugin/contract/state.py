@@ -145,6 +145,9 @@ def damped_step(
     factors: Sequence[Tensor | float] = lam if isinstance(lam, list) else [lam] * len(old)
     # lerp is one kernel and one allocation where the written-out sum takes three.
     return unflatten(
-        [torch.lerp(h, f, factor) for h, f, factor in zip(old, new, factors, strict=True)],
+        [
+            torch.lerp(h.to(f.dtype), f, factor)
+            for h, f, factor in zip(old, new, factors, strict=True)
+        ],
         structure,
     )

@@ -39,7 +39,9 @@ class Own(Host):
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
         """See `Host.prepare_grad`."""
         assert isinstance(module, Attaching)
-        return functools.partial(setattr, module, "grad", module.strategy_of(spec))
+        module.strategy_of(spec)
+        # As a spec: a loop whose steps come with each call makes a strategy of it for each.
+        return functools.partial(setattr, module, "grad", spec)
 
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
         """See `Host.observe`; of a patched model's own solver the evaluations are not known, 0."""

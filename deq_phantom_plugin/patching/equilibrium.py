@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_map
 
 from ..contract.memory import Memory
 from ..contract.state import State
-from ..contract.strategy import Context
+from ..contract.strategy import BatchDim, Context, GradStrategy
 from ..hosts import find_equilibria
 from ..hosts.attaching import Attaching
 from ..hosts.evaluation import attaches, look
+from ..hosts.solve import tell
 from ..strategies.registry import Spec, get_strategy
 from ..switch import set_grad, set_step
 
@@ -33,17 +34,48 @@ class Equilibrium(Attaching):
     it loads strictly.
 
     Args:
-        grad: the strategy's spec, see `get_strategy`.
+        grad: the strategy's spec, see `get_strategy`; None for the model's own gradient, where that
+            is still there.
         batch_dim: see `Context.batch_dim`.
         grad_in_eval: whether it attaches in evaluation mode too, where the model calls it there.
+        own: a spec of what the model does by itself, for reports and monitors; None where the patch
+            has taken that away.
 
     Attributes:
         grad: the strategy.
         memory: see `Memory`.
 
     Raises:
-        ValueError: if the spec is invalid.
+        ValueError: if the spec is invalid, or is None beside `own=None`.
     """
+
+    _models_own: GradStrategy | None
+
+    def __init__(
+        self,
+        grad: Spec | None,
+        batch_dim: BatchDim = "auto",
+        grad_in_eval: bool = False,
+        own: Spec | None = None,
+    ) -> None:
+        self.__dict__["_models_own"] = None if own is None else get_strategy(own)
+        super().__init__(grad, batch_dim, grad_in_eval)  # type: ignore[arg-type]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether no gradient is named."""
+        return self.grad is self._models_own
+
+    def strategy_of(self, spec: Spec | None) -> GradStrategy:
+        """Return the strategy that a spec names here, the model's own for None."""
+        if spec is not None:
+            return super().strategy_of(spec)
+        if self._models_own is None:
+            raise ValueError("grad=None; expected a spec, such as 'npg': the patch left no other")
+        return self._models_own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_models_own": None, **state})  # pickles from before it lack it
 
     def forward(
         self,
@@ -51,6 +83,7 @@ class Equilibrium(Attaching):
         equilibrium: State,
         start: State | None = None,
         step: int | None = None,
+        own: Callable[[], State] | None = None,
     ) -> State:
         """Return the equilibrium attached to autograd, in evaluation mode as it was given.
 
@@ -60,15 +93,23 @@ class Equilibrium(Attaching):
             start: where that solve began; zeros if None. A strategy that owns the solve begins
                 there; the model's own solve, which has run by then, is lost on it.
             step: the training step, None or negative where it is not known.
+            own: returns the equilibrium with the model's own gradient: called, in evaluation mode
+                too, while no other is named.
         """
         equilibrium = tree_map(torch.Tensor.detach, equilibrium)
-        if not attaches(self):
+        by_itself = own if self.is_own else None
+        if by_itself is None and not attaches(self):
             look(self, func, equilibrium)
             return equilibrium
         if start is None:
             start = tree_map(torch.zeros_like, equilibrium)
         context = self.context(start, None if step is None or step < 0 else int(step))
-        return self.attached(func, equilibrium, context, 0)
+        if by_itself is None:
+            return self.attached(func, equilibrium, context, 0)
+        found = by_itself()
+        if torch.is_grad_enabled():
+            tell(self._watching(), func, equilibrium, found, self.grad, context, 0)
+        return found
 
 
 def grad_argument(text: str) -> str:
@@ -84,24 +125,29 @@ def grad_argument(text: str) -> str:
     return text
 
 
-def switch(model: nn.Module, grad: Spec) -> None:
+def switch(model: nn.Module, grad: Spec | None) -> None:
     """Switch a patched model; under `deq-phantom run` to that command's method.
+
+    Args:
+        model: the model.
+        grad: the method, None for the model's own gradient where the patch has left it.
 
     Raises:
         ValueError: if the model has no equilibrium, since a part of the patch is missing then; or
             the spec is invalid.
     """
     _check_patched(model)
-    set_grad(model, os.environ.get(RUN_GRAD, grad))
+    set_grad(model, os.environ.get(RUN_GRAD, grad))  # type: ignore[arg-type]  # None is one here
 
 
-def tell_step(model: nn.Module, step: int, grad: Spec | None) -> None:
+def tell_step(model: nn.Module, step: int, grad: Spec | None, total: int | None = None) -> None:
     """Tell a patched model the training step, see `dpp.set_step`.
 
     Args:
         model: the model; one that the patch knows nothing of needs none.
         step: the step.
         grad: what the configuration says, None for the model's own gradient.
+        total: how many steps there will be, None where that is not known.
 
     Raises:
         ValueError: if a method is named and the model has no equilibrium, since a part of the patch
@@ -110,7 +156,7 @@ def tell_step(model: nn.Module, step: int, grad: Spec | None) -> None:
     if grad is not None:
         _check_patched(model)
     if find_equilibria(model):
-        set_step(model, step)
+        set_step(model, step, total=total)
 
 
 def _check_patched(model: nn.Module) -> None:

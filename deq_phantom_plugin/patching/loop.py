@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from .._plumbing.compilation import never_compiled
 from ..contract.state import State
-from ..contract.strategy import GradStrategy
+from ..contract.strategy import BatchDim, GradStrategy
 from ..equilibrium import Equilibrium, LastSolve
 from ..hosts.evaluation import attaches
+from ..hosts.recurrence import Recurrence, refuse_cache
 from ..hosts.solve import loop_observed
 from ..loop import At
 from ..strategies import TBPTT
@@ -30,6 +32,9 @@ class Loop(Equilibrium):
         grad: the strategy's spec, see `get_strategy`; None for the model's own.
         steps: the number of evaluations; None where each call brings it.
         own: a spec of what the model does by itself.
+        saved: whether the training step is in the model's `state_dict`: a loader that asks a
+            checkpoint for every key of the model would refuse those from before the patch.
+        batch_dim: see `Context.batch_dim`.
 
     Attributes:
         grad: the strategy; None may be written too.
@@ -42,11 +47,18 @@ class Loop(Equilibrium):
     _open: Spec | None = None  # a spec that leaves the steps to each call
 
     def __init__(
-        self, grad: Spec | None, steps: int | None = None, own: Spec = "tbptt(k=1)"
+        self,
+        grad: Spec | None,
+        steps: int | None = None,
+        own: Spec = "tbptt(k=1)",
+        saved: bool = True,
+        batch_dim: BatchDim = "auto",
     ) -> None:
         self.__dict__["_models_own"] = get_strategy(own, {"steps": steps or 1})
-        super().__init__(grad=grad, steps=steps)  # type: ignore[arg-type]
+        super().__init__(grad=grad, steps=steps, batch_dim=batch_dim)  # type: ignore[arg-type]
         self.grad = grad  # type: ignore[assignment]  # as a spec, not as what it names
+        if not saved:
+            self.memory.register_state_dict_post_hook(_left_out)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "grad":
@@ -100,10 +112,43 @@ class Loop(Equilibrium):
             self._watching(), func, start, number, strategy.resolve(context), context, at=at
         )
 
+    @never_compiled  # or for each number of evaluations anew
+    def numbered(
+        self, evaluate: At, start: State, free: int, graph: int, cache: Any = None
+    ) -> tuple[State, State]:
+        """Return the state at the end of a loop and the state before its last evaluation.
+
+        For a recurrence whose evaluations count along. F is the last of them; a cache that they
+        write to, one entry each, is refused where a gradient evaluates F again.
+
+        Args:
+            evaluate: evaluation number i, from 0: (i, state) -> state.
+            start: where the loop begins.
+            free: how many evaluations the model has without a graph; none if negative.
+            graph: how many it has after them with one.
+            cache: what evaluations write to, None for nothing.
+
+        Raises:
+            ValueError: if there is a cache in training and a gradient is named, or observed.
+        """
+        carrying = max(int(graph), 0)
+        steps = max(int(free), 0) + carrying
+        if steps == 0:
+            return start, start
+        refuse_cache(cache, bool(self._watching()) or (attaches(self) and not self.is_own))
+        recurrence = Recurrence(evaluate, steps)
+        end = self(recurrence.func, start, recurrence.at, steps=steps, graph=carrying)
+        return end, recurrence.before
+
     def _number(self, start: State) -> int:
         if self.steps is None:
             raise ValueError("steps=None; expected the number of evaluations of this call")
         return super()._number(start)
+
+
+def _left_out(memory: nn.Module, saved: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Take the step out of a `state_dict` again."""
+    del saved[f"{prefix}step"]
 
 
 @never_compiled

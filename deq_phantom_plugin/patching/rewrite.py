@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .._plumbing.extras import require
+from .._plumbing.fingerprint import fingerprint as fingerprint
 from .adapter import Edit
 
 cst = require("libcst", "patch")
@@ -164,37 +164,3 @@ def _after_preamble(body: list[Any]) -> int:
             break
         place = i + 1
     return place
-
-
-def fingerprint(source: bytes, function: str) -> str | None:
-    """Return what tells versions of a function apart, None if no such function can be read.
-
-    Comments, spacing and line endings do not count.
-
-    Args:
-        source: a file's bytes.
-        function: its qualified name, such as "Net.forward".
-    """
-    try:
-        node: Any = ast.parse(source)
-        for name in function.split("."):
-            node = next((n for n in node.body if getattr(n, "name", None) == name), None)
-            if node is None or not hasattr(node, "body"):
-                return None
-        return hashlib.sha256(repr(_plain(node)).encode()).hexdigest()[:16]
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def _plain(node: Any) -> Any:
-    """Return a syntax tree as nested tuples, the same on every version of Python."""
-    if isinstance(node, ast.AST):
-        fields = [
-            (name, _plain(value))
-            for name, value in ast.iter_fields(node)
-            if name not in ("ctx", "kind", "type_comment") and value not in (None, [])
-        ]
-        return (type(node).__name__, *fields)
-    if isinstance(node, list):
-        return tuple(_plain(item) for item in node)
-    return node

@@ -243,6 +243,16 @@ def test_a_memory_that_was_pickled_by_0_1_is_whole():
 # --- the meta device, and who builds models there -----------------------------------------------
 
 
+def test_a_model_made_empty_has_no_number_until_it_is_put_to_use():
+    """As Accelerate and Transformers 4 make it: each parameter goes to the meta device."""
+    accelerate = pytest.importorskip("accelerate")
+    with accelerate.init_empty_weights():
+        model = nn.ModuleDict({"layer": nn.Linear(2, 2), "memory": dpp.Memory()})
+    assert sorted(model.state_dict()) == ["layer.bias", "layer.weight"]
+    model.load_state_dict(nn.ModuleDict({"layer": nn.Linear(2, 2)}).state_dict(), assign=True)
+    assert "memory.step" in model.eval().state_dict()
+
+
 def test_on_the_meta_device_there_is_no_number_and_none_is_missed():
     with torch.device("meta"):
         model = Net()

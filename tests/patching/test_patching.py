@@ -370,6 +370,7 @@ def test_the_shipped_adapters_load(monkeypatch):
         "locuslab/mdeq",
         "locuslab/torchdeq",
         "sapientinc/HRM",
+        "seal-rg/recurrent-pretraining",
     }
 
 
