@@ -21,6 +21,7 @@ SPECS = [
     "ift(warm_start=True)",
     "jfb",
     "npg",
+    "npg(clip=0.4)",
     "npg_rr",
     "reversible(steps=2)",
     "schedule({0: 'upg', 9: 'npg'})",

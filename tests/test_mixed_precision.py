@@ -24,6 +24,7 @@ SPECS = [
     "ift(higher_order=True)",
     "jfb",
     "npg",
+    "npg(clip=0.4)",
     "reversible(steps=6)",
     "upg",
     "upg(k=3, checkpoint=True)",

@@ -124,9 +124,9 @@ def refuse_in_torch_func(user: object) -> None:
         raise RuntimeError(
             f"{user} does not work inside torch.func (vmap, grad, vjp, jvp, jacrev, ...), where "
             "numbers cannot be looked at and graphs are not its own. Take upg, jfb, npg, bptt or "
-            "exact there, with a lam that is a number; or stay outside: torch.autograd.grad, also "
-            "with is_grads_batched=True, and torch.autograd.functional are right with every "
-            "strategy but reversible"
+            "exact there, with a lam that is a number and no clip; or stay outside: "
+            "torch.autograd.grad, also with is_grads_batched=True, and torch.autograd.functional "
+            "are right with every strategy but reversible"
         )
 
 
@@ -134,7 +134,7 @@ def no_forward_mode(user: object) -> RuntimeError:
     """Return the error of what has no forward mode."""
     return RuntimeError(
         f"{user} has no forward mode (torch.func.jvp, torch.autograd.forward_ad); take upg, jfb, "
-        "npg, bptt or exact for that, or reverse mode"
+        "npg without clip, bptt or exact for that, or reverse mode"
     )
 
 

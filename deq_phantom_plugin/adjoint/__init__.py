@@ -7,6 +7,8 @@ calls one by name on the leaves of any state.
 from __future__ import annotations
 
 from .broyden import broyden
+from .clip import Clip
+from .fixed_point import fixed_point
 from .implicit import VJP, implicit
 from .linearization import Linearization, inside_checkpoint, mixes_samples
 from .packing import Packing, relative_norm
@@ -18,12 +20,14 @@ __all__ = [
     "SOLVERS",
     "VJP",
     "Apply",
+    "Clip",
     "Linearization",
     "Packing",
     "Pushforward",
     "Solution",
     "broyden",
     "check_solver",
+    "fixed_point",
     "implicit",
     "inside_checkpoint",
     "mixes_samples",

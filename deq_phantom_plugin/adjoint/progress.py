@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._plumbing.late_read import LateRead
 from ..contract.errors import NonFiniteError
+from .clip import Clip
 from .packing import relative_norm
 
 Apply = Callable[[Tensor], Tensor]
@@ -30,6 +31,7 @@ class Solution:
         converged: whether every sample reached the tolerance.
         at_rounding: the samples that stopped above it since their residual is what F's own rounding
             makes of it, shape (B,).
+        n_clipped: products that were clipped, each counted once a sample.
     """
 
     x: Tensor
@@ -38,6 +40,7 @@ class Solution:
     trace: Tensor
     converged: bool
     at_rounding: Tensor
+    n_clipped: int = 0
 
 
 def choose(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -85,14 +88,18 @@ class Progress:
         rhs: the right-hand side, shape (B, D).
         tol: the residual to reach.
         max_vjp: the most products to take.
+        clip: bounds each product. Then residuals are those of x = rhs + clip(J^T x), but for that
+            of the solution.
 
     Attributes:
         active: the samples that are still to be solved, shape (B,).
         exhausted: whether the products are used up.
     """
 
-    def __init__(self, apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> None:
-        self._apply = apply
+    def __init__(
+        self, apply: Apply, rhs: Tensor, tol: float, max_vjp: int, clip: Clip | None = None
+    ) -> None:
+        self._apply, self._clip = apply, clip
         self.rhs, self.tol, self.max_vjp = rhs, tol, max_vjp
         self.n_vjp = 0
         self._best = torch.zeros_like(rhs)
@@ -118,9 +125,15 @@ class Progress:
         return self.remaining <= 0
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return J^T x, and count it."""
+        """Return J^T x, clipped if that is asked for, and count it."""
+        return self._bounded(self._product(x))
+
+    def _product(self, x: Tensor) -> Tensor:
         self.n_vjp += 1
         return self._apply(x)
+
+    def _bounded(self, product: Tensor) -> Tensor:
+        return product if self._clip is None else self._clip(product)
 
     def record(self, x: Tensor, residual: Tensor, at_once: bool = False) -> bool:
         """Take note of an iterate and its residual vector; return whether all are solved.
@@ -181,11 +194,12 @@ class Progress:
 
         Args:
             x: any rows, shape (B, D).
-            image: J^T x.
+            image: J^T x, clipped if products are.
         """
         if self._rounding is None:
             # By a factor that is no power of two, all numbers are rounded otherwise.
-            relative = relative_norm(1.5 * self.apply(x / 1.5) - image, image)
+            again = self._bounded(1.5 * self._product(x / 1.5))
+            relative = relative_norm(again - image, image)
             self._rounding = relative.amax() if len(relative) else relative.sum()
         return self._rounding
 
@@ -234,7 +248,7 @@ class Progress:
         Where a solve stops short, a sample whose every iterate is worse than zero gets its
         right-hand side instead. One more product then tells the residual, and so it does where
         iterates are of different steps: were samples said to be independent that are not, it would
-        be another.
+        be another. Where products were clipped it is taken again, of the system without a clip.
 
         Raises:
             NonFiniteError: if a residual is NaN or infinite.
@@ -248,6 +262,12 @@ class Progress:
             rest = self.rhs - self._best + self.apply(self._best)
             self._best_residual = torch.linalg.vector_norm(rest, dim=1)
             self._trace.append(self._best_residual)
+        n_clipped = 0 if self._clip is None else self._clip.n_clipped
+        if n_clipped:
+            rest = self.rhs - self._best + self._product(self._best)
+            self._best_residual = torch.linalg.vector_norm(rest, dim=1)
+            self._trace.append(self._best_residual)
+            self._at_rounding = self._at_rounding & (self._best_residual <= self._limit)
         trace = self._trace or [self._best_residual]
         return Solution(
             self._best,
@@ -256,4 +276,5 @@ class Progress:
             torch.stack(trace, dim=1),
             not bool((self._best_residual > self.tol).any()),
             self._at_rounding & ~self.active,
+            n_clipped,
         )

@@ -28,12 +28,15 @@ class BackwardStats:
         residual: ||v - (I - J^T) g|| / ||v|| for each sample, shape (B,); None where the
             strategy does not know it.
         trace: the same after each check of the solve, shape (B, N).
+        n_clipped: products that were clipped, see `clip` of `npg`, each counted once for every
+            sample in which it was (once, where samples are coupled).
     """
 
     strategy: str
     n_vjp: int
     residual: Tensor | None = None
     trace: Tensor | None = None
+    n_clipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,5 +206,8 @@ class GradStrategy(ABC):
         fields: Sequence[dataclasses.Field[Any]] = ()
         if dataclasses.is_dataclass(self):
             fields = dataclasses.fields(self)
-        arguments = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields if f.init)
+        given = [(f, getattr(self, f.name)) for f in fields if f.init]
+        # None by default is what is off, and would be named in every report.
+        shown = [(f, value) for f, value in given if not (value is None and f.default is None)]
+        arguments = ", ".join(f"{f.name}={value!r}" for f, value in shown)
         return f"{self.name or type(self).__name__}({arguments})"

@@ -44,7 +44,9 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
       products, whose own residual is `reference_residual`. In a model that was compiled as a
       whole, of the gradients of what F captures: those go through compiled code once, in training;
     - `forward_failures`, `adjoint_failures`: samples in which solves have failed so far, as `guard`
-      counted them, once there is one.
+      counted them, once there is one;
+    - `clipped`: products that `clip` of `npg` or `ift` has shortened in this backward pass, each
+      counted once a sample, from the first log in which there is one.
 
     Training is the same bit for bit with and without it: weights, `.grad`, random state and the
     buffers of all modules in F, as batch norms have them, are left as they were, and between logs F
@@ -112,6 +114,7 @@ class _Watch:
     _forwards: int = field(default=-1, init=False)
     _logged: dict[int, int] = field(default_factory=dict, init=False)
     _said: bool = field(default=False, init=False)
+    _clips: bool = field(default=False, init=False)
 
     def __call__(self, solve: Solve) -> None:
         if Trial.depth():  # of a report, or of an equilibrium whose F this one is inside of
@@ -157,6 +160,9 @@ class _Watch:
             warnings.warn(
                 f"monitor: {name}, step {step}: {type(error).__name__}: {error}", stacklevel=2
             )
+        self._clips |= numbers.get("clipped", 0) > 0
+        if not self._clips:
+            numbers.pop("clipped", None)
         counts = failures(self.module)
         if any(counts.values()):
             numbers |= {f"{kind}_failures": float(n) for kind, n in counts.items()}

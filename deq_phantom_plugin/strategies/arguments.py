@@ -51,6 +51,18 @@ def positive_float(name: str, value: Any) -> float:
     return number
 
 
+def positive_or_none(name: str, value: Any) -> float | None:
+    """Return `value` as a finite float above 0, or None.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    number = None if value is None else _as_float(value)
+    if value is not None and (number is None or not 0 < number < math.inf):
+        raise ValueError(f"{name}={value!r}; expected a finite number above 0, or None")
+    return number
+
+
 def probability(name: str, value: Any) -> float:
     """Return `value` as a float in (0, 1).
 

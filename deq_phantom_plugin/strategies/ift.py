@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .._plumbing.once import warn_once
-from ..adjoint import VJP, Linearization, Solution, check_solver, implicit, solve
+from ..adjoint import VJP, Linearization, Solution, check_solver, fixed_point, implicit, solve
 from ..contract.errors import ConvergenceWarning, NonFiniteError
 from ..contract.memory import Memory
 from ..contract.state import State
 from ..contract.strategy import BackwardStats, Context, GradStrategy
-from .arguments import boolean, positive_float, positive_int
+from .arguments import boolean, positive_float, positive_int, positive_or_none
 from .registry import register_strategy
 from .rescue import Rescue
 
@@ -47,9 +48,17 @@ class IFT(GradStrategy):
             penalties and MAML. Memory then holds h* and what F captures, and no graph; backward
             evaluates F once more, so F must do the same each time, and what it captures must be
             used in ordinary operations of PyTorch.
+        clip: the longest product, off unless it is given: each J^T g of the fixed-point iteration
+            g <- v + J^T g that is longer than clip ||v|| is scaled down to that, for each sample
+            with the norm of all its leaves (of the batch, where samples are coupled). Where the
+            last one was, g solves g = v + c J^T g with a c < 1, another equation: the residual
+            stays that of the system above, at the cost of one product more, so that such samples
+            have not converged, which warns once and is a failure to `guard`. The monitor is told
+            how many were. Not for other solvers, a warm start or `higher_order`, which rely on a
+            product being linear.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or `clip` goes with what it is not for.
     """
 
     solver: str = "gmres"
@@ -57,6 +66,7 @@ class IFT(GradStrategy):
     max_iter: int = 50
     warm_start: bool = False
     higher_order: bool = False
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         check_solver(self.solver)
@@ -64,6 +74,20 @@ class IFT(GradStrategy):
         object.__setattr__(self, "max_iter", positive_int("max_iter", self.max_iter))
         boolean("warm_start", self.warm_start)
         boolean("higher_order", self.higher_order)
+        object.__setattr__(self, "clip", positive_or_none("clip", self.clip))
+        if self.clip is not None:
+            self._check_clip()
+
+    def _check_clip(self) -> None:
+        """Refuse a clip beside what relies on J^T g being linear in g."""
+        only = {"solver": "fixed_point", "warm_start": False, "higher_order": False}
+        for name, accepted in only.items():
+            value = getattr(self, name)
+            if value != accepted:
+                raise ValueError(
+                    f"clip={self.clip!r} with {name}={value!r}, which relies on products that are "
+                    f"linear, as clipped ones are not; expected {name}={accepted!r}, or clip=None"
+                )
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
@@ -98,7 +122,7 @@ class IFT(GradStrategy):
             g, solution = solve(
                 vjp,
                 v,
-                solver=self.solver,
+                solver=self.solver if self.clip is None else partial(fixed_point, clip=self.clip),
                 tol=self.tol,
                 max_vjp=self.max_iter,
                 batch_dim=batch_dim,
@@ -121,7 +145,10 @@ class IFT(GradStrategy):
         if kept is not None:
             for name, leaf in zip(_names(g), g, strict=True):
                 kept.keep(name, leaf)
-        return g, BackwardStats(repr(self), solution.n_vjp, solution.residual, solution.trace)
+        stats = BackwardStats(
+            repr(self), solution.n_vjp, solution.residual, solution.trace, solution.n_clipped
+        )
+        return g, stats
 
     def _warn(self, solution: Solution) -> None:
         above = solution.residual > self.tol
@@ -130,7 +157,17 @@ class IFT(GradStrategy):
             f"{self!r}: the adjoint solve stopped after {solution.n_vjp} vector-Jacobian products "
             f"with relative residual {solution.residual.max():.1e}"
         )
-        if short:
+        if short and solution.n_clipped:
+            warn_once(
+                "ift with clip",
+                f"{reached}; {short} of {above.numel()} samples are above tol, and "
+                f"{solution.n_clipped} products were clipped, each counted once a sample. Where "
+                "the last one was, g solves g = v + c J^T g with a c < 1 in place of the adjoint "
+                "system. Raise clip, or regularise the Jacobian (dpp.jacobian_reg). This warning "
+                "is given once.",
+                ConvergenceWarning,
+            )
+        elif short:
             warn_once(
                 "ift",
                 f"{reached}; {short} of {above.numel()} samples are above tol. Raise max_iter or "

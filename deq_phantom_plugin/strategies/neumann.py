@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._plumbing.transforms import in_transform
-from ..adjoint import Linearization, Pushforward
+from ..adjoint import Clip, Linearization, Packing, Pushforward
 from ..contract.state import State, flatten
 from ..contract.strategy import BackwardStats, Context, GradStrategy
 from .damping import damping
@@ -20,9 +20,11 @@ class Neumann(GradStrategy):
 
     Attributes:
         lam: the damping factor, "adaptive" to measure it.
+        clip: the longest J^T g, in multiples of ||v||, for each sample; None for any length.
     """
 
     lam: float | str
+    clip: float | None = None
 
     @abstractmethod
     def terms(self) -> tuple[int, float]:
@@ -30,8 +32,8 @@ class Neumann(GradStrategy):
 
     @property
     def tells_samples_apart(self) -> bool:
-        """Only to measure a radius for each sample."""
-        return self.lam == "adaptive"
+        """Only to measure a radius or to clip for each sample."""
+        return self.lam == "adaptive" or self.clip is not None
 
     @property
     def steps_ahead(self) -> int:
@@ -42,7 +44,8 @@ class Neumann(GradStrategy):
         """See `GradStrategy.attach`."""
         leaves = flatten(equilibrium)[0]
         batch_dim = context.sample_dim if self.tells_samples_apart else None
-        if in_transform():  # and in forward mode
+        # What is clipped is not linear in v: there it is refused, as all that is not.
+        if self.clip is None and in_transform():  # and in forward mode
             factors = (
                 damping(Linearization(func, equilibrium, self), batch_dim)
                 if isinstance(self.lam, str)
@@ -56,12 +59,36 @@ class Neumann(GradStrategy):
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             factors = damping(graph, batch_dim) if isinstance(lam, str) else [lam] * len(v)
             terms, weight = self.terms()
-            g = neumann(graph.vjp, v, factors, terms, weight)
+            if self.clip is None:
+                product, clip = graph.vjp, None
+            else:
+                product, clip = clipped(graph.vjp, v, batch_dim, self.clip)
+            g = neumann(product, v, factors, terms, weight)
             if monitor is not None:
-                monitor(BackwardStats(repr(self), terms - 1))
+                n_clipped = 0 if clip is None else clip.n_clipped
+                monitor(BackwardStats(repr(self), terms - 1, n_clipped=n_clipped))
             return g
 
         return graph.attach(leaves, adjoint)
+
+
+def clipped(
+    product: Callable[[list[Tensor]], list[Tensor]],
+    v: list[Tensor],
+    batch_dim: int | None,
+    limit: float,
+) -> tuple[Callable[[list[Tensor]], list[Tensor]], Clip]:
+    """Return a product that is clipped, all leaves of a sample together, and what counts.
+
+    Args:
+        product: J^T.
+        v: the gradient that came in, a tensor a leaf.
+        batch_dim: see `Context.batch_dim`.
+        limit: the longest product, in multiples of ||v||.
+    """
+    packing = Packing(v, batch_dim)
+    clip = Clip(packing.pack(v), limit)
+    return lambda g: packing.unpack(clip(packing.pack(product(g)))), clip
 
 
 def neumann(

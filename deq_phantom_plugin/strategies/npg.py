@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..contract.strategy import Context, GradStrategy
-from .arguments import damping_factor
+from .arguments import damping_factor, positive_or_none
 from .depth import Depth, drawn, number_or_depth
 from .neumann import Neumann
 from .registry import register_strategy
@@ -29,6 +29,13 @@ class NPG(Neumann):
         k: the number of terms, or a distribution of it, see `Depth`.
         lam: the damping factor in (0, 1], or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
             measured for each sample in backward with 10 vector-Jacobian products.
+        clip: the longest product, off unless it is given: in each step g <- v + lam J^T g +
+            (1 - lam) g a J^T g with ||J^T g|| > clip ||v|| is scaled down to clip ||v||, before it
+            is damped, for each sample with the norm of all its leaves (of the batch, where samples
+            are coupled). So g stays bounded where rho(J) exceeds 1, and is another one there: the
+            context's monitor is told how often. `npg(k=2, lam=1.0, clip=1.0)` is the `onestep` of
+            github.com/jacobfa/Attractor (`_maybe_clip_jv`). What is clipped is not linear in v:
+            `torch.func` and forward mode refuse it.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -36,10 +43,12 @@ class NPG(Neumann):
 
     k: int | Depth | str = 5
     lam: float | str = 0.5
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", number_or_depth("k", self.k))
         object.__setattr__(self, "lam", damping_factor(self.lam))
+        object.__setattr__(self, "clip", positive_or_none("clip", self.clip))
 
     def resolve(self, context: Context) -> GradStrategy:
         """Return the strategy with the number of the current step, where that is drawn."""

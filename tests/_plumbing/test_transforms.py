@@ -22,11 +22,13 @@ SPECS = [
     "npg",
     "npg(k=3, lam=0.7)",
     "npg(k=3, lam='adaptive')",
+    "npg(k=3, lam=0.7, clip=0.4)",
     "npg_rr",
     *(
         f"ift(solver={solver!r}, {TIGHT})"
         for solver in ("gmres", "bicgstab", "anderson", "broyden", "fixed_point")
     ),
+    f"ift(solver='fixed_point', {TIGHT}, clip=9.0)",
     f"ift({TIGHT}, warm_start=True)",
     f"ift({TIGHT}, higher_order=True)",
     "shine",
@@ -226,8 +228,8 @@ def refused_as(spec, kind):
         inner = "upg" if "upg" in spec else "ift"
         return "guard|ift" if kind == "func" else refused_as(inner, kind)
     refused = {
-        "func": name in ("ift", "shine", "reversible") or "adaptive" in spec,
-        "forward": name in ("ift", "shine"),
+        "func": name in ("ift", "shine", "reversible") or "adaptive" in spec or "clip" in spec,
+        "forward": name in ("ift", "shine") or "clip" in spec,
         "many": name == "reversible",
         "plain": False,
         "twice": name in ("ift", "shine", "exact", "npg", "npg_rr") and "higher" not in spec,

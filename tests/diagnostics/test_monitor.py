@@ -180,6 +180,33 @@ def test_summary_writers_get_one_scalar_a_number():
     assert all(isinstance(value, float) for _, value, _ in writer.scalars)
 
 
+@pytest.mark.parametrize(
+    "spec", ["npg(k=4, lam=1.0, clip={})", "ift(solver='fixed_point', tol=1e-10, clip={})"]
+)
+@pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
+def test_clipped_products_are_counted_as_in_the_training_itself(spec):
+    dpp.enable()
+    model, log, told = net(grad="jfb"), Log(), []
+    model.dropout.p = 0.0
+    with dpp.monitor(model, log, every=1):
+        for step, clip in enumerate((1e6, 0.2, 1e6)):
+            dpp.set_grad(model, spec.format(clip))
+            dpp.set_step(model, step)
+            model(batch(0)).square().mean().backward()
+    assert "deq/clipped" not in log.entries[0][1]
+    u = model.encoder(batch(0)).detach().requires_grad_()
+    h = torch.zeros_like(u)
+    with torch.no_grad():
+        for _ in range(300):
+            h = torch.tanh(0.5 * model.layer(h) + u)
+    context = dpp.Context(batch_dim=0, monitor=told.append)
+    func = lambda h: torch.tanh(0.5 * model.layer(h) + u)  # noqa: E731
+    model.head(dpp.attach(func, h, spec.format(0.2), context)).square().mean().backward()
+    counted = [entry["deq/clipped"] for _, entry in log.entries[1:]]
+    assert counted == [told[0].n_clipped, 0.0]
+    assert counted[0] > 6
+
+
 def test_it_outlives_a_switch_of_strategy_and_ends_when_removed():
     dpp.enable()
     model, log = net(grad=2), Log()

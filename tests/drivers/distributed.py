@@ -28,6 +28,7 @@ SPECS = [
     "ift(tol=1e-12, max_iter=100, warm_start=True)",
     "jfb",
     "npg",
+    "npg(clip=0.4)",
     "reversible(steps=3)",
     "schedule({0: 'upg', 5: 'npg'})",
     "upg",

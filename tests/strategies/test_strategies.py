@@ -33,12 +33,14 @@ TestIFT = suite("ift", 1e-4)
 TestIFTAnderson = suite("ift(solver='anderson')", 1e-4)
 TestIFTBicgstab = suite("ift(solver='bicgstab')", 1e-4)
 TestIFTBroyden = suite("ift(solver='broyden')", 1e-4)
+TestIFTClipped = suite("ift(solver='fixed_point', clip=3.0)", 1e-4)
 TestIFTFixedPoint = suite("ift(solver='fixed_point')", 1e-4)
 TestIFTHigherOrder = suite("ift(higher_order=True)", 1e-4)
 TestIFTWarmStart = suite("ift(warm_start=True)", 1e-4)
 TestJFB = suite("jfb")
 TestNPG = suite("npg")
 TestNPGAdaptive = suite("npg(lam='adaptive')")
+TestNPGClipped = suite("npg(k=60, lam=1.0, clip=1.0)", 1e-6)
 TestNPGLong = suite("npg(k=60)", 1e-6)
 TestNPGRR = suite("npg_rr", draws=True)
 TestReversible = suite("reversible(steps=20, beta=0.5)", 1e-3)
@@ -576,11 +578,18 @@ def test_equilibrium_must_be_usable(spec, equilibrium, match):
         ("upg(lam=1.5)", "lam=1.5"),
         ("npg(lam=-0.1)", "lam=-0.1"),
         ("npg(lam='best')", "'adaptive'"),
+        ("npg(clip=0)", "clip=0; expected a finite number above 0, or None"),
+        ("npg(clip=-1.5)", "clip=-1.5"),
+        ("npg(clip=True)", "clip=True"),
+        ("npg(clip='x')", "clip='x'"),
+        ("npg(clip=1e999)", "clip=inf"),
         ("upg(checkpoint=1)", "checkpoint=1; expected True or False"),
         ("bptt(steps=0)", "steps=0"),
         ("ift(tol=0)", "tol=0"),
         ("ift(tol='small')", "tol='small'"),
         ("ift(max_iter=0)", "max_iter=0"),
+        ("ift(clip=0)", "clip=0; expected a finite number above 0, or None"),
+        ("ift(solver='fixed_point', clip='x')", "clip='x'"),
         ("ift(solver='gmre')", "did you mean 'gmres'"),
         ("ift(solver='cg')", "anderson, bicgstab, broyden, fixed_point, gmres"),
     ],
@@ -590,9 +599,11 @@ def test_arguments_out_of_range(spec, match):
         dpp.get_strategy(spec)
 
 
-def test_lam_nan_is_refused():
+def test_nan_is_refused():
     with pytest.raises(ValueError, match="lam=nan"):
         dpp.UPG(lam=float("nan"))
+    with pytest.raises(ValueError, match="clip=nan"):
+        dpp.NPG(clip=float("nan"))
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])

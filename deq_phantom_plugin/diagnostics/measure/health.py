@@ -22,6 +22,7 @@ def health(problem: Problem, strategy: GradStrategy) -> dict[str, float]:
     own, reference = problem.differentiate(strategy), whole.differentiate(_REFERENCE)
     (radius,) = whole.radii([1.0], _RADIUS_VJPS).values()
     return {
+        "clipped": float(own.n_clipped),
         "adjoint_residual": own.residual,
         "spectral_radius": radius,
         "cosine": cosine(own.vector, reference.vector),

@@ -16,7 +16,7 @@ from ...adjoint import Linearization, Packing, relative_norm
 from ...adjoint.probe import with_probe
 from ...attach import attach
 from ...contract.state import CheckedFunc, State, check_equilibrium, flatten, unflatten
-from ...contract.strategy import Context, GradStrategy
+from ...contract.strategy import BackwardStats, Context, GradStrategy
 from ...inspection import Findings, inspect_map
 from ...jacobian import spectral_radius
 from .derivatives import as_vector, check_params, reached, short_of_compiled, vjp
@@ -89,9 +89,10 @@ class Problem:
 
     def differentiate(self, strategy: GradStrategy) -> Gradient:
         """Return the gradient that a strategy gives, with its evaluations and products counted."""
-        counted = _Counted(self._written)
+        counted = _Counted(self._written, self.context.monitor)
         probed, probes = with_probe(counted, self.equilibrium)
-        attached = self.attach(strategy, probed)
+        told = replace(self, context=replace(self.context, monitor=counted.note))
+        attached = told.attach(strategy, probed)
         v = self.cotangent(attached)
         grads = vjp(flatten(attached)[0], [*self.params, *self.edges, *probes], v)
         split = len(self.params) + len(self.edges)
@@ -100,6 +101,7 @@ class Problem:
             self._adjoint_residual(v, grads[split:]),
             counted.n_evaluations,
             counted.n_vjp,
+            counted.n_clipped,
         )
 
     @property
@@ -219,12 +221,14 @@ class Gradient:
         residual: ||v - (I - J^T) g|| / ||v|| of the g behind it, at h*, the batch together.
         n_evaluations: calls of F.
         n_vjp: backward passes through F, the one to the parameters included.
+        n_clipped: see `BackwardStats`.
     """
 
     vector: Tensor
     residual: float
     n_evaluations: int
     n_vjp: int
+    n_clipped: int
 
     @property
     def norm(self) -> float:
@@ -255,11 +259,20 @@ def inner_product(v: Sequence[Tensor], state: State) -> Tensor:
 
 
 class _Counted:
-    """F, with its evaluations and the backward passes through it counted."""
+    """F, with its evaluations, the backward passes through it and clipped products counted."""
 
-    def __init__(self, func: Callable[[State], State]) -> None:
-        self._func = func
-        self.n_evaluations = self.n_vjp = 0
+    def __init__(
+        self,
+        func: Callable[[State], State],
+        monitor: Callable[[BackwardStats], None] | None,
+    ) -> None:
+        self._func, self._monitor = func, monitor
+        self.n_evaluations = self.n_vjp = self.n_clipped = 0
+
+    def note(self, stats: BackwardStats) -> None:
+        self.n_clipped += stats.n_clipped
+        if self._monitor is not None:
+            self._monitor(stats)
 
     def __call__(self, state: State) -> State:
         self.n_evaluations += 1
