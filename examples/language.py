@@ -1,13 +1,17 @@
-"""What the language models here share: characters of a text, a training step, checkpoints."""
+"""What the language models here share: characters, training steps, checkpoints, files."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import json
 import math
 import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,11 @@ import torch
 from torch import Tensor
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import write_whole
+from deq_phantom_plugin.diagnostics.measure.cost import now, peak_bytes
+
+POINTS, ROUNDS = 8, 5  # of training at which a step is timed, and how often
 
 # --- data -----------------------------------------------------------------------------------------
 
@@ -90,6 +98,37 @@ def train_step(model: Any, optimizer: Any, ids: Tensor, step: int, args: argpars
     return output
 
 
+def step_costs(
+    models: Mapping[str, tuple[Any, Any]], data: Tensor, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Return the seconds of a training step of each model, and the most bytes that one allocates.
+
+    Models take the same steps in turn, so that all see one machine, at points spread over training,
+    so that what is drawn or grows counts as it comes: the mean over points of medians.
+
+    Args:
+        models: name -> (model, optimizer); they are trained on.
+        data: the training text.
+        args: of all.
+    """
+    device = torch.device(args.device)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    peaks = dict.fromkeys(models, 0)
+    for step in sorted({point * args.steps // POINTS for point in range(POINTS)}):
+        ids = batch_at(data, step, args).to(device)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(ROUNDS):
+            for name, (model, optimizer) in models.items():
+                begin = now(device)
+                train_step(model, optimizer, ids, step, args)
+                times[name].append(now(device) - begin)
+        for name, (model, optimizer) in models.items():
+            seconds[name].append(statistics.median(times[name]))
+            once_more = partial(train_step, model, optimizer, ids, step, args)
+            peaks[name] = max(peaks[name], peak_bytes(once_more, device))
+    return {n: {"seconds": statistics.fmean(seconds[n]), "bytes": peaks[n]} for n in models}
+
+
 # --- what is kept ---------------------------------------------------------------------------------
 
 
@@ -135,3 +174,31 @@ def slug(method: str) -> str:
 def finite(content: Any) -> Any:
     """Return content for JSON, which has neither NaN nor infinity."""
     return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
+def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
+    """Return rows as a file of comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def blank_figure(width: float, height: float) -> Any:
+    """Return a figure without a window.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    require("matplotlib", "viz")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def as_png(figure: Any) -> bytes:
+    """Return a figure as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

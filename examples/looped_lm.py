@@ -1,10 +1,10 @@
 """A looped language model on Transformers' Llama layers: prelude, recurrent block, coda.
 
-As in "Scaling up Test-Time Compute with Latent Reasoning" (Geiping et al. 2025, Huginn): the prelude
-turns tokens into an embedding e; the block h <- layers(adapter([h, e])) is repeated, from h = 0, so
-that each evaluation sees the input again; the coda reads the last state. Unlike there, the first
-state is no noise, e is normalised, and h is only with `block_norm`: at this size the loop is a
-contraction then, and how often it runs makes no difference.
+As in "Scaling up Test-Time Compute with Latent Reasoning" (Geiping et al. 2025, Huginn): the
+prelude turns tokens into an embedding e; the block h <- layers(adapter([h, e])) is repeated from
+h = 0, so that each evaluation sees the input again; the coda reads the last state. Unlike there,
+the first state is no noise, e is normalised, and h only with `block_norm`: at this size the loop is
+a contraction then, and how often it runs makes no difference.
 
 The loop is a `dpp.Equilibrium(steps=...)`: number and gradient are specs in the config.
 """
@@ -42,7 +42,7 @@ class LoopedConfig(LlamaConfig):
         grad: the gradient of the loop, a spec of `dpp.get_strategy`.
 
     Raises:
-        ValueError: if `steps` or `grad` is invalid.
+        ValueError: if the heads do not fit the size, or `steps` or `grad` is invalid.
     """
 
     model_type = "looped_lm"
@@ -66,6 +66,11 @@ class LoopedConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.num_hidden_layers = self.prelude_layers + self.block_layers + self.coda_layers
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} with num_attention_heads="
+                f"{self.num_attention_heads}; expected a multiple of twice the heads"
+            )
         dpp.Equilibrium(steps=self.steps, grad=self.grad)  # or an error that says what is accepted
 
 

@@ -17,8 +17,6 @@ A run that fails has its error in its row, and the others go on. Each model is s
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import re
@@ -37,7 +35,10 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import text_table, write_whole
 from language import (
+    as_csv,
+    as_png,
     batch_at,
+    blank_figure,
     finite,
     restore,
     save_checkpoint,
@@ -215,10 +216,7 @@ def save(args: argparse.Namespace, name: str, runs: Sequence[Run]) -> None:
     """Write what there is so far: numbers as JSON, the table as CSV, curves as PNG."""
     content = {"settings": settings(args), "runs": [asdict(run) for run in runs]}
     write_whole(args.out / f"{name}.json", json.dumps(finite(content), indent=1).encode())
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([HEADER, *rows(runs)])
-    write_whole(args.out / f"{name}.csv", text.getvalue().encode())
+    write_whole(args.out / f"{name}.csv", as_csv([HEADER, *rows(runs)]))
     write_whole(args.out / f"{name}.png", plot(runs))
 
 
@@ -228,11 +226,7 @@ def plot(runs: Sequence[Run]) -> bytes:
     Raises:
         ImportError: without matplotlib.
     """
-    require("matplotlib", "viz")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = blank_figure(11, 4)
     perplexity, radius = figure.subplots(1, 2)
     for number, run in enumerate(runs):
         style = "--" if "+jr" in run.method else "-"
@@ -250,9 +244,7 @@ def plot(runs: Sequence[Run]) -> bytes:
     radius.axhline(1, color="0.7", linewidth=0.8)
     radius.set(xlabel="step", ylabel="spectral radius of dF/dh", yscale="log")
     radius.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 # --- the command line ----------------------------------------------------------------------------

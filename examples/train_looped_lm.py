@@ -20,15 +20,12 @@ Memory is the most that such a step allocates. A run that fails has its error in
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +35,20 @@ from torch import Tensor
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import text_table, write_whole
-from deq_phantom_plugin.diagnostics.measure.cost import now, peak_bytes
-from language import batch_at, finite, restore, save_checkpoint, settings, slug, split, train_step
+from language import (
+    as_csv,
+    as_png,
+    batch_at,
+    blank_figure,
+    finite,
+    restore,
+    save_checkpoint,
+    settings,
+    slug,
+    split,
+    step_costs,
+    train_step,
+)
 
 require("transformers", "text")
 from looped_lm import LoopedConfig, LoopedForCausalLM, loops  # noqa: E402
@@ -56,7 +65,7 @@ METHODS = (
     "ift",
 )
 EVAL_BATCH, RADIUS_BATCH = 32, 8
-POINTS, ROUNDS = 8, 5  # of training at which a step is timed, and how often
+DIVERGED = 1000  # a perplexity above says no more
 
 
 @dataclass
@@ -130,13 +139,14 @@ def evaluate(model: LoopedForCausalLM, data: Tensor, args: argparse.Namespace) -
     for steps in args.test_loops:
         with loops(model, steps), torch.no_grad():
             losses = [model(ids, labels=ids).loss * len(ids) for ids in sequences.split(EVAL_BATCH)]
-        perplexity[str(steps)] = math.exp(min(float(torch.stack(losses).sum()) / count, 700.0))
+        loss = float(torch.stack(losses).sum()) / count
+        perplexity[str(steps)] = math.exp(loss) if loss < 700 else math.inf  # also if it is NaN
     with torch.no_grad():
         func, start = model.recurrence(sequences[:RADIUS_BATCH])
         state = model.equilibrium(func, start)
         image = func(state)
         change = (image - state).flatten(1).norm(dim=1) / image.flatten(1).norm(dim=1)
-    radius = dpp.spectral_radius(func, state, batch_dim=0, tol=0.02, max_iter=60)
+    radius = dpp.spectral_radius(func, state, batch_dim=0, tol=0.02)
     model.train()
     return {
         "perplexity": perplexity,
@@ -182,35 +192,10 @@ def folder_of(run: Run, args: argparse.Namespace) -> Path:
     return Path(args.out, slug(run.method), f"seed_{run.seed}")
 
 
-# --- time and memory -----------------------------------------------------------------------------
-
-
-def costs(runs: Sequence[Run], data: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Return of each method that was trained the seconds of a step, and the most bytes of one."""
-    done: dict[str, Run] = {}
-    for run in runs:
-        if run.error is None:
-            done.setdefault(run.method, run)
-    device, models = torch.device(args.device), {}
-    for method, run in done.items():
-        model = LoopedForCausalLM.from_pretrained(folder_of(run, args)).to(device).train()
-        models[method] = (model, make_optimizer(model, args))
-    args = of_seed(args, args.seeds[0])
-    seconds: dict[str, list[float]] = {method: [] for method in models}
-    peaks = dict.fromkeys(models, 0)
-    for step in sorted({point * args.steps // POINTS for point in range(POINTS)}):
-        ids = batch_at(data, step, args).to(device)
-        times: dict[str, list[float]] = {method: [] for method in models}
-        for _ in range(ROUNDS):
-            for method, (model, optimizer) in models.items():
-                begin = now(device)
-                train_step(model, optimizer, ids, step, args)
-                times[method].append(now(device) - begin)
-        for method, (model, optimizer) in models.items():
-            seconds[method].append(statistics.median(times[method]))
-            step_once = partial(train_step, model, optimizer, ids, step, args)
-            peaks[method] = max(peaks[method], peak_bytes(step_once, device))
-    return {m: {"seconds": statistics.fmean(seconds[m]), "bytes": peaks[m]} for m in models}
+def trained_model(run: Run, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return a model that was saved, and what would train it on."""
+    model = LoopedForCausalLM.from_pretrained(folder_of(run, args)).to(args.device).train()
+    return model, make_optimizer(model, args)
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -239,9 +224,7 @@ def table(
     for method, own in groups(runs).items():
         row = [method]
         for steps in args.test_loops:
-            numbers = values(own, "perplexity", steps)
-            deviation = statistics.pstdev(numbers) if numbers else math.nan
-            row.append(f"{_mean(numbers):.2f} ± {deviation:.2f}")
+            row.append(_mean_and_deviation(values(own, "perplexity", steps)))
         row.append(f"{_mean(values(own, 'residual')):.1e}")
         row.append(f"{_mean(values(own, 'spectral_radius')):.2f}")
         cost = found.get(method)
@@ -257,6 +240,13 @@ def _mean(numbers: Sequence[float]) -> float:
     return statistics.fmean(numbers) if numbers else math.nan
 
 
+def _mean_and_deviation(numbers: Sequence[float]) -> str:
+    mean = _mean(numbers)
+    if not mean < DIVERGED:
+        return "nan" if math.isnan(mean) else f">{DIVERGED}"
+    return f"{mean:.2f} ± {statistics.pstdev(numbers):.2f}"
+
+
 def save(
     runs: Sequence[Run], found: dict[str, Any], args: argparse.Namespace, n_tokens: int
 ) -> None:
@@ -265,19 +255,17 @@ def save(
     content = {"settings": shared, "runs": [asdict(run) for run in runs], "costs": found}
     name = args.out / args.name
     write_whole(f"{name}.json", json.dumps(finite(content), indent=1).encode())
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     perplexities = [f"perplexity at {steps}" for steps in args.test_loops]
-    writer.writerow(["method", "seed", *perplexities, "train loss", "residual", "rho", "steps"])
+    rows = [["method", "seed", *perplexities, "train loss", "residual", "rho", "steps"]]
     for run in runs:
         last = run.history[-1] if run.history else {"perplexity": {}}
         numbers = [last["perplexity"].get(str(steps), math.nan) for steps in args.test_loops]
-        cells = [f"{number:.3f}" for number in (*numbers, last.get("train_loss", math.nan))]
+        cells = [f"{number:.5g}" for number in (*numbers, last.get("train_loss", math.nan))]
         cells.append(f"{last.get('residual', math.nan):.1e}")
         cells.append(f"{last.get('spectral_radius', math.nan):.3f}")
         steps = str(run.steps) if run.error is None else f"{run.steps}: {run.error}"
-        writer.writerow([run.method, run.seed, *cells, steps])
-    write_whole(f"{name}.csv", text.getvalue().encode())
+        rows.append([run.method, str(run.seed), *cells, steps])
+    write_whole(f"{name}.csv", as_csv(rows))
     write_whole(f"{name}.png", plot(runs, args))
 
 
@@ -287,11 +275,7 @@ def plot(runs: Sequence[Run], args: argparse.Namespace) -> bytes:
     Raises:
         ImportError: without matplotlib.
     """
-    require("matplotlib", "viz")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    figure = blank_figure(9.5, 4.2)
     axes = figure.add_subplot()
     lowest = math.inf
     for number, (method, own) in enumerate(groups(runs).items()):
@@ -302,8 +286,8 @@ def plot(runs: Sequence[Run], args: argparse.Namespace) -> bytes:
         lowest = min(lowest, *means)
         style, color = "--" if "@" in method else "-", f"C{number % 10}"
         axes.plot(args.test_loops, means, style, marker=".", color=color, label=method)
-        ends = [[pick(numbers) for numbers in by_loops] for pick in (min, max)]
-        axes.fill_between(args.test_loops, *ends, color=color, alpha=0.15, linewidth=0)
+        low, high = ([pick(numbers) for numbers in by_loops] for pick in (min, max))
+        axes.fill_between(args.test_loops, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="loops at test time", ylabel="validation perplexity (characters)")
     axes.set_xscale("log", base=2)
     axes.set_xticks(args.test_loops, [str(steps) for steps in args.test_loops])
@@ -311,9 +295,7 @@ def plot(runs: Sequence[Run], args: argparse.Namespace) -> bytes:
         axes.set_ylim(0.97 * lowest, 2 * lowest)
     if lowest < math.inf:
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -389,7 +371,9 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
                 except (ArithmeticError, RuntimeError, ValueError) as error:
                     run.error = f"{type(error).__name__}: {error}"
                 save(runs, {}, args, len(characters))
-    found = costs(runs, training, args)
+    trained = {run.method: run for run in reversed(runs) if run.error is None}
+    models = {method: trained_model(run, args) for method, run in trained.items()}
+    found = step_costs(models, training, of_seed(args, args.seeds[0]))
     save(runs, found, args, len(characters))
     print(text_table(*table(runs, found, args)))
     return runs

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import json
 import math
 import sys
@@ -16,17 +16,12 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM
 
-PATH = ROOT / "examples" / "train_lm.py"
-
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("train_lm", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_lm"] = module  # where dataclasses look their types up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_lm"]
+    sys.path.insert(0, str(ROOT / "examples"))
+    yield importlib.import_module("train_lm")
+    sys.path.remove(str(ROOT / "examples"))
 
 
 @pytest.fixture
