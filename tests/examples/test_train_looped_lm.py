@@ -42,7 +42,10 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def argv(text, tmp_path):
+def argv(text, tmp_path, monkeypatch):
+    language = importlib.import_module("language")
+    monkeypatch.setattr(language, "POINTS", 2)
+    monkeypatch.setattr(language, "ROUNDS", 1)
     sizes = ["--hidden", "16", "--heads", "2", "--length", "12", "--batch", "4", "--loops", "3"]
     steps = ["--steps", "8", "--eval-every", "2", "--eval-sequences", "4", "--seeds", "0"]
     tested = ["--test-loops", "1", "3", "6"]
@@ -156,12 +159,12 @@ def test_methods(example):
 
 def test_results(example, argv, tmp_path, capsys):
     methods = ["tbptt(k=2)", "ift@uniform(1, 5)", "ramp('tbptt', {'k': (1, 3)}, until=0.5)"]
-    steps = ["--steps", "40", "--eval-every", "20", "--lr", "1e-2", "--seeds", "0", "1"]
+    steps = ["--steps", "20", "--eval-every", "10", "--lr", "1e-2", "--seeds", "0", "1"]
     runs = example.main([*argv, *steps, "--methods", *methods])
     out = tmp_path / "out"
     assert [(run.method, run.seed) for run in runs] == [(m, s) for s in (0, 1) for m in methods]
     for run in runs:
-        assert [h["step"] for h in run.history] == [20, 40]
+        assert [h["step"] for h in run.history] == [10, 20]
         assert run.history[-1]["perplexity"]["3"] < run.history[0]["perplexity"]["3"]
     content = json.loads((out / "looped_lm_abc.json").read_text(), parse_constant=pytest.fail)
     assert content["runs"][0]["history"] == runs[0].history
@@ -235,10 +238,28 @@ def test_a_killed_run_resumes_with_the_same_losses_and_draws(example, argv, monk
     assert [run.history for run in resumed] == [run.history for run in whole]
 
 
+def test_costs(example, argv):
+    """Of the same steps for all; what holds more graphs takes more memory."""
+    args = example.of_seed(example.parse(argv), 0)
+    models = {}
+    for method in ("tbptt(k=1)@6", "tbptt('all')@6"):
+        model = example.make_model(method, args, 7).train()
+        models[method] = model, example.make_optimizer(model, args)
+    taken = []
+    for model, _ in models.values():
+        model.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    one, all_six = example.step_costs(models, torch.randint(7, (60,)), args).values()
+    assert len(taken) == 8  # two models, two points, a round and once more for its memory
+    assert torch.equal(taken[0], taken[1])
+    assert not torch.equal(taken[0], taken[4])
+    assert all_six["bytes"] > 1.5 * one["bytes"] > 0
+    assert one["seconds"] > 0
+
+
 def test_other_settings_cannot_be_resumed(example, argv):
-    example.main([*argv, "--methods", "jfb"])
+    example.main([*argv, "--methods", "jfb", "--steps", "1"])
     with pytest.raises(SystemExit, match=r"cannot be resumed: lr was 0\.006; drop --resume"):
-        example.main([*argv, "--methods", "jfb", "--resume", "--lr", "1"])
+        example.main([*argv, "--methods", "jfb", "--steps", "1", "--resume", "--lr", "1"])
 
 
 def test_a_run_that_fails_does_not_stop_the_others(example, argv, tmp_path, monkeypatch, capsys):
