@@ -43,33 +43,6 @@ def numbers(run):
     return [(h["step"], h["loss"], h["spectral_radius"], h.get("train_loss")) for h in run.history]
 
 
-def test_default_text_ships_with_python(example):
-    text = example.load_text(None)
-    assert len(text) > 100_000
-    assert "lambda" in text
-    ids, characters = example.encode(text)
-    assert "".join(characters[i] for i in ids[:50].tolist()) == text[:50]
-
-
-def test_batches_depend_on_the_step_alone(example, argv):
-    args = example.parse(argv)
-    data = torch.arange(500)
-    first = example.batch_at(data, 3, args)
-    assert torch.equal(first, example.batch_at(data, 3, args))
-    assert not torch.equal(first, example.batch_at(data, 4, args))
-    assert first.shape == (4, 12)
-    assert torch.equal(first - first[:, :1], torch.arange(12).expand(4, 12))
-
-
-def test_learning_rate(example, argv):
-    args = example.parse([*argv, "--steps", "100", "--lr", "1"])
-    rates = [example.learning_rate(step, args) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[5] == 1
-    assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
-    assert 0 < rates[-1] < 0.01
-
-
 def test_results(example, argv, tmp_path, capsys):
     methods = ["--methods", "upg", "npg(k=3)+jr=0.1"]
     runs = example.main([*argv, *methods, "--steps", "40", "--eval-every", "20", "--lr", "1e-2"])
