@@ -12,7 +12,7 @@ tenth of the text, with the block repeated 4 to 64 times. The residual is ||F(h)
 the end of a loop as long as in training (the mean, where that is drawn), rho the spectral radius of
 dF/dh there, the mean over eight sequences.
 
-The time of a step is over that of the first method: trained models take the same steps in turn, at
+The time of a step is over that of the first method that trained: models take the same steps in turn, at
 eight points of training, so that what is drawn or grows counts as it comes; the mean of medians.
 Memory is the most that such a step allocates. A run that fails has its error in its row.
 """
@@ -256,13 +256,16 @@ def save(
     name = args.out / args.name
     write_whole(f"{name}.json", json.dumps(finite(content), indent=1).encode())
     perplexities = [f"perplexity at {steps}" for steps in args.test_loops]
-    rows = [["method", "seed", *perplexities, "train loss", "residual", "rho", "steps"]]
+    names = ["train loss", "residual", "rho", "ms/step", "MiB", "steps"]
+    rows = [["method", "seed", *perplexities, *names]]
     for run in runs:
         last = run.history[-1] if run.history else {"perplexity": {}}
         numbers = [last["perplexity"].get(str(steps), math.nan) for steps in args.test_loops]
         cells = [f"{number:.5g}" for number in (*numbers, last.get("train_loss", math.nan))]
         cells.append(f"{last.get('residual', math.nan):.1e}")
         cells.append(f"{last.get('spectral_radius', math.nan):.3f}")
+        cost = found.get(run.method, {"seconds": math.nan, "bytes": math.nan})
+        cells += [f"{1e3 * cost['seconds']:.1f}", f"{cost['bytes'] / 2**20:.1f}"]
         steps = str(run.steps) if run.error is None else f"{run.steps}: {run.error}"
         rows.append([run.method, str(run.seed), *cells, steps])
     write_whole(f"{name}.csv", as_csv(rows))
@@ -371,8 +374,8 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
                 except (ArithmeticError, RuntimeError, ValueError) as error:
                     run.error = f"{type(error).__name__}: {error}"
                 save(runs, {}, args, len(characters))
-    trained = {run.method: run for run in reversed(runs) if run.error is None}
-    models = {method: trained_model(run, args) for method, run in trained.items()}
+    trained = groups([run for run in runs if run.error is None])
+    models = {method: trained_model(own[0], args) for method, own in trained.items()}
     found = step_costs(models, training, of_seed(args, args.seeds[0]))
     save(runs, found, args, len(characters))
     print(text_table(*table(runs, found, args)))

@@ -177,10 +177,14 @@ def test_results(example, argv, tmp_path, capsys):
     for loops in ("1", "3", "6"):
         expected = pytest.approx(last["perplexity"][loops], rel=1e-3)
         assert float(rows[-1][f"perplexity at {loops}"]) == expected
+    assert len({row["MiB"] for row in rows if row["method"] == methods[0]}) == 1
+    assert float(rows[-1]["ms/step"]) > 0
     assert (out / "looped_lm_abc.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     both = [run.history[-1]["perplexity"]["3"] for run in runs if run.method == methods[0]]
     assert f"{sum(both) / 2:.2f} ± {abs(both[0] - both[1]) / 2:.2f}" in printed
+    cells = dict(zip(methods, printed.splitlines()[-3:], strict=True))[methods[0]].split()
+    assert cells[-3] == "1.00"  # the time of a step, over its own
     model = AutoModelForCausalLM.from_pretrained(out / "ift_uniform_1_5" / "seed_1")
     assert str(model.equilibrium.steps) == "uniform(1, 5)"
 
