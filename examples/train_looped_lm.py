@@ -12,9 +12,9 @@ tenth of the text, with the block repeated 4 to 64 times. The residual is ||F(h)
 the end of a loop as long as in training (the mean, where that is drawn), rho the spectral radius of
 dF/dh there, the mean over eight sequences.
 
-The time of a step is over that of the first method that trained: models take the same steps in turn, at
-eight points of training, so that what is drawn or grows counts as it comes; the mean of medians.
-Memory is the most that such a step allocates. A run that fails has its error in its row.
+The time of a step is over that of the first method that trained: models take the same steps in
+turn, at eight points of training, so that what is drawn or grows counts as it comes; the mean of
+medians. Memory is the most that such a step allocates. A run that fails has its error in its row.
 """
 
 from __future__ import annotations
