@@ -14,6 +14,9 @@ from ..contract.state import State, flatten
 from ..contract.strategy import BackwardStats, Context, GradStrategy
 from .damping import damping
 
+Product = Callable[[list[Tensor]], list[Tensor]]
+"""From the leaves of a state to those of a matrix times it."""
+
 
 class Neumann(GradStrategy):
     """A strategy whose g is such a series; the value is the equilibrium itself.
@@ -59,10 +62,10 @@ class Neumann(GradStrategy):
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             factors = damping(graph, batch_dim) if isinstance(lam, str) else [lam] * len(v)
             terms, weight = self.terms()
-            if self.clip is None:
-                product, clip = graph.vjp, None
-            else:
-                product, clip = clipped(graph.vjp, v, batch_dim, self.clip)
+            product: Product = graph.vjp
+            clip = None
+            if self.clip is not None:
+                product, clip = clipped(product, v, batch_dim, self.clip)
             g = neumann(product, v, factors, terms, weight)
             if monitor is not None:
                 n_clipped = 0 if clip is None else clip.n_clipped
@@ -73,11 +76,11 @@ class Neumann(GradStrategy):
 
 
 def clipped(
-    product: Callable[[list[Tensor]], list[Tensor]],
+    product: Product,
     v: list[Tensor],
     batch_dim: int | None,
     limit: float,
-) -> tuple[Callable[[list[Tensor]], list[Tensor]], Clip]:
+) -> tuple[Product, Clip]:
     """Return a product that is clipped, all leaves of a sample together, and what counts.
 
     Args:
@@ -92,7 +95,7 @@ def clipped(
 
 
 def neumann(
-    product: Callable[[list[Tensor]], list[Tensor]],
+    product: Product,
     v: list[Tensor],
     factors: Sequence[float | Tensor],
     terms: int,
