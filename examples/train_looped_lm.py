@@ -280,23 +280,25 @@ def plot(runs: Sequence[Run], args: argparse.Namespace) -> bytes:
     """
     figure = blank_figure(9.5, 4.2)
     axes = figure.add_subplot()
-    lowest = math.inf
-    for number, (method, own) in enumerate(groups(runs).items()):
-        by_loops = [values(own, "perplexity", steps) for steps in args.test_loops]
-        if not by_loops[0]:  # all seeds failed
-            continue
-        means = [statistics.fmean(numbers) for numbers in by_loops]
-        lowest = min(lowest, *means)
+    found = {
+        method: [values(own, "perplexity", steps) for steps in args.test_loops]
+        for method, own in groups(runs).items()
+        if values(own, "spectral_radius")  # a seed that did not fail
+    }
+    means = {m: [statistics.fmean(numbers) for numbers in by] for m, by in found.items()}
+    lowest = min((mean for by in means.values() for mean in by), default=1.0)
+    top = 1.4 * lowest  # what fails shall not flatten what does not
+    for number, (method, by_loops) in enumerate(found.items()):
         style, color = "--" if "@" in method else "-", f"C{number % 10}"
-        axes.plot(args.test_loops, means, style, marker=".", color=color, label=method)
+        label = method if min(means[method]) < top else f"{method}: above"
+        axes.plot(args.test_loops, means[method], style, marker=".", color=color, label=label)
         low, high = ([pick(numbers) for numbers in by_loops] for pick in (min, max))
         axes.fill_between(args.test_loops, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.set_ylim(0.98 * lowest, top)
     axes.set(xlabel="loops at test time", ylabel="validation perplexity (characters)")
     axes.set_xscale("log", base=2)
     axes.set_xticks(args.test_loops, [str(steps) for steps in args.test_loops])
-    if axes.get_ylim()[1] > 2 * lowest:  # what fails shall not flatten what does not
-        axes.set_ylim(0.97 * lowest, 2 * lowest)
-    if lowest < math.inf:
+    if found:
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return as_png(figure)
 
