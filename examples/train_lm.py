@@ -1,4 +1,3 @@
-# Longer than 400 lines: one file to copy, with data, training, checkpoints and figure.
 """A deep equilibrium language model on a text file, by gradient method.
 
     python examples/train_lm.py                        # Python's own language reference
@@ -18,8 +17,6 @@ A run that fails has its error in its row, and the others go on. Each model is s
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import re
@@ -37,6 +34,19 @@ from torch import Tensor
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import text_table, write_whole
+from language import (
+    as_csv,
+    as_png,
+    batch_at,
+    blank_figure,
+    finite,
+    restore,
+    save_checkpoint,
+    settings,
+    slug,
+    split,
+    train_step,
+)
 
 require("transformers", "text")
 from deq_phantom_plugin.adapters.transformer import (  # noqa: E402
@@ -64,32 +74,6 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     error: str | None = None
-
-
-# --- data ----------------------------------------------------------------------------------------
-
-
-def load_text(path: Path | None) -> str:
-    """Return a text file, or the language reference that Python ships with."""
-    if path is not None:
-        return path.read_text(encoding="utf-8")
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in sorted(topics))
-
-
-def encode(text: str) -> tuple[Tensor, list[str]]:
-    """Return a text as indices into its sorted characters, and these."""
-    characters = sorted(set(text))
-    number = {character: i for i, character in enumerate(characters)}
-    return torch.tensor([number[character] for character in text]), characters
-
-
-def batch_at(data: Tensor, step: int, args: argparse.Namespace) -> Tensor:
-    """Return the batch of a step, shape (batch, length), whichever steps came before."""
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    starts = torch.randint(len(data) - args.length, (args.batch,), generator=generator)
-    return data[starts[:, None] + torch.arange(args.length)]
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -129,34 +113,6 @@ def make_model(method: str, args: argparse.Namespace, n_tokens: int) -> DEQTrans
             jac_reg_freq=args.jac_reg_freq,
         )
     )
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Return the rate of a step: a linear rise over a twentieth of all, then half a cosine."""
-    warmup = max(1, args.steps // 20)
-    if step < warmup:
-        return float(args.lr * (step + 1) / warmup)
-    return float(args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))))
-
-
-def train_step(model: Any, optimizer: Any, ids: Tensor, step: int, args: argparse.Namespace) -> Any:
-    """Take one optimiser step and return the model's output; its numbers come from the step alone.
-
-    Raises:
-        FloatingPointError: if the loss is not finite.
-    """
-    torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, probes of the regulariser
-    dpp.set_step(model, step)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
-    output = model(ids, labels=ids)
-    optimizer.zero_grad()
-    output.loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if not torch.isfinite(norm + output.loss.detach()):
-        raise FloatingPointError(f"loss {output.loss.item()}, gradient norm {norm.item()}")
-    optimizer.step()
-    return output
 
 
 def evaluate(model: Any, data: Tensor, args: argparse.Namespace) -> dict[str, float]:
@@ -219,45 +175,6 @@ def train(
     return model
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what a run depends on."""
-    others = ("out", "name", "resume", "methods", "text", "device", "prompt")
-    return {key: value for key, value in vars(args).items() if key not in others}
-
-
-def save_checkpoint(
-    path: Path, run: Run, model: Any, optimizer: Any, args: argparse.Namespace
-) -> None:
-    """Write all that a run goes on from."""
-    buffer = io.BytesIO()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state["memory"] = dpp.memory_state_dict(model)
-    torch.save({"run": asdict(run), "settings": settings(args), **state}, buffer)
-    write_whole(path, buffer.getvalue())
-
-
-def restore(path: Path, run: Run, model: Any, optimizer: Any, args: argparse.Namespace) -> None:
-    """Take up a run.
-
-    Raises:
-        SystemExit: if it had other settings.
-    """
-    found = torch.load(path, map_location=args.device, weights_only=True)
-    now, then = settings(args), found["settings"]
-    changed = [f"{key} was {then.get(key)!r}" for key in now if now[key] != then.get(key)]
-    if changed:
-        raise SystemExit(f"{path} cannot be resumed: {', '.join(changed)}; drop --resume")
-    model.load_state_dict(found["model"])
-    dpp.load_memory_state_dict(model, found.get("memory", {}))
-    optimizer.load_state_dict(found["optimizer"])
-    vars(run).update(found["run"])
-
-
-def slug(method: str) -> str:
-    """Return a method as a file name."""
-    return re.sub(r"[^A-Za-z0-9.+=-]+", "_", method).strip("_")
-
-
 # --- results -------------------------------------------------------------------------------------
 
 HEADER = [
@@ -298,17 +215,9 @@ def rows(runs: Sequence[Run]) -> list[list[str]]:
 def save(args: argparse.Namespace, name: str, runs: Sequence[Run]) -> None:
     """Write what there is so far: numbers as JSON, the table as CSV, curves as PNG."""
     content = {"settings": settings(args), "runs": [asdict(run) for run in runs]}
-    write_whole(args.out / f"{name}.json", json.dumps(_finite(content), indent=1).encode())
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([HEADER, *rows(runs)])
-    write_whole(args.out / f"{name}.csv", text.getvalue().encode())
+    write_whole(args.out / f"{name}.json", json.dumps(finite(content), indent=1).encode())
+    write_whole(args.out / f"{name}.csv", as_csv([HEADER, *rows(runs)]))
     write_whole(args.out / f"{name}.png", plot(runs))
-
-
-def _finite(content: Any) -> Any:
-    """Return content for JSON, which has neither NaN nor infinity."""
-    return json.loads(json.dumps(content), parse_constant=lambda _: None)
 
 
 def plot(runs: Sequence[Run]) -> bytes:
@@ -317,11 +226,7 @@ def plot(runs: Sequence[Run]) -> bytes:
     Raises:
         ImportError: without matplotlib.
     """
-    require("matplotlib", "viz")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = blank_figure(11, 4)
     perplexity, radius = figure.subplots(1, 2)
     for number, run in enumerate(runs):
         style = "--" if "+jr" in run.method else "-"
@@ -339,9 +244,7 @@ def plot(runs: Sequence[Run]) -> bytes:
     radius.axhline(1, color="0.7", linewidth=0.8)
     radius.set(xlabel="step", ylabel="spectral radius of dF/dh", yscale="log")
     radius.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -393,13 +296,7 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     from tqdm import tqdm  # a dependency of transformers
 
     name = args.name or ("lm" if args.text is None else f"lm_{slug(args.text.stem)}")
-    data, characters = encode(load_text(args.text))
-    cut = len(data) * 9 // 10
-    if len(data) - cut < args.length + 1:
-        raise SystemExit(
-            f"the text has {len(data)} characters; expected at least {10 * (args.length + 1)} for "
-            f"sequences of {args.length}"
-        )
+    training, validation, characters = split(args.text, args.length)
     # A solve that stops at f_max_iter is a result like another; the table has its residual.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs: list[Run] = []
@@ -412,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
         for method in args.methods:
             runs.append(run := Run(method))
             try:
-                model = train(run, (data[:cut], data[cut:]), args, len(characters), progress)
+                model = train(run, (training, validation), args, len(characters), progress)
                 if args.prompt:
                     bar.write(f"--- {method}\n{continued(model, args, characters)}")
             except (ArithmeticError, RuntimeError, ValueError) as error:

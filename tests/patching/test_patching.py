@@ -365,11 +365,14 @@ def test_the_shipped_adapters_load(monkeypatch):
         "SamsungSAILMontreal/TinyRecursiveModels",
         "SwiftieH/IGNN",
         "UbiquantAI/URM",
+        "jacobfa/Attractor",
         "locuslab/EqR",
         "locuslab/deq",
         "locuslab/mdeq",
         "locuslab/torchdeq",
+        "lukemelas/fixed-point-diffusion-models",
         "sapientinc/HRM",
+        "sapientinc/HRM-Text",
         "seal-rg/recurrent-pretraining",
     }
 

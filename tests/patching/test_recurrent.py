@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from deq_phantom_plugin.cli import main
-from recurrent_repository import ADAPTER, RECURRENT
+from huginn_repository import ADAPTER, RECURRENT
 from tiny_repository import checkout, tree
 
 MODELS = ("dynamic", "raven")

@@ -12,7 +12,7 @@ from deq_phantom_plugin.adapters.repos import seal_rg_recurrent_pretraining
 from deq_phantom_plugin.patching.adapter import SeamFile
 from deq_phantom_plugin.patching.rewrite import fingerprint
 
-RECURRENT = Path(__file__).parent / "repositories" / "recurrent"
+RECURRENT = Path(__file__).parent / "repositories" / "huginn"
 
 
 def _here(kind: SeamFile) -> SeamFile:

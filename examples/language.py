@@ -1,0 +1,204 @@
+"""What the language models here share: characters, training steps, checkpoints, files."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import write_whole
+from deq_phantom_plugin.diagnostics.measure.cost import now, peak_bytes
+
+POINTS, ROUNDS = 8, 5  # of training at which a step is timed, and how often
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def load_text(path: Path | None) -> str:
+    """Return a text file, or the language reference that Python ships with."""
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def encode(text: str) -> tuple[Tensor, list[str]]:
+    """Return a text as indices into its sorted characters, and these."""
+    characters = sorted(set(text))
+    number = {character: i for i, character in enumerate(characters)}
+    return torch.tensor([number[character] for character in text]), characters
+
+
+def split(path: Path | None, length: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Return the first nine tenths of a text and the last, to validate on, and its characters.
+
+    Raises:
+        SystemExit: if that is too short for sequences of so many characters.
+    """
+    data, characters = encode(load_text(path))
+    cut = len(data) * 9 // 10
+    if len(data) - cut < length + 1:
+        raise SystemExit(
+            f"the text has {len(data)} characters; expected at least {10 * (length + 1)} for "
+            f"sequences of {length}"
+        )
+    return data[:cut], data[cut:], characters
+
+
+def batch_at(data: Tensor, step: int, args: argparse.Namespace) -> Tensor:
+    """Return the batch of a step, shape (batch, length), whichever steps came before."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    starts = torch.randint(len(data) - args.length, (args.batch,), generator=generator)
+    return data[starts[:, None] + torch.arange(args.length)]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Return the rate of a step: a linear rise over a twentieth of all, then half a cosine."""
+    warmup = max(1, args.steps // 20)
+    if step < warmup:
+        return float(args.lr * (step + 1) / warmup)
+    return float(args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))))
+
+
+def train_step(model: Any, optimizer: Any, ids: Tensor, step: int, args: argparse.Namespace) -> Any:
+    """Take one optimiser step and return the model's output; its numbers come from the step alone.
+
+    Raises:
+        FloatingPointError: if the loss is not finite.
+    """
+    torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, probes of the regulariser
+    dpp.set_step(model, step, total=args.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    output = model(ids, labels=ids)
+    optimizer.zero_grad()
+    output.loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not torch.isfinite(norm + output.loss.detach()):
+        raise FloatingPointError(f"loss {output.loss.item()}, gradient norm {norm.item()}")
+    optimizer.step()
+    return output
+
+
+def step_costs(
+    models: Mapping[str, tuple[Any, Any]], data: Tensor, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Return the seconds of a training step of each model, and the most bytes that one allocates.
+
+    Models take the same steps in turn, so that all see one machine, at points spread over training,
+    so that what is drawn or grows counts as it comes: the mean over points of medians.
+
+    Args:
+        models: name -> (model, optimizer); they are trained on.
+        data: the training text.
+        args: of all.
+    """
+    device = torch.device(args.device)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    peaks = dict.fromkeys(models, 0)
+    for step in sorted({point * args.steps // POINTS for point in range(POINTS)}):
+        ids = batch_at(data, step, args).to(device)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(ROUNDS):
+            for name, (model, optimizer) in models.items():
+                begin = now(device)
+                train_step(model, optimizer, ids, step, args)
+                times[name].append(now(device) - begin)
+        for name, (model, optimizer) in models.items():
+            seconds[name].append(statistics.median(times[name]))
+            once_more = partial(train_step, model, optimizer, ids, step, args)
+            peaks[name] = max(peaks[name], peak_bytes(once_more, device))
+    return {n: {"seconds": statistics.fmean(seconds[n]), "bytes": peaks[n]} for n in models}
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a run depends on."""
+    others = ("out", "name", "resume", "methods", "seeds", "text", "device", "prompt")
+    return {key: value for key, value in vars(args).items() if key not in others}
+
+
+def save_checkpoint(
+    path: Path, run: Any, model: Any, optimizer: Any, args: argparse.Namespace
+) -> None:
+    """Write all that a run, a dataclass with a method and its steps, goes on from."""
+    buffer = io.BytesIO()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state["memory"] = dpp.memory_state_dict(model)
+    torch.save({"run": asdict(run), "settings": settings(args), **state}, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def restore(path: Path, run: Any, model: Any, optimizer: Any, args: argparse.Namespace) -> None:
+    """Take up a run.
+
+    Raises:
+        SystemExit: if it had other settings.
+    """
+    found = torch.load(path, map_location=args.device, weights_only=True)
+    now, then = settings(args), found["settings"]
+    changed = [f"{key} was {then.get(key)!r}" for key in now if now[key] != then.get(key)]
+    if changed:
+        raise SystemExit(f"{path} cannot be resumed: {', '.join(changed)}; drop --resume")
+    model.load_state_dict(found["model"])
+    dpp.load_memory_state_dict(model, found.get("memory", {}))
+    optimizer.load_state_dict(found["optimizer"])
+    vars(run).update(found["run"])
+
+
+def slug(method: str) -> str:
+    """Return a method as a file name."""
+    return re.sub(r"[^A-Za-z0-9.+=-]+", "_", method).strip("_")
+
+
+def finite(content: Any) -> Any:
+    """Return content for JSON, which has neither NaN nor infinity."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
+def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
+    """Return rows as a file of comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def blank_figure(width: float, height: float) -> Any:
+    """Return a figure without a window.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    require("matplotlib", "viz")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def as_png(figure: Any) -> bytes:
+    """Return a figure as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

@@ -1,0 +1,388 @@
+"""A looped language model on a text file, by depth and gradient of its loop.
+
+    python examples/train_looped_lm.py                   # Python's own language reference
+    python examples/train_looped_lm.py --text FILE --methods "tbptt(k=4)" "tbptt(k=4)@poisson(8)"
+    python examples/train_looped_lm.py --text FILE --resume  # goes on where it was stopped
+
+A method is GRAD or GRAD@LOOPS: a spec of deq_phantom_plugin, and how often the block is repeated in
+training, a number or a distribution (8 unless --loops says otherwise). The model is that of
+looped_lm.py. With each seed all methods begin with the same weights and see the same batches in the
+same order. Tokens are characters, and so is what perplexity is about; it is measured on the last
+tenth of the text, with the block repeated 4 to 64 times. The residual is ||F(h) - h|| / ||F(h)|| at
+the end of a loop as long as in training (the mean, where that is drawn), rho the spectral radius of
+dF/dh there, the mean over eight sequences.
+
+The time of a step is over that of the first method that trained: models take the same steps in
+turn, at eight points of training, so that what is drawn or grows counts as it comes; the mean of
+medians. Memory is the most that such a step allocates. A run that fails has its error in its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import text_table, write_whole
+from language import (
+    as_csv,
+    as_png,
+    batch_at,
+    blank_figure,
+    finite,
+    restore,
+    save_checkpoint,
+    settings,
+    slug,
+    split,
+    step_costs,
+    train_step,
+)
+
+require("transformers", "text")
+from looped_lm import LoopedConfig, LoopedForCausalLM, loops  # noqa: E402
+
+RANDOM = "lognormal_poisson(mean=8, sigma=0.5)"
+METHODS = (
+    "tbptt(k=4)",
+    "tbptt('all')",
+    f"tbptt(k=4)@{RANDOM}",
+    "ramp('tbptt', {'k': (1, 4)}, until=0.5)",
+    "upg(k=4, lam=0.8)",
+    "npg(k=4, lam=0.8)",
+    "npg(k=4, lam=0.8, clip=1.0)",
+    "ift",
+)
+EVAL_BATCH, RADIUS_BATCH = 32, 8
+DIVERGED = 1000  # a perplexity above says no more
+
+
+@dataclass
+class Run:
+    """One training run, as far as it is.
+
+    Attributes:
+        method: as it was asked for.
+        seed: of weights and batches.
+        steps: optimiser steps so far.
+        history: what was measured at some of them, each with its `step`.
+        error: what ended it early, None if nothing has.
+    """
+
+    method: str
+    seed: int
+    steps: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def parse_method(method: str, default: int | str) -> tuple[str, int | str]:
+    """Return a method's gradient, and the loops of training.
+
+    Raises:
+        ValueError: if either is invalid.
+    """
+    grad, at, text = (part.strip() for part in method.partition("@"))
+    steps: int | str = text if at else default
+    if isinstance(steps, str) and steps.isdecimal():
+        steps = int(steps)
+    dpp.Equilibrium(steps=steps, grad=grad)
+    return grad, steps
+
+
+def make_model(method: str, args: argparse.Namespace, n_tokens: int) -> LoopedForCausalLM:
+    """Return a model with the same weights for every method."""
+    grad, steps = parse_method(method, args.loops)
+    torch.manual_seed(args.seed)
+    return LoopedForCausalLM(
+        LoopedConfig(
+            vocab_size=n_tokens,
+            hidden_size=args.hidden,
+            intermediate_size=2 * args.hidden,
+            num_attention_heads=args.heads,
+            max_position_embeddings=args.length,
+            prelude_layers=args.layers[0],
+            block_layers=args.layers[1],
+            coda_layers=args.layers[2],
+            block_norm=args.block_norm,
+            steps=steps,
+            grad=grad,
+        )
+    )
+
+
+def make_optimizer(model: LoopedForCausalLM, args: argparse.Namespace) -> torch.optim.AdamW:
+    """Return what trains a model."""
+    return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def evaluate(model: LoopedForCausalLM, data: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Return validation perplexity by number of loops, and where the loop of training ends."""
+    model.eval()
+    count = min(args.eval_sequences, len(data) // args.length)
+    sequences = data[: count * args.length].view(count, args.length).to(args.device)
+    perplexity = {}
+    for steps in args.test_loops:
+        with loops(model, steps), torch.no_grad():
+            losses = [model(ids, labels=ids).loss * len(ids) for ids in sequences.split(EVAL_BATCH)]
+        loss = float(torch.stack(losses).sum()) / count
+        perplexity[str(steps)] = math.exp(loss) if loss < 700 else math.inf  # also if it is NaN
+    with torch.no_grad():
+        func, start = model.recurrence(sequences[:RADIUS_BATCH])
+        state = model.equilibrium(func, start)
+        image = func(state)
+        change = (image - state).flatten(1).norm(dim=1) / image.flatten(1).norm(dim=1)
+    radius = dpp.spectral_radius(func, state, batch_dim=0, tol=0.02)
+    model.train()
+    return {
+        "perplexity": perplexity,
+        "residual": float(change.mean()),
+        "spectral_radius": float(radius.mean()),
+    }
+
+
+def train(
+    run: Run,
+    data: tuple[Tensor, Tensor],
+    args: argparse.Namespace,
+    n_tokens: int,
+    progress: Callable[[int, str], Any],
+) -> None:
+    """Train one method from where its checkpoint was left; the run is filled in as it goes."""
+    args = of_seed(args, run.seed)
+    model = make_model(run.method, args, n_tokens).to(args.device).train()
+    optimizer = make_optimizer(model, args)
+    folder = folder_of(run, args)
+    if args.resume and (folder / "checkpoint.pt").is_file():
+        restore(folder / "checkpoint.pt", run, model, optimizer, args)
+    progress(run.steps, run.method)
+    while run.steps < args.steps:
+        ids = batch_at(data[0], run.steps, args).to(args.device)
+        output = train_step(model, optimizer, ids, run.steps, args)
+        run.steps += 1
+        progress(1, run.method)
+        if run.steps % args.eval_every == 0 or run.steps == args.steps:
+            found = {"step": run.steps, "train_loss": output.loss.item()}
+            run.history.append({**found, **evaluate(model, data[1], args)})
+            save_checkpoint(folder / "checkpoint.pt", run, model, optimizer, args)
+    model.save_pretrained(folder)
+
+
+def of_seed(args: argparse.Namespace, seed: int) -> argparse.Namespace:
+    """Return the arguments of the runs with a seed."""
+    return argparse.Namespace(**vars(args), seed=seed)
+
+
+def folder_of(run: Run, args: argparse.Namespace) -> Path:
+    """Return where a run is kept."""
+    return Path(args.out, slug(run.method), f"seed_{run.seed}")
+
+
+def trained_model(run: Run, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return a model that was saved, and what would train it on."""
+    model = LoopedForCausalLM.from_pretrained(folder_of(run, args)).to(args.device).train()
+    return model, make_optimizer(model, args)
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each method."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.method, []).append(run)
+    return found
+
+
+def values(runs: Sequence[Run], key: str, loops: int | None = None) -> list[float]:
+    """Return what was last measured in runs that did not fail."""
+    last = [run.history[-1][key] for run in runs if run.history and run.error is None]
+    return [float(value if loops is None else value[str(loops)]) for value in last]
+
+
+def table(
+    runs: Sequence[Run], found: dict[str, Any], args: argparse.Namespace
+) -> tuple[list[str], list[list[str]]]:
+    """Return a header, and a row for each method: means, and deviations over the seeds."""
+    header = ["method", *map(str, args.test_loops), "residual", "rho", "step", "MiB", "runs"]
+    rows, first = [], next(iter(found.values()), None)
+    for method, own in groups(runs).items():
+        row = [method]
+        for steps in args.test_loops:
+            row.append(_mean_and_deviation(values(own, "perplexity", steps)))
+        row.append(f"{_mean(values(own, 'residual')):.1e}")
+        row.append(f"{_mean(values(own, 'spectral_radius')):.2f}")
+        cost = found.get(method)
+        row.append(f"{cost['seconds'] / first['seconds']:.2f}" if cost and first else "nan")
+        row.append(f"{cost['bytes'] / 2**20:.1f}" if cost else "nan")
+        failed = [f"seed {run.seed}, step {run.steps}: {run.error}" for run in own if run.error]
+        row.append(f"{len(own) - len(failed)}" + "".join(f"; {error}" for error in failed))
+        rows.append(row)
+    return header, rows
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return statistics.fmean(numbers) if numbers else math.nan
+
+
+def _mean_and_deviation(numbers: Sequence[float]) -> str:
+    mean = _mean(numbers)
+    if not mean < DIVERGED:
+        return "nan" if math.isnan(mean) else f">{DIVERGED}"
+    return f"{mean:.2f} ± {statistics.pstdev(numbers):.2f}"
+
+
+def save(
+    runs: Sequence[Run], found: dict[str, Any], args: argparse.Namespace, n_tokens: int
+) -> None:
+    """Write what there is so far: all as JSON, a row for each run as CSV, perplexity as PNG."""
+    shared = {**settings(args), "seeds": args.seeds, "characters": n_tokens}
+    content = {"settings": shared, "runs": [asdict(run) for run in runs], "costs": found}
+    name = args.out / args.name
+    write_whole(f"{name}.json", json.dumps(finite(content), indent=1).encode())
+    perplexities = [f"perplexity at {steps}" for steps in args.test_loops]
+    names = ["train loss", "residual", "rho", "ms/step", "MiB", "steps"]
+    rows = [["method", "seed", *perplexities, *names]]
+    for run in runs:
+        last = run.history[-1] if run.history else {"perplexity": {}}
+        numbers = [last["perplexity"].get(str(steps), math.nan) for steps in args.test_loops]
+        cells = [f"{number:.5g}" for number in (*numbers, last.get("train_loss", math.nan))]
+        cells.append(f"{last.get('residual', math.nan):.1e}")
+        cells.append(f"{last.get('spectral_radius', math.nan):.3f}")
+        cost = found.get(run.method, {"seconds": math.nan, "bytes": math.nan})
+        cells += [f"{1e3 * cost['seconds']:.1f}", f"{cost['bytes'] / 2**20:.1f}"]
+        steps = str(run.steps) if run.error is None else f"{run.steps}: {run.error}"
+        rows.append([run.method, str(run.seed), *cells, steps])
+    write_whole(f"{name}.csv", as_csv(rows))
+    write_whole(f"{name}.png", plot(runs, args))
+
+
+def plot(runs: Sequence[Run], args: argparse.Namespace) -> bytes:
+    """Return a PNG of perplexity over loops at test time: means, and bands from seed to seed.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    figure = blank_figure(9.5, 4.2)
+    axes = figure.add_subplot()
+    found = {
+        method: [values(own, "perplexity", steps) for steps in args.test_loops]
+        for method, own in groups(runs).items()
+        if values(own, "spectral_radius")  # a seed that did not fail
+    }
+    means = {m: [statistics.fmean(numbers) for numbers in by] for m, by in found.items()}
+    lowest = min((mean for by in means.values() for mean in by), default=1.0)
+    top = 1.4 * lowest  # what fails shall not flatten what does not
+    for number, (method, by_loops) in enumerate(found.items()):
+        style, color = "--" if "@" in method else "-", f"C{number % 10}"
+        label = method if min(means[method]) < top else f"{method}: above"
+        axes.plot(args.test_loops, means[method], style, marker=".", color=color, label=label)
+        low, high = ([pick(numbers) for numbers in by_loops] for pick in (min, max))
+        axes.fill_between(args.test_loops, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.set_ylim(0.98 * lowest, top)
+    axes.set(xlabel="loops at test time", ylabel="validation perplexity (characters)")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(args.test_loops, [str(steps) for steps in args.test_loops])
+    if found:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return as_png(figure)
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--text", type=Path, help="a text file (Python's language reference)")
+    add("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    add("--loops", default="8", help="of the block in training: a number, a distribution (8)")
+    add("--test-loops", nargs="+", type=int, default=[4, 8, 16, 32, 64], metavar="N")
+    add("--steps", type=int, default=1200, help="optimiser steps (1200)")
+    add("--batch", type=int, default=16, help="sequences a step (16)")
+    add("--length", type=int, default=64, help="characters a sequence (64)")
+    add("--lr", type=float, default=6e-3, help="AdamW's highest learning rate (6e-3)")
+    add("--hidden", type=int, default=64, help="size of a state (64)")
+    add("--heads", type=int, default=4, help="attention heads (4)")
+    add("--layers", nargs=3, type=int, default=[1, 1, 1], help="of prelude, block, coda (1 1 1)")
+    add("--block-norm", action="store_true", help="normalise at the block's end too, as Huginn")
+    add("--eval-every", type=int, default=600, help="steps between evaluations, checkpoints (600)")
+    add("--eval-sequences", type=int, default=256, help="validation sequences, at most (256)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and batches (0 1 2)")
+    add("--device", default="cpu", help="where to train (cpu)")
+    add("--resume", action="store_true", help="go on from checkpoints in the folder of results")
+    add("--name", help="of the files with results (looped_lm, and the text's name)")
+    add("--out", type=Path, default=Path("runs/looped_lm"), help="folder (runs/looped_lm)")
+    args = parser.parse_args(argv)
+    sizes = (args.steps, args.batch, args.eval_every, args.eval_sequences, *args.test_loops)
+    if min(*sizes, *args.layers) < 1 or args.length < 2:
+        parser.error(
+            "expected steps, batch, layers, test-loops, eval-every and eval-sequences above 0, "
+            "length above 1"
+        )
+    args.test_loops = sorted(set(args.test_loops))
+    text = "" if args.text is None else f"_{slug(args.text.stem)}"
+    args.name = args.name or f"looped_lm{text}"
+    try:  # now, not after the first method's hour
+        for method in args.methods:
+            make_model(method, of_seed(args, 0), 1)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> list[Run]:
+    """Train every method with every seed; the table is printed, the rest written as far as it is.
+
+    Runs go seed by seed, so that what is there early compares all methods.
+    """
+    args = parse(argv)
+    from tqdm import tqdm  # a dependency of transformers
+
+    training, validation, characters = split(args.text, args.length)
+    # A loop that ends far from an equilibrium is a result like another; the table has its residual.
+    warnings.simplefilter("ignore", dpp.ConvergenceWarning)
+    runs: list[Run] = []
+    total = args.steps * len(args.methods) * len(args.seeds)
+    with tqdm(total=total, unit=" steps", mininterval=1) as bar:
+
+        def progress(n: int, method: str) -> None:
+            bar.set_description(method, refresh=False)
+            bar.update(n)
+
+        for seed in args.seeds:
+            for method in args.methods:
+                runs.append(run := Run(method, seed))
+                try:
+                    train(run, (training, validation), args, len(characters), progress)
+                except (ArithmeticError, RuntimeError, ValueError) as error:
+                    run.error = f"{type(error).__name__}: {error}"
+                save(runs, {}, args, len(characters))
+    trained = groups([run for run in runs if run.error is None])
+    models = {method: trained_model(own[0], args) for method, own in trained.items()}
+    found = step_costs(models, training, of_seed(args, args.seeds[0]))
+    save(runs, found, args, len(characters))
+    print(text_table(*table(runs, found, args)))
+    return runs
+
+
+if __name__ == "__main__":
+    main()
