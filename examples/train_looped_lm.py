@@ -218,7 +218,7 @@ def values(runs: Sequence[Run], key: str, loops: int | None = None) -> list[floa
 def table(
     runs: Sequence[Run], found: dict[str, Any], args: argparse.Namespace
 ) -> tuple[list[str], list[list[str]]]:
-    """Return a header, and a row for each method: means, and deviations over the seeds."""
+    """Return a header, and a row for each method: means, and deviations over several seeds."""
     header = ["method", *map(str, args.test_loops), "residual", "rho", "step", "MiB", "runs"]
     rows, first = [], next(iter(found.values()), None)
     for method, own in groups(runs).items():
@@ -244,7 +244,7 @@ def _mean_and_deviation(numbers: Sequence[float]) -> str:
     mean = _mean(numbers)
     if not mean < DIVERGED:
         return "nan" if math.isnan(mean) else f">{DIVERGED}"
-    return f"{mean:.2f} ± {statistics.pstdev(numbers):.2f}"
+    return f"{mean:.2f}" + (f" ± {statistics.pstdev(numbers):.2f}" if len(numbers) > 1 else "")
 
 
 def save(
