@@ -198,6 +198,15 @@ def test_torchdeq_takes_it():
         torch.testing.assert_close(state, problem.state, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("shape", [(1, 4), (3, 1), (4,), ()])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_smaller_image_is_not_expanded(solver, shape, inference):
+    start = torch.zeros(3, 4)
+    with torch.inference_mode(inference), pytest.raises((ValueError, RuntimeError), match="shape"):
+        solver(lambda h: torch.ones(shape), start)
+
+
 @pytest.mark.parametrize("every", [0, -1])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_check_that_never_comes_is_refused(solver, every):
