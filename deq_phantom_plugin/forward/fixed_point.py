@@ -38,7 +38,7 @@ def fixed_point(
     are, since nothing mixes them. Takes one evaluation an iteration.
 
     Args:
-        func: F.
+        func: F. It must clone what it keeps of the states it is given: their memory is used again.
         start: the initial state.
         batch_dim: the dimension of every leaf that counts samples; None where they depend on one
             another, and are solved as one.
