@@ -65,7 +65,17 @@ class InverseEstimate:
         self._steps, self._system = steps, self._system[rows]
 
     def trim(self) -> None:
-        """Give back the memory of steps that were not taken, where that is most of it."""
+        """Leave out steps that are not finite, and give back the memory of those not taken.
+
+        Where residuals are looked at late, or rarely, samples go on for a while after a NaN.
+        """
+        used = self._steps[: self._count]
+        broken = ~used.isfinite().all(dim=2, keepdim=True)
+        used.masked_fill_(broken, 0)
+        most = torch.finfo(used.dtype).max
+        squares = self._system.diagonal(dim1=1, dim2=2).nan_to_num(nan=most, posinf=most)
+        self._system = self._system.nan_to_num(nan=0, posinf=0, neginf=0)
+        self._system.diagonal(dim1=1, dim2=2).copy_(squares)
         if 2 * self._count < len(self._steps):
             self._steps = self._steps[: self._count].clone()
 

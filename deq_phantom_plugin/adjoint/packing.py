@@ -66,7 +66,9 @@ class Packing:
         columns = []
         if self._only is not None:
             only = leaves[0]
-            columns.append(only if self._is_matrix else only.reshape(self.rows, self.columns))
+            if not self._is_matrix or only.shape != self._only:  # what is not of its size raises
+                only = only.reshape(self.rows, self.columns)
+            columns.append(only)
         else:
             for leaf, order, width in zip(leaves, self._orders, self._widths, strict=True):
                 ordered = leaf.permute(order)

@@ -40,7 +40,7 @@ def anderson(
     vectors and reads each once an iteration, since only a row of their Gram matrix is new.
 
     Args:
-        func: F.
+        func: F. It must clone what it keeps of the states it is given: their memory is used again.
         start: the initial state.
         batch_dim: the dimension of every leaf that counts samples; None where they depend on one
             another, and are solved as one.

@@ -38,7 +38,7 @@ def fixed_point(
     are, since nothing mixes them. Takes one evaluation an iteration.
 
     Args:
-        func: F.
+        func: F. It must clone what it keeps of the states it is given: their memory is used again.
         start: the initial state.
         batch_dim: the dimension of every leaf that counts samples; None where they depend on one
             another, and are solved as one.
@@ -108,8 +108,15 @@ class _Room:
             image: of F(h); copied, since F may return the same memory each time, as CUDA graphs do.
             tau: the damping factor.
             with_change: whether `norms` are asked for.
+
+        Raises:
+            ValueError: if F(h) has another shape than h, which a copy would expand.
         """
         for h, f, new, change in zip(old, image, self.new, self._change, strict=True):
+            if f.shape != h.shape:
+                raise ValueError(
+                    f"func returned shape {tuple(f.shape)} for a state of {tuple(h.shape)}"
+                )
             if tau == 1:
                 new.copy_(f)
             else:

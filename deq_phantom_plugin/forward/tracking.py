@@ -168,6 +168,7 @@ class Tracker:
         self._late = LateRead(like.device, Tensor.tolist if self._few else as_array)
         self._unseen = deque[tuple[list[Tensor], int, int]]()
         self._before = like.new_full((2, len(like)), _BEFORE)
+        self._before[1] = 1 - _TINY  # so that the relative one is the same
         self._sampled = list[list[Tensor]]()
         self.best = start
         self._lowest: Any = [_BEFORE] * len(like)

@@ -151,6 +151,25 @@ def test_the_best_state_of_each_sample_is_kept(solver, every, late, samples, mon
     torch.testing.assert_close(found.state, best, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_trace_before_the_first_look_is_no_residual(solver, late, monkeypatch):
+    """Of a map whose relative residual is above one: what stands in for it must not be lower."""
+    monkeypatch.setattr(LateRead, "is_late", staticmethod(lambda device: late))
+    calls = []
+
+    def func(h):
+        calls.append(1)
+        return torch.full_like(h, (-0.25) ** len(calls))
+
+    start = torch.zeros(3, 4, dtype=torch.float64)
+    options = {"max_iter": 5, "tol": 0.0, "stop_mode": "rel", "check_every": 3}
+    found = solver(func, start, **options)
+    assert (found.rel_lowest > 1).all()
+    assert (found.rel_trace[:, :3] == 1e8).all()
+    torch.testing.assert_close(found.rel_trace[:, 3:].amin(dim=1), found.rel_lowest)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_empty_batch_is_solved(solver):
     calls = []
@@ -177,6 +196,15 @@ def test_torchdeq_takes_it():
             )
         assert len(calls) % every == 0
         torch.testing.assert_close(state, problem.state, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("shape", [(1, 4), (3, 1), (4,), ()])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_smaller_image_is_not_expanded(solver, shape, inference):
+    start = torch.zeros(3, 4)
+    with torch.inference_mode(inference), pytest.raises((ValueError, RuntimeError), match="shape"):
+        solver(lambda h: torch.ones(shape), start)
 
 
 @pytest.mark.parametrize("every", [0, -1])
