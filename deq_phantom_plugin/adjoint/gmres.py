@@ -13,7 +13,7 @@ from .._plumbing.late_read import LateRead, as_array
 from .fixed_point import fixed_point
 from .progress import Apply, Progress, Solution
 
-_BLOCK = 10  # vectors whose memory is taken at first, and twice as many each time
+_BLOCK = 10  # vectors whose memory is taken at first, and at most twice as many each time
 _LONG = 10  # products after which a cycle asks how far F's own rounding lets it get
 
 
@@ -54,7 +54,7 @@ def _cycle(
         running: the samples that are to be solved, shape (B,); None where the host does not know.
             The others are frozen: their basis vectors are zero.
     """
-    basis, late = _Basis(residual), LateRead(residual.device, as_array)
+    basis, late = _Basis(residual, length), LateRead(residual.device, as_array)
     problem = _LeastSquares(progress, length, running)
     norm = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
     tiny = torch.finfo(residual.dtype).tiny
@@ -182,8 +182,8 @@ class _Basis:
     column vectors.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
+    def __init__(self, like: Tensor, most: int) -> None:
+        self._like, self._left = like, most
         self._blocks: list[Tensor] = []
         self._room = 0  # in the last block
 
@@ -197,7 +197,8 @@ class _Basis:
         """
         if not self._room:
             batch, size = self._like.shape
-            self._room = _BLOCK * 2 ** len(self._blocks)
+            self._room = min(_BLOCK * 2 ** len(self._blocks), self._left)
+            self._left -= self._room
             self._blocks.append(self._like.new_empty(batch, self._room, size))
         block = self._blocks[-1]
         place = block[:, block.shape[1] - self._room]

@@ -69,7 +69,9 @@ def _look_later(leaves: Sequence[Tensor], name: str) -> None:
     reader, before = _later.waiting.pop(device, (LateRead(device), ""))
     # By its largest number: a sum can overflow, and there is no second look.
     known = [
-        torch.linalg.vector_norm(leaf, ord=math.inf).isfinite() for leaf in leaves if leaf.numel()
+        torch.linalg.vector_norm(leaf, ord=math.inf).isfinite().to(device)
+        for leaf in leaves
+        if leaf.numel()
     ]
     found = reader.read(torch.stack(known or [torch.ones((), dtype=torch.bool, device=device)]))
     if found is not None and not all(found):

@@ -40,7 +40,7 @@ def anderson(
     vectors and reads each once an iteration, since only a row of their Gram matrix is new.
 
     Args:
-        func: F. It must clone what it keeps of the states it is given: their memory is used again.
+        func: F.
         start: the initial state.
         batch_dim: the dimension of every leaf that counts samples; None where they depend on one
             another, and are solved as one.
@@ -76,7 +76,7 @@ def _iterate(rows: Rows, tracker: Tracker, mixer: _Mixer, stopping: Stopping) ->
         change, new = mixer.room.unbind()
         torch.sub(rows(x, new), x, out=change)
         mixer.take()
-        x = new
+        x = new.clone()  # F may keep what it is given, and this place is used again
     states: list[list[Tensor]] = [[x] for _ in range(mixer.size)]
     for iteration in range(stopping.max_iter):
         kept = tracker.shrink()

@@ -38,7 +38,7 @@ def fixed_point(
     are, since nothing mixes them. Takes one evaluation an iteration.
 
     Args:
-        func: F. It must clone what it keeps of the states it is given: their memory is used again.
+        func: F.
         start: the initial state.
         batch_dim: the dimension of every leaf that counts samples; None where they depend on one
             another, and are solved as one.
@@ -63,12 +63,9 @@ def fixed_point(
     # Samples go on while others do: there is no linear algebra to leave.
     tracker = Tracker(leaves, packing.batch_dim, like, stopping, keep_going=True)
     state = start
-    # In turn: the state before is wanted yet, and what the host has not looked at.
-    rooms = [_Room(leaves, packing.batch_dim, like) for _ in range(3)]
+    room = _Room(leaves, packing.batch_dim, like)
     for iteration in range(max_iter):
-        image, room = flatten(func(state))[0], rooms[iteration % len(rooms)]
-        looks = tracker.looks(iteration + 1)
-        tracker.let_go(room.new)
+        image, looks = flatten(func(state))[0], tracker.looks(iteration + 1)
         room.write(leaves, image, tau, looks)
         leaves = room.new
         state = unflatten(leaves, structure)
@@ -92,8 +89,11 @@ class _Room:
     """
 
     def __init__(self, leaves: Sequence[Tensor], batch_dim: int | None, like: Tensor) -> None:
-        self._pairs = [_pair(leaf) for leaf in leaves]
-        self._change, self.new = ([pair[i] for pair in self._pairs] for i in (0, 1))
+        dense = [torch.empty_like(leaf) for leaf in leaves]  # of their memory formats
+        self._shapes = [
+            ((2, *leaf.shape), (max(leaf.numel(), 1), *leaf.stride()), leaf.dtype) for leaf in dense
+        ]
+        self._pairs, self.new = list[Tensor](), list[Tensor]()
         self._like = like
         # Over dimensions, since a reshape would copy leaves that are in channels_last.
         self._dims = [_others(leaf.dim(), batch_dim) for leaf in leaves]
@@ -102,6 +102,8 @@ class _Room:
         self, old: Sequence[Tensor], image: Sequence[Tensor], tau: float, with_change: bool
     ) -> None:
         """Write the state that follows from another, and the change if that is wanted.
+
+        In memory of their own: F may keep what it is given.
 
         Args:
             old: the leaves of h.
@@ -112,7 +114,13 @@ class _Room:
         Raises:
             ValueError: if F(h) has another shape than h, which a copy would expand.
         """
-        for h, f, new, change in zip(old, image, self.new, self._change, strict=True):
+        device = self._like.device
+        self._pairs, self.new = [], []
+        for h, f, (size, strides, dtype) in zip(old, image, self._shapes, strict=True):
+            pair = torch.empty_strided(size, strides, dtype=dtype, device=device)
+            change, new = pair.unbind()
+            self._pairs.append(pair)
+            self.new.append(new)
             if f.shape != h.shape:
                 raise ValueError(
                     f"func returned shape {tuple(f.shape)} for a state of {tuple(h.shape)}"
@@ -143,12 +151,6 @@ class _Room:
         if norm.dim() != 2:
             norm = norm.reshape(2, -1)
         return norm if norm.dtype == dtype else norm.to(dtype)
-
-
-def _pair(leaf: Tensor) -> Tensor:
-    dense = torch.empty_like(leaf)  # of its memory format
-    size, strides = (2, *leaf.shape), (max(leaf.numel(), 1), *dense.stride())
-    return torch.empty_strided(size, strides, dtype=leaf.dtype, device=leaf.device)
 
 
 def _others(n_dims: int, batch_dim: int | None) -> list[int]:

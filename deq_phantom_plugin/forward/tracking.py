@@ -302,7 +302,8 @@ class Tracker:
             usable = torch.nan_to_num(traces, nan=torch.inf, posinf=torch.inf)
             lowest, when = usable.amin(dim=1), usable[mode].argmin(dim=0)
         rest = lowest[:, None].expand(-1, stop.max_iter - count, -1)
-        filled = torch.cat([self._before[:, None], traces, rest], dim=1).mT
+        before = self._before[:1, None].expand(2, 1, -1)
+        filled = torch.cat([before, traces, rest], dim=1).mT
         return ForwardSolution(
             state=restore(self.best),
             sampled=[restore(tensors) for tensors in self._sampled],

@@ -170,6 +170,22 @@ def test_a_trace_before_the_first_look_is_no_residual(solver, late, monkeypatch)
     torch.testing.assert_close(found.rel_trace[:, 3:].amin(dim=1), found.rel_lowest)
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_f_may_keep_the_states_that_it_is_given(solver, late, monkeypatch):
+    monkeypatch.setattr(LateRead, "is_late", staticmethod(lambda device: late))
+    kept, copies, weight = [], [], 0.6 * torch.eye(4)
+
+    def func(h):
+        kept.append(h)
+        copies.append(h.clone())
+        return torch.tanh(h @ weight) + 0.3
+
+    solver(func, torch.zeros(3, 4), max_iter=15, tol=0.0)
+    assert len(kept) > 10
+    assert all(map(torch.equal, kept, copies))
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_empty_batch_is_solved(solver):
     calls = []
