@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._plumbing.transforms import as_constants, in_forward_mode
+from .contract.finite import check_finite
 from .contract.state import CheckedFunc, State, check_equilibrium, flatten, ordinary, unflatten
 from .contract.strategy import Context, GradStrategy
 from .inspection import settled
@@ -46,7 +47,8 @@ def attach(
     Raises:
         TypeError: if `context` is no `Context`.
         ValueError: if the spec is invalid, the equilibrium carries a graph or holds NaN or Inf, or
-            `func` returns another structure, shape or dtype than it was given. Compiled code looks
+            `func` returns another structure, shape or dtype than it was given. On an accelerator a
+            NaN is refused by the call after, so that none waits for the device. Compiled code looks
             at no numbers: there NaN goes on into the loss.
     """
     strategy = get_strategy(grad)
@@ -55,12 +57,12 @@ def attach(
         raise TypeError(f"context={context!r:.60}; expected a dpp.Context, such as dpp.Context()")
     # Forward mode goes on where autograd is off.
     attaching = torch.is_grad_enabled() or in_forward_mode()
+    check_equilibrium(equilibrium, finite=False)
     if not attaching:
-        check_equilibrium(equilibrium, finite=False)
         return equilibrium
     acting = strategy.resolve(context)
-    # To look at numbers is to wait for the device, and cannot be exported.
-    check_equilibrium(equilibrium, finite=not acting.accepts_nonfinite)
+    if not acting.accepts_nonfinite:
+        _check_finite(equilibrium, context)
     state = _ordinary(equilibrium)
     checked = CheckedFunc(func, state)
     context = settled(context, checked, state, acting.tells_samples_apart)
@@ -77,12 +79,23 @@ def attach_states(
     context: Context,
 ) -> Iterator[State]:
     """Yield the states along the way of a strategy that hands them out; checked as in `attach`."""
-    check_equilibrium(equilibrium)
+    check_equilibrium(equilibrium, finite=False)
+    _check_finite(equilibrium, context)
     state = _ordinary(equilibrium)
     acting, checked = strategy.resolve(context), CheckedFunc(func, state)
     context = settled(context, checked, state, acting.tells_samples_apart)
     yield from acting.states(checked, state, context)
     count(context)
+
+
+def _check_finite(equilibrium: State, context: Context) -> None:
+    def whose() -> str:
+        step, memory = context.current_step, context.memory
+        number = None if memory is None else memory.place
+        place = "" if number is None else f"number {number} of its model, "
+        return f"{place}training step {'not told' if step is None else step}"
+
+    check_finite(flatten(equilibrium)[0], whose)
 
 
 def count(context: Context) -> None:

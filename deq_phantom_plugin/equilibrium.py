@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from ._plumbing.cached_weights import made_anew
 from ._plumbing.calls import Calls, Counted
-from ._plumbing.compilation import never_compiled
+from ._plumbing.compilation import check_compile, compiled, never_compiled
 from ._plumbing.late_read import LateRead
 from ._plumbing.once import warn_once
 from ._plumbing.trial import Trial
@@ -80,6 +80,9 @@ class Equilibrium(Attaching):
         steps: the number of evaluations of a loop that takes the place of a solver, as recursive
             models have it, or a distribution of it, see `Depth`, of which evaluation mode takes the
             mean: see `dpp.loop`. It looks at no residual.
+        compile: whether F is compiled for the solve and for strategies that go through a graph of
+            it once (`upg`, `tbptt`, `jfb`, `bptt`), or a mode of `torch.compile`; others take F as
+            it was written, see docs/howto/compile.md.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
@@ -116,10 +119,12 @@ class Equilibrium(Attaching):
         batch_dim: BatchDim = "auto",
         grad_in_eval: bool = False,
         steps: int | str | None = None,
+        compile: bool | str = False,
     ) -> None:
         self.__dict__["steps"] = None if steps is None else number_or_depth("steps", steps)
         super().__init__(grad, batch_dim, grad_in_eval)
         self.solver, self.max_iter, self.tol = solver, max_iter, tol
+        self.compiles = check_compile(compile)  # `compile` is a method of modules
         if steps is not None:
             for name, value in (("max_iter", max_iter), ("tol", tol)):
                 if value is not None or solver != "anderson":
@@ -166,7 +171,7 @@ class Equilibrium(Attaching):
             ValueError: if `start` is no state, or `func` or the solver returns something else; in
                 training also if what the solver returns is not finite.
         """
-        begin = tree_map(_detached, start)
+        func, begin = compiled(func, self.compiles), tree_map(_detached, start)
         check_equilibrium(begin, finite=False)
         if self.steps is not None:
             return self._loop(func, start)
@@ -335,12 +340,13 @@ class Equilibrium(Attaching):
         return {**super().__getstate__(), "last": None, "_late": None, "_own": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"steps": None, **state})  # pickles from before loops lack it
+        super().__setstate__({"steps": None, "compiles": False, **state})  # old pickles lack them
 
     def extra_repr(self) -> str:
         """Show the settings."""
         settings = ("max_iter", "tol", "batch_dim", "grad_in_eval", "steps")
-        shown = (f"{name}={getattr(self, name)!r}" for name in settings)
+        shown = [f"{name}={getattr(self, name)!r}" for name in settings]
+        shown.append(f"compile={self.compiles!r}")
         return ", ".join([f"solver={self.solver!r}", f"grad={self.grad!r}", *shown])
 
 

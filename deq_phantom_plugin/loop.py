@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._plumbing.cached_weights import CachedWeights
+from ._plumbing.compilation import compiled
 from ._plumbing.transforms import in_forward_mode
 from .attach import attach, count
 from .contract.state import CheckedFunc, State, flatten, unflatten
@@ -28,6 +29,8 @@ def loop(
     steps: int | str,
     grad: Spec = "upg",
     context: Context | None = None,
+    *,
+    compile: bool | str = False,
 ) -> State:
     """Evaluate h <- F(h) `steps` times, and attach the named gradient to where that ends.
 
@@ -59,6 +62,8 @@ def loop(
             that owns the solve takes `steps`, unless its spec names a number of its own. An object
             has one: `get_strategy("bptt")` is of 10 steps, `get_strategy("tbptt('all')")` of all.
         context: what else the strategy may know, see `dpp.attach`.
+        compile: whether F is compiled for the evaluations, or a mode of `torch.compile`; strategies
+            that take many products take F as it was written.
 
     Returns:
         A state like that of the last evaluation.
@@ -75,7 +80,7 @@ def loop(
     context = replace(context or Context(), initial_state=state)
     number = depth.draw(context) if isinstance(depth, Depth) else depth
     strategy = get_strategy(grad, {"steps": number}).resolve(context).within(number)
-    return looped(func, state, number, strategy, context)
+    return looped(compiled(func, compile), state, number, strategy, context)
 
 
 def looped(

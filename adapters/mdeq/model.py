@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.calls import Counted
-from deq_phantom_plugin._plumbing.compilation import never_compiled
+from deq_phantom_plugin._plumbing.compilation import check_compile, compiled, never_compiled
 from deq_phantom_plugin._plumbing.hints import hint, listed
 from deq_phantom_plugin.contract.state import ordinary
 from deq_phantom_plugin.hosts.evaluation import attaches
@@ -42,6 +42,8 @@ class MDEQ(nn.Module):
             training with `upg` has them. Trained models need none (Section 2 of the supplement of
             "On Training Implicit Models"); this is there to see that.
         eval_lam: their damping.
+        compile: whether F is compiled, in the first step alone, or a mode of `torch.compile`, see
+            docs/howto/compile.md.
         **deq_settings: for `torchdeq.get_deq`, unchanged; they override the published ones
             (f_solver, f_max_iter, f_tol, f_stop_mode, core, n_states, tau, ift, ...), and
             `grad_in_eval=True` for a gradient in evaluation mode too.
@@ -51,8 +53,10 @@ class MDEQ(nn.Module):
 
     Raises:
         ImportError: without TorchDEQ.
-        ValueError: on a `grad`, `dropout`, `eval_steps` or `eval_lam` that cannot be.
+        ValueError: on a `grad`, `dropout`, `eval_steps`, `eval_lam` or `compile` that cannot be.
     """
+
+    compiles: bool | str = False  # in pickles from before it is missing
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class MDEQ(nn.Module):
         dropout: float | None = None,
         eval_steps: int = 0,
         eval_lam: float = 0.5,
+        compile: bool | str = False,
         **deq_settings: Any,
     ) -> None:
         super().__init__()
@@ -72,6 +77,7 @@ class MDEQ(nn.Module):
         if not 0 < eval_lam <= 1:
             raise ValueError(f"eval_lam={eval_lam!r}; expected a damping factor in (0, 1]")
         self.eval_steps, self.eval_lam = eval_steps, eval_lam
+        self.compiles = check_compile(compile)  # `compile` is a method of modules
         try:
             from torchdeq import get_deq
         except ImportError as error:
@@ -109,7 +115,8 @@ class MDEQ(nn.Module):
             num_classes: logits a sample.
             in_channels: channels of an image.
             grad: the gradient of the equilibrium.
-            **settings: `dropout`, `eval_steps`, `eval_lam`, and settings of `torchdeq.get_deq`.
+            **settings: `dropout`, `eval_steps`, `eval_lam`, `compile`, and settings of
+                `torchdeq.get_deq`.
 
         Raises:
             ValueError: on an unknown name.
@@ -223,7 +230,7 @@ class MDEQ(nn.Module):
         shared: list[Tensor | None],
     ) -> list[list[Tensor]]:
         """Return the states for the classifier, the equilibrium last; sets `last`."""
-        start = self.initial_state(injection)
+        start, func = self.initial_state(injection), compiled(func, self.compiles)
         counted = Counted(lambda *state: func(list(state)))
         states: list[list[Tensor]]
         if len(injection):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from deq_phantom_plugin.diagnostics.measure.cost import _storages
@@ -140,3 +143,56 @@ def profiled(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     for what, names in _EVENTS.items():
         found[what] = sum(counts.get(name, 0) for name in names)
     return found
+
+
+# What is dispatched and launches nothing: views, memory that is taken, questions about a tensor.
+_NO_LAUNCH = """
+    _local_scalar_dense _reshape_alias _unsafe_view alias as_strided detach diagonal empty
+    empty_like empty_strided expand is_same_size lift_fresh narrow new_empty new_empty_strided
+    permute promote_types resolve_conj select slice split split_with_sizes squeeze t transpose
+    unbind unfold unsqueeze view view_as_complex view_as_real
+"""
+
+_READS = {"__bool__", "__float__", "__index__", "__int__", "cpu", "item", "numpy", "tolist"}
+
+
+class _Dispatched(TorchDispatchMode):
+    """Counts operators by name; those on a list of tensors as often as there are tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name.rpartition("::")[2]
+        self.counts[name] += len(args[0]) if name.startswith("_foreach_") else 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Read(TorchFunctionMode):
+    """Counts how often numbers get from a tensor to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += getattr(func, "__name__", "") in _READS
+        return func(*args, **(kwargs or {}))
+
+
+def launches(run: Callable[[], Any]) -> dict[str, float]:
+    """Return how many operators that launch kernels `run` dispatches, and how often the host reads.
+
+    The same on any machine, as far as code does the same there. A compiled region is not looked
+    into.
+    """
+    with _Dispatched() as dispatched, _Read() as read:
+        run()
+    none = set(_NO_LAUNCH.split())
+    found = sum(n for name, n in dispatched.counts.items() if name not in none)
+    return {"launches": found, "reads": read.count}

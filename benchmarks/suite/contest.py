@@ -88,12 +88,14 @@ class Contender:
 class Ratio:
     """Two methods to compare, and the most that the ratio of their times may be.
 
-    A list of methods stands for the fastest of them.
+    A list of methods stands for the fastest of them. `of` names a number of the rows that is
+    compared in place of the time.
     """
 
     over: str | Sequence[str]
     under: str | Sequence[str]
     target: float | None = None
+    of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,12 @@ def hold(contest: Contest, settings: Settings, results: Results) -> None:
                 missing.get(contender.method, ""),
             )
         )
+    rows = {row.method: row.numbers for row in results.rows if row.work == contest.work}
     for ratio in contest.ratios:
-        results.ratios.append(_ratio(contest, ratio, seconds, missing))
+        measured = seconds
+        if ratio.of is not None:
+            measured = {name: [rows[name][ratio.of]] for name in seconds}
+        results.ratios.append(_ratio(contest, ratio, measured, missing))
 
 
 def _spent(
@@ -188,6 +194,7 @@ def _ratio(
         return min(ran or names[:1], key=lambda name: Spread.of(seconds.get(name, [0])).median)
 
     over, under = fastest(ratio.over), fastest(ratio.under)
+    what = "" if ratio.of is None else f", {ratio.of}"
     found: dict[str, Any] = {"target": ratio.target}
     absent = [name for name in (over, under) if name not in seconds]
     if absent:
@@ -196,7 +203,7 @@ def _ratio(
         spread = paired_ratio(seconds[over], seconds[under])
         found |= {"median": spread.median, "low": spread.low, "high": spread.high}
     labels = [
-        name if isinstance(names, str) else f"best of {len(names)}: {name}"
+        f"{name}{what}" if isinstance(names, str) else f"best of {len(names)}: {name}{what}"
         for name, names in ((over, ratio.over), (under, ratio.under))
     ]
     return RatioRow(contest.group, contest.work, *labels, **found)

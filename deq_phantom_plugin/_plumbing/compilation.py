@@ -18,22 +18,47 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def may_compile(solver: Callable[..., R]) -> Callable[..., R]:
-    """Let a solver of (func, start, ...) take `compile` as well.
-
-    Compiled code is found again by the code of F: a closure made anew each training step does not
-    compile anew.
-    """
+    """Let a solver of (func, start, ...) take `compile` as well, see `compiled`."""
 
     @functools.wraps(solver)
     def solve(
         func: Callable[[State], State], start: State, *, compile: bool | str = False, **options: Any
     ) -> R:
-        if compile:
-            mode = compile if isinstance(compile, str) else None
-            func = torch.compile(func, mode=mode, dynamic=False)
-        return solver(func, start, **options)
+        return solver(compiled(func, compile), start, **options)
 
     return solve
+
+
+def check_compile(compile: Any) -> bool | str:
+    """Return whether to compile, or a mode of `torch.compile`.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(compile, bool) or (isinstance(compile, str) and compile):
+        return compile
+    raise ValueError(
+        f"compile={compile!r}; expected True, False, or a mode of torch.compile such as "
+        "'reduce-overhead'"
+    )
+
+
+def compiled(func: _F, compile: bool | str) -> _F:
+    """Return F compiled, if that is asked for.
+
+    Args:
+        func: F. What was compiled is found again by its code: a closure made anew each training
+            step does not compile anew.
+        compile: see `check_compile`.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    wanted = check_compile(compile)
+    if not wanted or torch.compiler.is_compiling():  # by the whole model's compiler
+        return func
+    mode = wanted if isinstance(wanted, str) else None
+    return cast(_F, torch.compile(func, mode=mode, dynamic=False))
 
 
 def never_compiled(function: _F) -> _F:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 class LateRead:
@@ -17,9 +21,13 @@ class LateRead:
 
     Args:
         device: where the numbers are.
+        convert: from a tensor of the host's to what is returned; lists if None.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, convert: Callable[[Tensor], Any] = Tensor.tolist
+    ) -> None:
+        self._convert = convert
         self._waiting: deque[tuple[Tensor, Any]] | None = deque() if self.is_late(device) else None
 
     @staticmethod
@@ -30,7 +38,7 @@ class LateRead:
     def read(self, numbers: Tensor) -> Any:
         """Return numbers; those of the call before where that is late, None in the first."""
         if self._waiting is None:
-            return numbers.tolist()
+            return self._convert(numbers)
         on_device = numbers.is_cuda
         copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_device, device="cpu")
         copy.copy_(numbers, non_blocking=True)
@@ -48,4 +56,12 @@ class LateRead:
         copy, event = self._waiting.popleft()
         if event is not None:
             event.synchronize()
-        return copy.tolist()
+        return self._convert(copy)
+
+
+def as_array(numbers: Tensor) -> NDArray[Any]:
+    """Return the numbers of a tensor as the host's, in the same memory if they lie there."""
+    if is_functorch_wrapped_tensor(numbers):  # whose memory is not to be had
+        dtype = np.dtype(str(numbers.dtype).removeprefix("torch."))
+        return np.asarray(numbers.tolist(), dtype).reshape(numbers.shape)
+    return numbers.numpy(force=True)

@@ -15,9 +15,14 @@ from .trees import State, flatten, unflatten
 R = TypeVar("R")
 
 
+def _autocasts(kind: str) -> bool:
+    # The meta device has none, and says so by an error.
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Switch autocast off, which would take inner products in 16 bits."""
-    if not torch.is_autocast_enabled(device.type):
+    if not _autocasts(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -55,7 +60,7 @@ def in_full_precision(solver: Callable[..., R]) -> Callable[..., R]:
     def solve(func: Callable[[State], State], start: State, **options: Any) -> R:
         leaves = flatten(start)[0]
         kind = leaves[0].device.type
-        if not torch.is_autocast_enabled(kind):
+        if not _autocasts(kind):
             return solver(func, start, **options)
         dtype = torch.get_autocast_dtype(kind)
         like = [leaf.dtype for leaf in leaves]

@@ -39,6 +39,7 @@ class Packing:
         in_order = [list(range(leaf.dim())) for leaf in like] == self._orders
         if len(like) == 1 and in_order and like[0].dtype == self.dtype:
             self._only = like[0].shape
+        self._is_matrix = self._only == (self.rows, self.columns)
 
     @property
     def is_half(self) -> bool:
@@ -60,23 +61,30 @@ class Packing:
         """Where the leaves are."""
         return self._like[0].device
 
-    def pack(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Return the leaves as a (B, D) matrix."""
-        if self._only is not None:
-            only = leaves[0].reshape(self.rows, self._widths[0])
-            return only if only.dtype == self.dtype else only.to(self.dtype)
+    def pack(self, leaves: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """Return the leaves as a (B, D) matrix, in memory of its own if `out` gives that."""
         columns = []
-        for leaf, order, width in zip(leaves, self._orders, self._widths, strict=True):
-            ordered = leaf.permute(order)
-            if leaf.is_complex():
-                ordered = torch.view_as_real(ordered.resolve_conj())
-            columns.append(ordered.reshape(self.rows, width).to(self.dtype))
+        if self._only is not None:
+            only = leaves[0]
+            if not self._is_matrix or only.shape != self._only:  # what is not of its size raises
+                only = only.reshape(self.rows, self.columns)
+            columns.append(only)
+        else:
+            for leaf, order, width in zip(leaves, self._orders, self._widths, strict=True):
+                ordered = leaf.permute(order)
+                if leaf.is_complex():
+                    ordered = torch.view_as_real(ordered.resolve_conj())
+                columns.append(ordered.reshape(self.rows, width))
+        if out is not None:
+            return out.copy_(columns[0]) if len(columns) == 1 else torch.cat(columns, 1, out=out)
+        columns = [c if c.dtype == self.dtype else c.to(self.dtype) for c in columns]
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
     def unpack(self, matrix: Tensor) -> list[Tensor]:
         """Return a (B, D) matrix as leaves of the like leaves' shapes, dtypes and formats."""
         if self._only is not None:
-            return [matrix.to(self.dtype).reshape(self._only)]
+            only = matrix if matrix.dtype == self.dtype else matrix.to(self.dtype)
+            return [only if self._is_matrix else only.reshape(self._only)]
         leaves = []
         for part, like, order in zip(
             torch.split(matrix, self._widths, dim=1), self._like, self._orders, strict=True

@@ -219,7 +219,7 @@ class Progress:
         """
         if norm.device.type == "cpu" and (late is None or not late.is_late(norm.device)):
             if not math.isfinite(norm.sum()):
-                self._check_finite((~torch.isfinite(norm) & counted).tolist())
+                self.check_finite((~torch.isfinite(norm) & counted).tolist())
             return bool(active.any())
         broken = ~torch.isfinite(norm) & counted
         flags = torch.cat([active.any()[None], broken])
@@ -229,10 +229,18 @@ class Progress:
     def _evaluate(self, flags: list[bool] | None) -> bool:
         if flags is None:
             return True
-        self._check_finite(flags[1:])
+        self.check_finite(flags[1:])
         return flags[0]
 
-    def _check_finite(self, broken: list[bool]) -> None:
+    def check_finite(self, broken: list[bool]) -> None:
+        """Refuse to go on if a sample is broken.
+
+        Args:
+            broken: for each sample, whether what was computed of it is NaN or infinite.
+
+        Raises:
+            NonFiniteError: if one is.
+        """
         where = [index for index, flag in enumerate(broken) if flag]
         if where:
             error = NonFiniteError(

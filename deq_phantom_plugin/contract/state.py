@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .._plumbing.cached_weights import CachedWeights
-from .._plumbing.transforms import in_torch_func
 from .._plumbing.trees import State, flatten, ordinary, unflatten
+from .finite import check_finite
 
 __all__ = [
     "CheckedFunc",
@@ -28,8 +27,7 @@ def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
 
     Args:
         equilibrium: a state.
-        finite: whether it must be; not asked where nobody can look, inside a transform of
-            `torch.func`, such as vmap, and in compiled code.
+        finite: whether it must be, see `check_finite`.
 
     Raises:
         ValueError: if the state has no leaves, a leaf is not a floating-point or complex
@@ -58,14 +56,8 @@ def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
                 f"{where} carries an autograd graph (requires_grad=True); solve it under "
                 "torch.no_grad() or pass equilibrium.detach()"
             )
-        if not finite or in_torch_func() or torch.compiler.is_compiling():
-            continue
-        # A sum is read several times faster, but can overflow.
-        if not math.isfinite(abs(leaf.sum())) and not torch.isfinite(leaf).all():
-            raise ValueError(
-                f"{where} holds NaN or Inf: the forward solve diverged. Check its residual; a "
-                "smaller step, more normalisation or another solver may help"
-            )
+    if finite:
+        check_finite(leaves)
 
 
 class CheckedFunc:

@@ -30,6 +30,7 @@ def broyden(
     keep_inverse: bool = False,
     sample_at: Sequence[int] = (),
     return_final: bool = False,
+    check_every: int = 1,
 ) -> ForwardSolution:
     """Solve h = F(h) by Broyden's first method with full steps (Broyden 1965), sample by sample.
 
@@ -51,28 +52,28 @@ def broyden(
             have converged then stay in the linear algebra, where nothing more is learned of them.
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
+        check_every: the iterations from one look at the residual to the next. Only what is looked
+            at can be the end of the solve, or its best state.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
 
     Raises:
-        ValueError: if the stop mode is unknown, `max_iter` or `memory` below 1, or
-            `memory` given with `keep_inverse`.
+        ValueError: if the stop mode is unknown, `max_iter`, `memory` or `check_every` below 1,
+            or `memory` given with `keep_inverse`.
     """
     if memory is not None and memory < 1:
         raise ValueError(f"memory={memory}; expected at least one vector")
     if memory is not None and keep_inverse:
-        raise ValueError(
-            f"memory={memory} with keep_inverse=True: an estimate that begins anew is none of the "
-            "Jacobian; leave memory out (TorchDEQ's LBFGS_thres)"
-        )
+        why = "an estimate that begins anew is none of the Jacobian; leave memory out"
+        raise ValueError(f"memory={memory} with keep_inverse=True: {why} (TorchDEQ's LBFGS_thres)")
     rows = Rows(func, start, batch_dim)
-    stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final)
+    stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every)
     tracker = rows.tracker(stopping)
     estimate = InverseEstimate(rows.start, max_iter + 1 if memory is None else memory)
     _iterate(rows, tracker, estimate, max_iter, keep_inverse)
     if not keep_inverse:
         return tracker.solution(rows.state)
-    estimate.step(tracker.active)  # which takes the last change into account
+    estimate.step(tracker.moving)  # which takes the last change into account
     estimate.trim()
     return tracker.solution(rows.state, InverseJacobian(estimate, rows.packing))
 
@@ -86,11 +87,11 @@ def _iterate(
         kept = None if keep_all else tracker.shrink()
         if kept is not None:
             estimate.select(kept)
-        held = tracker.held
-        if held is None:
-            x = x + estimate.step(tracker.active)
+        held, moving = tracker.held, tracker.moving
+        if held is None or moving is None:
+            x = x + estimate.step(moving)
         else:
-            x = x.index_add(0, held, estimate.step(tracker.active[held]))
+            x = x.index_add(0, held, estimate.step(moving[held]))
         if estimate.is_full:
             estimate.forget()
         image = rows(x)
@@ -99,6 +100,12 @@ def _iterate(
         else:
             residual = image - x
             torch.index_select(residual, 0, held, out=estimate.room)
-        norms = torch.linalg.vector_norm(residual, dim=1), torch.linalg.vector_norm(image, dim=1)
-        if tracker.record([x], *norms, iteration + 2):
+        if not tracker.looks(iteration + 2):
+            tracker.pass_over()
+            continue
+        norms = x.new_empty(2, len(x))
+        of_residual, of_image = norms.unbind()
+        torch.linalg.vector_norm(residual, dim=1, out=of_residual)
+        torch.linalg.vector_norm(image, dim=1, out=of_image)
+        if tracker.record([x], norms, iteration + 2):
             break

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .._plumbing.late_read import LateRead
+from .._plumbing.late_read import LateRead, as_array
 from ..adjoint import Packing
 from ..adjoint.inverse_estimate import InverseEstimate
-from ..adjoint.progress import choose_leaves
 from ..contract.state import State, flatten, unflatten
 
 STOP_MODES = ("abs", "rel")
@@ -45,7 +46,8 @@ class ForwardSolution:
         sampled: the best states after the evaluations that were asked for.
         abs_lowest: ||F(h) - h|| of each sample, shape (B,).
         rel_lowest: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,).
-        abs_trace: the residual after each iteration, shape (B, N + 1); 1e8 before the first.
+        abs_trace: the residual after each iteration, shape (B, N + 1); 1e8 before the first, and
+            that of the last look where there was none.
         rel_trace: the same, relative.
         n_steps: the iteration in which the lowest residual was found, shape (B,).
         inverse_jacobian: of a quasi-Newton solve that was asked to keep it.
@@ -77,17 +79,15 @@ class Rows:
         self.packing = Packing([leaf.detach() for leaf in leaves], batch_dim)
         self.start = self.packing.pack(leaves)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return F(h) as rows, for h as rows; perhaps in the memory that F returned."""
-        return self.packing.pack(flatten(self._func(self.state([rows])))[0])
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return F(h) as rows, for h as rows; perhaps in the memory that F returned.
 
-    def kept(self, rows: Tensor) -> Tensor:
-        """Return F(h) in memory of its own: F may return the same each time, as CUDA graphs do."""
-        leaves = flatten(self._func(self.state([rows])))[0]
-        packed = self.packing.pack(leaves)
-        if is_functorch_wrapped_tensor(packed):  # which has no address to look at
-            return packed.clone()
-        return packed.clone() if packed.data_ptr() == leaves[0].data_ptr() else packed
+        Args:
+            rows: h.
+            out: where to write it, shape (B, D): F may return the same memory each time, as CUDA
+                graphs do.
+        """
+        return self.packing.pack(flatten(self._func(self.state([rows])))[0], out)
 
     def state(self, rows: Sequence[Tensor]) -> State:
         """Return rows, a matrix alone in a sequence, as a state."""
@@ -95,8 +95,7 @@ class Rows:
 
     def tracker(self, stopping: Stopping, first_step: int = 1) -> Tracker:
         """Return what follows a solve on them."""
-        like = self.start.new_zeros(len(self.start))
-        return Tracker([self.start], like, stopping, first_step=first_step)
+        return Tracker([self.start], 0, self.start, stopping, first_step=first_step)
 
 
 class Stopping(NamedTuple):
@@ -108,6 +107,7 @@ class Stopping(NamedTuple):
         mode: whether that is "abs", ||F(h) - h||, or "rel", that over ||F(h)||.
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether the last state is taken for the best, and nothing stops early.
+        check_every: the iterations from one look at the residual to the next.
     """
 
     max_iter: int
@@ -115,34 +115,38 @@ class Stopping(NamedTuple):
     mode: str
     sample_at: Sequence[int]
     return_final: bool
+    check_every: int
 
 
 class Tracker:
     """Follows a solve sample by sample, and remembers the best.
 
     Samples that reach the tolerance stop, unless told otherwise, and so do those that became NaN or
-    infinite. The host learns of it one iteration late where it would have to wait for the
-    device, so that there is always work queued.
+    infinite. All of that is decided by the host, from two norms a sample: the device computes
+    nothing for it as long as every iterate is the best so far. Where the host would have to wait
+    for the device it learns of them one check late, so that there is always work queued.
 
     Args:
         start: the tensors of the initial state.
-        like: a number a sample, of the dtype and device of the norms.
+        batch_dim: the dimension of each that counts samples; None where they are coupled.
+        like: a tensor of the dtype and device of the norms, its first dimension samples.
         stopping: when the solve stops.
         first_step: the number of the first iteration.
         keep_going: whether samples go on for as long as others do.
 
     Attributes:
-        active: the samples that still move, shape (B,).
+        moving: the samples that still move, shape (B,); None while all do.
         held: indices of those that a solver's linear algebra works on; all if None.
-        best: the tensors of the best state.
+        best: the tensors of the best state of those that were looked at.
 
     Raises:
-        ValueError: if the stop mode is unknown, or no iteration allowed.
+        ValueError: if the stop mode is unknown, no iteration allowed, or `check_every` below 1.
     """
 
     def __init__(
         self,
-        start: Sequence[Tensor],
+        start: list[Tensor],
+        batch_dim: int | None,
         like: Tensor,
         stopping: Stopping,
         *,
@@ -151,57 +155,126 @@ class Tracker:
     ) -> None:
         if stopping.mode not in STOP_MODES:
             raise ValueError(f"stop_mode={stopping.mode!r}; expected 'abs' or 'rel'")
-        max_iter = stopping.max_iter
-        if max_iter < 1:
-            raise ValueError(f"max_iter allows for {max_iter} iterations; expected at least 1")
+        if stopping.max_iter < 1:
+            raise ValueError(
+                f"max_iter allows for {stopping.max_iter} iterations; expected at least 1"
+            )
+        if stopping.check_every < 1:
+            raise ValueError(f"check_every={stopping.check_every}; expected at least 1")
         self._stopping, self._keep_going = stopping, keep_going or stopping.return_final
+        self._batch_dim, self._first_step = batch_dim, first_step
+        self._like, self._norms = like, list[Tensor]()
+        self._few = len(like) <= _FEW
+        self._late = LateRead(like.device, Tensor.tolist if self._few else as_array)
+        self._unseen = deque[tuple[list[Tensor], int, int]]()
+        self._before = like.new_full((2, len(like)), _BEFORE)
+        self._before[1] = 1 - _TINY  # so that the relative one is the same
         self._sampled = list[list[Tensor]]()
-        self._start = torch.full_like(like, 1e8)
-        self._lowest, self._norms = self._start, list[tuple[Tensor, Tensor]]()
-        self._first_step = first_step
-        self._late = LateRead(like.device)
-        self.best = list(start)
-        self.active = torch.ones_like(like, dtype=torch.bool)
+        self.best = start
+        self._lowest: Any = [_BEFORE] * len(like)
+        self._active = np.ones(len(like), dtype=bool)
+        self._held: NDArray[Any] | None = None
+        self.moving: Tensor | None = None
         self.held: Tensor | None = None
-        self._n_active = len(like)
 
-    def record(
-        self, state: Sequence[Tensor], residual: Tensor, image: Tensor, n_evaluations: int
-    ) -> bool:
+    def looks(self, n_evaluations: int) -> bool:
+        """Whether the next iterate is one that is looked at.
+
+        Args:
+            n_evaluations: evaluations of F with it.
+        """
+        stop, count = self._stopping, len(self._norms) + 1
+        if stop.check_every == 1 or count % stop.check_every == 0 or count == stop.max_iter:
+            return True
+        return n_evaluations in stop.sample_at
+
+    def pass_over(self) -> None:
+        """Take note that there was an iterate that is not looked at."""
+        self._norms.append(self._norms[-1] if self._norms else self._before)
+
+    def record(self, state: list[Tensor], norms: Tensor, n_evaluations: int) -> bool:
         """Take note of an iterate; return whether the solve is over.
 
         Args:
-            state: its tensors, samples along dimension 0; not changed afterwards.
-            residual: ||F(h) - h|| of each sample, shape (B,).
-            image: ||F(h)|| of each sample, shape (B,).
+            state: its tensors; not changed afterwards before `let_go`.
+            norms: ||F(h) - h|| of each sample, and below it ||F(h)||, shape (2, B).
             n_evaluations: evaluations of F so far.
         """
-        self._norms.append((residual, image))
-        value = residual if self._stopping.mode == "abs" else _relative(residual, image)
-        better = value < self._lowest
-        self._lowest, *best = choose_leaves(better, [value, *state], [self._lowest, *self.best])
-        self.best = list(state) if self._stopping.return_final else best
-        if n_evaluations in self._stopping.sample_at:
-            self._sampled.append(self.best)
-        short = self._lowest >= self._stopping.tol
-        if not self._keep_going:
-            self.active = self.active & short & torch.isfinite(residual)
-        left = self._late.read(torch.count_nonzero(short if self._keep_going else self.active))
-        if left is None:
+        self._norms.append(norms)
+        self._unseen.append((state, len(self._norms), n_evaluations))
+        seen = self._late.read(norms)
+        if seen is None:
             return False
-        if not self._keep_going:
-            self._n_active = left
-        return left == 0 and not self._stopping.return_final
+        state, _, n_evaluations = self._unseen.popleft()
+        residual, image = seen
+        return self._look(residual, image, state, n_evaluations)
+
+    def let_go(self, state: list[Tensor]) -> None:
+        """Copy a recorded state whose memory is to be overwritten, if it may be wanted yet."""
+        if self.best is state:
+            self.best = [tensor.clone() for tensor in state]
+        for index, (other, number, n_evaluations) in enumerate(self._unseen):
+            if other is state:
+                copied = [tensor.clone() for tensor in state]
+                self._unseen[index] = copied, number, n_evaluations
+
+    def _look(self, residual: Any, image: Any, state: list[Tensor], n_evaluations: int) -> bool:
+        """Take note of what was read of an iterate; return whether the solve is over."""
+        stop, over = self._stopping, False
+        if not self._goes_on(residual, image, state):
+            with np.errstate(all="ignore"):
+                over = self._compare(np.asarray(residual), np.asarray(image), state)
+        if stop.return_final:
+            self.best, over = state, False
+        if stop.sample_at and n_evaluations in stop.sample_at:
+            self._sampled.append([tensor.clone() for tensor in self.best])
+        return over
+
+    def _goes_on(self, residual: Any, image: Any, state: list[Tensor]) -> bool:
+        """Take note of an iterate that is the best of all in every sample, and not the last.
+
+        Such are most; where samples are few, Python's numbers are the quickest.
+        """
+        if not self._few or not residual:
+            return False
+        value = residual
+        if self._stopping.mode == "rel":
+            value = [r / (f + _TINY) for r, f in zip(residual, image, strict=True)]
+        tol = self._stopping.tol
+        for new, old in zip(value, self._lowest, strict=True):
+            if not tol <= new < old:
+                return False
+        self._lowest, self.best = value, state
+        return True
+
+    def _compare(self, residual: NDArray[Any], image: NDArray[Any], state: list[Tensor]) -> bool:
+        """Take note of any iterate."""
+        value = residual if self._stopping.mode == "abs" else residual / (image + _TINY)
+        better = value < self._lowest
+        if better.all():
+            self.best = state
+        elif better.any():
+            self.best = self._chosen(self._on_device(better), state)
+        self._lowest = np.where(better, value, self._lowest)
+        short = self._lowest >= self._stopping.tol
+        if self._keep_going:
+            return not short.any()
+        active = self._active & short & np.isfinite(residual)
+        if not np.array_equal(active, self._active):
+            self._active, self.moving = active, self._on_device(active)
+        return not active.any()
 
     def shrink(self) -> Tensor | None:
         """Return which of the samples in `held` are still held, once half of them are done."""
-        moving = self.active if self.held is None else self.active[self.held]
-        if self._n_active > len(moving) // 2:
+        if self.moving is None:
             return None
-        # Sorted rather than searched for: how many there are, the host knows already.
-        kept = torch.argsort(moving, descending=True, stable=True)[: self._n_active]
-        self.held = kept if self.held is None else self.held[kept]
-        return kept
+        active = self._active if self._held is None else self._active[self._held]
+        kept = np.flatnonzero(active)
+        if len(kept) > len(active) // 2:
+            return None
+        self._held = kept if self._held is None else self._held[kept]
+        self.held = self._on_device(self._held)
+        return self._on_device(kept)
 
     def solution(
         self,
@@ -214,40 +287,63 @@ class Tracker:
             restore: from the tensors of a state to the state.
             inverse_jacobian: what the solver learned of it.
         """
-        stop = self._stopping
+        stop, count = self._stopping, len(self._norms)
+        norms = torch.stack(self._norms)
+        residual, image = norms.unbind(1)
+        traces = torch.stack((residual, residual / (image + _TINY)))  # (2, N, B): abs, rel
+        mode = STOP_MODES.index(stop.mode)
+        self._compare_unseen(traces[mode])
         if stop.sample_at and not self._sampled:
             self._sampled.append(self.best)
-        residuals, images = (torch.stack(norms, dim=1) for norms in zip(*self._norms, strict=True))
-        traces = {"abs": residuals, "rel": _relative(residuals, images)}
-        lowest = {
-            mode: trace[:, -1] if stop.return_final else _without_nan(trace).amin(dim=1)
-            for mode, trace in traces.items()
-        }
-        when = _without_nan(traces[stop.mode]).argmin(dim=1)
         if stop.return_final:
-            when = torch.full_like(when, len(self._norms) - 1)
-        missing = stop.max_iter - len(self._norms)
-        filled = {
-            mode: torch.cat(
-                [self._start[:, None], trace, lowest[mode][:, None].expand(-1, missing)], dim=1
-            )
-            for mode, trace in traces.items()
-        }
+            lowest = traces[:, -1]
+            when = torch.full_like(lowest[0], count - 1, dtype=torch.long)
+        else:
+            usable = torch.nan_to_num(traces, nan=torch.inf, posinf=torch.inf)
+            lowest, when = usable.amin(dim=1), usable[mode].argmin(dim=0)
+        rest = lowest[:, None].expand(-1, stop.max_iter - count, -1)
+        before = self._before[:1, None].expand(2, 1, -1)
+        filled = torch.cat([before, traces, rest], dim=1).mT
         return ForwardSolution(
             state=restore(self.best),
             sampled=[restore(tensors) for tensors in self._sampled],
-            abs_lowest=lowest["abs"],
-            rel_lowest=lowest["rel"],
-            abs_trace=filled["abs"],
-            rel_trace=filled["rel"],
-            n_steps=(when + self._first_step).to(self._start.dtype),
+            abs_lowest=lowest[0],
+            rel_lowest=lowest[1],
+            abs_trace=filled[0],
+            rel_trace=filled[1],
+            n_steps=(when + self._first_step).to(norms.dtype),
             inverse_jacobian=inverse_jacobian,
         )
 
+    def _compare_unseen(self, values: Tensor) -> None:
+        """Compare what the host has not read with the best, on the device: it does not wait."""
+        if not self._unseen:
+            return
+        stop = self._stopping
+        lowest = self._on_device(np.asarray(self._lowest)).to(values.dtype)
+        while self._unseen:
+            state, number, n_evaluations = self._unseen.popleft()
+            value = values[number - 1]
+            better = value < lowest
+            self.best = state if stop.return_final else self._chosen(better, state)
+            lowest = torch.where(better, value, lowest)
+            if n_evaluations in stop.sample_at:
+                self._sampled.append(self.best)
 
-def _relative(residual: Tensor, image: Tensor) -> Tensor:
-    return residual / (image + 1e-9)
+    def _chosen(self, better: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
+        """Return the best state with the samples of another that are better."""
+        chosen = []
+        for new, old in zip(state, self.best, strict=True):
+            shape = [1] * new.dim()
+            if self._batch_dim is not None:
+                shape[self._batch_dim] = -1
+            chosen.append(torch.where(better.reshape(shape), new, old))
+        return chosen
+
+    def _on_device(self, numbers: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(numbers.copy()).to(self._like.device, non_blocking=True)
 
 
-def _without_nan(trace: Tensor) -> Tensor:
-    return torch.nan_to_num(trace, nan=torch.inf, posinf=torch.inf)
+_FEW = 32  # samples whose numbers are looked at one by one
+_BEFORE = 1e8  # what TorchDEQ's traces begin with
+_TINY = 1e-9  # and what they add to a norm that they divide by

@@ -136,7 +136,12 @@ class Drift:
 
     @torch.no_grad()
     def loss(self) -> Loss | None:
-        """Return what was lost since this was last asked; None where cotangents are not finite."""
+        """Return what was lost since this was last asked.
+
+        None where cotangents are not finite, and on the meta device, which has no numbers.
+        """
+        if self._true[0].is_meta:
+            return None
         numbers = sorted(self._repeated, reverse=True)
         other, new, old = (
             torch.stack(parts) for parts in zip(*map(self._repeated.get, numbers), strict=True)

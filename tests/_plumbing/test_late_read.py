@@ -102,3 +102,25 @@ def test_forward_solvers_take_an_evaluation_more(solver, monkeypatch):
     assert more == n + 1
     assert (late.abs_lowest < 1e-8).all()
     torch.testing.assert_close(late.state, at_once.state, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_was_learned_before_a_nan_is_kept(every, monkeypatch):
+    """A sample that diverges: its estimate is that of the steps before, whenever one looks."""
+    problem, found = make_equilibrium([(4, 12)], norm=0.9), []
+    for late, looks in ((False, 1), (True, every)):
+        monkeypatch.setattr(LateRead, "is_late", staticmethod(lambda device, late=late: late))
+        calls = []
+
+        def func(h, calls=calls):
+            calls.append(1)
+            image = problem.func(h)
+            image[1] += torch.nan if len(calls) > 5 else 0.0
+            return image
+
+        start = torch.zeros_like(problem.state)
+        options = {"max_iter": 9, "tol": 0.0, "keep_inverse": True, "check_every": looks}
+        solution = broyden(func, start, **options)
+        found += solution.inverse_jacobian.transposed([torch.ones_like(start)])
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)

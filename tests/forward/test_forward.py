@@ -142,7 +142,9 @@ def test_broydens_linear_algebra_shrinks_with_the_batch(monkeypatch):
     held = []
     step = InverseEstimate.step
     monkeypatch.setattr(
-        InverseEstimate, "step", lambda self, active: held.append(len(active)) or step(self, active)
+        InverseEstimate,
+        "step",
+        lambda self, active: held.append(len(self.room)) or step(self, active),
     )
     scale = torch.tensor([1e-5] * 6 + [1.0] * 2, dtype=torch.float64)[:, None]
     weight = torch.randn(20, 20, dtype=torch.float64)

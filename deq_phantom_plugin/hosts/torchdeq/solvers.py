@@ -1,7 +1,8 @@
 """Our forward solvers in TorchDEQ's table: `f_solver="broyden_fast"` and the like.
 
 They see the user's state where TorchDEQ's own see one flat vector, and fill in the same statistics.
-`solver_kwargs={"compile": True}`, or a mode of `torch.compile`, compiles F for the solve.
+`solver_kwargs={"compile": True}`, or a mode of `torch.compile`, compiles F for the solve, and
+`{"check_every": m}` looks at the residual in every m-th iteration.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def _solve(
     stop_mode: str = "abs",
     indexing: Sequence[int] | None = None,
     return_final: bool = False,
+    check_every: int = 1,
     compile: bool | str = False,
     **options: Any,
 ) -> _Solved:
@@ -85,6 +87,7 @@ def _solve(
         stop_mode=stop_mode,
         sample_at=indexing or (),
         return_final=return_final,
+        check_every=check_every,
         compile=compile,
         **{name: value for name, value in options.items() if name in accepted},
     )
