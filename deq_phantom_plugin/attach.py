@@ -90,8 +90,7 @@ def attach_states(
 
 def _check_finite(equilibrium: State, context: Context) -> None:
     def whose() -> str:
-        step, memory = context.current_step, context.memory
-        number = None if memory is None else memory.place
+        step, number = context.current_step, context.current_place
         place = "" if number is None else f"number {number} of its model, "
         return f"{place}training step {'not told' if step is None else step}"
 

@@ -105,8 +105,13 @@ class Equilibrium(Attaching):
     steps: int | Depth | None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "steps" and value is not None:
-            value = number_or_depth("steps", value)
+        if name == "steps":
+            if value is None and self.__dict__.get("steps") is not None:
+                raise ValueError(
+                    "steps=None of a loop, which has no solver; expected a number or a "
+                    "distribution, or make another Equilibrium"
+                )
+            value = None if value is None else number_or_depth("steps", value)
         super().__setattr__(name, value)
 
     def __init__(

@@ -606,3 +606,14 @@ def test_evaluation_by_another_solve_than_was_trained_is_said_once(x):
     enough(x)
     with torch.no_grad():
         enough(x)
+
+
+def test_a_loop_does_not_become_a_solver():
+    loop = dpp.Equilibrium(steps=3)
+    with pytest.raises(ValueError, match="steps=None of a loop, which has no solver"):
+        loop.steps = None
+    loop.steps = 5
+    assert loop.steps == 5
+    solver = dpp.Equilibrium()
+    solver.steps = None
+    assert solver.steps is None

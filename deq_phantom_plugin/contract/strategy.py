@@ -53,6 +53,7 @@ class Context:
         solver_result: what the forward solver returned besides the equilibrium.
         step: the training step; falls back to the memory's.
         total: how many training steps there will be; falls back to the memory's.
+        place: which of its model's equilibria this is, from 0; falls back to the memory's.
         monitor: called with `BackwardStats` in each backward pass that has something to tell.
         memory: what this equilibrium keeps between steps; with one, what was found out of F is
             asked once, without one in every call.
@@ -70,6 +71,7 @@ class Context:
     memory: Memory | None = None
     on_failure: FailurePolicy | None = None
     total: int | None = None
+    place: int | None = None
 
     def __post_init__(self) -> None:
         check_batch_dim(self.batch_dim)
@@ -101,6 +103,13 @@ class Context:
         if self.total is None and self.memory is not None:
             return self.memory.total
         return self.total
+
+    @property
+    def current_place(self) -> int | None:
+        """Which of its model's equilibria this is, from whoever knows it."""
+        if self.place is None and self.memory is not None:
+            return self.memory.place
+        return self.place
 
 
 def check_batch_dim(batch_dim: Any) -> None:

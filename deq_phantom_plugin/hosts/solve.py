@@ -39,6 +39,8 @@ class Solve:
         solver_result: see `Context.solver_result`.
         index: which of the equilibria that the module finds in one forward pass, from 0.
         known_residual: the residual, where the host's own solver has it.
+        total: the length of training in steps, None where nobody has told it.
+        place: see `Context.place`.
     """
 
     func: Callable[[State], State]
@@ -52,6 +54,8 @@ class Solve:
     solver_result: Any = None
     index: int = 0
     known_residual: Tensor | None = None
+    total: int | None = None
+    place: int | None = None
     _autocast: AutocastState = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +98,8 @@ class Solve:
             nfe,
             context.batch_dim,
             context.solver_result,
+            total=context.current_total,
+            place=context.current_place,
             **known,
         )
 
@@ -113,7 +119,12 @@ class Solve:
     def context(self) -> Context:
         """What a strategy may know of it."""
         return Context(
-            self.batch_dim, self.initial_state, solver_result=self.solver_result, step=self.step
+            self.batch_dim,
+            self.initial_state,
+            solver_result=self.solver_result,
+            step=self.step,
+            total=self.total,
+            place=self.place,
         )
 
     @contextmanager

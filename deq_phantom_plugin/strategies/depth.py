@@ -12,6 +12,7 @@ a run that was resumed goes on with the same. In evaluation mode nothing is draw
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -175,6 +176,12 @@ def drawn(name: str, value: int | Depth | str) -> int:
 
 
 def _parsed(text: str) -> Depth:
+    if not text.strip().partition("(")[0].isidentifier():
+        raise ValueError("no name of one" + ("; leave out the quotes" if text.isdecimal() else ""))
+    try:
+        ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError("it does not parse") from None
     kind, args, kwargs = parse_spec(text)
     names = _ARGUMENTS.get(kind)
     if names is None:

@@ -68,7 +68,9 @@ class Ramp(GradStrategy):
                 )
         object.__setattr__(self, "arguments", tuple((name, tuple(ends)) for name, ends in pairs))
         object.__setattr__(self, "until", fraction_or_step("until", self.until))
-        for end in (0, 1):  # both are in range
+        for end in (0, 1):  # both are in range as they are given, so that the right one is named
+            dataclasses.replace(inner, **{name: ends[end] for name, ends in self._pairs})
+        for end in (0, 1):
             self._at(Fraction(end))
 
     @never_compiled  # or for each step anew

@@ -50,10 +50,8 @@ def told_place(context: Context, who: str) -> int:
         ConvergenceWarning: once, if the step is known and the place is not, as after the
             `state_dict` of a model was loaded. (Where neither is, the step's warning says enough.)
     """
-    memory = context.memory
-    if memory is None:
-        return 0
-    if memory.place is None and context.current_step is not None:
+    place = context.current_place
+    if place is None and context.memory is not None and context.current_step is not None:
         warn_once(
             "place",
             f"{who} was not told which of its model's equilibria it is in and takes it to be the "
@@ -61,7 +59,7 @@ def told_place(context: Context, who: str) -> int:
             "model before the forward pass",
             ConvergenceWarning,
         )
-    return memory.place or 0
+    return place or 0
 
 
 def told_call(context: Context, who: str) -> int:

@@ -217,6 +217,16 @@ def test_what_is_no_distribution(text):
         dpp.Equilibrium(steps=text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("8", "leave out the quotes"), ("uniform(1, 6", "it does not parse"), ("", "no name of one")],
+)
+def test_no_strategy_is_proposed_for_a_distribution(text, message):
+    with pytest.raises(ValueError, match=message) as found:
+        dpp.Equilibrium(steps=text)
+    assert "upg" not in str(found.value)
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, None, [3], (1, 6), math.nan])
 def test_what_is_no_number(value):
     with pytest.raises(ValueError, match=r"k=.*expected a whole number of at least 1"):
@@ -308,3 +318,28 @@ def test_a_place_that_nobody_told_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         strategy.resolve(dpp.Context(memory=memory))
+
+
+def test_a_report_draws_and_ramps_as_the_model_does():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3)
+            loops = [dpp.Equilibrium(steps=9, grad="tbptt(k='uniform(1, 9)')") for _ in range(2)]
+            self.loops = torch.nn.ModuleList(loops)
+
+        def forward(self, x):
+            for loop in self.loops:
+                x = loop(lambda h, x=x: torch.tanh(self.layer(h) + x), torch.zeros_like(x))
+            return x
+
+    model, x = Two(), torch.ones(2, 3)
+    dpp.set_step(model, 5, total=10)
+    k = [m.grad.resolve(dpp.Context(memory=m.memory)).k for m in model.loops]
+    assert k[0] != k[1]
+    grads = ["tbptt(k='uniform(1, 9)')", "ramp('tbptt', {'k': (1, 5)}, until=1.0)"]
+    found = dpp.model_report(model, x, lambda h: h.sum(), grads)
+    for number, report in zip(k, found.reports, strict=True):
+        rows = {result.strategy: result for result in report.results}
+        assert rows[grads[0]].n_evaluations == number
+        assert rows[str(dpp.get_strategy(grads[1]))].n_evaluations == 3

@@ -281,7 +281,14 @@ def _attach(
 ) -> list[Tensor]:
     """Return the leaves of the attached state; a measurement leaves no trace in the context."""
     context = Context() if context is None else context
-    context = replace(context, step=context.current_step, memory=None, monitor=monitor)
+    context = replace(
+        context,
+        step=context.current_step,
+        total=context.current_total,
+        place=context.current_place,
+        memory=None,
+        monitor=monitor,
+    )
     with torch.enable_grad():
         return flatten(attach(func, equilibrium, grad, context))[0]
 
