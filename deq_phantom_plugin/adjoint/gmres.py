@@ -54,6 +54,8 @@ def _cycle(
         running: the samples that are to be solved, shape (B,); None where the host does not know.
             The others are frozen: their basis vectors are zero.
     """
+    if length < 1:  # of a state without numbers
+        return torch.zeros_like(residual)
     basis, late = _Basis(residual, length), LateRead(residual.device, as_array)
     problem = _LeastSquares(progress, length, running)
     norm = torch.linalg.vector_norm(residual, dim=1, keepdim=True)

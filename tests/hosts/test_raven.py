@@ -20,7 +20,7 @@ from deq_phantom_plugin.hosts import raven
 pytest.importorskip("transformers", reason="the host is of its models")
 
 IDS = torch.arange(8).view(2, 4) % 5
-FOLDER = ROOT / "tests" / "repositories" / "recurrent" / "recpre"
+FOLDER = ROOT / "tests" / "repositories" / "huginn" / "recpre"
 
 
 @pytest.fixture
