@@ -23,7 +23,7 @@ from ._plumbing.once import warn_once
 from ._plumbing.random_state import forked_rng, is_same, random_state
 from ._plumbing.transforms import in_torch_func
 from ._plumbing.trial import Trial
-from .adjoint import Linearization, Packing, mixes_samples
+from .adjoint import Linearization, Packing, batch_size, mixes_samples
 from .contract.errors import AssumptionWarning
 from .contract.state import State, flatten
 from .contract.strategy import Context
@@ -114,14 +114,14 @@ def settled(
     if context.batch_dim != "auto":
         _check_told(context.batch_dim, leaves)
         return context
-    packing = Packing(leaves, 0)
-    if packing.batch_dim is None:  # no dimension that counts samples
+    n_samples = batch_size(leaves, 0)
+    if n_samples is None:  # no dimension that counts samples
         return replace(context, batch_dim=None)
-    if not cares or packing.rows == 0 or packing.columns == 0:
+    if not cares or n_samples == 0 or all(leaf.numel() == 0 for leaf in leaves):
         return replace(context, batch_dim=0)
     if in_torch_func():  # where nobody can look; one system is right for any map
         return replace(context, batch_dim=None)
-    found = _found(context, func, equilibrium, f"{structure}", packing.rows)
+    found = _found(context, func, equilibrium, f"{structure}", n_samples)
     return replace(context, batch_dim=None if found.coupled else 0)
 
 

@@ -11,7 +11,7 @@ from .clip import Clip
 from .fixed_point import fixed_point
 from .implicit import VJP, implicit
 from .linearization import Linearization, inside_checkpoint, mixes_samples
-from .packing import Packing, relative_norm
+from .packing import Packing, batch_size, relative_norm
 from .progress import Apply, Solution
 from .pushforward import Pushforward
 from .system import SOLVERS, check_solver, solve
@@ -25,6 +25,7 @@ __all__ = [
     "Packing",
     "Pushforward",
     "Solution",
+    "batch_size",
     "broyden",
     "check_solver",
     "fixed_point",

@@ -35,5 +35,6 @@ def broyden(
     while True:
         residual = torch.sub(rhs + progress.apply(x), x, out=estimate.room)
         if progress.record(x, residual) or progress.exhausted:
+            estimate.release()
             return progress.solution()
         x = x + estimate.step(progress.active)

@@ -24,7 +24,7 @@ class Packing:
 
     def __init__(self, like: Sequence[Tensor], batch_dim: int | None) -> None:
         self._like = list(like)
-        self.batch_size = _batch_size(like, batch_dim)
+        self.batch_size = batch_size(like, batch_dim)
         self.batch_dim = batch_dim if self.batch_size is not None else None
         self._orders = [_memory_order(leaf, self.batch_dim) for leaf in like]
         self._widths = [
@@ -121,7 +121,8 @@ def relative_norm(error: Tensor, of: Tensor) -> Tensor:
     return torch.where(norm == 0, norm, norm / size)
 
 
-def _batch_size(leaves: Sequence[Tensor], batch_dim: int | None) -> int | None:
+def batch_size(leaves: Sequence[Tensor], batch_dim: int | None) -> int | None:
+    """Return how many samples a state has; None where no dimension counts them in every leaf."""
     if batch_dim is None:
         return None
     if any(batch_dim not in range(-leaf.dim(), leaf.dim()) for leaf in leaves):

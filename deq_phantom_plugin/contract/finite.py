@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ def check_finite(leaves: Sequence[Tensor], whose: Callable[[], str] | None = Non
 def _look(leaves: Sequence[Tensor]) -> None:
     for index, leaf in enumerate(leaves):
         # A sum is read several times faster, but can overflow.
-        if not math.isfinite(abs(leaf.sum())) and not torch.isfinite(leaf).all():
+        if not cmath.isfinite(leaf.sum().item()) and not torch.isfinite(leaf).all():
             where = f"leaf {index} of the equilibrium" if len(leaves) > 1 else "the equilibrium"
             raise ValueError(f"{where} holds NaN or Inf: {_ADVICE}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,12 +91,14 @@ class CheckedFunc:
         """Evaluate the map, checked."""
         inputs, _ = flatten(state)
         # A compiler functionalises what is in place, and inference tensors do not count.
-        counts = not (torch.compiler.is_compiling() or any(leaf.is_inference() for leaf in inputs))
-        versions = [leaf._version for leaf in inputs] if counts else []
+        versions = []
+        if not torch.compiler.is_compiling():
+            versions = [None if leaf.is_inference() else leaf._version for leaf in inputs]
         self._weights.prepare()
         result = self._func(state)
-        if any(leaf._version != version for leaf, version in zip(inputs, versions, strict=False)):
-            raise ValueError("func changed its input in place; it must return new tensors")
+        for leaf, version in zip(inputs, versions, strict=False):
+            if version is not None and leaf._version != version:
+                raise ValueError("func changed its input in place; it must return new tensors")
         outputs, structure = flatten(result)
         if structure != self._structure:
             raise ValueError(
@@ -106,6 +109,8 @@ class CheckedFunc:
         for index, (output, (shape, dtype, device)) in enumerate(
             zip(outputs, self._like, strict=True)
         ):
+            if _is_like(output, shape, dtype, device):
+                continue
             where = f"leaf {index} of what func returned" if len(outputs) > 1 else "func's result"
             if not isinstance(output, Tensor):
                 raise ValueError(f"{where} is a {type(output).__name__}; expected a tensor")
@@ -125,6 +130,11 @@ class CheckedFunc:
                     )
                 outputs[index] = output.to(dtype)
         return unflatten(outputs, structure)
+
+
+def _is_like(output: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
+    plain = type(output) is Tensor and not output.is_nested
+    return plain and output.shape == shape and output.dtype == dtype and output.device == device
 
 
 def damped_step(

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._plumbing.compilation import may_compile
 from .._plumbing.precision import in_full_precision
 from .._plumbing.transforms import outside_vmap
+from .._plumbing.workspaces import Workspace, Workspaces
 from ..contract.state import State
 from .tracking import ForwardSolution, Rows, Stopping, Tracker
 
@@ -66,14 +67,17 @@ def anderson(
     rows = Rows(func, start, batch_dim)
     stopping = Stopping(max_iter - 2, tol, stop_mode, sample_at, return_final, check_every)
     tracker = rows.tracker(stopping, first_step=3)
-    _iterate(rows, tracker, _Mixer(rows.start, m, lam, tau), stopping)
-    return tracker.solution(lambda tensors: rows.state([t.clone() for t in tensors]))
+    mixer = _Mixer(rows.start, m, lam, tau)
+    _iterate(rows, tracker, mixer, stopping)
+    solution = tracker.solution(lambda tensors: rows.state([t.clone() for t in tensors]))
+    mixer.release()
+    return solution
 
 
 def _iterate(rows: Rows, tracker: Tracker, mixer: _Mixer, stopping: Stopping) -> None:
     x = rows.start
     for _ in range(2):
-        change, new = mixer.room.unbind()
+        _, change, new = mixer.room
         torch.sub(rows(x, new), x, out=change)
         mixer.take()
         x = new.clone()  # F may keep what it is given, and this place is used again
@@ -83,12 +87,11 @@ def _iterate(rows: Rows, tracker: Tracker, mixer: _Mixer, stopping: Stopping) ->
         if kept is not None:
             mixer.select(kept)
         x, held, slot = _moved(x, mixer.mixture(), tracker), tracker.held, mixer.slot
-        pair = mixer.room if held is None else x.new_empty(2, *x.shape)
         tracker.let_go(states[slot])
-        change, new = pair.unbind()
+        pair, change, new = mixer.room if held is None else _room(x.new_empty(2, *x.shape))
         torch.sub(rows(x, new), x, out=change)
         if held is not None:
-            torch.index_select(pair, 1, held, out=mixer.room)
+            torch.index_select(pair, 1, held, out=mixer.room[0])
         mixer.take()
         states[slot] = [new]
         if not tracker.looks(iteration + 3):
@@ -109,6 +112,12 @@ def _moved(x: Tensor, mixture: Tensor, tracker: Tracker) -> Tensor:
     return x.index_copy(0, held, torch.where(moving[held, None], mixture, x[held]))
 
 
+def _room(pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for a residual and an image, and each of the two."""
+    change, new = pair.unbind()
+    return pair, change, new
+
+
 class _Mixer:
     """The last states, and the combination of least residual that adds up to one.
 
@@ -118,36 +127,29 @@ class _Mixer:
     """
 
     def __init__(self, like: Tensor, m: int, lam: float, tau: float) -> None:
-        batch, size = like.shape
         self.size, self.slot, self._count = m, 0, 0
-        self._kept = like.new_empty(2, m, batch, size)  # residuals, images; written before read
-        # That the weights add up to one is the first row, its multiplier the first column.
-        self._system = like.new_ones(batch, m + 1, m + 1)
-        self._system[:, 0, 0] = 0
-        self._right = like.new_zeros(m + 1)
-        self._right[0] = 1
-        self._ridge = lam * torch.eye(m, dtype=like.dtype, device=like.device)
-        self._known: dict[tuple[int, int], _Views] = {}
-        self._tau = tau
+        self._lam, self._tau = lam, tau
+        self._memory = _memories.take(like, m)
+        self._memory.add(lam)
 
     @property
-    def room(self) -> Tensor:
-        """Where to write a residual and an image before `take`, shape (2, B, D)."""
-        return self._kept[:, self.slot]
+    def room(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where to write a residual and an image before `take`: (2, B, D), and both alone."""
+        return self._memory.rooms[self.slot]
 
     def take(self) -> None:
         """Take what was written into account."""
         slot = self.slot
         self._count = max(self._count, slot + 1)
-        views = self._views(slot, self._count)
-        row = torch.baddbmm(views.ridge, views.newest, views.residuals.mT)
-        views.row.copy_(row)
-        views.column.copy_(row.mT)
+        views = self._memory.views(slot, self._count)
+        torch.baddbmm(views.ridge, views.newest, views.residuals_as_columns, out=views.products)
+        views.row.copy_(views.products)
+        views.column.copy_(views.products)
         self.slot = (slot + 1) % self.size
 
     def mixture(self) -> Tensor:
         """Return it, shape (B, D)."""
-        views = self._views((self.slot - 1) % self.size, self._count)
+        views = self._memory.views((self.slot - 1) % self.size, self._count)
         # The variant that does not wait for the device to report singular matrices.
         solved, _ = torch.linalg.solve_ex(views.system, views.right)
         weights = solved[:, 1:].mT
@@ -157,18 +159,62 @@ class _Mixer:
             mixture = mixture - (1 - self._tau) * mixed
         return mixture
 
-    def _views(self, slot: int, n: int) -> _Views:
-        """Return the parts that are used, which are the same again `size` iterations later."""
+    def select(self, rows: Tensor) -> None:
+        """Keep the samples of these indices only."""
+        before = self._memory
+        self._memory = _memories.take(
+            before.kept.new_empty(len(rows), before.kept.shape[-1]), self.size
+        )
+        self._memory.add(self._lam)
+        torch.index_select(before.kept, 2, rows, out=self._memory.kept)
+        torch.index_select(before.system, 0, rows, out=self._memory.system)
+
+    def release(self) -> None:
+        """Give the memory to the next solve; this one is not to be used any more."""
+        _memories.give_back(self._memory)
+
+
+class _Memory(Workspace):
+    """What a mixer keeps of m states; of the states only what was written is read.
+
+    Attributes:
+        kept: residuals and images, shape (2, m, B, D).
+        rooms: those of each slot, shape (2, B, D), and each of the two.
+        system: the Gram matrix of the residuals, bordered by ones, which say that the weights add
+            up to one, shape (B, m + 1, m + 1).
+        right: the right-hand side of the system, shape (m + 1,).
+        ridge: what is added to the Gram matrix, shape (m, m).
+        products: room for a row of it, B m numbers.
+    """
+
+    def __init__(self, like: Tensor, m: int) -> None:
+        batch, size = like.shape
+        self.kept = like.new_empty(2, m, batch, size)
+        self.rooms = [_room(pair) for pair in self.kept.unbind(1)]
+        self.system = like.new_ones(batch, m + 1, m + 1)
+        self.system[:, 0, 0] = 0
+        self.right = like.new_zeros(m + 1)
+        self.right[0] = 1
+        self.ridge = like.new_zeros(m, m)
+        self.products = like.new_empty(batch * m)
+        self._lam = 0.0
+        self._known: dict[tuple[int, int], _Views] = {}
+
+    def add(self, lam: float) -> None:
+        """Let lam be what is added to the diagonal of the Gram matrix."""
+        if lam != self._lam:
+            self.ridge.fill_diagonal_(lam)
+            self._lam = lam
+
+    def views(self, slot: int, n: int) -> _Views:
+        """Return the parts that are used, which are the same again `m` iterations later."""
         known = self._known.get((slot, n))
         if known is None:
-            known = self._known[slot, n] = _Views(
-                self._kept, self._system, self._ridge, self._right, slot, n
-            )
+            known = self._known[slot, n] = _Views(self, slot, n)
         return known
 
-    def select(self, rows: Tensor) -> None:
-        self._kept = self._kept.index_select(2, rows)
-        self._system, self._known = self._system[rows], {}
+
+_memories = Workspaces(_Memory)
 
 
 class _Views:
@@ -176,29 +222,26 @@ class _Views:
 
     Attributes:
         residuals: shape (B, n, D).
-        images: the same.
+        residuals_as_columns: shape (B, D, n).
+        images: shape (B, n, D).
         newest: the residual of the newest, shape (B, 1, D).
-        system: the Gram matrix, bordered by ones, shape (B, n + 1, n + 1).
+        products: room for its products with all, shape (B, 1, n).
+        system: the bordered Gram matrix, shape (B, n + 1, n + 1).
         row: of the newest in it, shape (B, 1, n).
-        column: the same, shape (B, n, 1).
-        ridge: the row of what is added to it.
+        column: the same, transposed.
+        ridge: the row of what is added to it, shape (B, 1, n).
         right: the right-hand side of the system, shape (B, n + 1, 1).
     """
 
-    def __init__(
-        self, kept: Tensor, system: Tensor, ridge: Tensor, right: Tensor, slot: int, n: int
-    ) -> None:
-        # One view each where slices would be two or three, which take as long as the work where
-        # states are small.
-        _, m, batch, size = kept.shape
-        states, strides, place = (batch, n, size), (size, batch * size, 1), slot * batch * size
-        self.residuals = kept.as_strided(states, strides, 0)
-        self.images = kept.as_strided(states, strides, m * batch * size)
-        self.newest = kept.as_strided((batch, 1, size), strides, place)
-        side = m + 1
-        strides, place = (side * side, side, 1), (slot + 1) * side + 1
-        self.system = system.as_strided((batch, n + 1, n + 1), strides, 0)
-        self.row = system.as_strided((batch, 1, n), strides, place)
-        self.column = system.as_strided((batch, n, 1), strides, side + slot + 1)
-        self.ridge = ridge.as_strided((batch, 1, n), (0, m, 1), slot * m)
-        self.right = right.as_strided((batch, n + 1, 1), (0, 1, 1), 0)
+    def __init__(self, memory: _Memory, slot: int, n: int) -> None:
+        residuals, images = memory.kept.movedim(2, 1)[:, :, :n]
+        batch = len(residuals)
+        self.residuals, self.images = residuals, images
+        self.residuals_as_columns = residuals.mT
+        self.newest = residuals[:, slot : slot + 1]
+        self.products = memory.products[: batch * n].view(batch, 1, n)
+        self.system = memory.system[:, : n + 1, : n + 1]
+        self.row = self.system[:, slot + 1 : slot + 2, 1:]
+        self.column = self.system[:, 1:, slot + 1 : slot + 2].mT
+        self.ridge = memory.ridge[slot, :n].expand(batch, 1, n)
+        self.right = memory.right[: n + 1, None].expand(batch, n + 1, 1)

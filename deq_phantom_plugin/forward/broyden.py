@@ -72,6 +72,7 @@ def broyden(
     estimate = InverseEstimate(rows.start, max_iter + 1 if memory is None else memory)
     _iterate(rows, tracker, estimate, max_iter, keep_inverse)
     if not keep_inverse:
+        estimate.release()
         return tracker.solution(rows.state)
     estimate.step(tracker.moving)  # which takes the last change into account
     estimate.trim()

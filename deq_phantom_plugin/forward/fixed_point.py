@@ -63,97 +63,83 @@ def fixed_point(
     # Samples go on while others do: there is no linear algebra to leave.
     tracker = Tracker(leaves, packing.batch_dim, like, stopping, keep_going=True)
     state = start
-    room = _Room(leaves, packing.batch_dim, like)
+    rooms = [_Room(leaf, packing.batch_dim, like) for leaf in leaves]
     for iteration in range(max_iter):
         image, looks = flatten(func(state))[0], tracker.looks(iteration + 1)
-        room.write(leaves, image, tau, looks)
-        leaves = room.new
+        leaves = [
+            room.write(h, f, tau, looks) for room, h, f in zip(rooms, leaves, image, strict=True)
+        ]
         state = unflatten(leaves, structure)
         if not looks:
             tracker.pass_over()
-        elif tracker.record(leaves, room.norms(), iteration + 1):
+        elif tracker.record(leaves, _norms(rooms), iteration + 1):
             break
     return tracker.solution(lambda tensors: unflatten([t.clone() for t in tensors], structure))
 
 
 class _Room:
-    """Memory for the next state, and for the change to it.
+    """Memory for a leaf of the next state, and for the change to it.
 
     Args:
-        leaves: of a state.
-        batch_dim: the dimension of each that counts samples; None where they are coupled.
+        leaf: of a state.
+        batch_dim: the dimension that counts samples; None where they are coupled.
         like: a number a sample, of the dtype of the norms.
-
-    Attributes:
-        new: the leaves of the one.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], batch_dim: int | None, like: Tensor) -> None:
-        dense = [torch.empty_like(leaf) for leaf in leaves]  # of their memory formats
-        self._shapes = [
-            ((2, *leaf.shape), (max(leaf.numel(), 1), *leaf.stride()), leaf.dtype) for leaf in dense
-        ]
-        self._pairs, self.new = list[Tensor](), list[Tensor]()
-        self._like = like
+    def __init__(self, leaf: Tensor, batch_dim: int | None, like: Tensor) -> None:
+        self._shape, self._norms_dtype, self._device = leaf.shape, like.dtype, like.device
+        dense = torch.empty_like(leaf)  # of its memory format
+        self._size = 2, *dense.shape
+        self._strides, self._dtype = (max(dense.numel(), 1), *dense.stride()), dense.dtype
         # Over dimensions, since a reshape would copy leaves that are in channels_last.
-        self._dims = [_others(leaf.dim(), batch_dim) for leaf in leaves]
+        samples = None if batch_dim is None else batch_dim % leaf.dim()
+        self._dims = tuple(dim + 1 for dim in range(leaf.dim()) if dim != samples)
+        self._converts = leaf.dtype != like.dtype and not leaf.is_complex()
+        self._pair = dense
 
-    def write(
-        self, old: Sequence[Tensor], image: Sequence[Tensor], tau: float, with_change: bool
-    ) -> None:
-        """Write the state that follows from another, and the change if that is wanted.
-
-        In memory of their own: F may keep what it is given.
+    def write(self, h: Tensor, image: Tensor, tau: float, with_change: bool) -> Tensor:
+        """Return the leaf that follows, in memory of its own: F may keep what it is given.
 
         Args:
-            old: the leaves of h.
+            h: the leaf.
             image: of F(h); copied, since F may return the same memory each time, as CUDA graphs do.
             tau: the damping factor.
-            with_change: whether `norms` are asked for.
+            with_change: whether `norm` is asked for.
 
         Raises:
             ValueError: if F(h) has another shape than h, which a copy would expand.
         """
-        device = self._like.device
-        self._pairs, self.new = [], []
-        for h, f, (size, strides, dtype) in zip(old, image, self._shapes, strict=True):
-            pair = torch.empty_strided(size, strides, dtype=dtype, device=device)
-            change, new = pair.unbind()
-            self._pairs.append(pair)
-            self.new.append(new)
-            if f.shape != h.shape:
-                raise ValueError(
-                    f"func returned shape {tuple(f.shape)} for a state of {tuple(h.shape)}"
-                )
-            if tau == 1:
-                new.copy_(f)
-            else:
-                torch.lerp(h, f, tau, out=new)
-            if with_change:
-                torch.sub(new, h, out=change)
-
-    def norms(self) -> Tensor:
-        """Return ||change|| over all leaves of each sample, and below it ||new||, shape (2, B)."""
-        if len(self._pairs) == 1:
-            return self._norm(self._pairs[0], self._dims[0])
-        norms = [self._norm(p, dims) for p, dims in zip(self._pairs, self._dims, strict=True)]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        return total
-
-    def _norm(self, pair: Tensor, dims: list[int]) -> Tensor:
-        dtype = self._like.dtype
-        if not dims:
-            norm = pair.abs()
-        elif pair.dtype == dtype or pair.is_complex():
-            norm = torch.linalg.vector_norm(pair, dim=dims)
+        if image.shape != self._shape:
+            raise ValueError(
+                f"func returned shape {tuple(image.shape)} for a state of {tuple(self._shape)}"
+            )
+        self._pair = torch.empty_strided(
+            self._size, self._strides, dtype=self._dtype, device=self._device
+        )
+        change, new = self._pair.unbind()
+        if tau == 1:
+            new.copy_(image)
         else:
-            norm = torch.linalg.vector_norm(pair, dim=dims, dtype=dtype)
+            torch.lerp(h, image, tau, out=new)
+        if with_change:
+            torch.sub(new, h, out=change)
+        return new
+
+    def norm(self) -> Tensor:
+        """Return ||change|| of each sample, and below it that of the new leaf, shape (2, B)."""
+        dtype = self._norms_dtype if self._converts else None
+        if self._dims:
+            norm = torch.linalg.vector_norm(self._pair, dim=self._dims, dtype=dtype)
+        else:
+            norm = self._pair.abs()
         if norm.dim() != 2:
             norm = norm.reshape(2, -1)
-        return norm if norm.dtype == dtype else norm.to(dtype)
+        return norm if norm.dtype == self._norms_dtype else norm.to(self._norms_dtype)
 
 
-def _others(n_dims: int, batch_dim: int | None) -> list[int]:
-    """Return the dimensions of a pair of leaves that count no samples."""
-    samples = None if batch_dim is None else batch_dim % n_dims
-    return [dim + 1 for dim in range(n_dims) if dim != samples]
+def _norms(rooms: Sequence[_Room]) -> Tensor:
+    """Return the norms over all leaves."""
+    if len(rooms) == 1:
+        return rooms[0].norm()
+    total: Tensor = torch.linalg.vector_norm(torch.stack([room.norm() for room in rooms]), dim=0)
+    return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -167,8 +168,6 @@ class Tracker:
         self._few = len(like) <= _FEW
         self._late = LateRead(like.device, Tensor.tolist if self._few else as_array)
         self._unseen = deque[tuple[list[Tensor], int, int]]()
-        self._before = like.new_full((2, len(like)), _BEFORE)
-        self._before[1] = 1 - _TINY  # so that the relative one is the same
         self._sampled = list[list[Tensor]]()
         self.best = start
         self._lowest: Any = [_BEFORE] * len(like)
@@ -190,7 +189,12 @@ class Tracker:
 
     def pass_over(self) -> None:
         """Take note that there was an iterate that is not looked at."""
-        self._norms.append(self._norms[-1] if self._norms else self._before)
+        if not self._norms:
+            before = self._like.new_full((2, len(self._like)), _BEFORE)
+            before[1] = 1 - _TINY  # so that the relative one is the same
+            self._norms.append(before)
+        else:
+            self._norms.append(self._norms[-1])
 
     def record(self, state: list[Tensor], norms: Tensor, n_evaluations: int) -> bool:
         """Take note of an iterate; return whether the solve is over.
@@ -231,21 +235,24 @@ class Tracker:
         return over
 
     def _goes_on(self, residual: Any, image: Any, state: list[Tensor]) -> bool:
-        """Take note of an iterate that is the best of all in every sample, and not the last.
+        """Take note of an iterate that is better than all in every sample, or in none.
 
         Such are most; where samples are few, Python's numbers are the quickest.
         """
         if not self._few or not residual:
             return False
-        value = residual
+        value, tol = residual, self._stopping.tol
         if self._stopping.mode == "rel":
             value = [r / (f + _TINY) for r, f in zip(residual, image, strict=True)]
-        tol = self._stopping.tol
+        n_better = 0
         for new, old in zip(value, self._lowest, strict=True):
-            if not tol <= new < old:
+            if tol <= new < old:
+                n_better += 1
+            elif not tol <= old <= new < math.inf:
                 return False
-        self._lowest, self.best = value, state
-        return True
+        if n_better == len(value):
+            self._lowest, self.best = value, state
+        return n_better in (0, len(value))
 
     def _compare(self, residual: NDArray[Any], image: NDArray[Any], state: list[Tensor]) -> bool:
         """Take note of any iterate."""
@@ -288,31 +295,40 @@ class Tracker:
             inverse_jacobian: what the solver learned of it.
         """
         stop, count = self._stopping, len(self._norms)
-        norms = torch.stack(self._norms)
-        residual, image = norms.unbind(1)
-        traces = torch.stack((residual, residual / (image + _TINY)))  # (2, N, B): abs, rel
+        stacked = torch.stack(self._norms)
+        shape = 2, stop.max_iter + 1, len(self._like)  # abs, rel
+        # Of numbers that are the host's already, numpy is the quicker.
+        xp: Any = torch if LateRead.is_late(stacked.device) else np
+        norms: Any = as_array(stacked) if xp is np else stacked
+        traces: Any = np.empty(shape, norms.dtype) if xp is np else stacked.new_empty(shape)
+        used = traces[:, 1 : count + 1]
+        with np.errstate(all="ignore"):
+            used[0] = norms[:, 0]
+            used[1] = norms[:, 0] / (norms[:, 1] + _TINY)
         mode = STOP_MODES.index(stop.mode)
-        self._compare_unseen(traces[mode])
+        self._compare_unseen(used[mode])
         if stop.sample_at and not self._sampled:
             self._sampled.append(self.best)
         if stop.return_final:
-            lowest = traces[:, -1]
-            when = torch.full_like(lowest[0], count - 1, dtype=torch.long)
+            lowest = xp.abs(used[:, -1])  # a copy
+            when = xp.full_like(lowest[0], count - 1)
         else:
-            usable = torch.nan_to_num(traces, nan=torch.inf, posinf=torch.inf)
-            lowest, when = usable.amin(dim=1), usable[mode].argmin(dim=0)
-        rest = lowest[:, None].expand(-1, stop.max_iter - count, -1)
-        before = self._before[:1, None].expand(2, 1, -1)
-        filled = torch.cat([before, traces, rest], dim=1).mT
+            usable = xp.where(xp.isfinite(used), used, xp.inf)
+            lowest, when = xp.amin(usable, 1), usable[mode].argmin(0)
+        traces[:, 0], traces[:, count + 1 :] = _BEFORE, lowest[:, None]
+        n_steps = xp.asarray(when + self._first_step, dtype=norms.dtype)
+        numbers = *lowest, traces[0].T, traces[1].T, n_steps
+        found = numbers if xp is torch else map(torch.from_numpy, numbers)
+        abs_lowest, rel_lowest, abs_trace, rel_trace, n_steps = found
         return ForwardSolution(
-            state=restore(self.best),
-            sampled=[restore(tensors) for tensors in self._sampled],
-            abs_lowest=lowest[0],
-            rel_lowest=lowest[1],
-            abs_trace=filled[0],
-            rel_trace=filled[1],
-            n_steps=(when + self._first_step).to(norms.dtype),
-            inverse_jacobian=inverse_jacobian,
+            restore(self.best),
+            [restore(tensors) for tensors in self._sampled],
+            abs_lowest,
+            rel_lowest,
+            abs_trace,
+            rel_trace,
+            n_steps,
+            inverse_jacobian,
         )
 
     def _compare_unseen(self, values: Tensor) -> None:

@@ -53,7 +53,9 @@ class Entry(ABC):
                 AssumptionWarning,
             )
         if isinstance(entry, ProduceGrad):  # what is observed is what acted
-            entry = replace(entry, strategy=entry.current(deq))
+            acting = entry.current(deq)
+            if acting is not entry.strategy:
+                entry = replace(entry, strategy=acting)
         states = entry.produce(call, deq, deq_func, z, writer)
         counted = getattr(deq_func, "func", None)
         if states and isinstance(counted, Observed):

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
+
 from ...contract.state import State
 from ...forward import ForwardSolution, anderson, broyden, fixed_point
 from .form import Form
@@ -76,8 +79,6 @@ def _solve(
     **options: Any,
 ) -> _Solved:
     """Solve in TorchDEQ's form; options that a solver has no use for are ignored, as there."""
-    from torchdeq.solver.stat import SolverStat
-
     form = Form(func)
     solution = solve(
         form.func,
@@ -91,7 +92,7 @@ def _solve(
         compile=compile,
         **{name: value for name, value in options.items() if name in accepted},
     )
-    info = SolverStat(
+    info = _statistics(
         abs_lowest=solution.abs_lowest,
         rel_lowest=solution.rel_lowest,
         abs_trace=solution.abs_trace,
@@ -101,6 +102,16 @@ def _solve(
     if solution.inverse_jacobian is not None:
         info.inverse_jacobian = solution.inverse_jacobian
     return form.pack(solution.state), [form.pack(state) for state in solution.sampled], info
+
+
+def _statistics(**known: Tensor) -> Any:
+    """Return TorchDEQ's `SolverStat` of what a solver knows, which is all but the radius."""
+    from torchdeq.solver.stat import SolverStat
+
+    # Its constructor makes tensors of all that might not be known before it looks at what is.
+    info = SolverStat.__new__(SolverStat)
+    info.update(known, sradius=torch.tensor([-1.0]))
+    return info
 
 
 SOLVERS: Mapping[str, Callable[..., _Solved]] = MappingProxyType(
