@@ -65,10 +65,10 @@ def fixed_point(
     state = start
     rooms = [_Room(leaf, packing.batch_dim, like) for leaf in leaves]
     for iteration in range(max_iter):
-        image, looks = flatten(func(state))[0], tracker.looks(iteration + 1)
-        leaves = [
-            room.write(h, f, tau, looks) for room, h, f in zip(rooms, leaves, image, strict=True)
-        ]
+        images, looks = flatten(func(state))[0], tracker.looks(iteration + 1)
+        old, leaves = leaves, []
+        for room, h, image in zip(rooms, old, images, strict=True):
+            leaves.append(room.write(h, image, tau, looks))
         state = unflatten(leaves, structure)
         if not looks:
             tracker.pass_over()

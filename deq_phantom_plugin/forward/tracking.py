@@ -166,6 +166,7 @@ class Tracker:
         self._batch_dim, self._first_step = batch_dim, first_step
         self._like, self._norms = like, list[Tensor]()
         self._few = len(like) <= _FEW
+        self._at_once = not LateRead.is_late(like.device)
         self._late = LateRead(like.device, Tensor.tolist if self._few else as_array)
         self._unseen = deque[tuple[list[Tensor], int, int]]()
         self._sampled = list[list[Tensor]]()
@@ -205,11 +206,12 @@ class Tracker:
             n_evaluations: evaluations of F so far.
         """
         self._norms.append(norms)
-        self._unseen.append((state, len(self._norms), n_evaluations))
         seen = self._late.read(norms)
-        if seen is None:
-            return False
-        state, _, n_evaluations = self._unseen.popleft()
+        if not self._at_once:
+            self._unseen.append((state, len(self._norms), n_evaluations))
+            if seen is None:
+                return False
+            state, _, n_evaluations = self._unseen.popleft()
         residual, image = seen
         return self._look(residual, image, state, n_evaluations)
 
@@ -224,49 +226,58 @@ class Tracker:
 
     def _look(self, residual: Any, image: Any, state: list[Tensor], n_evaluations: int) -> bool:
         """Take note of what was read of an iterate; return whether the solve is over."""
-        stop, over = self._stopping, False
-        if not self._goes_on(residual, image, state):
-            with np.errstate(all="ignore"):
-                over = self._compare(np.asarray(residual), np.asarray(image), state)
+        stop = self._stopping
+        compare = self._compare_few if self._few else self._compare
+        over = compare(residual, image, state)
         if stop.return_final:
             self.best, over = state, False
         if stop.sample_at and n_evaluations in stop.sample_at:
             self._sampled.append([tensor.clone() for tensor in self.best])
         return over
 
-    def _goes_on(self, residual: Any, image: Any, state: list[Tensor]) -> bool:
-        """Take note of an iterate that is better than all in every sample, or in none.
-
-        Such are most; where samples are few, Python's numbers are the quickest.
-        """
-        if not self._few or not residual:
+    def _compare_few(self, residual: list[float], image: list[float], state: list[Tensor]) -> bool:
+        """Compare an iterate with the best; of few samples Python's numbers are the quickest."""
+        relative, tol = self._stopping.mode == "rel", self._stopping.tol
+        better, lowest, goes_on = list[bool](), list[float](), list[bool]()
+        for norm, size, before in zip(residual, image, self._lowest, strict=True):
+            value = norm / (size + _TINY) if relative else norm
+            better.append(value < before)
+            value = value if value < before else before
+            lowest.append(value)
+            goes_on.append(value >= tol and (self._keep_going or norm < math.inf))
+        if all(better):
+            self.best = state
+        elif any(better):
+            self.best = self._chosen(self._on_device(better), state)
+        self._lowest = lowest
+        if goes_on and all(goes_on) and self.moving is None:
             return False
-        value, tol = residual, self._stopping.tol
-        if self._stopping.mode == "rel":
-            value = [r / (f + _TINY) for r, f in zip(residual, image, strict=True)]
-        n_better = 0
-        for new, old in zip(value, self._lowest, strict=True):
-            if tol <= new < old:
-                n_better += 1
-            elif not tol <= old <= new < math.inf:
-                return False
-        if n_better == len(value):
-            self._lowest, self.best = value, state
-        return n_better in (0, len(value))
+        return self._stops(np.array(goes_on, dtype=bool))
 
     def _compare(self, residual: NDArray[Any], image: NDArray[Any], state: list[Tensor]) -> bool:
-        """Take note of any iterate."""
-        value = residual if self._stopping.mode == "abs" else residual / (image + _TINY)
-        better = value < self._lowest
+        """Compare an iterate with the best."""
+        with np.errstate(all="ignore"):
+            value = residual if self._stopping.mode == "abs" else residual / (image + _TINY)
+            better = value < self._lowest
+            self._lowest = np.where(better, value, self._lowest)
+            goes_on = self._lowest >= self._stopping.tol
+            if not self._keep_going:
+                goes_on &= np.isfinite(residual)
         if better.all():
             self.best = state
         elif better.any():
             self.best = self._chosen(self._on_device(better), state)
-        self._lowest = np.where(better, value, self._lowest)
-        short = self._lowest >= self._stopping.tol
+        return self._stops(goes_on)
+
+    def _stops(self, goes_on: NDArray[Any]) -> bool:
+        """Return whether the solve is over.
+
+        Args:
+            goes_on: of each sample, whether it has more to find.
+        """
         if self._keep_going:
-            return not short.any()
-        active = self._active & short & np.isfinite(residual)
+            return not goes_on.any()
+        active = self._active & goes_on
         if not np.array_equal(active, self._active):
             self._active, self.moving = active, self._on_device(active)
         return not active.any()
@@ -356,8 +367,8 @@ class Tracker:
             chosen.append(torch.where(better.reshape(shape), new, old))
         return chosen
 
-    def _on_device(self, numbers: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(numbers.copy()).to(self._like.device, non_blocking=True)
+    def _on_device(self, numbers: Any) -> Tensor:
+        return torch.from_numpy(np.array(numbers)).to(self._like.device, non_blocking=True)
 
 
 _FEW = 32  # samples whose numbers are looked at one by one

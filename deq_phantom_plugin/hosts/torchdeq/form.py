@@ -28,6 +28,7 @@ class Form:
         self._deq_func = deq_func
         self._flat = isinstance(deq_func, MDEQWrapper)
         self._wrapped = isinstance(deq_func, DEQWrapper | MDEQWrapper)
+        self._of_tensor = type(deq_func) is DEQWrapper
         self._models = getattr(deq_func, "deq_phantom_start", None)
 
     @staticmethod
@@ -48,7 +49,9 @@ class Form:
     @property
     def func(self) -> Callable[[State], State]:
         """The user's function, on the user's state."""
-        func = self._deq_func.func if self._wrapped else self._deq_func
+        func: Callable[..., Any] = self._deq_func.func if self._wrapped else self._deq_func
+        if self._of_tensor:
+            return func
 
         @functools.wraps(func, assigned=(), updated=())
         def on_state(state: State) -> State:
