@@ -129,7 +129,7 @@ class _Room:
         """Return ||change|| of each sample, and below it that of the new leaf, shape (2, B)."""
         dtype = self._norms_dtype if self._converts else None
         if self._dims:
-            norm = torch.linalg.vector_norm(self._pair, dim=self._dims, dtype=dtype)
+            norm: Tensor = torch.linalg.vector_norm(self._pair, dim=self._dims, dtype=dtype)
         else:
             norm = self._pair.abs()
         if norm.dim() != 2:
