@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .progress import Apply, Progress, Solution, choose
+from .progress import Apply, Progress, Solution
 
 
 def anderson(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, window: int = 8) -> Solution:
@@ -19,32 +19,35 @@ def anderson(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, window: int = 
     window = min(window, size, max_vjp)
     # Changes of the residual, of unit length so that the ridge weighs on directions and not on
     # sizes, and what the next iterate moves by for each.
-    directions = rhs.new_zeros(batch, window, size)
-    moves = rhs.new_zeros(batch, window, size)
+    kept = rhs.new_zeros(2, batch, window, size)
+    directions, moves = kept
     gram = rhs.new_zeros(batch, window, window)
     # Differences of residuals soon point the same way; without this their Gram matrix is singular.
-    ridge = torch.finfo(rhs.dtype).eps * 10 * torch.eye(window, dtype=rhs.dtype, device=rhs.device)
-    x, old_x, old_residual = rhs, rhs, rhs
+    finfo = torch.finfo(rhs.dtype)
+    ridge = finfo.eps * 10 * torch.eye(window, dtype=rhs.dtype, device=rhs.device)
+    x = old_residual = update = rhs
     iteration = 0
     while not progress.exhausted:
-        residual = rhs + progress.apply(x) - x
+        residual = (rhs + progress.apply(x)).sub_(x)
         if progress.record(x, residual):
             break
-        update = residual
         if iteration > 0:
-            slot = (iteration - 1) % window
-            change = residual - old_residual
+            slot, n = (iteration - 1) % window, min(iteration, window)
+            newest = kept[:, :, slot]
+            change, move = newest
+            torch.sub(residual, old_residual, out=change)
+            torch.add(update, change, out=move)
             length = torch.linalg.vector_norm(change, dim=1, keepdim=True)
-            length = torch.where(length > 0, length, torch.ones_like(length))
-            directions[:, slot] = change / length
-            moves[:, slot] = (x - old_x + change) / length
-            kept = min(iteration, window)
-            held, row = directions[:, :kept], directions[:, slot : slot + 1]
-            gram[:, slot, :kept] = gram[:, :kept, slot] = (row @ held.mT).squeeze(1)
-            projected = (residual[:, None] @ held.mT).mT
-            mix, _ = torch.linalg.solve_ex(gram[:, :kept, :kept] + ridge[:kept, :kept], projected)
-            update = residual - (mix.mT @ moves[:, :kept]).squeeze(1)
-        old_x, old_residual = x, residual
-        x = choose(progress.active, x + update, x)
+            newest.div_(length.clamp(min=finfo.tiny))
+            held, row = directions[:, :n], directions[:, slot : slot + 1]
+            products = torch.baddbmm(ridge[slot, :n].expand(batch, 1, n), row, held.mT)
+            gram[:, slot : slot + 1, :n] = products
+            gram[:, :n, slot : slot + 1] = products.mT
+            mix, _ = torch.linalg.solve_ex(gram[:, :n, :n], torch.bmm(held, residual[..., None]))
+            update = torch.baddbmm(residual[:, None], mix.mT, moves[:, :n], alpha=-1).squeeze(1)
+        else:
+            update = residual
+        old_residual = residual
+        x = progress.choose(x + update, x)
         iteration += 1
     return progress.solution()

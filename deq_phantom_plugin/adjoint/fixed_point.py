@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .clip import Clip
-from .progress import Apply, Progress, Solution, choose
+from .progress import Apply, Progress, Solution
 
 
 def fixed_point(
@@ -28,5 +28,5 @@ def fixed_point(
         image = rhs + progress.apply(x)
         if progress.record(x, torch.sub(image, x, out=residual)):
             break
-        x = choose(progress.active, image, x)
+        x = progress.choose(image, x)
     return progress.solution()

@@ -113,6 +113,10 @@ class Progress:
         self._at_rounding = torch.zeros_like(self.active)
         self._limit = torch.full_like(norm, tol)  # what each sample's residual is to reach
         self._late = LateRead(rhs.device)
+        # The best residuals as the host's numbers, where it reads at once and all are active.
+        self._lowest: list[float] | None = None
+        if not LateRead.is_late(rhs.device) and bool(self.active.all()):
+            self._lowest = [math.inf] * len(rhs)
 
     @property
     def remaining(self) -> int:
@@ -149,7 +153,14 @@ class Progress:
             NonFiniteError: if a residual is NaN or infinite.
         """
         norm = torch.linalg.vector_norm(residual, dim=1)
-        counted, better = self.active, norm < self._best_residual
+        counted = self.active
+        if self._improves(norm):
+            self._best, self._best_residual = x, norm
+            self._trace.append(norm)
+            self._last = counted, counted
+            self._look_at_rounding(x, residual, at_once)
+            return self._lowest is None and not self.go_on(self.active, norm, counted)
+        better = norm < self._best_residual
         self._last = better, counted
         if norm.device.type != "cpu" or not bool(counted.all()):
             # What was solved is kept where it is; if it is solved no more, others reach in.
@@ -158,13 +169,40 @@ class Progress:
         self._best_residual = torch.where(better, norm, self._best_residual)
         self._trace.append(self._best_residual)
         self.active = self._best_residual > self._limit
+        self._lowest = None
+        self._look_at_rounding(x, residual, at_once)
+        late = None if at_once else self._late
+        if not self.go_on(self.active, norm, counted, late):
+            return True
+        if not LateRead.is_late(norm.device) and bool(self.active.all()):
+            self._lowest = self._best_residual.tolist()
+        return False
+
+    def _improves(self, norm: Tensor) -> bool:
+        """Whether every sample is active, and its residual better than before and not there yet.
+
+        So it is in most iterations. The host then has no more to look at, and nothing to choose.
+        """
+        if self._lowest is None:
+            return False
+        numbers: list[float] = norm.tolist()
+        for new, old in zip(numbers, self._lowest, strict=True):
+            if not self.tol < new < old:  # NaN neither
+                return False
+        self._lowest = numbers
+        return bool(numbers)
+
+    def choose(self, new: Tensor, old: Tensor) -> Tensor:
+        """Return `new` in the samples that are active, and `old` in the others."""
+        return choose(self.active, new, old) if self._lowest is None else new
+
+    def _look_at_rounding(self, x: Tensor, residual: Tensor, at_once: bool) -> None:
+        """Stop samples that are down at F's rounding, where it is time to look for that."""
         # A solver that looks at once had thought to be there: its next try is the proof.
         patience = 1 if at_once else _PATIENCE
         due = len(self._trace) > patience and (len(self._trace) - 1) % patience == 0
         if due and self.tol > 0:  # with a tolerance of zero all products are to be taken
             self._stop_at_rounding(x, residual, self._trace[-patience - 1], at_once)
-        late = None if at_once else self._late
-        return not self.go_on(self.active, norm, counted, late)
 
     def _stop_at_rounding(self, x: Tensor, residual: Tensor, before: Tensor, at_once: bool) -> None:
         """Stop samples whose residual is what F's rounding makes of it, and falls no more.
@@ -186,6 +224,8 @@ class Progress:
         self._at_rounding = self._at_rounding | found
         self._limit = torch.where(found, 2 * self._best_residual, self._limit)
         self.active = self.active & ~found
+        if self._lowest is not None and not bool(self.active.all()):
+            self._lowest = None
 
     def rounding(self, x: Tensor, image: Tensor) -> Tensor:
         """Return the rounding of products relative to them, shape (); costs one, once a solve.
