@@ -11,7 +11,7 @@ from .clip import Clip
 from .fixed_point import fixed_point
 from .implicit import VJP, implicit
 from .linearization import Linearization, inside_checkpoint, mixes_samples
-from .packing import Packing, batch_size, relative_norm
+from .packing import Packing, batch_size, relative_norm, wide_dtype
 from .progress import Apply, Solution
 from .pushforward import Pushforward
 from .system import SOLVERS, check_solver, solve
@@ -34,4 +34,5 @@ __all__ = [
     "mixes_samples",
     "relative_norm",
     "solve",
+    "wide_dtype",
 ]

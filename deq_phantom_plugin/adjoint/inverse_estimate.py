@@ -70,15 +70,16 @@ class InverseEstimate:
 
         Where residuals are looked at late, or rarely, samples go on for a while after a NaN.
         """
+        n = self._count
         steps, system = self._memory.steps, self._memory.system
-        used = steps[: self._count]
-        broken = ~used.isfinite().all(dim=2, keepdim=True)
-        used.masked_fill_(broken, 0)
-        most = torch.finfo(used.dtype).max
+        steps[:n].masked_fill_(~steps[:n].isfinite().all(dim=2, keepdim=True), 0)
+        most = torch.finfo(steps.dtype).max
         squares = system.diagonal(dim1=1, dim2=2).nan_to_num(nan=most, posinf=most)
         system = system.nan_to_num(nan=0, posinf=0, neginf=0)
         system.diagonal(dim1=1, dim2=2).copy_(squares)
-        self._memory = _Memory(used.clone() if 2 * self._count < len(steps) else steps, system)
+        if 2 * n < len(steps):
+            steps, system = steps[:n].clone(), system[:, :n, :n].clone()
+        self._memory = _Memory(steps, system)
 
     @property
     def room(self) -> Tensor:

@@ -30,10 +30,7 @@ class Packing:
         self._widths = [
             leaf.numel() * (2 if leaf.is_complex() else 1) // max(self.rows, 1) for leaf in like
         ]
-        self.dtype = torch.float32
-        for leaf in like:
-            real = leaf.real.dtype if leaf.is_complex() else leaf.dtype
-            self.dtype = torch.promote_types(self.dtype, real)
+        self.dtype = wide_dtype(like)
         # One tensor whose dimensions are in order is a matrix but for its shape.
         self._only: torch.Size | None = None
         in_order = [list(range(leaf.dim())) for leaf in like] == self._orders
@@ -108,6 +105,16 @@ class Packing:
             ).to(leaf.dtype)
             for leaf in self._like
         ]
+
+
+def wide_dtype(leaves: Sequence[Tensor]) -> torch.dtype:
+    """Return the widest real dtype of a state, at least float32."""
+    dtype = torch.float32
+    for leaf in leaves:
+        if leaf.dtype != dtype:
+            real = leaf.real.dtype if leaf.is_complex() else leaf.dtype
+            dtype = torch.promote_types(dtype, real)
+    return dtype
 
 
 def relative_norm(error: Tensor, of: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,21 +51,13 @@ def choose(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
         new: shape (B, ...), or of no dimension if there is one sample.
         old: of the same shape.
     """
-    return choose_leaves(chosen, [new], [old])[0]
-
-
-def choose_leaves(chosen: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
-    """Choose in each leaf of a state."""
     if chosen.device.type == "cpu":  # elsewhere to ask would be to wait for the device
         if bool(chosen.all()):
-            return list(new)
+            return new
         if not bool(chosen.any()):
-            return list(old)
-    mixed = []
-    for a, b in zip(new, old, strict=True):
-        shape = (-1, *[1] * (a.dim() - 1)) if a.dim() > 0 else ()
-        mixed.append(torch.where(chosen.reshape(shape), a, b))
-    return mixed
+            return old
+    shape = (-1, *[1] * (new.dim() - 1)) if new.dim() > 0 else ()
+    return torch.where(chosen.reshape(shape), new, old)
 
 
 # A sample whose residual has not halved in so many checks may be down at F's rounding. Above

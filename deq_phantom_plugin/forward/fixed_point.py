@@ -10,7 +10,7 @@ from torch import Tensor
 from .._plumbing.compilation import may_compile
 from .._plumbing.precision import in_full_precision
 from .._plumbing.transforms import outside_vmap
-from ..adjoint import Packing
+from ..adjoint import batch_size, wide_dtype
 from ..contract.state import State, flatten, unflatten
 from .tracking import ForwardSolution, Stopping, Tracker
 
@@ -57,13 +57,15 @@ def fixed_point(
         ValueError: if the stop mode is unknown, or `max_iter` or `check_every` below 1.
     """
     leaves, structure = flatten(start)
-    packing = Packing(leaves, batch_dim)
-    like = torch.empty(packing.rows, dtype=packing.dtype, device=packing.device)
+    n_samples = batch_size(leaves, batch_dim)
+    dim = None if n_samples is None else batch_dim
+    rows = 1 if n_samples is None else n_samples
+    like = torch.empty(rows, dtype=wide_dtype(leaves), device=leaves[0].device)
     stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every)
     # Samples go on while others do: there is no linear algebra to leave.
-    tracker = Tracker(leaves, packing.batch_dim, like, stopping, keep_going=True)
+    tracker = Tracker(leaves, dim, like, stopping, keep_going=True)
     state = start
-    rooms = [_Room(leaf, packing.batch_dim, like) for leaf in leaves]
+    rooms = [_Room(leaf, dim, like) for leaf in leaves]
     for iteration in range(max_iter):
         images, looks = flatten(func(state))[0], tracker.looks(iteration + 1)
         old, leaves = leaves, []
