@@ -1,4 +1,4 @@
-"""Products of sparse matrices as one operator, for `torch.compile`, which takes no sparse tensors."""
+"""Products of sparse matrices for `torch.compile`, which takes no sparse tensors."""
 
 from __future__ import annotations
 

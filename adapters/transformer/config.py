@@ -86,9 +86,9 @@ class DEQTransformerConfig(PreTrainedConfig):
     """What a `DEQTransformerForCausalLM` is made of.
 
     A model reads it in each forward pass. What is written later acts from the next one on and is
-    saved: gradient, solver, `compile`, regulariser, dropout, attention, positions and `use_cache`. What the
-    model's modules were made with is refused then, if it has changed. Models that share a config
-    share what is written into it.
+    saved: gradient, solver, `compile`, regulariser, dropout, attention, positions and `use_cache`.
+    What the model's modules were made with is refused then, if it has changed. Models that share a
+    config share what is written into it.
 
     Attributes:
         vocab_size: tokens.
