@@ -26,9 +26,11 @@ def graphs(monkeypatch):
         return graph.forward
 
     compiler = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda func, mode, dynamic: compiler(func, backend=backend, dynamic=False)
-    )
+
+    def compile(func, mode, dynamic):
+        return compiler(func, backend=backend, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", compile)
     torch.compiler.reset()
     yield seen
     torch.compiler.reset()

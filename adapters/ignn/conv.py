@@ -70,6 +70,8 @@ class IGNNConv(GraphLayer):
         f_max_iter: the most iterations of the forward solve.
         f_tol: largest change at which the forward solve stops, relative to states above 1.
         grad_in_eval: whether the gradient is attached in evaluation mode too.
+        compile: whether the map is compiled for the solve and for gradients that go through its
+            graph once, or a mode of `torch.compile`, see docs/howto/compile.md.
 
     Shapes:
         - **input:** node features (num_nodes, in_channels), edge indices (2, num_edges), edge
@@ -93,6 +95,7 @@ class IGNNConv(GraphLayer):
         f_max_iter: int = 300,
         f_tol: float = 3e-6,
         grad_in_eval: bool = False,
+        compile: bool | str = False,
     ) -> None:
         super().__init__(in_channels, out_channels)
         if not 0 < kappa < 1:
@@ -105,7 +108,7 @@ class IGNNConv(GraphLayer):
         self.omega = self.make_omega()
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
-        self.equilibrium = FixedPoint(grad, f_max_iter, f_tol, grad_in_eval)
+        self.equilibrium = FixedPoint(grad, f_max_iter, f_tol, grad_in_eval, compile)
         self._last_graph = LastGraph()
         self.reset_parameters()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.calls import Calls, Counted
+from deq_phantom_plugin._plumbing.compilation import check_compile, compiled
 from deq_phantom_plugin.hosts.attaching import Attaching
 from deq_phantom_plugin.hosts.evaluation import attaches, watched
 
@@ -27,6 +28,8 @@ class FixedPoint(Attaching):
         f_tol: largest change of a number at which to stop, of the largest number where that is
             above 1: float32 has no smaller ones there.
         grad_in_eval: whether the gradient is attached in evaluation mode too.
+        compile: whether the map is compiled for the solve and for strategies that go through its
+            graph once, or a mode of `torch.compile`.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
@@ -34,9 +37,15 @@ class FixedPoint(Attaching):
     """
 
     host = "ignn"
+    compiles: bool | str = False  # in pickles from before it is missing
 
     def __init__(
-        self, grad: Any, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
+        self,
+        grad: Any,
+        f_max_iter: int,
+        f_tol: float,
+        grad_in_eval: bool = False,
+        compile: bool | str = False,
     ) -> None:
         # Nodes depend on one another: the state is one sample.
         super().__init__(grad, batch_dim=None, grad_in_eval=grad_in_eval)
@@ -45,6 +54,7 @@ class FixedPoint(Attaching):
         if not f_tol >= 0:
             raise ValueError(f"f_tol={f_tol!r}; expected a number of at least 0")
         self.f_max_iter, self.f_tol = f_max_iter, f_tol
+        self.compiles = check_compile(compile)  # `compile` is a method of modules
         self._calls = Calls()
 
     @property
@@ -65,7 +75,7 @@ class FixedPoint(Attaching):
         Raises:
             NonFiniteError: if the solve makes a NaN or an infinity.
         """
-        context = self.context(start)
+        context, func = self.context(start), compiled(func, self.compiles, self, dynamic=None)
         attaching = attaches(self) or (explained and torch.is_grad_enabled())
         counted = Counted(func)
         self._calls = counted.calls

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from deq_phantom_plugin.contract.state import ordinary
 
+from .opaque import csr_product, parts_of
 from .perron import PerronEigenvalue, csr
 
 
@@ -69,6 +70,7 @@ class Graph:
                 self._values = self._values.clone()
             self._incoming = _csr(target, source, self._values, num_nodes)
             self._outgoing = _csr(source, target, self._values, num_nodes)
+            self._parts = parts_of(self._incoming), parts_of(self._outgoing)
         self._eigenvalue: list[PerronEigenvalue] = []  # shared with the graphs of `with_weight`
 
     def with_weight(self, weight: Tensor) -> Graph:
@@ -113,6 +115,9 @@ class Graph:
 
     def _product(self, x: Tensor, bias: Tensor | None, transpose: bool) -> Tensor:
         """Return A^T x + bias, or A x + bias, without autograd."""
+        if torch.compiler.is_compiling():
+            product: Tensor = csr_product(*self._parts[transpose], x, bias)
+            return product
         matrix = self._outgoing if transpose else self._incoming
         # Sparse products know no lower precision.
         with torch.autocast(x.device.type, enabled=False):

@@ -230,7 +230,7 @@ class MDEQ(nn.Module):
         shared: list[Tensor | None],
     ) -> list[list[Tensor]]:
         """Return the states for the classifier, the equilibrium last; sets `last`."""
-        start, func = self.initial_state(injection), compiled(func, self.compiles)
+        start, func = self.initial_state(injection), compiled(func, self.compiles, self)
         counted = Counted(lambda *state: func(list(state)))
         states: list[list[Tensor]]
         if len(injection):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import MDEQConfig
-from .layers import VariationalDropout2d, WeightNormConv2d
+from .layers import GroupNorm, VariationalDropout2d, WeightNormConv2d
 
 
 class _ResidualBlock(nn.Module):
@@ -21,13 +21,13 @@ class _ResidualBlock(nn.Module):
         inner = config.expansion * channels
         self.expand = nn.Sequential(
             WeightNormConv2d(channels, inner, 3),
-            nn.GroupNorm(config.groups, inner),
+            GroupNorm(config.groups, inner),
             nn.ReLU(inplace=True),
         )
         self.reduce = WeightNormConv2d(inner, channels, 3)
         self.dropout = VariationalDropout2d(channels, config.dropout)
-        self.inner_norm = nn.GroupNorm(config.groups, channels)
-        self.outer_norm = nn.GroupNorm(config.groups, channels)
+        self.inner_norm = GroupNorm(config.groups, channels)
+        self.outer_norm = GroupNorm(config.groups, channels)
 
     def forward(self, x: Tensor, injection: Tensor | None = None) -> Tensor:
         out: Tensor = self.dropout(self.reduce(self.expand(x)))
@@ -45,14 +45,14 @@ def _resample(source: int, target: int, config: MDEQConfig) -> nn.Module:
     if source > target:
         return nn.Sequential(
             WeightNormConv2d(channels, out, 1),
-            nn.GroupNorm(config.groups, out),
+            GroupNorm(config.groups, out),
             nn.Upsample(scale_factor=2 ** (source - target), mode="nearest"),
         )
     layers: list[nn.Module] = []
     for width in [channels] * (target - source - 1) + [out]:
         layers += [
             WeightNormConv2d(channels, width, 3, stride=2),
-            nn.GroupNorm(config.groups, width),
+            GroupNorm(config.groups, width),
             nn.ReLU(inplace=True),
         ]
     return nn.Sequential(*layers[:-1])
@@ -92,7 +92,7 @@ class MultiscaleLayer(nn.Module):
             nn.Sequential(
                 nn.ReLU(inplace=True),  # of the sum, which is nobody else's
                 WeightNormConv2d(channels, channels, 1),
-                nn.GroupNorm(config.groups // 2, channels),
+                GroupNorm(config.groups // 2, channels),
             )
             for channels in config.channels
         )

@@ -83,8 +83,10 @@ class DEQTransformerBlock(nn.Module):
         mixed, _ = self.attend(state, around)
         mixed = self.output(mixed.reshape(state.shape))
         x: Tensor = self.norm(around.drop("attention", mixed) + state)
-        inner = around.drop("inner", self.activation(self.up(x)))
-        x = x + around.drop("feed_forward", self.down(inner))
+        # On rows of tokens: behind a view a compiler does not see that what relu's backward needs
+        # is what `down` keeps anyway, and keeps it twice, as slow booleans.
+        inner = self.activation(self.up(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        x = x + around.drop("feed_forward", self.down(around.drop("inner", inner)))
         return x if pre else self.norm(x)
 
     def attend(self, state: Tensor, around: Surroundings) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.compilation import check_compile
 
 from .solve import check_settings
 from .versions import CACHE
@@ -53,6 +54,10 @@ def _solver(name: str, value: Any) -> None:
     )
 
 
+def _compile(name: str, value: Any) -> None:
+    check_compile(value)
+
+
 def _regularization(name: str, value: Any) -> None:
     field = name.removeprefix("jac_reg_")
     try:
@@ -69,6 +74,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "hidden_act": _activation,
     "grad": _grad,
     **dict.fromkeys(("f_solver", "f_max_iter", "f_tol"), _solver),
+    "compile": _compile,
     **dict.fromkeys(
         ("jac_reg_weight", "jac_reg_freq", "jac_reg_increment", "jac_reg_interval"),
         _regularization,
@@ -80,9 +86,9 @@ class DEQTransformerConfig(PreTrainedConfig):
     """What a `DEQTransformerForCausalLM` is made of.
 
     A model reads it in each forward pass. What is written later acts from the next one on and is
-    saved: gradient, solver, regulariser, dropout, attention, positions and `use_cache`. What the
-    model's modules were made with is refused then, if it has changed. Models that share a config
-    share what is written into it.
+    saved: gradient, solver, `compile`, regulariser, dropout, attention, positions and `use_cache`.
+    What the model's modules were made with is refused then, if it has changed. Models that share a
+    config share what is written into it.
 
     Attributes:
         vocab_size: tokens.
@@ -109,6 +115,8 @@ class DEQTransformerConfig(PreTrainedConfig):
         f_tol: its relative residual of each sample.
         grad_in_eval: whether the gradient is attached in evaluation mode too, as `from_pretrained`
             leaves a model; for saliency maps and attacks.
+        compile: whether the block is compiled for the solve and for gradients that go through its
+            graph once, or a mode of `torch.compile`, see docs/howto/compile.md.
         jac_reg_weight: of ||J||_F^2 / numel in the loss, see `dpp.JacobianRegularization`.
         jac_reg_freq: the probability that a training step has it.
         jac_reg_increment: what the weight grows by every `jac_reg_interval` steps.
@@ -143,6 +151,7 @@ class DEQTransformerConfig(PreTrainedConfig):
     f_max_iter: int = 30
     f_tol: float = 1e-3
     grad_in_eval: bool = False
+    compile: bool | str = False
     jac_reg_weight: float = 0.0
     jac_reg_freq: float = 1.0
     jac_reg_increment: float = 0.0

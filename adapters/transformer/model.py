@@ -144,7 +144,9 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         _check_documents(cache, before, tokens)
         real = None if tokens.real is None else tokens.real[..., None]
         around = self._surroundings(x, tokens, cache, before)
-        func = solvable(lambda state: self.block(state, around), x.dtype, real)
+        func = solvable(
+            lambda state: self.block(state, around), x.dtype, real, self._compiles(before), self
+        )
         solved, info = solve(self.deq, func, start(x))
         jac_loss = self._jac_loss(func, solved, real, jac_weights)
         state = solved.to(x.dtype)
@@ -167,6 +169,10 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             jac_loss=jac_loss,
             equilibrium_info=info,
         )
+
+    def _compiles(self, before: int) -> bool | str:
+        """Return how to compile F: not behind a cache, whose length changes with every token."""
+        return False if before else self.config.compile
 
     def _cache(
         self, use_cache: bool | None, cache: Cache | None

@@ -12,7 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.calls import Counted
-from deq_phantom_plugin._plumbing.compilation import never_compiled
+from deq_phantom_plugin._plumbing.compilation import compiled, never_compiled
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.trial import Trial
 from deq_phantom_plugin.adjoint import relative_norm
@@ -106,7 +106,11 @@ def change_solver(deq: nn.Module, f_solver: str, f_max_iter: int, f_tol: float) 
 
 
 def solvable(
-    func: Callable[[Tensor], Tensor], dtype: torch.dtype, real: Tensor | None
+    func: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    real: Tensor | None,
+    compile: bool | str = False,
+    owner: nn.Module | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """Return F as it is solved: with the same draws, such as dropout, at every evaluation.
 
@@ -114,6 +118,9 @@ def solvable(
         func: F in the dtype of the model.
         dtype: that dtype.
         real: where tokens are and no padding, shape (B, L, 1); None for everywhere.
+        compile: whether to compile F, or a mode of `torch.compile`. Another length of sequences is
+            one more compilation, of code for all lengths.
+        owner: the module that has compiled code of its own.
     """
 
     def image(state: Tensor) -> Tensor:
@@ -121,7 +128,7 @@ def solvable(
         # Padding rests at zero, where it adds nothing to any residual.
         return found if real is None else found.where(real, 0)
 
-    return SameDraws(image)
+    return SameDraws(compiled(image, compile, owner, dynamic=None))
 
 
 def start(like: Tensor) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import threading
+import types
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
@@ -43,13 +46,19 @@ def check_compile(compile: Any) -> bool | str:
     )
 
 
-def compiled(func: _F, compile: bool | str) -> _F:
+def compiled(
+    func: _F, compile: bool | str, owner: object = None, *, dynamic: bool | None = False
+) -> _F:
     """Return F compiled, if that is asked for.
 
     Args:
         func: F. What was compiled is found again by its code: a closure made anew each training
             step does not compile anew.
         compile: see `check_compile`.
+        owner: whose F it is, a model or a layer. The compiler keeps no more than a few versions of
+            one code: of a code that many models share it would soon have enough.
+        dynamic: as `torch.compile` has it: None for a second compilation, for any size, where a
+            size has changed.
 
     Raises:
         ValueError: if it is neither.
@@ -58,7 +67,27 @@ def compiled(func: _F, compile: bool | str) -> _F:
     if not wanted or torch.compiler.is_compiling():  # by the whole model's compiler
         return func
     mode = wanted if isinstance(wanted, str) else None
-    return cast(_F, torch.compile(func, mode=mode, dynamic=False))
+    if owner is not None and isinstance(func, types.FunctionType):
+        func = cast(_F, _with_code_of(owner, func))
+    return cast(_F, torch.compile(func, mode=mode, dynamic=dynamic))
+
+
+# Kept for as long as an owner lives, and what was compiled of them with them.
+_codes: weakref.WeakKeyDictionary[object, dict[types.CodeType, types.CodeType]]
+_codes = weakref.WeakKeyDictionary()
+_numbers = itertools.count()
+
+
+def _with_code_of(owner: object, func: types.FunctionType) -> types.FunctionType:
+    """Return the same function with a copy of its code that is the owner's."""
+    codes, code = _codes.setdefault(owner, {}), func.__code__
+    if code not in codes:  # under a name of its own: by that the compiler notes changing sizes
+        codes[code] = code.replace(co_name=f"{code.co_name}_{next(_numbers)}")
+    own = types.FunctionType(
+        codes[code], func.__globals__, func.__name__, func.__defaults__, func.__closure__
+    )
+    own.__kwdefaults__ = func.__kwdefaults__
+    return own
 
 
 def never_compiled(function: _F) -> _F:

@@ -178,9 +178,12 @@ def test_runs_end_to_end(tmp_path):
 @pytest.mark.slow
 def test_other_groups_run_end_to_end(tmp_path):
     pytest.importorskip("torchdeq")
-    groups = ["forward", "step", "ift", "memory", "scaling", "device"]
+    groups = ["forward", "step", "ift", "memory", "scaling", "device", "compiled"]
     results = bench(tmp_path, "--only", *groups)
     check(results, groups)
+    graphs = [r["numbers"] for r in results["rows"] if r["group"] == "compiled"]
+    assert [numbers["graphs"] > 0 for numbers in graphs] == [False, True]
+    assert {numbers["graphs later"] for numbers in graphs} == {0}
     forward = [r["numbers"] for r in results["rows"] if r["group"] == "forward" and r["numbers"]]
     assert {numbers["f"] for numbers in forward} == {22}
 

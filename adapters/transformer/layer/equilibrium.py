@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 
+from deq_phantom_plugin._plumbing.compilation import check_compile
+
 from ..solve import EquilibriumInfo, make_equilibrium, solvable, solve, start
 from ..versions import CACHE
 from .around import Collected, Past
@@ -55,6 +57,7 @@ def deq_from_layer(
     f_max_iter: int = 30,
     f_tol: float = 1e-3,
     grad_in_eval: bool = False,
+    compile: bool | str = False,
 ) -> EquilibriumLayer:
     """Turn a Transformers decoder layer into an equilibrium block.
 
@@ -75,6 +78,8 @@ def deq_from_layer(
         f_max_iter: the most iterations of the forward solve.
         f_tol: its relative residual of each sample.
         grad_in_eval: whether the gradient is attached in evaluation mode too.
+        compile: whether F is compiled for the solve and for gradients that go through its graph
+            once, or a mode of `torch.compile`, see docs/howto/compile.md.
 
     Raises:
         ValueError: if layers of this type are unknown, with a list of those that are not; or on a
@@ -100,6 +105,7 @@ def deq_from_layer(
         config,
         _POSITIONS[kind](layer, config),
         make_equilibrium(grad, f_solver, f_max_iter, f_tol, grad_in_eval),
+        compile,
     )
 
 
@@ -120,16 +126,25 @@ class EquilibriumLayer(nn.Module):
         config: its config.
         rotary: makes the positions it takes, None for none.
         deq: of `solve.make_equilibrium`.
+        compile: see `deq_from_layer`.
 
     Attributes:
         last: residual and evaluations of the last forward solve, None before the first.
     """
 
+    compiles: bool | str = False  # in pickles from before it is missing
+
     def __init__(
-        self, layer: nn.Module, config: PreTrainedConfig, rotary: nn.Module | None, deq: nn.Module
+        self,
+        layer: nn.Module,
+        config: PreTrainedConfig,
+        rotary: nn.Module | None,
+        deq: nn.Module,
+        compile: bool | str = False,
     ) -> None:
         super().__init__()
         self.config, self.layer, self.rotary, self.deq = config, layer, rotary, deq
+        self.compiles = check_compile(compile)  # `compile` is a method of modules
         self.norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False)
         self._names = list(inspect.signature(type(layer).forward).parameters)[2:]
         self.last: EquilibriumInfo | None = None
@@ -205,7 +220,9 @@ class EquilibriumLayer(nn.Module):
             image: Tensor = self.norm(self.layer(state + x, **settings))
             return image
 
-        return solvable(func, x.dtype, real), past
+        # A cache's length changes with every token.
+        compile = self.compiles if past is None else False
+        return solvable(func, x.dtype, real, compile, self), past
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the layer by their names."""
