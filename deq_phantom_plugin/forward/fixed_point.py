@@ -12,13 +12,15 @@ from .._plumbing.precision import in_full_precision
 from .._plumbing.transforms import outside_vmap
 from ..adjoint import Packing
 from ..contract.state import State, flatten, unflatten
+from .low_precision import may_solve_low
 from .tracking import ForwardSolution, Stopping, Tracker
 
 
 @may_compile
 @outside_vmap
-@in_full_precision
 @torch.no_grad()
+@may_solve_low()
+@in_full_precision
 def fixed_point(
     func: Callable[[State], State],
     start: State,
@@ -31,6 +33,7 @@ def fixed_point(
     sample_at: Sequence[int] = (),
     return_final: bool = False,
     check_every: int = 1,
+    rounding: float = 0.0,
 ) -> ForwardSolution:
     """Solve h = F(h) by h <- (1 - tau) h + tau F(h).
 
@@ -50,6 +53,10 @@ def fixed_point(
         return_final: whether to take all iterations and return the last state.
         check_every: the iterations from one look at the residual to the next. Only what is looked
             at can be the end of the solve, or its best state.
+        rounding: of F, relative: a sample stops at a relative residual of that, too, and the solve
+            where no sample has found a better state for some looks; 0 for none.
+        solve_dtype: "bfloat16" or "float16" for a solve whose evaluations but the last ones are
+            under autocast, see `may_solve_low`; None by default.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
 
@@ -59,7 +66,7 @@ def fixed_point(
     leaves, structure = flatten(start)
     packing = Packing(leaves, batch_dim)
     like = torch.empty(packing.rows, dtype=packing.dtype, device=packing.device)
-    stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every)
+    stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every, rounding)
     # Samples go on while others do: there is no linear algebra to leave.
     tracker = Tracker(leaves, packing.batch_dim, like, stopping, keep_going=True)
     state = start

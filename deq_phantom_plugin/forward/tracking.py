@@ -18,6 +18,8 @@ from ..adjoint.inverse_estimate import InverseEstimate
 from ..contract.state import State, flatten, unflatten
 
 STOP_MODES = ("abs", "rel")
+PATIENCE = 3
+"""Looks at a residual of rounded numbers that has stopped falling; Broyden's has such bumps."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Stopping(NamedTuple):
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether the last state is taken for the best, and nothing stops early.
         check_every: the iterations from one look at the residual to the next.
+        rounding: of F, relative. Where there is one, a sample stops at a relative residual of that,
+            too, and the solve where no sample has been better for `PATIENCE` looks.
     """
 
     max_iter: int
@@ -116,6 +120,7 @@ class Stopping(NamedTuple):
     sample_at: Sequence[int]
     return_final: bool
     check_every: int
+    rounding: float = 0.0
 
 
 class Tracker:
@@ -173,6 +178,7 @@ class Tracker:
         self.best = start
         self._lowest: Any = [_BEFORE] * len(like)
         self._active = np.ones(len(like), dtype=bool)
+        self._idle = np.zeros(len(like), dtype=int)  # looks since a sample was better
         self._held: NDArray[Any] | None = None
         self.moving: Tensor | None = None
         self.held: Tensor | None = None
@@ -235,7 +241,7 @@ class Tracker:
 
         Such are most; where samples are few, Python's numbers are the quickest.
         """
-        if not self._few or not residual:
+        if not self._few or not residual or self._stopping.rounding:
             return False
         value = residual
         if self._stopping.mode == "rel":
@@ -249,20 +255,25 @@ class Tracker:
 
     def _compare(self, residual: NDArray[Any], image: NDArray[Any], state: list[Tensor]) -> bool:
         """Take note of any iterate."""
-        value = residual if self._stopping.mode == "abs" else residual / (image + _TINY)
+        value = residual if self._stopping.mode == "abs" else relative(residual, image)
         better = value < self._lowest
         if better.all():
             self.best = state
         elif better.any():
-            self.best = self._chosen(self._on_device(better), state)
+            self.best = chosen(self._on_device(better), state, self.best, self._batch_dim)
         self._lowest = np.where(better, value, self._lowest)
         short = self._lowest >= self._stopping.tol
+        waits = np.zeros_like(short)
+        if self._stopping.rounding:
+            short &= ~(residual <= self._stopping.rounding * image)
+            self._idle = np.where(better, 0, self._idle + 1)
+            waits = self._idle >= PATIENCE
         if self._keep_going:
-            return not short.any()
+            return not (short & ~waits).any()
         active = self._active & short & np.isfinite(residual)
         if not np.array_equal(active, self._active):
             self._active, self.moving = active, self._on_device(active)
-        return not active.any()
+        return not (active & ~waits).any()
 
     def shrink(self) -> Tensor | None:
         """Return which of the samples in `held` are still held, once half of them are done."""
@@ -290,7 +301,7 @@ class Tracker:
         stop, count = self._stopping, len(self._norms)
         norms = torch.stack(self._norms)
         residual, image = norms.unbind(1)
-        traces = torch.stack((residual, residual / (image + _TINY)))  # (2, N, B): abs, rel
+        traces = torch.stack((residual, relative(residual, image)))  # (2, N, B): abs, rel
         mode = STOP_MODES.index(stop.mode)
         self._compare_unseen(traces[mode])
         if stop.sample_at and not self._sampled:
@@ -325,23 +336,41 @@ class Tracker:
             state, number, n_evaluations = self._unseen.popleft()
             value = values[number - 1]
             better = value < lowest
-            self.best = state if stop.return_final else self._chosen(better, state)
+            if stop.return_final:
+                self.best = state
+            else:
+                self.best = chosen(better, state, self.best, self._batch_dim)
             lowest = torch.where(better, value, lowest)
             if n_evaluations in stop.sample_at:
                 self._sampled.append(self.best)
 
-    def _chosen(self, better: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-        """Return the best state with the samples of another that are better."""
-        chosen = []
-        for new, old in zip(state, self.best, strict=True):
-            shape = [1] * new.dim()
-            if self._batch_dim is not None:
-                shape[self._batch_dim] = -1
-            chosen.append(torch.where(better.reshape(shape), new, old))
-        return chosen
-
     def _on_device(self, numbers: NDArray[Any]) -> Tensor:
         return torch.from_numpy(numbers.copy()).to(self._like.device, non_blocking=True)
+
+
+def relative(residual: Any, image: Any) -> Any:
+    """Return ||F(h) - h|| / ||F(h)||, of the two norms; as TorchDEQ has it."""
+    return residual / (image + _TINY)
+
+
+def chosen(
+    better: Tensor, new: Sequence[Tensor], old: Sequence[Tensor], batch_dim: int | None
+) -> list[Tensor]:
+    """Return a state with the samples of another that are better.
+
+    Args:
+        better: which, shape (B,).
+        new: the leaves of the other.
+        old: the leaves of the one.
+        batch_dim: the dimension of each that counts samples; None where they are coupled.
+    """
+    found = []
+    for leaf, before in zip(new, old, strict=True):
+        shape = [1] * leaf.dim()
+        if batch_dim is not None:
+            shape[batch_dim] = -1
+        found.append(torch.where(better.reshape(shape), leaf, before))
+    return found
 
 
 _FEW = 32  # samples whose numbers are looked at one by one
