@@ -59,8 +59,7 @@ def anderson(
             at can be the end of the solve, or its best state.
         rounding: of F, relative: a sample stops at a relative residual of that, too, and the solve
             where no sample has found a better state for some looks; 0 for none.
-        solve_dtype: "bfloat16" or "float16" for a solve whose evaluations but the last ones are
-            under autocast, see `may_solve_low`; None by default.
+        solve_dtype: "bfloat16" or "float16" to take most of it in 16 bits, see `may_solve_low`.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
 
