@@ -136,22 +136,19 @@ class Equilibrium(Attaching):
         self.compiles = check_compile(compile)  # `compile` is a method of modules
         check_solve_dtype(solve_dtype)
         self.solve_dtype = solve_dtype
+        of_solver = {"max_iter": max_iter, "tol": tol, "solve_dtype": solve_dtype}
         if steps is not None:
-            for name, value in {
-                "max_iter": max_iter,
-                "tol": tol,
-                "solve_dtype": solve_dtype,
-            }.items():
+            for name, value in of_solver.items():
                 if value is not None or solver != "anderson":
                     raise ValueError(
                         f"steps={steps!r} beside solver={solver!r}, {name}={value!r}; a loop of so "
                         "many evaluations has none of them"
                     )
         elif callable(solver):
-            for name, value in {"max_iter": max_iter, "solve_dtype": solve_dtype}.items():
-                if value is not None:
+            for name in ("max_iter", "solve_dtype"):
+                if of_solver[name] is not None:
                     raise ValueError(
-                        f"{name}={value!r} beside a function as solver, which has its own; {name} "
+                        f"{name}={of_solver[name]!r} beside a function as solver, which has its own; {name} "
                         f"goes with {', '.join(SOLVERS)}"
                     )
         elif solver in SOLVERS:
