@@ -148,8 +148,8 @@ class Equilibrium(Attaching):
             for name in ("max_iter", "solve_dtype"):
                 if of_solver[name] is not None:
                     raise ValueError(
-                        f"{name}={of_solver[name]!r} beside a function as solver, which has its own; {name} "
-                        f"goes with {', '.join(SOLVERS)}"
+                        f"{name}={of_solver[name]!r} beside a function as solver, which has its "
+                        f"own; {name} goes with {', '.join(SOLVERS)}"
                     )
         elif solver in SOLVERS:
             self.max_iter = positive_int("max_iter", 50 if max_iter is None else max_iter)

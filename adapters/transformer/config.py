@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin.forward import check_solve_dtype
 
 from .solve import check_settings
 from .versions import CACHE
@@ -53,6 +54,12 @@ def _solver(name: str, value: Any) -> None:
     )
 
 
+def _solve_dtype(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name}={value!r}; expected a name, such as 'bfloat16', or None")
+    check_solve_dtype(value)
+
+
 def _regularization(name: str, value: Any) -> None:
     field = name.removeprefix("jac_reg_")
     try:
@@ -69,6 +76,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "hidden_act": _activation,
     "grad": _grad,
     **dict.fromkeys(("f_solver", "f_max_iter", "f_tol"), _solver),
+    "solve_dtype": _solve_dtype,
     **dict.fromkeys(
         ("jac_reg_weight", "jac_reg_freq", "jac_reg_increment", "jac_reg_interval"),
         _regularization,
@@ -107,6 +115,9 @@ class DEQTransformerConfig(PreTrainedConfig):
         f_solver: TorchDEQ's name of the forward solver.
         f_max_iter: the most iterations of the forward solve.
         f_tol: its relative residual of each sample.
+        solve_dtype: "bfloat16" or "float16" to take most of the forward solve in it; needs an
+            `f_solver` of this package, such as "anderson_fast". Nothing in a model of 16 bits. See
+            docs/howto/solvers.md.
         grad_in_eval: whether the gradient is attached in evaluation mode too, as `from_pretrained`
             leaves a model; for saliency maps and attacks.
         jac_reg_weight: of ||J||_F^2 / numel in the loss, see `dpp.JacobianRegularization`.
@@ -142,6 +153,7 @@ class DEQTransformerConfig(PreTrainedConfig):
     f_solver: str = "anderson"
     f_max_iter: int = 30
     f_tol: float = 1e-3
+    solve_dtype: str | None = None
     grad_in_eval: bool = False
     jac_reg_weight: float = 0.0
     jac_reg_freq: float = 1.0
@@ -173,6 +185,11 @@ class DEQTransformerConfig(PreTrainedConfig):
         """How often the gradient was written."""
         return int(self.__dict__.get("_writes", 0))
 
+    @property
+    def solver(self) -> tuple[str, int, float, str | None]:
+        """What says how the equilibrium is solved."""
+        return self.f_solver, self.f_max_iter, self.f_tol, self.solve_dtype
+
     def check(self) -> None:
         """Refuse values that do not fit together.
 
@@ -184,7 +201,8 @@ class DEQTransformerConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} with num_attention_heads="
                 f"{self.num_attention_heads}; expected a multiple of twice the heads"
             )
-        check_settings(self.grad, self.f_solver, self.f_max_iter, self.f_tol, self.grad_in_eval)
+        *solver, solve_dtype = self.solver
+        check_settings(self.grad, *solver, self.grad_in_eval, solve_dtype)
         self.jacobian_regularization()
 
     def jacobian_regularization(self) -> dpp.JacobianRegularization:

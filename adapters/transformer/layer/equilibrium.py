@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 
-from ..solve import EquilibriumInfo, make_equilibrium, solvable, solve, start
+from ..solve import EquilibriumInfo, make_equilibrium, solvable, solve
 from ..versions import CACHE
 from .around import Collected, Past
 from .masks import layer_mask
@@ -55,6 +55,7 @@ def deq_from_layer(
     f_max_iter: int = 30,
     f_tol: float = 1e-3,
     grad_in_eval: bool = False,
+    solve_dtype: str | None = None,
 ) -> EquilibriumLayer:
     """Turn a Transformers decoder layer into an equilibrium block.
 
@@ -75,6 +76,8 @@ def deq_from_layer(
         f_max_iter: the most iterations of the forward solve.
         f_tol: its relative residual of each sample.
         grad_in_eval: whether the gradient is attached in evaluation mode too.
+        solve_dtype: "bfloat16" or "float16" to take most of the forward solve in it; needs an
+            `f_solver` of this package, such as "anderson_fast". See docs/howto/solvers.md.
 
     Raises:
         ValueError: if layers of this type are unknown, with a list of those that are not; or on a
@@ -99,7 +102,7 @@ def deq_from_layer(
         layer,
         config,
         _POSITIONS[kind](layer, config),
-        make_equilibrium(grad, f_solver, f_max_iter, f_tol, grad_in_eval),
+        make_equilibrium(grad, f_solver, f_max_iter, f_tol, grad_in_eval, solve_dtype),
     )
 
 
@@ -155,7 +158,7 @@ class EquilibriumLayer(nn.Module):
         """
         func, past = self._problem(hidden_states, args, kwargs)
         collected = Collected()
-        state, self.last = solve(self.deq, func, start(hidden_states))
+        state, self.last = solve(self.deq, func, hidden_states)
         collected.forget()
         if past is not None or collected.wants("attentions"):
             # Once more at the equilibrium, for what the layer leaves behind.
