@@ -178,6 +178,8 @@ class DEQTransformerConfig(PreTrainedConfig):
         """Return what is saved."""
         found: dict[str, Any] = super().to_dict()
         found.pop("_writes", None)
+        if found.get("solve_dtype") is None:  # and is what it was before there was one
+            found.pop("solve_dtype", None)
         return found
 
     @property

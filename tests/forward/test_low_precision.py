@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.late_read import LateRead
@@ -223,7 +224,7 @@ def test_a_part_of_a_map_that_switches_autocast_off_stays_in_full_precision():
 
 
 def test_no_weight_that_was_cast_without_autograd_is_left_behind():
-    """Autocast keeps casts until one leaves the outermost, where a gradient would not pass them."""
+    """Some versions of PyTorch keep those for evaluations with autograd, which got no gradient."""
     layer = nn.Linear(6, 6)
     nn.init.orthogonal_(layer.weight, 0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -231,6 +232,30 @@ def test_no_weight_that_was_cast_without_autograd_is_left_behind():
             fixed_point(layer, torch.zeros(3, 6), solve_dtype="bfloat16")
         layer(torch.ones(3, 6)).sum().backward()
     assert layer.weight.grad is not None
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often a tensor is cast."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.address, self.count = tensor.data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() == self.address:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_weight_is_cast_as_often_as_in_one_autocast(solver):
+    func = Linear()
+    with Casts(func.weight) as solve:
+        solver(func, func.start, tol=1e-5, stop_mode="rel", solve_dtype="bfloat16")
+    with Casts(func.weight) as one, torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(sum(func.evaluations)):
+            func(func.start)
+    assert solve.count == one.count >= 1
 
 
 @pytest.mark.parametrize("case", ["float64", "bfloat16", "autocast"])
