@@ -203,8 +203,7 @@ class DEQTransformerConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} with num_attention_heads="
                 f"{self.num_attention_heads}; expected a multiple of twice the heads"
             )
-        *solver, solve_dtype = self.solver
-        check_settings(self.grad, *solver, self.grad_in_eval, solve_dtype)
+        check_settings(self.grad, *self.solver, self.grad_in_eval)
         self.jacobian_regularization()
 
     def jacobian_regularization(self) -> dpp.JacobianRegularization:

@@ -59,8 +59,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self.inject = ScaledLinear(config.hidden_size, 3 * config.hidden_size, gain=2.0)
         self.rotary_emb = _rotary(config)
         self.block = DEQTransformerBlock(config)
-        *solver, solve_dtype = config.solver
-        self.deq = make_equilibrium(config.grad, *solver, config.grad_in_eval, solve_dtype)
+        self.deq = make_equilibrium(config.grad, *config.solver, config.grad_in_eval)
         self._made_with = _made_with(config)
         self._followed = {
             "solver": config.solver,

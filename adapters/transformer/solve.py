@@ -50,8 +50,8 @@ def check_settings(
     f_solver: str,
     f_max_iter: int,
     f_tol: float,
-    grad_in_eval: bool = False,
     solve_dtype: Any = None,
+    grad_in_eval: bool = False,
 ) -> None:
     """Refuse settings of an equilibrium before there is one.
 
@@ -60,8 +60,8 @@ def check_settings(
         f_solver: TorchDEQ's name of a solver.
         f_max_iter: the most iterations of the forward solve.
         f_tol: relative residual at which it stops.
-        grad_in_eval: whether the gradient is attached in evaluation mode too.
         solve_dtype: "bfloat16" or "float16" to take most of the solve in it.
+        grad_in_eval: whether the gradient is attached in evaluation mode too.
 
     Raises:
         ValueError: names the value and what is accepted.
@@ -89,11 +89,11 @@ def make_equilibrium(
     f_solver: str,
     f_max_iter: int,
     f_tol: float,
-    grad_in_eval: bool = False,
     solve_dtype: Any = None,
+    grad_in_eval: bool = False,
 ) -> nn.Module:
     """Return TorchDEQ's module with a gradient chosen by name; see `check_settings`."""
-    check_settings(grad, f_solver, f_max_iter, f_tol, grad_in_eval, solve_dtype)
+    check_settings(grad, f_solver, f_max_iter, f_tol, solve_dtype, grad_in_eval)
     settings = {"f_solver": f_solver, "f_max_iter": f_max_iter, "f_tol": f_tol}
     settings |= {"f_stop_mode": "rel", "grad": grad, "grad_in_eval": grad_in_eval}
     deq: nn.Module = require("torchdeq", "text").get_deq({**settings, "solve_dtype": solve_dtype})
@@ -112,7 +112,7 @@ def change_solver(
         f_tol: see there.
         solve_dtype: see there.
     """
-    new: Any = make_equilibrium("jfb", f_solver, f_max_iter, f_tol, solve_dtype=solve_dtype)
+    new: Any = make_equilibrium("jfb", f_solver, f_max_iter, f_tol, solve_dtype)
     # What TorchDEQ and its host derive from these.
     derived = ("f_solver", "no_stat", "f_max_iter", "eval_f_max_iter", "f_tol", "indexing")
     for name in (*derived, "solve_dtype"):

@@ -102,7 +102,7 @@ def deq_from_layer(
         layer,
         config,
         _POSITIONS[kind](layer, config),
-        make_equilibrium(grad, f_solver, f_max_iter, f_tol, grad_in_eval, solve_dtype),
+        make_equilibrium(grad, f_solver, f_max_iter, f_tol, solve_dtype, grad_in_eval),
     )
 
 
