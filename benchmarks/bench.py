@@ -27,7 +27,7 @@ from suite.report import Results
 import deq_phantom_plugin as dpp
 
 GROUPS = ("backward", "forward", "step", "ift", "ignn", "memory", "overhead", "synthetic")
-GROUPS += ("scaling", "warm", "device", "silva", "small", "launches", "compiled")
+GROUPS += ("scaling", "warm", "device", "silva", "small", "launches", "compiled", "precision")
 
 
 def environment(args: argparse.Namespace, settings: contest.Settings) -> dict[str, object]:

@@ -22,7 +22,7 @@ from .attach import count
 from .contract.errors import AssumptionWarning, ConvergenceWarning
 from .contract.state import CheckedFunc, State, check_equilibrium, flatten
 from .contract.strategy import BatchDim, Context, GradStrategy
-from .forward import ForwardSolution, anderson, broyden, fixed_point
+from .forward import ForwardSolution, anderson, broyden, check_solve_dtype, fixed_point
 from .hosts.attaching import Attaching
 from .hosts.evaluation import attaches, watched
 from .hosts.solve import relative_residual
@@ -83,6 +83,9 @@ class Equilibrium(Attaching):
         compile: whether F is compiled for the solve and for strategies that go through a graph of
             it once (`upg`, `tbptt`, `jfb`, `bptt`), or a mode of `torch.compile`; others take F as
             it was written, see docs/howto/compile.md.
+        solve_dtype: "bfloat16" or "float16" for a solver of that name whose evaluations but the
+            last ones are under autocast; residual and gradient are F's own. See
+            docs/howto/solvers.md.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
@@ -125,24 +128,29 @@ class Equilibrium(Attaching):
         grad_in_eval: bool = False,
         steps: int | str | None = None,
         compile: bool | str = False,
+        solve_dtype: str | torch.dtype | None = None,
     ) -> None:
         self.__dict__["steps"] = None if steps is None else number_or_depth("steps", steps)
         super().__init__(grad, batch_dim, grad_in_eval)
         self.solver, self.max_iter, self.tol = solver, max_iter, tol
         self.compiles = check_compile(compile)  # `compile` is a method of modules
+        check_solve_dtype(solve_dtype)
+        self.solve_dtype = solve_dtype
+        of_solver = {"max_iter": max_iter, "tol": tol, "solve_dtype": solve_dtype}
         if steps is not None:
-            for name, value in (("max_iter", max_iter), ("tol", tol)):
+            for name, value in of_solver.items():
                 if value is not None or solver != "anderson":
                     raise ValueError(
                         f"steps={steps!r} beside solver={solver!r}, {name}={value!r}; a loop of so "
                         "many evaluations has none of them"
                     )
         elif callable(solver):
-            if max_iter is not None:
-                raise ValueError(
-                    f"max_iter={max_iter!r} beside a function as solver, which has its own limit; "
-                    f"max_iter goes with {', '.join(SOLVERS)}"
-                )
+            for name in ("max_iter", "solve_dtype"):
+                if of_solver[name] is not None:
+                    raise ValueError(
+                        f"{name}={of_solver[name]!r} beside a function as solver, which has its "
+                        f"own; {name} goes with {', '.join(SOLVERS)}"
+                    )
         elif solver in SOLVERS:
             self.max_iter = positive_int("max_iter", 50 if max_iter is None else max_iter)
             self.tol = 1e-3 if tol is None else tol
@@ -277,6 +285,7 @@ class Equilibrium(Attaching):
             max_iter=self.max_iter,
             tol=self.tol,
             stop_mode="rel",
+            solve_dtype=self.solve_dtype,
             **options,
         )
 
@@ -345,11 +354,12 @@ class Equilibrium(Attaching):
         return {**super().__getstate__(), "last": None, "_late": None, "_own": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"steps": None, "compiles": False, **state})  # old pickles lack them
+        new = {"steps": None, "compiles": False, "solve_dtype": None}  # old pickles lack them
+        super().__setstate__({**new, **state})
 
     def extra_repr(self) -> str:
         """Show the settings."""
-        settings = ("max_iter", "tol", "batch_dim", "grad_in_eval", "steps")
+        settings = ("max_iter", "tol", "batch_dim", "grad_in_eval", "steps", "solve_dtype")
         shown = [f"{name}={getattr(self, name)!r}" for name in settings]
         shown.append(f"compile={self.compiles!r}")
         return ", ".join([f"solver={self.solver!r}", f"grad={self.grad!r}", *shown])

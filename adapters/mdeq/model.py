@@ -46,7 +46,9 @@ class MDEQ(nn.Module):
             docs/howto/compile.md.
         **deq_settings: for `torchdeq.get_deq`, unchanged; they override the published ones
             (f_solver, f_max_iter, f_tol, f_stop_mode, core, n_states, tau, ift, ...), and
-            `grad_in_eval=True` for a gradient in evaluation mode too.
+            `grad_in_eval=True` for a gradient in evaluation mode too; with an `f_solver` of this
+            package, such as "broyden_fast", also `solve_dtype="bfloat16"`, see
+            docs/howto/solvers.md.
 
     Attributes:
         last: the last forward solve, None before the first; not saved, copied or pickled.

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.compilation import check_compile
+from deq_phantom_plugin.forward import check_solve_dtype
 
 from .solve import check_settings
 from .versions import CACHE
@@ -58,6 +59,12 @@ def _compile(name: str, value: Any) -> None:
     check_compile(value)
 
 
+def _solve_dtype(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name}={value!r}; expected a name, such as 'bfloat16', or None")
+    check_solve_dtype(value)
+
+
 def _regularization(name: str, value: Any) -> None:
     field = name.removeprefix("jac_reg_")
     try:
@@ -75,6 +82,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "grad": _grad,
     **dict.fromkeys(("f_solver", "f_max_iter", "f_tol"), _solver),
     "compile": _compile,
+    "solve_dtype": _solve_dtype,
     **dict.fromkeys(
         ("jac_reg_weight", "jac_reg_freq", "jac_reg_increment", "jac_reg_interval"),
         _regularization,
@@ -113,6 +121,9 @@ class DEQTransformerConfig(PreTrainedConfig):
         f_solver: TorchDEQ's name of the forward solver.
         f_max_iter: the most iterations of the forward solve.
         f_tol: its relative residual of each sample.
+        solve_dtype: "bfloat16" or "float16" to take most of the forward solve in it; needs an
+            `f_solver` of this package, such as "anderson_fast". Nothing in a model of 16 bits. See
+            docs/howto/solvers.md.
         grad_in_eval: whether the gradient is attached in evaluation mode too, as `from_pretrained`
             leaves a model; for saliency maps and attacks.
         compile: whether the block is compiled for the solve and for gradients that go through its
@@ -150,6 +161,7 @@ class DEQTransformerConfig(PreTrainedConfig):
     f_solver: str = "anderson"
     f_max_iter: int = 30
     f_tol: float = 1e-3
+    solve_dtype: str | None = None
     grad_in_eval: bool = False
     compile: bool | str = False
     jac_reg_weight: float = 0.0
@@ -175,12 +187,19 @@ class DEQTransformerConfig(PreTrainedConfig):
         """Return what is saved."""
         found: dict[str, Any] = super().to_dict()
         found.pop("_writes", None)
+        if found.get("solve_dtype") is None:  # and is what it was before there was one
+            found.pop("solve_dtype", None)
         return found
 
     @property
     def writes(self) -> int:
         """How often the gradient was written."""
         return int(self.__dict__.get("_writes", 0))
+
+    @property
+    def solver(self) -> tuple[str, int, float, str | None]:
+        """What says how the equilibrium is solved."""
+        return self.f_solver, self.f_max_iter, self.f_tol, self.solve_dtype
 
     def check(self) -> None:
         """Refuse values that do not fit together.
@@ -193,7 +212,7 @@ class DEQTransformerConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} with num_attention_heads="
                 f"{self.num_attention_heads}; expected a multiple of twice the heads"
             )
-        check_settings(self.grad, self.f_solver, self.f_max_iter, self.f_tol, self.grad_in_eval)
+        check_settings(self.grad, *self.solver, self.grad_in_eval)
         self.jacobian_regularization()
 
     def jacobian_regularization(self) -> dpp.JacobianRegularization:

@@ -24,7 +24,7 @@ from .config import DEQTransformerConfig, written
 from .inputs import Tokens, check_arguments, check_length, longest_sequence, read_tokens, visible
 from .jac_loss import Joins, by_sequence
 from .pretrained import DEQTransformerPreTrainedModel
-from .solve import EquilibriumInfo, change_solver, make_equilibrium, solvable, solve, start
+from .solve import EquilibriumInfo, change_solver, make_equilibrium, solvable, solve
 from .versions import CACHE
 
 __all__ = ["DEQModelOutput", "DEQTransformerModel"]
@@ -59,11 +59,10 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self.inject = ScaledLinear(config.hidden_size, 3 * config.hidden_size, gain=2.0)
         self.rotary_emb = _rotary(config)
         self.block = DEQTransformerBlock(config)
-        solver = (config.f_solver, config.f_max_iter, config.f_tol)
-        self.deq = make_equilibrium(config.grad, *solver, config.grad_in_eval)
+        self.deq = make_equilibrium(config.grad, *config.solver, config.grad_in_eval)
         self._made_with = _made_with(config)
         self._followed = {
-            "solver": solver,
+            "solver": config.solver,
             "writes": config.writes,
             "positions": _positions(config),
         }
@@ -147,7 +146,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         func = solvable(
             lambda state: self.block(state, around), x.dtype, real, self._compiles(before), self
         )
-        solved, info = solve(self.deq, func, start(x))
+        solved, info = solve(self.deq, func, x)
         jac_loss = self._jac_loss(func, solved, real, jac_weights)
         state = solved.to(x.dtype)
         if use_cache:
@@ -269,7 +268,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
                 f"config.vocab_size={config.vocab_size} with {embeddings} embeddings; expected "
                 "model.resize_token_embeddings to change both"
             )
-        solver = (config.f_solver, config.f_max_iter, config.f_tol)
+        solver = config.solver
         if solver != self._followed["solver"]:
             change_solver(self.deq, *solver)
             self._followed["solver"] = solver

@@ -17,6 +17,7 @@ from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.trial import Trial
 from deq_phantom_plugin.adjoint import relative_norm
 from deq_phantom_plugin.draws import SameDraws
+from deq_phantom_plugin.hosts.torchdeq.solvers import checked_dtype
 from deq_phantom_plugin.strategies.arguments import boolean
 
 __all__ = [
@@ -45,7 +46,12 @@ class EquilibriumInfo(ModelOutput):
 
 
 def check_settings(
-    grad: Any, f_solver: str, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
+    grad: Any,
+    f_solver: str,
+    f_max_iter: int,
+    f_tol: float,
+    solve_dtype: Any = None,
+    grad_in_eval: bool = False,
 ) -> None:
     """Refuse settings of an equilibrium before there is one.
 
@@ -54,6 +60,7 @@ def check_settings(
         f_solver: TorchDEQ's name of a solver.
         f_max_iter: the most iterations of the forward solve.
         f_tol: relative residual at which it stops.
+        solve_dtype: "bfloat16" or "float16" to take most of the solve in it.
         grad_in_eval: whether the gradient is attached in evaluation mode too.
 
     Raises:
@@ -74,21 +81,28 @@ def check_settings(
         )
     if isinstance(f_tol, bool) or not isinstance(f_tol, int | float) or not 0 <= f_tol < 1:
         raise ValueError(f"f_tol={f_tol!r}; expected a number of at least 0 and below 1")
+    checked_dtype(solve_dtype, f_solver)
 
 
 def make_equilibrium(
-    grad: Any, f_solver: str, f_max_iter: int, f_tol: float, grad_in_eval: bool = False
+    grad: Any,
+    f_solver: str,
+    f_max_iter: int,
+    f_tol: float,
+    solve_dtype: Any = None,
+    grad_in_eval: bool = False,
 ) -> nn.Module:
     """Return TorchDEQ's module with a gradient chosen by name; see `check_settings`."""
-    check_settings(grad, f_solver, f_max_iter, f_tol, grad_in_eval)
+    check_settings(grad, f_solver, f_max_iter, f_tol, solve_dtype, grad_in_eval)
     settings = {"f_solver": f_solver, "f_max_iter": f_max_iter, "f_tol": f_tol}
-    deq: nn.Module = require("torchdeq", "text").get_deq(
-        {**settings, "f_stop_mode": "rel", "grad": grad, "grad_in_eval": grad_in_eval}
-    )
+    settings |= {"f_stop_mode": "rel", "grad": grad, "grad_in_eval": grad_in_eval}
+    deq: nn.Module = require("torchdeq", "text").get_deq({**settings, "solve_dtype": solve_dtype})
     return deq
 
 
-def change_solver(deq: nn.Module, f_solver: str, f_max_iter: int, f_tol: float) -> None:
+def change_solver(
+    deq: nn.Module, f_solver: str, f_max_iter: int, f_tol: float, solve_dtype: Any = None
+) -> None:
     """Give an equilibrium another forward solver; its gradient and its memory stay.
 
     Args:
@@ -96,13 +110,15 @@ def change_solver(deq: nn.Module, f_solver: str, f_max_iter: int, f_tol: float) 
         f_solver: see `check_settings`, as the others.
         f_max_iter: see there.
         f_tol: see there.
+        solve_dtype: see there.
     """
-    new: Any = make_equilibrium("jfb", f_solver, f_max_iter, f_tol)
-    # What TorchDEQ derives from these three.
-    for name in ("f_solver", "no_stat", "f_max_iter", "eval_f_max_iter", "f_tol", "indexing"):
+    new: Any = make_equilibrium("jfb", f_solver, f_max_iter, f_tol, solve_dtype)
+    # What TorchDEQ and its host derive from these.
+    derived = ("f_solver", "no_stat", "f_max_iter", "eval_f_max_iter", "f_tol", "indexing")
+    for name in (*derived, "solve_dtype"):
         setattr(deq, name, getattr(new, name))
     settings: Any = deq.args
-    settings.update(f_solver=f_solver, f_max_iter=f_max_iter, f_tol=f_tol)
+    settings.update(f_solver=f_solver, f_max_iter=f_max_iter, f_tol=f_tol, solve_dtype=solve_dtype)
 
 
 def solvable(
@@ -137,18 +153,21 @@ def start(like: Tensor) -> Tensor:
 
 
 def solve(
-    deq: nn.Module, func: Callable[[Tensor], Tensor], start: Tensor
+    deq: nn.Module, func: Callable[[Tensor], Tensor], like: Tensor
 ) -> tuple[Tensor, EquilibriumInfo]:
-    """Solve h = F(h).
+    """Solve h = F(h) from zero.
 
     Args:
         deq: of `make_equilibrium`; in training mode the state carries its gradient, and in
             evaluation mode where it was told to.
         func: F, from and to shape (B, ...).
-        start: the initial state.
+        like: a tensor of the state's shape, in the model's dtype.
     """
     counted = Counted(func)
-    states, info = deq(counted, start)
+    # Of a model in 16 bits there is nothing to lower, which its state does not show.
+    in_16_bits = like.dtype in (torch.bfloat16, torch.float16)
+    options = {"solve_dtype": None} if in_16_bits else None
+    states, info = deq(counted, start(like), solver_kwargs=options)
     state: Tensor = states[-1]
     # Where a strategy owns the solve, TorchDEQ has no residual.
     known = counted.calls.by_solver()

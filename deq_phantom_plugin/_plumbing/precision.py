@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,14 +15,15 @@ from .trees import State, flatten, unflatten
 R = TypeVar("R")
 
 
-def _autocasts(kind: str) -> bool:
+def autocasts(kind: str) -> bool:
+    """Whether the caller is under autocast of a kind of device."""
     # The meta device has none, and says so by an error.
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Switch autocast off, which would take inner products in 16 bits."""
-    if not _autocasts(device.type):
+    if not autocasts(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -50,6 +51,27 @@ class AutocastState:
             yield
 
 
+def under_autocast(
+    func: Callable[[State], State], like: Sequence[Tensor], dtype: torch.dtype
+) -> Callable[[State], State]:
+    """Return F under autocast, with what it returns cast back to the dtypes of a state.
+
+    Args:
+        func: F.
+        like: the leaves of a state.
+        dtype: what autocast casts to.
+    """
+    kind, own = like[0].device.type, [leaf.dtype for leaf in like]
+
+    def evaluate(state: State) -> State:
+        with torch.autocast(kind, dtype=dtype):
+            images, structure = flatten(func(state))
+        cast = [image.to(wanted) for image, wanted in zip(images, own, strict=True)]
+        return unflatten(cast, structure)
+
+    return evaluate
+
+
 def in_full_precision(solver: Callable[..., R]) -> Callable[..., R]:
     """Let a solver of (func, start, ...) work without autocast, and its func with the caller's.
 
@@ -60,18 +82,10 @@ def in_full_precision(solver: Callable[..., R]) -> Callable[..., R]:
     def solve(func: Callable[[State], State], start: State, **options: Any) -> R:
         leaves = flatten(start)[0]
         kind = leaves[0].device.type
-        if not _autocasts(kind):
+        if not autocasts(kind):
             return solver(func, start, **options)
-        dtype = torch.get_autocast_dtype(kind)
-        like = [leaf.dtype for leaf in leaves]
-
-        def under_autocast(state: State) -> State:
-            with torch.autocast(kind, dtype=dtype):
-                images, structure = flatten(func(state))
-            cast = [image.to(own) for image, own in zip(images, like, strict=True)]
-            return unflatten(cast, structure)
-
+        evaluate = under_autocast(func, leaves, torch.get_autocast_dtype(kind))
         with full_precision(leaves[0].device):
-            return solver(under_autocast, start, **options)
+            return solver(evaluate, start, **options)
 
     return solve

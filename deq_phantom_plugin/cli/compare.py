@@ -33,6 +33,7 @@ def add_to(commands: Any) -> None:
     add("--f-solver", default="anderson", help="TorchDEQ's forward solver")
     add("--f-max-iter", type=positive, default=15, help="its iterations")
     add("--f-tol", type=float, default=1e-3, help="its relative tolerance")
+    add("--solve-dtype", help="bfloat16 or float16, to take most of each solve in it")
     add("--out", type=Path, default=Path("runs/compare"), help="folder for results")
 
 
@@ -60,6 +61,7 @@ def _compare(args: argparse.Namespace) -> int:
             "f_max_iter": args.f_max_iter,
             "f_tol": args.f_tol,
             "f_stop_mode": "rel",
+            "solve_dtype": args.solve_dtype,
         },
     )
     print(

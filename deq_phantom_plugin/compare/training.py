@@ -210,6 +210,7 @@ def _cosine(model: MDEQ, spec: str, data: Dataset, device: torch.device) -> tupl
             module.eval()
     deq = twin.deq
     deq.f_max_iter, deq.f_tol, deq.f_stop_mode = 200, 1e-9, "rel"
+    deq.solve_dtype = None
     deq.indexing = deq._compute_f_iter(deq.f_max_iter)
     residuals: list[float] = []
 

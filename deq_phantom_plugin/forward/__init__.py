@@ -7,6 +7,14 @@ The host hooks register them with their frameworks, as `broyden_fast`, `anderson
 from .anderson import anderson
 from .broyden import broyden
 from .fixed_point import fixed_point
-from .tracking import ForwardSolution, InverseJacobian
+from .low_precision import check_solve_dtype
+from .solution import ForwardSolution, InverseJacobian
 
-__all__ = ["ForwardSolution", "InverseJacobian", "anderson", "broyden", "fixed_point"]
+__all__ = [
+    "ForwardSolution",
+    "InverseJacobian",
+    "anderson",
+    "broyden",
+    "check_solve_dtype",
+    "fixed_point",
+]

@@ -12,13 +12,16 @@ from .._plumbing.precision import in_full_precision
 from .._plumbing.transforms import outside_vmap
 from .._plumbing.workspaces import Workspace, Workspaces
 from ..contract.state import State
-from .tracking import ForwardSolution, Rows, Stopping, Tracker
+from .low_precision import may_solve_low
+from .solution import ForwardSolution
+from .tracking import Rows, Stopping, Tracker
 
 
 @may_compile
 @outside_vmap
-@in_full_precision
 @torch.no_grad()
+@may_solve_low(unseen=2)
+@in_full_precision
 def anderson(
     func: Callable[[State], State],
     start: State,
@@ -33,6 +36,7 @@ def anderson(
     sample_at: Sequence[int] = (),
     return_final: bool = False,
     check_every: int = 1,
+    rounding: float = 0.0,
 ) -> ForwardSolution:
     """Solve h = F(h) by Anderson acceleration (Anderson 1965; Walker & Ni 2011), sample by sample.
 
@@ -55,6 +59,9 @@ def anderson(
         return_final: whether to take all iterations and return the last state.
         check_every: the iterations from one look at the residual to the next. Only what is looked
             at can be the end of the solve, or its best state.
+        rounding: of F, relative: a sample stops at a relative residual of that, too, and the solve
+            where no sample has found a better state for some looks; 0 for none.
+        solve_dtype: "bfloat16" or "float16" to take most of it in 16 bits, see `may_solve_low`.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
 
@@ -65,7 +72,9 @@ def anderson(
     if m < 2 or max_iter < 3:
         raise ValueError(f"m={m}, max_iter={max_iter}; expected at least m=2 and max_iter=3")
     rows = Rows(func, start, batch_dim)
-    stopping = Stopping(max_iter - 2, tol, stop_mode, sample_at, return_final, check_every)
+    stopping = Stopping(
+        max_iter - 2, tol, stop_mode, sample_at, return_final, check_every, rounding
+    )
     tracker = rows.tracker(stopping, first_step=3)
     mixer = _Mixer(rows.start, m, lam, tau)
     _iterate(rows, tracker, mixer, stopping)

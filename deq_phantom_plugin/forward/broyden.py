@@ -11,13 +11,17 @@ from .._plumbing.precision import in_full_precision
 from .._plumbing.transforms import outside_vmap
 from ..adjoint.inverse_estimate import InverseEstimate
 from ..contract.state import State
-from .tracking import ForwardSolution, InverseJacobian, Rows, Stopping, Tracker
+from .low_precision import may_solve_low
+from .solution import ForwardSolution, InverseJacobian
+from .tracking import Rows, Stopping, Tracker
 
 
+# Longer than 60 lines: two in three are its arguments, and what is said of them.
 @may_compile
 @outside_vmap
-@in_full_precision
 @torch.no_grad()
+@may_solve_low(beyond=1, unseen=1)
+@in_full_precision
 def broyden(
     func: Callable[[State], State],
     start: State,
@@ -31,6 +35,7 @@ def broyden(
     sample_at: Sequence[int] = (),
     return_final: bool = False,
     check_every: int = 1,
+    rounding: float = 0.0,
 ) -> ForwardSolution:
     """Solve h = F(h) by Broyden's first method with full steps (Broyden 1965), sample by sample.
 
@@ -54,6 +59,9 @@ def broyden(
         return_final: whether to take all iterations and return the last state.
         check_every: the iterations from one look at the residual to the next. Only what is looked
             at can be the end of the solve, or its best state.
+        rounding: of F, relative: a sample stops at a relative residual of that, too, and the solve
+            where no sample has found a better state for some looks; 0 for none.
+        solve_dtype: "bfloat16" or "float16" to take most of it in 16 bits, see `may_solve_low`.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
 
@@ -67,7 +75,7 @@ def broyden(
         why = "an estimate that begins anew is none of the Jacobian; leave memory out"
         raise ValueError(f"memory={memory} with keep_inverse=True: {why} (TorchDEQ's LBFGS_thres)")
     rows = Rows(func, start, batch_dim)
-    stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every)
+    stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every, rounding)
     tracker = rows.tracker(stopping)
     estimate = InverseEstimate(rows.start, max_iter + 1 if memory is None else memory)
     _iterate(rows, tracker, estimate, max_iter, keep_inverse)

@@ -12,13 +12,17 @@ from .._plumbing.precision import in_full_precision
 from .._plumbing.transforms import outside_vmap
 from ..adjoint import batch_size, wide_dtype
 from ..contract.state import State, flatten, unflatten
-from .tracking import ForwardSolution, Stopping, Tracker
+from .low_precision import may_solve_low
+from .solution import ForwardSolution
+from .tracking import Stopping, Tracker
 
 
+# Longer than 60 lines: two in three are its arguments, and what is said of them.
 @may_compile
 @outside_vmap
-@in_full_precision
 @torch.no_grad()
+@may_solve_low()
+@in_full_precision
 def fixed_point(
     func: Callable[[State], State],
     start: State,
@@ -31,6 +35,7 @@ def fixed_point(
     sample_at: Sequence[int] = (),
     return_final: bool = False,
     check_every: int = 1,
+    rounding: float = 0.0,
 ) -> ForwardSolution:
     """Solve h = F(h) by h <- (1 - tau) h + tau F(h).
 
@@ -50,6 +55,9 @@ def fixed_point(
         return_final: whether to take all iterations and return the last state.
         check_every: the iterations from one look at the residual to the next. Only what is looked
             at can be the end of the solve, or its best state.
+        rounding: of F, relative: a sample stops at a relative residual of that, too, and the solve
+            where no sample has found a better state for some looks; 0 for none.
+        solve_dtype: "bfloat16" or "float16" to take most of it in 16 bits, see `may_solve_low`.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
 
@@ -61,7 +69,7 @@ def fixed_point(
     dim = None if n_samples is None else batch_dim
     rows = 1 if n_samples is None else n_samples
     like = torch.empty(rows, dtype=wide_dtype(leaves), device=leaves[0].device)
-    stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every)
+    stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every, rounding)
     # Samples go on while others do: there is no linear algebra to leave.
     tracker = Tracker(leaves, dim, like, stopping, keep_going=True)
     state = start

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,53 +14,12 @@ from torch import Tensor
 
 from .._plumbing.late_read import LateRead, as_array
 from ..adjoint import Packing
-from ..adjoint.inverse_estimate import InverseEstimate
 from ..contract.state import State, flatten, unflatten
+from .solution import ForwardSolution, InverseJacobian
 
 STOP_MODES = ("abs", "rel")
-
-
-@dataclass(frozen=True)
-class InverseJacobian:
-    """What a quasi-Newton solve learned of (I - J)^-1 on its way.
-
-    Attributes:
-        estimate: for rows of a packing.
-        packing: between rows and the leaves of the state.
-    """
-
-    estimate: InverseEstimate
-    packing: Packing
-
-    def transposed(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Return an estimate of (I - J^T)^-1 v, for and as the leaves of a state."""
-        return self.packing.unpack(self.estimate.transposed(self.packing.pack(leaves)))
-
-
-@dataclass(frozen=True)
-class ForwardSolution:
-    """What a forward solver found.
-
-    Attributes:
-        state: the state of lowest residual, sample by sample; like the one that was given.
-        sampled: the best states after the evaluations that were asked for.
-        abs_lowest: ||F(h) - h|| of each sample, shape (B,).
-        rel_lowest: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,).
-        abs_trace: the residual after each iteration, shape (B, N + 1); 1e8 before the first, and
-            that of the last look where there was none.
-        rel_trace: the same, relative.
-        n_steps: the iteration in which the lowest residual was found, shape (B,).
-        inverse_jacobian: of a quasi-Newton solve that was asked to keep it.
-    """
-
-    state: State
-    sampled: list[State]
-    abs_lowest: Tensor
-    rel_lowest: Tensor
-    abs_trace: Tensor
-    rel_trace: Tensor
-    n_steps: Tensor
-    inverse_jacobian: InverseJacobian | None = None
+PATIENCE = 3
+"""Looks at a residual of rounded numbers that has stopped falling; Broyden's has such bumps."""
 
 
 class Rows:
@@ -109,6 +67,8 @@ class Stopping(NamedTuple):
         sample_at: evaluations after which the best state so far is kept as well.
         return_final: whether the last state is taken for the best, and nothing stops early.
         check_every: the iterations from one look at the residual to the next.
+        rounding: of F, relative. Where there is one, a sample stops at a relative residual of that,
+            too, and the solve where no sample has been better for `PATIENCE` looks.
     """
 
     max_iter: int
@@ -117,6 +77,7 @@ class Stopping(NamedTuple):
     sample_at: Sequence[int]
     return_final: bool
     check_every: int
+    rounding: float = 0.0
 
 
 class Tracker:
@@ -173,6 +134,7 @@ class Tracker:
         self.best = start
         self._lowest: Any = [_BEFORE] * len(like)
         self._active = np.ones(len(like), dtype=bool)
+        self._idle = np.zeros(len(like), dtype=int)  # looks since a sample was better
         self._held: NDArray[Any] | None = None
         self.moving: Tensor | None = None
         self.held: Tensor | None = None
@@ -227,8 +189,10 @@ class Tracker:
     def _look(self, residual: Any, image: Any, state: list[Tensor], n_evaluations: int) -> bool:
         """Take note of what was read of an iterate; return whether the solve is over."""
         stop = self._stopping
-        compare = self._compare_few if self._few else self._compare
-        over = compare(residual, image, state)
+        if self._few and not stop.rounding:
+            over = self._compare_few(residual, image, state)
+        else:
+            over = self._compare(np.asarray(residual), np.asarray(image), state)
         if stop.return_final:
             self.best, over = state, False
         if stop.sample_at and n_evaluations in stop.sample_at:
@@ -237,10 +201,10 @@ class Tracker:
 
     def _compare_few(self, residual: list[float], image: list[float], state: list[Tensor]) -> bool:
         """Compare an iterate with the best; of few samples Python's numbers are the quickest."""
-        relative, tol = self._stopping.mode == "rel", self._stopping.tol
+        in_relation, tol = self._stopping.mode == "rel", self._stopping.tol
         better, lowest, goes_on = list[bool](), list[float](), list[bool]()
         for norm, size, before in zip(residual, image, self._lowest, strict=True):
-            value = norm / (size + _TINY) if relative else norm
+            value = relative(norm, size) if in_relation else norm
             better.append(value < before)
             value = value if value < before else before
             lowest.append(value)
@@ -248,7 +212,7 @@ class Tracker:
         if all(better):
             self.best = state
         elif any(better):
-            self.best = self._chosen(self._on_device(better), state)
+            self.best = chosen(self._on_device(better), state, self.best, self._batch_dim)
         self._lowest = lowest
         if goes_on and all(goes_on) and self.moving is None:
             return False
@@ -257,17 +221,23 @@ class Tracker:
     def _compare(self, residual: NDArray[Any], image: NDArray[Any], state: list[Tensor]) -> bool:
         """Compare an iterate with the best."""
         with np.errstate(all="ignore"):
-            value = residual if self._stopping.mode == "abs" else residual / (image + _TINY)
+            value = residual if self._stopping.mode == "abs" else relative(residual, image)
             better = value < self._lowest
             self._lowest = np.where(better, value, self._lowest)
             goes_on = self._lowest >= self._stopping.tol
             if not self._keep_going:
                 goes_on &= np.isfinite(residual)
+            if self._stopping.rounding:
+                goes_on &= ~(residual <= self._stopping.rounding * image)
         if better.all():
             self.best = state
         elif better.any():
-            self.best = self._chosen(self._on_device(better), state)
-        return self._stops(goes_on)
+            self.best = chosen(self._on_device(better), state, self.best, self._batch_dim)
+        over = self._stops(goes_on)
+        if self._stopping.rounding:
+            self._idle = np.where(better, 0, self._idle + 1)
+            over = over or not (goes_on & self._active & (self._idle < PATIENCE)).any()
+        return over
 
     def _stops(self, goes_on: NDArray[Any]) -> bool:
         """Return whether the solve is over.
@@ -315,7 +285,7 @@ class Tracker:
         used = traces[:, 1 : count + 1]
         with np.errstate(all="ignore"):
             used[0] = norms[:, 0]
-            used[1] = norms[:, 0] / (norms[:, 1] + _TINY)
+            used[1] = relative(norms[:, 0], norms[:, 1])
         mode = STOP_MODES.index(stop.mode)
         self._compare_unseen(used[mode])
         if stop.sample_at and not self._sampled:
@@ -352,23 +322,41 @@ class Tracker:
             state, number, n_evaluations = self._unseen.popleft()
             value = values[number - 1]
             better = value < lowest
-            self.best = state if stop.return_final else self._chosen(better, state)
+            if stop.return_final:
+                self.best = state
+            else:
+                self.best = chosen(better, state, self.best, self._batch_dim)
             lowest = torch.where(better, value, lowest)
             if n_evaluations in stop.sample_at:
                 self._sampled.append(self.best)
 
-    def _chosen(self, better: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-        """Return the best state with the samples of another that are better."""
-        chosen = []
-        for new, old in zip(state, self.best, strict=True):
-            shape = [1] * new.dim()
-            if self._batch_dim is not None:
-                shape[self._batch_dim] = -1
-            chosen.append(torch.where(better.reshape(shape), new, old))
-        return chosen
-
     def _on_device(self, numbers: Any) -> Tensor:
         return torch.from_numpy(np.array(numbers)).to(self._like.device, non_blocking=True)
+
+
+def relative(residual: Any, image: Any) -> Any:
+    """Return ||F(h) - h|| / ||F(h)||, of the two norms; as TorchDEQ has it."""
+    return residual / (image + _TINY)
+
+
+def chosen(
+    better: Tensor, new: Sequence[Tensor], old: Sequence[Tensor], batch_dim: int | None
+) -> list[Tensor]:
+    """Return a state with the samples of another that are better.
+
+    Args:
+        better: which, shape (B,).
+        new: the leaves of the other.
+        old: the leaves of the one.
+        batch_dim: the dimension of each that counts samples; None where they are coupled.
+    """
+    found = []
+    for leaf, before in zip(new, old, strict=True):
+        shape = [1] * leaf.dim()
+        if batch_dim is not None:
+            shape[batch_dim] = -1
+        found.append(torch.where(better.reshape(shape), leaf, before))
+    return found
 
 
 _FEW = 32  # samples whose numbers are looked at one by one

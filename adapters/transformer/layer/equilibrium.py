@@ -14,7 +14,7 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 
 from deq_phantom_plugin._plumbing.compilation import check_compile
 
-from ..solve import EquilibriumInfo, make_equilibrium, solvable, solve, start
+from ..solve import EquilibriumInfo, make_equilibrium, solvable, solve
 from ..versions import CACHE
 from .around import Collected, Past
 from .masks import layer_mask
@@ -58,6 +58,7 @@ def deq_from_layer(
     f_tol: float = 1e-3,
     grad_in_eval: bool = False,
     compile: bool | str = False,
+    solve_dtype: str | None = None,
 ) -> EquilibriumLayer:
     """Turn a Transformers decoder layer into an equilibrium block.
 
@@ -80,6 +81,8 @@ def deq_from_layer(
         grad_in_eval: whether the gradient is attached in evaluation mode too.
         compile: whether F is compiled for the solve and for gradients that go through its graph
             once, or a mode of `torch.compile`, see docs/howto/compile.md.
+        solve_dtype: "bfloat16" or "float16" to take most of the forward solve in it; needs an
+            `f_solver` of this package, such as "anderson_fast". See docs/howto/solvers.md.
 
     Raises:
         ValueError: if layers of this type are unknown, with a list of those that are not; or on a
@@ -104,7 +107,7 @@ def deq_from_layer(
         layer,
         config,
         _POSITIONS[kind](layer, config),
-        make_equilibrium(grad, f_solver, f_max_iter, f_tol, grad_in_eval),
+        make_equilibrium(grad, f_solver, f_max_iter, f_tol, solve_dtype, grad_in_eval),
         compile,
     )
 
@@ -170,7 +173,7 @@ class EquilibriumLayer(nn.Module):
         """
         func, past = self._problem(hidden_states, args, kwargs)
         collected = Collected()
-        state, self.last = solve(self.deq, func, start(hidden_states))
+        state, self.last = solve(self.deq, func, hidden_states)
         collected.forget()
         if past is not None or collected.wants("attentions"):
             # Once more at the equilibrium, for what the layer leaves behind.

@@ -13,6 +13,7 @@ from ...strategies.registry import get_strategy
 from ..settings import defaults, remember_each
 from .core import n_equilibria
 from .entries import ProduceGrad, ProduceSteps
+from .solvers import checked_dtype
 
 # TorchDEQ's solver -> ours, and its setting -> our argument; see `defaults`.
 _SOLVERS = {
@@ -43,6 +44,9 @@ def hook_init(original: Callable[..., None]) -> Callable[..., None]:
         effective = {**settings, **_config(args), **kwargs}
         self.__dict__["grad_in_eval"] = boolean(
             "grad_in_eval", effective.get("grad_in_eval", False)
+        )
+        self.__dict__["solve_dtype"] = checked_dtype(
+            effective.get("solve_dtype"), effective.get("f_solver", "fixed_point_iter")
         )
         if not _is_named(effective["grad"]):
             original(self, args, **settings, **kwargs)

@@ -28,6 +28,7 @@ def hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         in_eval = not self.training and attaches(self)
         if not (self.training or in_eval):
             args, kwargs = with_func(args, kwargs, functools.partial(watched, self))
+        args, kwargs = _with_solve_dtype(self, args, kwargs)
         named = self.training and any(isinstance(p, Entry) for p in self.produce_grad)
         if not (named or in_eval) and not solvers.sees_states(self.f_solver):
             return original(self, *args, **kwargs)
@@ -47,6 +48,19 @@ def hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 by_deq[key] = before
 
     return forward
+
+
+def _with_solve_dtype(
+    deq: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a core's `forward` with the precision of its solve."""
+    given = args[2] if len(args) > 2 else kwargs.get("solver_kwargs")
+    options = {"solve_dtype": getattr(deq, "solve_dtype", None), **(given or {})}
+    if solvers.checked_dtype(options["solve_dtype"], deq.f_solver) is None:
+        return args, kwargs
+    if len(args) > 2:
+        return (*args[:2], options, *args[3:]), kwargs
+    return args, {**kwargs, "solver_kwargs": options}
 
 
 def _attached_in_eval(

@@ -2,7 +2,9 @@
 
 They see the user's state where TorchDEQ's own see one flat vector, and fill in the same statistics.
 `solver_kwargs={"compile": True}`, or a mode of `torch.compile`, compiles F for the solve, and
-`{"check_every": m}` looks at the residual in every m-th iteration.
+`{"check_every": m}` looks at the residual in every m-th iteration. `solve_dtype="bfloat16"`, there
+or among the settings of `get_deq`, takes most of the solve in 16 bits, see
+`deq_phantom_plugin.forward.low_precision`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...contract.state import State
-from ...forward import ForwardSolution, anderson, broyden, fixed_point
+from ...forward import ForwardSolution, anderson, broyden, check_solve_dtype, fixed_point
 from .form import Form
 
 _Solved: TypeAlias = tuple[State, list[State], Any]
@@ -76,6 +78,7 @@ def _solve(
     return_final: bool = False,
     check_every: int = 1,
     compile: bool | str = False,
+    solve_dtype: Any = None,
     **options: Any,
 ) -> _Solved:
     """Solve in TorchDEQ's form; options that a solver has no use for are ignored, as there."""
@@ -90,6 +93,7 @@ def _solve(
         return_final=return_final,
         check_every=check_every,
         compile=compile,
+        solve_dtype=solve_dtype,
         **{name: value for name, value in options.items() if name in accepted},
     )
     info = _statistics(
@@ -145,6 +149,26 @@ def register() -> Callable[[], None]:
 def keeps_inverse_jacobian(solver: Any) -> bool:
     """Whether a solver can hand out what it learned of the inverse Jacobian."""
     return solver is broyden_fast
+
+
+def checked_dtype(solve_dtype: Any, solver: Any) -> Any:
+    """Return a `solve_dtype`, if a solver can take it.
+
+    Args:
+        solve_dtype: see `check_solve_dtype`.
+        solver: TorchDEQ's name of a solver, or the function.
+
+    Raises:
+        ValueError: if it is none, or the solver is TorchDEQ's own or a user's, which would compare
+            residuals of 16 bits with the tolerance.
+    """
+    if check_solve_dtype(solve_dtype) is None or solver in SOLVERS or sees_states(solver):
+        return solve_dtype
+    name = solver if isinstance(solver, str) else getattr(solver, "__name__", solver)
+    raise ValueError(
+        f"solve_dtype={solve_dtype!r} with f_solver={name!r}; expected one of "
+        f"{', '.join(SOLVERS)}, or solve_dtype=None"
+    )
 
 
 def sees_states(solver: Any) -> bool:

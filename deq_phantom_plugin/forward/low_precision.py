@@ -1,0 +1,279 @@
+"""A solve in 16 bits whose end is in the model's own precision."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._plumbing.compilation import never_compiled
+from .._plumbing.once import warn_once
+from .._plumbing.precision import autocasts, under_autocast
+from ..adjoint import Packing
+from ..contract.errors import AssumptionWarning
+from ..contract.state import State, flatten, unflatten
+from .solution import ForwardSolution
+from .tracking import chosen, relative
+
+Func = Callable[[State], State]
+Solver = Callable[..., ForwardSolution]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_solve_dtype(solve_dtype: Any) -> torch.dtype | None:
+    """Return the dtype that evaluations of a solve are autocast to, None for the model's own.
+
+    Args:
+        solve_dtype: None, or "bfloat16" or "float16", by name or as PyTorch's dtype.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if solve_dtype is None:
+        return None
+    if isinstance(solve_dtype, str) and solve_dtype in DTYPES:
+        return DTYPES[solve_dtype]
+    if isinstance(solve_dtype, torch.dtype) and solve_dtype in DTYPES.values():
+        return solve_dtype
+    raise ValueError(
+        f"solve_dtype={solve_dtype!r:.60}; expected None for the model's own precision, or "
+        f"{', '.join(map(repr, DTYPES))}"
+    )
+
+
+def may_solve_low(beyond: int = 0, unseen: int = 0) -> Callable[[Solver], Solver]:
+    """Let a solver of (func, start, ...) take `solve_dtype` as well.
+
+    Then it solves twice, in `max_iter` together:
+
+    1. with F under autocast, until every sample is at the tolerance, or at a relative residual of
+       the dtype's epsilon, or has found no better state for some iterations. All evaluations but
+       one may go there, and with `return_final` they do: where the budget ends first, the residual
+       is what 16 bits leave, and is told.
+    2. from there with F as it is, unless the first evaluation of that finds every sample at the
+       tolerance. What is returned, and its residual, is of these evaluations: no residual of 16
+       bits ends the solve, or chooses a state of it. What the first solve learned of the Jacobian
+       is not taken over; an MDEQ took up to 7 evaluations more for that, of 32.
+
+    The very first evaluation is in the model's precision too: what F keeps of it (a mask that is
+    drawn once, a weight in `parametrize.cached()`, lazy parameters) is the model's own. Statistics
+    that F updates each time see both. States and the solver's linear algebra are in the state's
+    dtype throughout. Traces begin with residuals of 16 bits. Autocast is entered once around the
+    first solve, so that it casts a parameter once.
+
+    Where autocast would change nothing, the solve is as without, and a warning says so once: under
+    the caller's autocast, in which F is in 16 bits already, and with states that are not in
+    float32, since it casts no other (a model in float64, or in 16 bits). A budget too small for two
+    solves goes to one, as without.
+
+    Args:
+        beyond: the evaluations that the solver takes beyond `max_iter`.
+        unseen: its first evaluations, whose residuals it does not look at.
+    """
+    least = unseen - beyond + 1  # iterations; also the number of the first that is looked at
+
+    def decorate(solver: Solver) -> Solver:
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(solver).parameters.items()
+            if parameter.default is not parameter.empty
+        }
+
+        @functools.wraps(solver)
+        def solve(
+            func: Func,
+            start: State,
+            *,
+            solve_dtype: str | torch.dtype | None = None,
+            **options: Any,
+        ) -> ForwardSolution:
+            dtype = check_solve_dtype(solve_dtype)
+            if dtype is None:
+                return solver(func, start, **options)
+            _refuse(solve_dtype, options)
+            settings = {**defaults, **options}
+            if settings["max_iter"] <= least or not _lowers(dtype, start):
+                return solver(func, start, **options)
+            solving = _Solving(solver, settings, beyond, unseen)
+            return solving.to_the_end(func, solving.in_16_bits(func, start, dtype))
+
+        return solve
+
+    return decorate
+
+
+def _refuse(solve_dtype: Any, options: dict[str, Any]) -> None:
+    """Refuse what needs more of a solve than its end."""
+    if options.get("keep_inverse"):
+        raise ValueError(
+            f"solve_dtype={solve_dtype!r} with keep_inverse=True: an estimate of the Jacobian from "
+            "residuals of 16 bits is none; expected solve_dtype=None for shine"
+        )
+    if len(set(options.get("sample_at", ()))) > 1:
+        raise ValueError(
+            f"solve_dtype={solve_dtype!r} with sample_at={list(options['sample_at'])}: states on "
+            "the way are not in the model's precision; expected solve_dtype=None, or the last "
+            "state alone"
+        )
+
+
+def _lowers(dtype: torch.dtype, start: State) -> bool:
+    """Whether autocast would change an evaluation of F; says once where it would not."""
+    leaves = flatten(start)[0]
+    kind = leaves[0].device.type
+    if autocasts(kind):
+        why = "under torch.autocast F is evaluated in 16 bits already"
+    elif not any(leaf.dtype == torch.float32 for leaf in leaves):
+        why = f"autocast casts float32 alone, and the state is in {leaves[0].dtype}"
+    elif not torch.amp.is_autocast_available(kind):
+        why = f"the device {kind!r} has no autocast"
+    else:
+        return True
+    warn_once(
+        f"solve_dtype without effect: {why}",
+        f"solve_dtype={dtype} has no effect: {why}. Leave it out. Said once.",
+        AssumptionWarning,
+    )
+    return False
+
+
+class _Solving:
+    """The two parts of a solve.
+
+    Args:
+        solver: the solver.
+        settings: its options, all of them.
+        beyond: see `may_solve_low`.
+        unseen: see there.
+    """
+
+    def __init__(self, solver: Solver, settings: dict[str, Any], beyond: int, unseen: int) -> None:
+        self._solver, self._settings = solver, {**settings, "sample_at": ()}
+        self._samples = bool(settings["sample_at"])
+        self._evaluations = settings["max_iter"] + beyond
+        self._beyond, self._unseen = beyond, unseen
+        self._first = unseen - beyond + 1
+
+    def in_16_bits(self, func: Func, start: State, dtype: torch.dtype) -> _Part:
+        """Solve under autocast."""
+        leaves = flatten(start)[0]
+        evaluate = _Evaluations(func, under_autocast(func, leaves, dtype))
+        settings = {**self._settings, "max_iter": self._settings["max_iter"] - 1}
+        settings["rounding"] = torch.finfo(dtype).eps
+        try:
+            # Casts of parameters are kept until one leaves the outermost.
+            with torch.autocast(leaves[0].device.type, dtype=dtype, enabled=False):
+                found = self._solver(evaluate, start, **settings)
+        finally:
+            torch.clear_autocast_cache()  # made without autograd; the caller may have some with
+        return _Part(found, evaluate.count - self._unseen)
+
+    def to_the_end(self, func: Func, low: _Part) -> ForwardSolution:
+        """Solve on without autocast.
+
+        Args:
+            func: F.
+            low: of `in_16_bits`.
+        """
+        state = low.solution.state
+        left = self._evaluations - low.seen - self._unseen
+        parts = []
+        evaluate = _Evaluations(func, func)
+        if self._unseen > 0:  # or the solver looks at where it begins
+            image = func(state)
+            parts.append(_Part(self._judged(state, image), 1))
+            evaluate = _Evaluations(lambda state: image, func)
+            if left < self._first + self._beyond or self._is_done(parts[0].solution):
+                return self._joined(low, parts)
+        found = self._solver(evaluate, state, **{**self._settings, "max_iter": left - self._beyond})
+        parts.append(_Part(found, evaluate.count - self._unseen))
+        return self._joined(low, parts)
+
+    def _judged(self, state: State, image: State) -> ForwardSolution:
+        """Return a state with its residual, as the solution of a solve that saw nothing else."""
+        packing = Packing(flatten(state)[0], self._settings["batch_dim"])
+        h, f = (packing.pack(flatten(x)[0]) for x in (state, image))
+        residual, size = (torch.linalg.vector_norm(x, dim=1) for x in (f - h, f))
+        share = relative(residual, size)
+        traces = [torch.stack((x, x), dim=1) for x in (residual, share)]
+        first = torch.full_like(residual, self._first)
+        return ForwardSolution(state, [], residual, share, traces[0], traces[1], first)
+
+    def _is_done(self, found: ForwardSolution) -> bool:
+        return bool((self._lowest(found) < self._settings["tol"]).all())
+
+    def _lowest(self, found: ForwardSolution) -> Tensor:
+        return found.rel_lowest if self._settings["stop_mode"] == "rel" else found.abs_lowest
+
+    def _joined(self, low: _Part, parts: list[_Part]) -> ForwardSolution:
+        """Return the best of what was found without autocast, with the traces of all."""
+        before, best, seen = low.seen, None, [low, *parts]
+        for part in parts:
+            found = replace(part.solution, n_steps=part.solution.n_steps + before)
+            best = found if best is None else self._better(best, found)
+            before += part.seen
+        assert best is not None
+        lowest = torch.stack((best.abs_lowest, best.rel_lowest))
+        first = seen[0].traces[:, :, :1]
+        rest = lowest[:, :, None].expand(-1, -1, self._evaluations - self._unseen - before)
+        traces = [part.traces[:, :, 1 : 1 + part.seen] for part in seen]
+        absolute, share = torch.cat([first, *traces, rest], dim=2)
+        sampled = [best.state] if self._samples else []
+        return replace(best, sampled=sampled, abs_trace=absolute, rel_trace=share)
+
+    def _better(self, old: ForwardSolution, new: ForwardSolution) -> ForwardSolution:
+        """Return of two solutions the better one of each sample."""
+        better = self._lowest(new) < self._lowest(old)
+        (leaves, structure), (before, _) = flatten(new.state), flatten(old.state)
+        packing = Packing(leaves, self._settings["batch_dim"])
+        state = unflatten(chosen(better, leaves, before, packing.batch_dim), structure)
+        numbers: dict[str, Any] = {
+            name: torch.where(better, getattr(new, name), getattr(old, name))
+            for name in ("abs_lowest", "rel_lowest", "n_steps")
+        }
+        return replace(new, state=state, **numbers)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a part of the solve found.
+
+    Attributes:
+        solution: of the solver.
+        seen: the iterations whose residual it looked at or could have.
+    """
+
+    solution: ForwardSolution
+    seen: int
+
+    @property
+    def traces(self) -> Tensor:
+        """Residuals, absolute and relative, shape (2, B, N + 1)."""
+        return torch.stack((self.solution.abs_trace, self.solution.rel_trace))
+
+
+class _Evaluations:
+    """A map that is another one in its first evaluation.
+
+    Attributes:
+        count: the evaluations.
+    """
+
+    def __init__(self, first: Func, func: Func) -> None:
+        self.count = 0
+        self._first, self._func = first, func
+
+    def __call__(self, state: State) -> State:
+        """Evaluate it."""
+        return self._first(state) if self._begins() else self._func(state)
+
+    @never_compiled  # for the sake of the number, which changes
+    def _begins(self) -> bool:
+        self.count += 1
+        return self.count == 1
