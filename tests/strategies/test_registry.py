@@ -18,6 +18,7 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin.strategies import registry
 
 BUILT_IN = [
+    "auto",
     "bptt",
     "exact",
     "guard",
