@@ -111,7 +111,8 @@ class KrylovSpace:
         Args:
             tol: the residual.
         """
-        return 1 + (self._residual > tol).sum(1)
+        above: Tensor = (self._residual > tol).sum(1)
+        return 1 + above
 
     def _iterate(self, tol: float) -> Tensor:
         """Return the coordinates of GMRES's iterate at a tolerance, or the last, shape (B, m)."""
@@ -122,7 +123,8 @@ class KrylovSpace:
         broken = ~y.isfinite().all(dim=1)
         alone = torch.zeros_like(right)
         alone[:, 0] = 1
-        return self._size[:, None] * torch.where(broken, alone, y.squeeze(2))
+        iterate: Tensor = self._size[:, None] * torch.where(broken, alone, y.squeeze(2))
+        return iterate
 
     @staticmethod
     def _continued(

@@ -17,7 +17,7 @@ from ..contract.errors import ConvergenceWarning
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_int
-from .candidates import LAMS, Runs, from_space, low
+from .candidates import LAMS, Judged, Runs, built_in, described, from_space, low
 from .choice import Log, Numbers, Rule, shared
 from .ift import IFT, stats_of
 from .registry import Spec, get_strategy, register_strategy
@@ -45,7 +45,7 @@ class Auto(GradStrategy):
     would have got, so that all of them are judged without another product. Of those whose g has a
     cosine of at least `cosine` to the reference's in at least 90 % of the samples the cheapest acts
     from the next step on; where there is none `ift`, which is said once. What acts goes on until it
-    falls below `cosine`, or one that costs at most 0.9 as much is above it by a fifth of what is
+    falls below `cosine`, or one that costs at most 0.9 as much is above it by a third of what is
     missing to 1: at a border nothing flutters.
 
     Costs are counted: an evaluation of F as one, a backward pass through it as two. So `npg` is
@@ -276,16 +276,23 @@ class _Measurement:
         rows, off = int(usable.sum()), off.cpu()
         broken = not all(bool(torch.isfinite(leaf).all()) for leaf in v)
         good = (solution.residual <= POOR_REFERENCE) | solution.at_rounding
-        if self._runs is not None:
-            judged = self._runs(v, g, usable)
+        radii = torch.zeros(len(LAMS), dtype=torch.float64)
+        if not rows:
+            methods = described(self._auto.strategies) or built_in(self._auto.budget)
+            judged = Judged(methods, radii.new_zeros(len(methods), 3))
         else:
-            judged = from_space(space, _REFERENCE.tol, self._auto.budget)
+            radii = -low(-space.radii(LAMS))
+            judged = (
+                from_space(space, _REFERENCE.tol, self._auto.budget)
+                if self._runs is None
+                else self._runs(v, g, usable)
+            )
         return Numbers(
             judged,
             rows,
             settled=int((~off & usable).sum()),
             supported=int((good.cpu() & usable).sum()),
-            radii=-low(-space.radii(LAMS)),
+            radii=radii,
             broken=broken,
         )
 

@@ -28,7 +28,6 @@ BACKWARD = 2
 for the state and for the weights, where an evaluation does once."""
 
 _TOLS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3)  # of looser solves
-_QUANTILE = 0.1
 _FEWEST = 3  # products for a solve that deserves the name, besides the one to the parameters
 _LONG = 10  # products of GMRES after which it takes one more, to measure rounding
 
@@ -79,7 +78,7 @@ class Judged(NamedTuple):
 def low(cosines: Tensor) -> Tensor:
     """Return what at least 90 % of the samples reach; they are the last dimension."""
     ordered = torch.nan_to_num(cosines, nan=-1.0).sort(dim=-1).values
-    return ordered[..., math.floor(_QUANTILE * (ordered.shape[-1] - 1))]
+    return ordered[..., ordered.shape[-1] // 10]
 
 
 @cache
@@ -192,10 +191,10 @@ class Runs:
         self, strategy: GradStrategy, v: Sequence[Tensor]
     ) -> tuple[list[Tensor], CountedPasses]:
         with Trial(self._equilibrium), self._autocast(), torch.enable_grad():
-            counted = CountedPasses(self._func)
-            probed, probes = with_probe(counted, self._equilibrium)
+            probed, probes = with_probe(self._func, self._equilibrium)
+            counted = CountedPasses(probed)
             acting = strategy.resolve(self._context)
-            attached = flatten(acting.attach(probed, self._equilibrium, self._context))[0]
+            attached = flatten(acting.attach(counted, self._equilibrium, self._context))[0]
             found = torch.autograd.grad(
                 attached, probes, list(v), allow_unused=True, materialize_grads=True
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +18,7 @@ DEFAULT_STEPS = 5
 _DAMPED = 0.5  # its damping where no factor contracts: the supplement's own
 _SHARE = 0.9  # of the samples that have to be as a rule asks
 # What is in force stays unless something is better by so much, or it is not good enough any more.
-_SURER = 0.2  # of the way from `cosine` to 1
+_SURER = 1 / 3  # of the way from `cosine` to 1
 _CHEAPER = 0.9  # of the cost
 _BETTER = 0.8  # of what is missing to a cosine of 1
 _LEFT = 0.98  # the radius below which that is no trouble any more
@@ -173,7 +172,7 @@ class Rule:
             share = f"{1 - found.supported:.0%} of the samples"
             trouble = f"{_NONE} {self._wish()}" if judged else f"{_POOR} in {share}"
         other = self._otherwise(found, trouble)
-        cosine = other.cosine if judged else None
+        cosine = other.cosine if judged and other in found.candidates else None
         return Choice(step, other.spec, cosine, other.cost, trouble), True
 
     def _trouble(self, found: Shared, last: Choice | None) -> str:
@@ -195,8 +194,9 @@ class Rule:
             if not within:
                 return None
             best = max(within, key=lambda c: (c.cosine, -c.cost))
-            near = 1 - best.cosine >= _BETTER * (1 - now.cosine) if now in within and now else False
-            return now if near else best
+            if now is not None and now in within:
+                return now if 1 - best.cosine >= _BETTER * (1 - now.cosine) else best
+            return best
         enough = [c for c in candidates if c.cosine >= self.cosine]
         if now in enough and now is not None:
             surer = self.cosine + _SURER * (1 - self.cosine)
@@ -209,15 +209,15 @@ class Rule:
         unrolling = trouble.startswith((_OFF, _OUTSIDE))
         if self.free:
             if unrolling:
-                return _unrolled(found.radii, self.budget)
+                return _unrolled(found, self.budget)
             return found.candidates[-1]  # `ift`
-        of = [c for c in found.candidates if c.unrolls] if unrolling else []
-        of = of or list(found.candidates)
-        within = [c for c in of if self.budget is None or c.products <= self.budget]
-        if not within:
-            return min(of, key=lambda c: c.products)
-        if unrolling:  # the further it goes, the nearer it gets
-            return max(within, key=lambda c: c.evaluations if c.evaluations < math.inf else 0)
+        known = found.candidates
+        within = [c for c in known if self.budget is None or c.products <= self.budget]
+        further = [c for c in within if c.unrolls]
+        if unrolling and further:  # the further it goes, the nearer it gets
+            return max(further, key=lambda c: c.evaluations)
+        if unrolling or not within:
+            return min(known, key=lambda c: c.products)
         return max(within, key=lambda c: c.cosine)
 
     def _reason(self, chosen: Candidate, last: Choice | None) -> str:
@@ -232,11 +232,14 @@ class Rule:
         return f"a cosine of at least {self.cosine:g}"
 
 
-def _unrolled(radii: Sequence[float], budget: int | None) -> Candidate:
+def _unrolled(found: Shared, budget: int | None) -> Candidate:
     """Return `upg` with the least damping that contracts, the supplement's if none does."""
     k = DEFAULT_STEPS if budget is None else budget
-    lam = next((lam for lam, radius in zip(LAMS, radii, strict=True) if radius < 1), _DAMPED)
-    return Candidate(f"upg(k={k}, lam={lam})", True, math.nan, k, k)
+    contracting = [lam for lam, rho in zip(LAMS, found.radii, strict=True) if rho < 1]
+    lam = 1.0 if k == 1 else [*contracting, _DAMPED][0]  # of one step the direction is the same
+    spec = f"upg(k={k}, lam={lam})"
+    known = [c for c in found.candidates if c.spec == spec]
+    return known[0] if known else Candidate(spec, True, -1.0, k, k)
 
 
 class Log:
