@@ -26,20 +26,21 @@ class KrylovSpace:
     values). A sum of more terms is that of H in place of J^T, which is as good an approximation as
     the solution in this space is.
 
-    Every sample stops on its own, so that it gets what it had got alone. What 50 vectors do not
-    solve goes on by `gmres`.
+    Every sample stops on its own, so that it gets what it had got alone. Where the space leaves a
+    residual above the solve's tolerance `gmres` goes on.
 
     Args:
+        aim: the residual to reach in the space, if that is less than the solve's tolerance.
         length: the most vectors.
-        goes_on: whether that happens; a residual is told in any case.
+        goes_on: whether anything does; a residual is told in any case.
 
     Attributes:
         usable: the samples that can be judged, whose v is neither zero nor, before it was dropped,
             not finite, shape (B,); none where the state has no numbers.
     """
 
-    def __init__(self, length: int = LENGTH, goes_on: bool = True) -> None:
-        self._length, self._goes_on = length, goes_on
+    def __init__(self, aim: float, length: int = LENGTH, goes_on: bool = True) -> None:
+        self._aim, self._length, self._goes_on = aim, length, goes_on
         self.usable = torch.zeros(0, dtype=torch.bool, device="cpu")
 
     def __call__(self, apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
@@ -51,9 +52,10 @@ class KrylovSpace:
         self.usable = self._size > 0
         length = min(self._length, max_vjp - 1, rhs.shape[1])
         basis = Basis(rhs, length)
-        self._build(progress, basis, tol, length)
+        aim = min(self._aim, tol)
+        self._build(progress, basis, aim, length)
         self._factorise()
-        x = basis.combination(self._iterate(tol).to(rhs))
+        x = basis.combination(self._iterate(aim).to(rhs))
         rest = rhs - x + progress.apply(x)
         norm = torch.linalg.vector_norm(rest, dim=1)
         solved, at_rounding = bool((norm <= tol).all()), torch.zeros_like(norm, dtype=torch.bool)

@@ -6,32 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from .._plumbing.compilation import never_compiled
 from .._plumbing.once import warn_once
 from .._plumbing.trial import Trial
-from ..adjoint import KrylovSpace, Linearization, Packing, Solution, relative_norm, solve
+from ..adjoint import Linearization
 from ..contract.errors import ConvergenceWarning
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_int
-from .candidates import LAMS, Judged, Runs, built_in, described, from_space, low
-from .choice import Log, Numbers, Rule, shared
+from .candidates import Runs
+from .choice import Log, Rule, shared
 from .ift import IFT, stats_of
+from .measurement import Reference, reference
 from .registry import Spec, get_strategy, register_strategy
 from .rescue import Rescue
 from .told import not_resolved
 
-POOR_REFERENCE = 1e-3
-"""Residual of a reference above which it is not called one."""
-
-SETTLED = 0.1
-"""Relative residual up to which a state is at its equilibrium, as for `guard`."""
-
-_REFERENCE = IFT(max_iter=200)
-_LOOK = 10  # products that find the radius where there is nothing to solve, as in `damping`
+_SOONER = 10  # times as often it looks where the state is not at its equilibrium
 
 
 @register_strategy("auto")
@@ -40,13 +33,14 @@ class Auto(GradStrategy):
     """The cheapest strategy whose gradient is good enough, measured anew every `every` steps.
 
     At the first step and every `every` steps the backward pass takes the gradient v that came in
-    and solves (I - J^T) g = v by GMRES to 1e-4: that step's gradient, and the reference. Its Krylov
-    space holds what `npg` and `upg` of up to 50 terms with lam 1.0, 0.9, ... 0.1 and looser solves
-    would have got, so that all of them are judged without another product. Of those whose g has a
-    cosine of at least `cosine` to the reference's in at least 90 % of the samples the cheapest acts
-    from the next step on; where there is none `ift`, which is said once. What acts goes on until it
-    falls below `cosine`, or one that costs at most 0.9 as much is above it by a third of what is
-    missing to 1: at a border nothing flutters.
+    and solves (I - J^T) g = v by GMRES to 1e-4, or to 1e-3 where that takes more than 50 products:
+    that step's gradient, and the reference. Its Krylov space holds what `npg` and `upg` of up to 50
+    terms with lam 1.0, 0.9, ... 0.1 and looser solves would have got, so that all of them are
+    judged without another product. Of those whose g has a cosine of at least `cosine` to the
+    reference's in at least 90 % of the samples the cheapest acts from the next step on; where there
+    is none `ift`, which is said once. What acts goes on until it falls below `cosine`, or one that
+    costs at most 0.9 as much is above it by a third of what is missing to 1: at a border nothing
+    flutters.
 
     Costs are counted: an evaluation of F as one, a backward pass through it as two. So `npg` is
     taken rather than `upg`, which is the same at an equilibrium (eq. A-14) for k - 1 evaluations
@@ -57,10 +51,10 @@ class Auto(GradStrategy):
     "Efficient and Modular Implicit Differentiation", Theorem 1), and a recursive model whose states
     are far from it learned nothing by a Neumann series where unrolling trained (TRM, 4x4 Sudoku).
     Where more than 10 % of the samples are not, `upg` acts, with k = `budget`, else 5, and the
-    least damping for which its steps contract; in the measuring step samples that are not get v
-    itself, one step's gradient. Where an eigenvalue lies so that no damping brings the radius of
-    lam J + (1 - lam) I below 1, steps lead away from the equilibrium: `upg` too, the cheapest that
-    is good enough if there is one.
+    least damping for which its steps contract. Whether that has changed is looked at ten times as
+    often, for ten products; the gradient of such a step is v itself, that of one step. Where no
+    damping brings the radius of lam J + (1 - lam) I below 1, steps lead away from the equilibrium:
+    `upg` too, the cheapest that is good enough if there is one.
 
     The step is told by `dpp.set_step(model, step)`; what was chosen, when and why is kept in the
     equilibrium's memory (`dpp.memory_state_dict`) and told by `dpp.report_choice(model)`. Several
@@ -108,16 +102,23 @@ class Auto(GradStrategy):
         if step is None and not Trial.depth():
             _say_untold(self)
         log = Log(memory, repr(self))
-        if memory.training and self._is_due(log.measured, step):
+        if memory.training and self._is_due(log, step):
             return Measuring(self)
         last = log.last
-        return _REFERENCE if last is None else self._named(last.spec).resolve(context)
+        return IFT() if last is None else self._named(last.spec).resolve(context)
 
-    def _is_due(self, measured: int | None, step: int | None) -> bool:
+    def _is_due(self, log: Log, step: int | None) -> bool:
         """Whether a step measures, has measured, or is not after the last measurement."""
+        measured = log.measured
         if measured is None:
             return True
-        return step is not None and not measured < step < measured + self.every
+        every = max(1, self.every // _SOONER) if log.is_off else self.every
+        return step is not None and not measured < step < measured + every
+
+    @property
+    def rule(self) -> Rule:
+        """By which it chooses."""
+        return Rule(self.cosine, self.budget, not self.strategies)
 
     def _named(self, spec: str) -> GradStrategy:
         """Return the strategy of a spec that was chosen."""
@@ -186,27 +187,12 @@ class Measuring(GradStrategy):
             measure = _Measurement(self.auto, Log(memory, repr(self.auto)), step, runs)
 
         def adjoint(v: list[Tensor]) -> list[Tensor]:
-            packing, space = Packing(graph.inputs, batch_dim), KrylovSpace()
-            off = _off(graph, packing)
-            if bool(off.all()) and len(off):  # no reference: one step is safe
-                space = KrylovSpace(_LOOK, goes_on=False)
-                options = {"tol": _REFERENCE.tol, "max_vjp": _LOOK + 1, "batch_dim": batch_dim}
-                _, solution = solve(graph.vjp, v, solver=space, **options)  # type: ignore[arg-type]
-                g = v
-            else:
-                g, solution = _REFERENCE.solved(
-                    graph.vjp, v, batch_dim, memory, rescue, solver=space
-                )
-                if bool(off.any()):
-                    masks = packing.spread(off)
-                    g = [
-                        torch.where(m.bool(), vi, gi) for m, vi, gi in zip(masks, v, g, strict=True)
-                    ]
+            found = reference(graph, v, batch_dim, memory, rescue)
             if monitor is not None:
-                monitor(stats_of(self.auto, solution))
+                monitor(stats_of(self.auto, found.solution))
             if measure is not None and not Trial.depth():
-                measure(v, g, off, solution, space)
-            return g
+                measure(found)
+            return found.g
 
         return graph.attach(graph.outputs, adjoint)
 
@@ -227,34 +213,22 @@ class _Measurement:
     def __init__(self, auto: Auto, log: Log, step: int | None, runs: Runs | None) -> None:
         self._auto, self._log, self._step, self._runs = auto, log, step, runs
 
-    def __call__(
-        self,
-        v: Sequence[Tensor],
-        g: Sequence[Tensor],
-        off: Tensor,
-        solution: Solution,
-        space: KrylovSpace,
-    ) -> None:
+    def __call__(self, found: Reference) -> None:
         """Measure, and note what acts from the next step on.
 
         Where an infinity came in, as in a step that GradScaler drops, the next step measures.
 
         Args:
-            v: the gradient that came in.
-            g: the reference.
-            off: the samples that are not at their equilibrium, shape (B,).
-            solution: the reference's solve.
-            space: its Krylov space.
+            found: the reference.
         """
         auto, step = self._auto, self._step or 0
         measured = self._log.measured
         if measured is not None and (self._step is None or measured == step):
             return  # by another call of this step
-        found = shared(self._numbers(v, g, off, solution, space), v[0].device)
-        if found.broken or not found.rows:
+        numbers = shared(found.numbers(auto.budget, self._runs), found.v[0].device)
+        if numbers.broken or not numbers.rows:
             return
-        rule = Rule(auto.cosine, auto.budget, not auto.strategies)
-        choice, wanting = rule.decide(found, self._log.last, step)
+        choice, wanting = auto.rule.decide(numbers, self._log.last, step)
         self._log.note(choice)
         if wanting:
             warn_once(
@@ -263,45 +237,6 @@ class _Measurement:
                 "dpp.report_choice(model) tells what acts when. Said once.",
                 ConvergenceWarning,
             )
-
-    def _numbers(
-        self,
-        v: Sequence[Tensor],
-        g: Sequence[Tensor],
-        off: Tensor,
-        solution: Solution,
-        space: KrylovSpace,
-    ) -> Numbers:
-        usable = space.usable
-        rows, off = int(usable.sum()), off.cpu()
-        broken = not all(bool(torch.isfinite(leaf).all()) for leaf in v)
-        good = (solution.residual <= POOR_REFERENCE) | solution.at_rounding
-        radii = torch.zeros(len(LAMS), dtype=torch.float64)
-        if not rows:
-            methods = described(self._auto.strategies) or built_in(self._auto.budget)
-            judged = Judged(methods, radii.new_zeros(len(methods), 3))
-        else:
-            radii = -low(-space.radii(LAMS))
-            judged = (
-                from_space(space, _REFERENCE.tol, self._auto.budget)
-                if self._runs is None
-                else self._runs(v, g, usable)
-            )
-        return Numbers(
-            judged,
-            rows,
-            settled=int((~off & usable).sum()),
-            supported=int((good.cpu() & usable).sum()),
-            radii=radii,
-            broken=broken,
-        )
-
-
-def _off(graph: Linearization, packing: Packing) -> Tensor:
-    """Return which samples are not at their equilibrium, shape (B,)."""
-    h, image = packing.pack(graph.inputs), packing.pack(graph.outputs)
-    with torch.no_grad():
-        return ~(relative_norm(image - h, image) <= SETTLED)
 
 
 @cache

@@ -136,6 +136,9 @@ class Runs:
         func: F.
         equilibrium: h*, detached.
         context: what they may know.
+
+    Attributes:
+        strategies: as they were given.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class Runs:
         equilibrium: State,
         context: Context,
     ) -> None:
-        self._strategies, self._func, self._equilibrium = strategies, func, equilibrium
+        self.strategies, self._func, self._equilibrium = strategies, func, equilibrium
         self._context = replace(
             context,
             step=context.current_step,
@@ -171,7 +174,7 @@ class Runs:
         packing = Packing(v, self._context.sample_dim)
         reference = packing.pack(g)[usable.to(packing.device)].double()
         numbers = []
-        for strategy in self._strategies:
+        for strategy in self.strategies:
             try:
                 own, counted = self._run(strategy, v)
                 rows = packing.pack(own)[usable.to(packing.device)].double()
@@ -185,7 +188,7 @@ class Runs:
                     f"{type(error).__name__}: {error}"
                 ) from error
             numbers.append(found)
-        return Judged(described(self._strategies), torch.tensor(numbers, dtype=torch.float64))
+        return Judged(described(self.strategies), torch.tensor(numbers, dtype=torch.float64))
 
     def _run(
         self, strategy: GradStrategy, v: Sequence[Tensor]

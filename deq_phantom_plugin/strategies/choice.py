@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ..contract.memory import Memory
-from .candidates import LAMS, Candidate, Judged
+from .candidates import LAMS, Candidate, Judged, Method
 
 DEFAULT_STEPS = 5
 """The k of `upg` where nothing can be judged and no budget is set: the supplement's own."""
 
 _DAMPED = 0.5  # its damping where no factor contracts: the supplement's own
-_SHARE = 0.9  # of the samples that have to be as a rule asks
+SHARE = 0.9
+"""Of the samples, which have to be as a rule asks."""
+
 # What is in force stays unless something is better by so much, or it is not good enough any more.
 _SURER = 1 / 3  # of the way from `cosine` to 1
 _CHEAPER = 0.9  # of the cost
@@ -28,6 +30,7 @@ _OUTSIDE = "no damping brings the radius below 1"
 _POOR = "the reference was not solved"
 _NONE = "no method has"
 _NOTED = "auto"
+_HEAD = 5  # numbers before the radii, see `Numbers.row`
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Numbers:
         judged: the methods.
         rows: the samples that it is of.
         settled: those that are at their equilibrium.
+        compared: those with a reference to compare with.
         supported: those whose reference is good enough to judge by.
         radii: of the map damped by each of `LAMS`, which at least 90 % of the samples are below.
         broken: whether a gradient that was not finite came in.
@@ -67,9 +71,16 @@ class Numbers:
     judged: Judged
     rows: int
     settled: int
+    compared: int
     supported: int
     radii: Tensor
     broken: bool
+
+    def row(self) -> Tensor:
+        """Return all numbers as one vector of float64."""
+        head = [self.rows, self.settled, self.compared, self.supported, self.broken]
+        parts = [torch.tensor(head, dtype=torch.float64), self.radii, self.judged.numbers.flatten()]
+        return torch.nan_to_num(torch.cat(parts), posinf=torch.finfo(torch.float64).max)
 
 
 @dataclass(frozen=True)
@@ -102,28 +113,33 @@ def shared(own: Numbers, device: torch.device) -> Shared:
         own: of this process.
         device: of the state, where processes exchange tensors.
     """
-    head = [own.rows, own.settled, own.supported, own.broken]
-    flat = torch.cat(
-        [torch.tensor(head, dtype=torch.float64), own.radii, own.judged.numbers.flatten()]
-    )
-    table = _gathered(torch.nan_to_num(flat, posinf=torch.finfo(torch.float64).max), device)
-    rows = table[:, 0]
-    weights = rows / rows.sum().clamp(min=1)
-    mean, most = weights @ table, table.amax(dim=0)
-    at = len(head) + len(LAMS)
-    cosines, evaluations, products = (
-        x[at:].view(-1, 3)[:, i].tolist() for i, x in enumerate((mean, most, most))
-    )
-    judged = zip(own.judged.methods, cosines, evaluations, products, strict=True)
-    total = max(float(rows.sum()), 1.0)
+    return together(own.judged.methods, _gathered(own.row(), device))
+
+
+def together(methods: Sequence[Method], table: Tensor) -> Shared:
+    """Put measurements of the same methods together, weighted by their samples.
+
+    Args:
+        methods: what was judged.
+        table: a row of each measurement, see `Numbers.row`.
+    """
+    rows, settled, compared, supported, broken = table[:, :_HEAD].T
+    at = _HEAD + len(LAMS)
+    most = table[:, at:].amax(dim=0).view(-1, 3)
+    cosines = (_weights(compared) @ table[:, at:]).view(-1, 3)[:, 0]
+    judged = zip(methods, cosines.tolist(), most[:, 1].tolist(), most[:, 2].tolist(), strict=True)
     return Shared(
         [Candidate(m.spec, m.unrolls, c, e, p) for m, c, e, p in judged],
         int(rows.sum()),
-        float(table[:, 1].sum()) / total,
-        float(table[:, 2].sum()) / total,
-        mean[len(head) : at].tolist(),
-        bool(most[3]),
+        float(settled.sum() / rows.sum().clamp(min=1)),
+        float(supported.sum() / compared.sum().clamp(min=1)),
+        (_weights(rows) @ table[:, _HEAD:at]).tolist(),
+        bool(broken.any()),
     )
+
+
+def _weights(samples: Tensor) -> Tensor:
+    return samples / samples.sum().clamp(min=1)
 
 
 def _gathered(numbers: Tensor, device: torch.device) -> Tensor:
@@ -162,7 +178,7 @@ class Rule:
         """
         trouble = self._trouble(found, last)
         candidates = [c for c in found.candidates if c.unrolls or not trouble]
-        judged = found.supported >= _SHARE and not trouble.startswith(_OFF)
+        judged = found.supported >= SHARE and not trouble.startswith(_OFF)
         chosen = self._chosen(candidates, last) if judged else None
         if chosen is not None:
             reason = self._reason(chosen, last)
@@ -178,7 +194,7 @@ class Rule:
     def _trouble(self, found: Shared, last: Choice | None) -> str:
         """Return why only methods that go on from the state are right here, or nothing."""
         before = "" if last is None else last.why
-        share = (1 + _SHARE) / 2 if before.startswith(_OFF) else _SHARE
+        share = (1 + SHARE) / 2 if before.startswith(_OFF) else SHARE
         if found.settled < share:
             return f"{_OFF} in {1 - found.settled:.0%} of the samples"
         radius = min(found.radii)
@@ -266,7 +282,13 @@ class Log:
     @property
     def last(self) -> Choice | None:
         """The choice that is in force, None before the first."""
-        return None if self.measured is None else choices(self._memory)[-1]
+        return None if self.measured is None else Choice(**self._kept["choices"][-1])
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it is one for states that are not at their equilibrium."""
+        last = self.last
+        return last is not None and last.why.startswith(_OFF)
 
     def note(self, choice: Choice) -> None:
         """Keep a choice; of those in a row that are the same, the first and the last."""

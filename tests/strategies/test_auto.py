@@ -399,6 +399,19 @@ def test_away_from_the_equilibrium_it_unrolls(budget):
     torch.testing.assert_close(model.at(1, state=far), model.gradient(model.chosen.spec, far))
 
 
+def test_away_from_the_equilibrium_it_looks_ten_times_as_often_for_ten_products():
+    model, products = Linear(SPECTRA["0.99"], "auto(every=100)"), []
+    far = model.solved(model.inject.detach()) + 50
+    with pytest.warns(dpp.ConvergenceWarning, match="not at its equilibrium"):
+        for step in range(25):
+            model.products = 0
+            model.at(step, state=far if step < 15 else None)
+            products.append(model.products)
+    assert products[0] == products[10] == 12  # one tells the residual, one is the parameters'
+    assert model.memory.histories["auto"]["measured"] == 20
+    assert model.chosen.cosine >= 0.95
+
+
 def test_samples_that_are_off_get_one_step_and_the_others_the_reference():
     model = Linear(spectrum([0.5, 0.2, -0.4], samples=20))
     state = model.solved(model.inject.detach())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...contract.strategy import GradStrategy
 from ...strategies import IFT, Exact
-from ...strategies.auto import POOR_REFERENCE
+from ...strategies.measurement import POOR_REFERENCE
 from .problem import Gradient, Problem
 
 _DENSE_COLUMNS = 1024  # elements of a sample up to which the reference is dense
