@@ -18,7 +18,7 @@ from .contract.errors import AssumptionWarning, ConvergenceError, ConvergenceWar
 from .contract.memory import Memory
 from .contract.state import State
 from .contract.strategy import BackwardStats, Context, GradStrategy
-from .diagnostics import gradient_report, model_report, monitor
+from .diagnostics import gradient_report, model_report, monitor, report_choice
 from .equilibrium import Equilibrium
 from .hosts import disable, enable, enabled, register_host
 from .jacobian import jacobian_reg, spectral_radius
@@ -33,6 +33,7 @@ from .strategies import (
     SHINE,
     TBPTT,
     UPG,
+    Auto,
     Exact,
     Guard,
     Ramp,
@@ -54,6 +55,7 @@ __all__ = [
     "TBPTT",
     "UPG",
     "AssumptionWarning",
+    "Auto",
     "BackwardStats",
     "Context",
     "ConvergenceError",
@@ -85,6 +87,7 @@ __all__ = [
     "monitor",
     "register_host",
     "register_strategy",
+    "report_choice",
     "set_grad",
     "set_step",
     "spectral_radius",

@@ -10,17 +10,20 @@ from .broyden import broyden
 from .clip import Clip
 from .fixed_point import fixed_point
 from .implicit import VJP, implicit
+from .krylov import KrylovSpace
 from .linearization import Linearization, inside_checkpoint, mixes_samples
 from .packing import Packing, batch_size, relative_norm, wide_dtype
 from .progress import Apply, Solution
 from .pushforward import Pushforward
-from .system import SOLVERS, check_solver, solve
+from .system import SOLVERS, AdjointSolver, check_solver, solve
 
 __all__ = [
     "SOLVERS",
     "VJP",
+    "AdjointSolver",
     "Apply",
     "Clip",
+    "KrylovSpace",
     "Linearization",
     "Packing",
     "Pushforward",

@@ -56,7 +56,7 @@ def _cycle(
     """
     if length < 1:  # of a state without numbers
         return torch.zeros_like(residual)
-    basis, late = _Basis(residual, length), LateRead(residual.device, as_array)
+    basis, late = Basis(residual, length), LateRead(residual.device, as_array)
     problem = _LeastSquares(progress, length, running)
     norm = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
     tiny = torch.finfo(residual.dtype).tiny
@@ -177,7 +177,7 @@ class _LeastSquares:
         return weights.squeeze(2).to(like.device, like.dtype, non_blocking=True)
 
 
-class _Basis:
+class Basis:
     """Orthonormal vectors of each sample, in blocks that are made as they are needed.
 
     Products with them are of row vectors from the left, which is several times faster than with
@@ -238,7 +238,7 @@ class _Basis:
 
 
 def _orthogonalise(
-    vector: Tensor, basis: _Basis, tol: float, running: NDArray[Any]
+    vector: Tensor, basis: Basis, tol: float, running: NDArray[Any]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Take from a vector its part in a basis.
 

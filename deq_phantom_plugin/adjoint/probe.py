@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,3 +33,31 @@ def with_probe(
         )
 
     return probed, probes
+
+
+class CountedPasses:
+    """F, with its evaluations and the backward passes through it counted.
+
+    Args:
+        func: F.
+
+    Attributes:
+        n_evaluations: calls of F.
+        n_vjp: backward passes through it, the one that reaches the parameters included.
+    """
+
+    def __init__(self, func: Callable[[State], State]) -> None:
+        self._func = func
+        self.n_evaluations = self.n_vjp = 0
+
+    def __call__(self, state: State) -> State:
+        """Evaluate F."""
+        self.n_evaluations += 1
+        result = self._func(state)
+        outputs = [x for x in flatten(result)[0] if isinstance(x, Tensor) and x.requires_grad]
+        if outputs:
+            torch.autograd.graph.register_multi_grad_hook(outputs, self._count, mode="any")
+        return result
+
+    def _count(self, grad: Any) -> None:
+        self.n_vjp += 1

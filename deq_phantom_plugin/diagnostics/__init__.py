@@ -1,5 +1,6 @@
 """Whether a gradient is right: reports on a user's own model, and the theorems' conditions."""
 
+from .choices import ChoiceRecord, ChoiceReport, report_choice
 from .measure.ascent import (
     AscentCondition,
     MeasuredInnerProduct,
@@ -12,6 +13,8 @@ from .report import GradientReport, StrategyResult, gradient_report
 
 __all__ = [
     "AscentCondition",
+    "ChoiceRecord",
+    "ChoiceReport",
     "GradientReport",
     "MeasuredInnerProduct",
     "ModelReport",
@@ -22,4 +25,5 @@ __all__ = [
     "measured_inner_product",
     "model_report",
     "monitor",
+    "report_choice",
 ]

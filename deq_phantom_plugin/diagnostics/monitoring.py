@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from .._plumbing.once import muted
 from .._plumbing.trial import Trial
 from ..contract.errors import AssumptionWarning, ConvergenceWarning
+from ..contract.memory import Memory
 from ..contract.state import flatten
 from ..hosts import find_equilibria, what_is_found
 from ..hosts.solve import Solve
 from ..strategies.arguments import positive_int
+from ..strategies.choice import choices
 from ..switch import failures
 from .measure.equilibria import named_equilibria
 from .measure.health import health
@@ -45,6 +47,8 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
       whole, of the gradients of what F captures: those go through compiled code once, in training;
     - `forward_failures`, `adjoint_failures`: samples in which solves have failed so far, as `guard`
       counted them, once there is one;
+    - `chosen_cosine`, `chosen_cost`: of what `auto` had chosen, as `dpp.report_choice` tells it,
+      from the first log after its first measurement;
     - `clipped`: products that `clip` of `npg` or `ift` has shortened in this backward pass, each
       counted once a sample, from the first log in which there is one.
 
@@ -166,6 +170,7 @@ class _Watch:
         counts = failures(self.module)
         if any(counts.values()):
             numbers |= {f"{kind}_failures": float(n) for kind, n in counts.items()}
+        numbers |= _chosen(self.module, solve.index)
         finite = {f"{name}/{key}": x for key, x in numbers.items() if x == x}
         self.write(finite, step)
 
@@ -181,6 +186,21 @@ class _Watch:
                 stacklevel=2,
             )
         return short
+
+
+def _chosen(module: nn.Module, index: int) -> dict[str, float]:
+    """Return the numbers of what `auto` chose last for an equilibrium; none if it did not choose.
+
+    Args:
+        module: the equilibrium.
+        index: which of those that it finds in one forward pass; each may have its own memory.
+    """
+    memories = [m for m in module.modules() if isinstance(m, Memory)]
+    found = choices(memories[min(index, len(memories) - 1)]) if memories else []
+    if not found:
+        return {}
+    known = {"chosen_cosine": found[-1].cosine, "chosen_cost": found[-1].cost}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def _once(measure: Callable[[Any], None]) -> Callable[[Any], None]:

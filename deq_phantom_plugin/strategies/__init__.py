@@ -3,6 +3,7 @@
 from torch.serialization import add_safe_globals
 
 from ..contract.failure import FailurePolicy
+from .auto import Auto
 from .bptt import BPTT
 from .depth import Depth
 from .exact import Exact
@@ -27,6 +28,7 @@ __all__ = [
     "SHINE",
     "TBPTT",
     "UPG",
+    "Auto",
     "Exact",
     "Guard",
     "Ramp",

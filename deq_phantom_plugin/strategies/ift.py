@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from .._plumbing.once import warn_once
-from ..adjoint import VJP, Linearization, Solution, check_solver, fixed_point, implicit, solve
+from ..adjoint import (
+    VJP,
+    AdjointSolver,
+    Linearization,
+    Solution,
+    check_solver,
+    fixed_point,
+    implicit,
+    solve,
+)
 from ..contract.errors import ConvergenceWarning, NonFiniteError
 from ..contract.memory import Memory
 from ..contract.state import State
@@ -96,25 +105,40 @@ class IFT(GradStrategy):
         rescue = Rescue(func, equilibrium, context) if context.on_failure else None
 
         def adjoint(vjp: VJP, v: list[Tensor]) -> list[Tensor]:
-            g, stats = self._solved(vjp, v, batch_dim, memory, rescue)
+            g, solution = self.solved(vjp, v, batch_dim, memory, rescue)
             if monitor is not None:
-                monitor(stats)
+                monitor(stats_of(self, solution))
             return g
 
         if self.higher_order:
-            inner = lambda vjp, v: self._solved(vjp, v, batch_dim)[0]  # noqa: E731
+            inner = lambda vjp, v: self.solved(vjp, v, batch_dim)[0]  # noqa: E731
             return implicit(func, equilibrium, adjoint, inner, self)
         graph = Linearization(func, equilibrium, self)
         return graph.attach(graph.outputs, lambda v: adjoint(graph.vjp, v))
 
-    def _solved(
+    def solved(
         self,
         vjp: VJP,
         v: list[Tensor],
         batch_dim: int | None,
         memory: Memory | None = None,
         rescue: Rescue | None = None,
-    ) -> tuple[list[Tensor], BackwardStats]:
+        solver: AdjointSolver | None = None,
+    ) -> tuple[list[Tensor], Solution]:
+        """Return g and what else the solve found; warns, or lets a rescue act, where it failed.
+
+        Args:
+            vjp: J^T.
+            v: the leaves of the gradient that came in.
+            batch_dim: see `Context.batch_dim`.
+            memory: of the equilibrium, which keeps a warm start and hears of doubts.
+            rescue: acts where the solve failed.
+            solver: takes the place of the one that is named.
+
+        Raises:
+            NonFiniteError: if the solve makes a NaN or an infinity.
+        """
+        named = self.solver if self.clip is None else partial(fixed_point, clip=self.clip)
         kept = memory if self.warm_start else None
         # The solve relies on what was found of samples: where it fails, that is asked again.
         doubted = memory if batch_dim is not None else None
@@ -122,7 +146,7 @@ class IFT(GradStrategy):
             g, solution = solve(
                 vjp,
                 v,
-                solver=self.solver if self.clip is None else partial(fixed_point, clip=self.clip),
+                solver=named if solver is None else solver,
                 tol=self.tol,
                 max_vjp=self.max_iter,
                 batch_dim=batch_dim,
@@ -145,10 +169,7 @@ class IFT(GradStrategy):
         if kept is not None:
             for name, leaf in zip(_names(g), g, strict=True):
                 kept.keep(name, leaf)
-        stats = BackwardStats(
-            repr(self), solution.n_vjp, solution.residual, solution.trace, solution.n_clipped
-        )
-        return g, stats
+        return g, solution
 
     def _warn(self, solution: Solution) -> None:
         above = solution.residual > self.tol
@@ -184,6 +205,13 @@ class IFT(GradStrategy):
                 "a higher precision. This warning is given once.",
                 ConvergenceWarning,
             )
+
+
+def stats_of(strategy: GradStrategy, solution: Solution) -> BackwardStats:
+    """Return what a monitor is told of a solve."""
+    return BackwardStats(
+        repr(strategy), solution.n_vjp, solution.residual, solution.trace, solution.n_clipped
+    )
 
 
 def _names(leaves: list[Tensor]) -> list[str]:

@@ -564,6 +564,8 @@ def test_each_process_of_a_trainer_has_a_file_of_its_own(tmp_path):
 # --- strategies in files ------------------------------------------------------------------------
 
 SPECS = [
+    "auto(cosine=0.9, every=7, budget=4)",
+    "auto(methods=['jfb', 'npg(k=3)'])",
     "tbptt(k=2)",
     "bptt(steps=3)",
     "exact",

@@ -18,6 +18,7 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin.strategies import registry
 
 BUILT_IN = [
+    "auto",
     "bptt",
     "exact",
     "guard",
@@ -140,7 +141,7 @@ def test_a_callable_is_a_spec():
     [
         ("upq", "unknown strategy 'upq' .did you mean 'upg'.*'bptt', 'exact', 'guard', 'ift'"),
         ("UPG", "unknown strategy 'UPG'"),
-        ("nothing_like_it", "there are 'bptt'"),
+        ("nothing_like_it", "there are 'auto'"),
         ("upg(kk=3)", "upg has no argument 'kk' .did you mean 'k'.*it takes k:.*lam:"),
         ("upg(5, 0.5, False, 3)", "too many positional"),
         ("upg(3, k=4)", "multiple values"),

@@ -25,6 +25,10 @@ def suite(spec, exact=None, **claims):
     return type("Suite", (StrategySuite,), {"spec": spec, "exact": exact, **claims})
 
 
+# Of the implicit gradient, which it is in the steps that measure.
+WITHOUT_MEMORY = {"pytestmark": pytest.mark.filterwarnings("ignore:auto.* has no memory")}
+TestAuto = suite("auto", 1e-4, **WITHOUT_MEMORY, test_with_a_memory_that_is_saved=None)
+TestAutoOfMethods = suite("auto(methods=['ift', 'exact'])", 1e-4, **WITHOUT_MEMORY)
 TestBPTT = suite("bptt(steps=20)", 1e-6)
 TestExact = suite("exact", 1e-12)
 TestGuard = suite("guard('ift')", 1e-4)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..._plumbing.compilation import as_written
 from ...adjoint import Linearization, Packing, relative_norm
-from ...adjoint.probe import with_probe
+from ...adjoint.probe import CountedPasses, with_probe
 from ...attach import attach
 from ...contract.state import CheckedFunc, State, check_equilibrium, flatten, unflatten
 from ...contract.strategy import BackwardStats, Context, GradStrategy
@@ -258,32 +258,22 @@ def inner_product(v: Sequence[Tensor], state: State) -> Tensor:
     return torch.stack(total).sum()
 
 
-class _Counted:
-    """F, with its evaluations, the backward passes through it and clipped products counted."""
+class _Counted(CountedPasses):
+    """F, with clipped products counted too."""
 
     def __init__(
         self,
         func: Callable[[State], State],
         monitor: Callable[[BackwardStats], None] | None,
     ) -> None:
-        self._func, self._monitor = func, monitor
-        self.n_evaluations = self.n_vjp = self.n_clipped = 0
+        super().__init__(func)
+        self._monitor = monitor
+        self.n_clipped = 0
 
     def note(self, stats: BackwardStats) -> None:
         self.n_clipped += stats.n_clipped
         if self._monitor is not None:
             self._monitor(stats)
-
-    def __call__(self, state: State) -> State:
-        self.n_evaluations += 1
-        result = self._func(state)
-        outputs = [x for x in flatten(result)[0] if isinstance(x, Tensor) and x.requires_grad]
-        if outputs:
-            torch.autograd.graph.register_multi_grad_hook(outputs, self._count, mode="any")
-        return result
-
-    def _count(self, grad: Tensor) -> None:
-        self.n_vjp += 1
 
 
 def _residual(error: Sequence[Tensor], of: Sequence[Tensor]) -> float:

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ...contract.strategy import GradStrategy
 from ...strategies import IFT, Exact
+from ...strategies.measurement import POOR_REFERENCE
 from .problem import Gradient, Problem
-
-POOR_REFERENCE = 1e-3  # residual above which a reference is not called one
 
 _DENSE_COLUMNS = 1024  # elements of a sample up to which the reference is dense
 _REFERENCE_TOL, _REFERENCE_VJPS = 1e-8, 500

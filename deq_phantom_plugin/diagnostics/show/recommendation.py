@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ...inspection import REMEDY, in_words
-from ..measure.reference import POOR_REFERENCE
+from ...strategies.measurement import POOR_REFERENCE
 from ..measure.results import Measurement, StrategyResult
 
 _GOOD_COSINE = 0.99

@@ -1,0 +1,212 @@
+"""GMRES that keeps its space, from which series and looser solves are read off for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .gmres import Basis, gmres
+from .progress import Apply, Progress, Solution
+
+LENGTH = 50
+"""The most vectors of a space, as many as `gmres` keeps."""
+
+_MOST_RITZ = 32  # samples whose eigenvalues are looked at: a small dense problem each
+
+
+class KrylovSpace:
+    """An adjoint solver, see `SOLVERS`, that can be asked afterwards what other methods had found.
+
+    Let V be an orthonormal basis of v, J^T v, ..., (J^T)^(m-1) v, and H = V^T J^T V (Arnoldi 1951).
+    The sum of k <= m terms of a Neumann series is then V y with y from H alone, whatever the
+    damping, and so is each iterate of GMRES; eigenvalues of H are those of J as v sees them (Ritz
+    values). A sum of more terms is that of H in place of J^T, which is as good an approximation as
+    the solution in this space is.
+
+    Every sample stops on its own, so that it gets what it had got alone. Where the space leaves a
+    residual above the solve's tolerance `gmres` goes on.
+
+    Args:
+        aim: the residual to reach in the space, if that is less than the solve's tolerance.
+        length: the most vectors.
+        goes_on: whether anything does; a residual is told in any case.
+
+    Attributes:
+        usable: the samples that can be judged, whose v is neither zero nor, before it was dropped,
+            not finite, shape (B,); none where the state has no numbers.
+    """
+
+    def __init__(self, aim: float, length: int = LENGTH, goes_on: bool = True) -> None:
+        self._aim, self._length, self._goes_on = aim, length, goes_on
+        self.usable = torch.zeros(0, dtype=torch.bool, device="cpu")
+
+    def __call__(self, apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
+        """Solve (I - J^T) x = rhs; see `SOLVERS`."""
+        if rhs.numel() == 0:
+            return gmres(apply, rhs, tol, max_vjp)
+        progress = Progress(apply, rhs, tol, max_vjp)
+        self._size = torch.linalg.vector_norm(rhs, dim=1).cpu().double()
+        self.usable = self._size > 0
+        length = min(self._length, max_vjp - 1, rhs.shape[1])
+        basis = Basis(rhs, length)
+        aim = min(self._aim, tol)
+        self._build(progress, basis, aim, length)
+        self._factorise()
+        x = basis.combination(self._iterate(aim).to(rhs))
+        rest = rhs - x + progress.apply(x)
+        norm = torch.linalg.vector_norm(rest, dim=1)
+        solved, at_rounding = bool((norm <= tol).all()), torch.zeros_like(norm, dtype=torch.bool)
+        solution = Solution(x, norm, progress.n_vjp, norm[:, None], solved, at_rounding)
+        if self._goes_on and not solution.converged and progress.remaining > 2:
+            solution = self._continued(apply, progress, solution, rest, tol)
+        self._place(basis, solution.x)
+        return solution
+
+    def _build(self, progress: Progress, basis: Basis, tol: float, length: int) -> None:
+        """Take products until every sample is solved in the space."""
+        rhs, size = progress.rhs, self._size
+        tiny, eps = torch.finfo(rhs.dtype).tiny, torch.finfo(rhs.dtype).eps
+        norm = torch.linalg.vector_norm(rhs, dim=1, keepdim=True)
+        last = basis.append(rhs, norm.clamp(min=tiny), None)
+        hessenberg = size.new_zeros(len(size), length + 1, length)
+        # u^T (I - H) = 0 with u_0 = 1, and 1 / |u| is the least residual, see `gmres`.
+        u = torch.zeros_like(hessenberg[:, :, 0])
+        u[:, 0] = 1
+        running = self.usable.clone()
+        for j in range(length):
+            vector = progress.apply(last).clone()
+            before = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+            first, second = (torch.cat(basis.subtract_projection(vector), 1) for _ in range(2))
+            below = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+            # What rounding leaves of an invariant space is no direction.
+            below = torch.where(below > 10 * eps * before, below, 0)
+            column = torch.cat([first + second, below], dim=1).cpu().double()
+            progress.check_finite((~column.isfinite().all(dim=1) & self.usable).tolist())
+            hessenberg[:, : j + 2, j] = column
+            column[:, j] -= 1  # of H - I, which has no need of the sign
+            u[:, j + 1] = -(u[:, : j + 1] * column[:, : j + 1]).sum(1) / column[:, j + 1]
+            reached = size / torch.linalg.vector_norm(u[:, : j + 2], dim=1)
+            running &= (column[:, j + 1] > 0) & ~(reached <= tol)
+            u[~running] = 0  # nobody asks any more, and it may overflow
+            self._hessenberg = hessenberg[:, : j + 2, : j + 1]
+            if j + 1 == length or progress.remaining < 2 or not bool(running.any()):
+                return
+            last = basis.append(vector, below.clamp(min=tiny), below == 0)
+
+    def _factorise(self) -> None:
+        """Factorise I - H once for all iterates."""
+        rows, columns = self._hessenberg.shape[1:]
+        system = torch.eye(rows, columns, dtype=torch.float64, device="cpu") - self._hessenberg
+        self._q, self._r = torch.linalg.qr(system)
+        self._right = self._q[:, 0]  # of each column, for a v of norm one
+        rest = 1 - self._right.square().cumsum(1)
+        self._residual = self._size[:, None] * rest.clamp(min=0).sqrt()
+
+    def steps_to(self, tol: float) -> Tensor:
+        """Return the vectors after which GMRES is at a residual, shape (B,).
+
+        One more than there are where it does not get there in the space.
+
+        Args:
+            tol: the residual.
+        """
+        above: Tensor = (self._residual > tol).sum(1)
+        return 1 + above
+
+    def _iterate(self, tol: float) -> Tensor:
+        """Return the coordinates of GMRES's iterate at a tolerance, or the last, shape (B, m)."""
+        columns = torch.arange(self._right.shape[1], device="cpu")
+        right = torch.where(columns < self.steps_to(tol)[:, None], self._right, 0)
+        y: Tensor = torch.linalg.solve_triangular(self._r, right[:, :, None], upper=True)
+        # Where I - H is singular there is nothing better than v.
+        broken = ~y.isfinite().all(dim=1)
+        alone = torch.zeros_like(right)
+        alone[:, 0] = 1
+        iterate: Tensor = self._size[:, None] * torch.where(broken, alone, y.squeeze(2))
+        return iterate
+
+    @staticmethod
+    def _continued(
+        apply: Apply, progress: Progress, found: Solution, rest: Tensor, tol: float
+    ) -> Solution:
+        """Solve for what is missing in the samples that are not solved."""
+        done = found.residual <= tol
+        more = gmres(apply, rest.masked_fill(done[:, None], 0), tol, progress.remaining)
+        residual = torch.where(done, found.residual + more.residual, more.residual)
+        return replace(
+            more,
+            x=found.x + more.x,
+            residual=residual,
+            n_vjp=found.n_vjp + more.n_vjp,
+            trace=torch.where(done[:, None], found.residual[:, None], more.trace),
+            converged=bool((residual <= tol).all()),
+        )
+
+    # --- what can be asked afterwards -------------------------------------------------------------
+
+    def _place(self, basis: Basis, x: Tensor) -> None:
+        """Keep where the solution lies: its part in the space, and its norm."""
+        self._solution_norm = torch.linalg.vector_norm(x, dim=1).cpu().double()
+        self._solution = torch.cat(basis.subtract_projection(x.clone()), dim=1).cpu().double()
+
+    def series_cosines(self, lams: Sequence[float], terms: int) -> Tensor:
+        """Return the cosines to the solution of damped Neumann series, shape (lams, terms, usable).
+
+        Entry k - 1 is that of k terms.
+
+        Args:
+            lams: the damping factors.
+            terms: the most terms.
+        """
+        square = self._hessenberg[:, : self._hessenberg.shape[2]]
+        factors = torch.tensor(lams, dtype=torch.float64, device="cpu")[:, None, None]
+        start = torch.zeros_like(self._solution)
+        start[:, 0] = 1
+        y, found = start.expand(len(lams), *start.shape), []
+        for _ in range(terms):
+            found.append(self._cosine(y))
+            image = torch.einsum("bij,lbj->lbi", square, y)
+            y = start + (1 - factors) * y + factors * image
+        return torch.stack(found, dim=1)
+
+    def iterate_cosines(self, tols: Sequence[float]) -> Tensor:
+        """Return the cosines of GMRES's iterates at tolerances, shape (tols, usable).
+
+        NaN where a sample does not get there in the space.
+        """
+        found = []
+        for tol in tols:
+            there = (self.steps_to(tol) <= self._right.shape[1])[self.usable]
+            found.append(torch.where(there, self._cosine(self._iterate(tol)), torch.nan))
+        return torch.stack(found)
+
+    def radii(self, lams: Sequence[float]) -> Tensor:
+        """Return radii of damped maps, shape (lams, samples), of up to 32 of the usable samples.
+
+        Of each Ritz value that counts of which J has an eigenvalue at most so far away as its
+        residual says (were J normal), which is taken off: a radius of 1 or more is not one by
+        chance.
+
+        Args:
+            lams: the damping factors.
+        """
+        at = torch.nonzero(self.usable).flatten()
+        at = at[:: -(-len(at) // _MOST_RITZ) or 1] if len(at) else at
+        size = self._hessenberg.shape[2]
+        matrix, below = self._hessenberg[at, :size], self._hessenberg[at, size, size - 1]
+        values, vectors = torch.linalg.eig(matrix)
+        residual = below[:, None] * vectors[:, -1].abs() / torch.linalg.vector_norm(vectors, dim=1)
+        found = []
+        for lam in lams:
+            damped = (lam * values + 1 - lam).abs() - lam * residual
+            found.append(damped.amax(dim=1))
+        return torch.stack(found)
+
+    def _cosine(self, y: Tensor) -> Tensor:
+        """Return the cosines of V y to the solution, shape (..., usable)."""
+        length = torch.linalg.vector_norm(y, dim=-1) * self._solution_norm
+        cosine: Tensor = (y * self._solution).sum(-1) / length
+        return cosine[..., self.usable]

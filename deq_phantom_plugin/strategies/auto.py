@@ -1,0 +1,297 @@
+"""Auto: the cheapest strategy whose gradient is good enough, found while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+
+from .._plumbing.compilation import never_compiled
+from .._plumbing.once import warn_once
+from .._plumbing.trial import Trial
+from ..adjoint import Linearization
+from ..contract.errors import ConvergenceWarning
+from ..contract.state import State
+from ..contract.strategy import Context, GradStrategy
+from .arguments import positive_int
+from .candidates import Runs
+from .choice import Log, Rule, shared
+from .ift import IFT, stats_of
+from .measurement import Reference, reference
+from .registry import Spec, get_strategy, register_strategy
+from .rescue import Rescue
+from .told import not_resolved
+
+_SOONER = 10  # times as often it looks where the state is not at its equilibrium
+
+
+@register_strategy("auto")
+@dataclass(frozen=True, repr=False)
+class Auto(GradStrategy):
+    """The cheapest strategy whose gradient is good enough, measured anew every `every` steps.
+
+    At the first step and every `every` steps the backward pass takes the gradient v that came in
+    and solves (I - J^T) g = v by GMRES to 1e-4, or to 1e-3 where that takes more than 50 products:
+    that step's gradient, and the reference. Its Krylov space holds what `npg` and `upg` of up to 50
+    terms with lam 1.0, 0.9, ... 0.1 and looser solves would have got, so that all of them are
+    judged without another product. Of those whose g has a cosine of at least `cosine` to the
+    reference's in at least 90 % of the samples the cheapest acts from the next step on; where there
+    is none `ift`, which is said once. What acts goes on until it falls below `cosine`, or one that
+    costs at most 0.9 as much is above it by a third of what is missing to 1: at a border nothing
+    flutters.
+
+    Costs are counted: an evaluation of F as one, a backward pass through it as two. So `npg` is
+    taken rather than `upg`, which is the same at an equilibrium (eq. A-14) for k - 1 evaluations
+    more.
+
+    A state is at its equilibrium if ||F(h) - h|| <= 0.1 ||F(h)||, as for `guard`: the error of
+    implicit differentiation elsewhere grows in proportion to the distance (Blondel et al. 2022,
+    "Efficient and Modular Implicit Differentiation", Theorem 1), and a recursive model whose states
+    are far from it learned nothing by a Neumann series where unrolling trained (TRM, 4x4 Sudoku).
+    Where more than 10 % of the samples are not, `upg` acts, with k = `budget`, else 5, and the
+    least damping for which its steps contract. Whether that has changed is looked at ten times as
+    often, for ten products; the gradient of such a step is v itself, that of one step. Where no
+    damping brings the radius of lam J + (1 - lam) I below 1, steps lead away from the equilibrium:
+    `upg` too, the cheapest that is good enough if there is one.
+
+    The step is told by `dpp.set_step(model, step)`; what was chosen, when and why is kept in the
+    equilibrium's memory (`dpp.memory_state_dict`) and told by `dpp.report_choice(model)`. Several
+    calls in one step measure once; all of them have the reference's gradient in that step. Several
+    processes decide on numbers that they exchange once a measurement, in the default group, and
+    must all measure: load a memory in all of them or in none. Without a memory nothing could be
+    kept, and the gradient is the reference's each time.
+
+    Args:
+        cosine: in (0, 1], what 90 % of the samples are to reach.
+        every: steps from one measurement to the next.
+        methods: specs of strategies to choose among in place of these, also your own. Each is run
+            in the measuring step, with the same v. None of them may own its solve or change with
+            the step.
+        budget: the most products, backward passes through F with the one to the parameters: then
+            the strategy of the highest cosine within it is taken, whatever `cosine` is.
+
+    Raises:
+        ValueError: if an argument is out of range, or a method unknown or not one for this.
+        RuntimeError: in `attach`, inside a transform of `torch.func`; in backward, if one of
+            `methods` fails.
+    """
+
+    cosine: float = 0.95
+    every: int = 200
+    methods: Sequence[Spec] | None = None
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cosine", _cosine(self.cosine))
+        object.__setattr__(self, "every", positive_int("every", self.every))
+        if self.budget is not None:
+            object.__setattr__(self, "budget", positive_int("budget", self.budget))
+        if self.methods is not None:
+            object.__setattr__(self, "methods", _methods(self.methods))
+
+    @never_compiled  # or for each step anew
+    def resolve(self, context: Context) -> GradStrategy:
+        """Return what measures in this step, or the strategy that was chosen."""
+        memory, step = context.memory, context.current_step
+        if memory is None:
+            if not Trial.depth():
+                _say_without_memory(self)
+            return Measuring(self)
+        if step is None and not Trial.depth():
+            _say_untold(self)
+        log = Log(memory, repr(self))
+        if memory.training and self._is_due(log, step):
+            return Measuring(self)
+        last = log.last
+        return IFT() if last is None else self._named(last.spec).resolve(context)
+
+    def _is_due(self, log: Log, step: int | None) -> bool:
+        """Whether a step measures, has measured, or is not after the last measurement."""
+        measured = log.measured
+        if measured is None:
+            return True
+        every = max(1, self.every // _SOONER) if log.is_off else self.every
+        return step is not None and not measured < step < measured + every
+
+    @property
+    def rule(self) -> Rule:
+        """By which it chooses."""
+        return Rule(self.cosine, self.budget, not self.strategies)
+
+    def _named(self, spec: str) -> GradStrategy:
+        """Return the strategy of a spec that was chosen."""
+        for strategy in self.strategies:
+            if repr(strategy) == spec:
+                return strategy
+        return _strategy(spec)
+
+    @property
+    def strategies(self) -> Sequence[GradStrategy]:
+        """`methods`; none where they are the built-in ones."""
+        return [m for m in self.methods or () if isinstance(m, GradStrategy)]
+
+    @property
+    def wants_inverse_jacobian(self) -> bool:
+        """Whether one of `methods` does."""
+        return any(strategy.wants_inverse_jacobian for strategy in self.strategies)
+
+    @property
+    def steps_ahead(self) -> int:
+        """Not known before the step is.
+
+        Raises:
+            ValueError: always.
+        """
+        raise not_resolved(self)
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        return self.resolve(context).attach(func, equilibrium, context)
+
+    def __repr__(self) -> str:
+        methods = f", methods={list(map(repr, self.strategies))!r}" if self.methods else ""
+        budget = "" if self.budget is None else f", budget={self.budget}"
+        return f"{self.name}(cosine={self.cosine!r}, every={self.every!r}{methods}{budget})"
+
+
+@dataclass(frozen=True, repr=False)
+class Measuring(GradStrategy):
+    """What `auto` does in a step that measures: the implicit gradient, from which it chooses.
+
+    The value is F(h*), as that of `ift`.
+
+    Attributes:
+        auto: whose step it is.
+    """
+
+    auto: Auto
+
+    @property
+    def wants_inverse_jacobian(self) -> bool:
+        """See `Auto`."""
+        return self.auto.wants_inverse_jacobian
+
+    def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
+        """See `GradStrategy.attach`."""
+        graph = Linearization(func, equilibrium, self.auto)
+        rescue = Rescue(func, equilibrium, context) if context.on_failure else None
+        memory, monitor, batch_dim = context.memory, context.monitor, context.sample_dim
+        measure: _Measurement | None = None
+        if memory is not None and memory.training and not Trial.depth():
+            runs = None
+            if self.auto.strategies:
+                runs = Runs(self.auto.strategies, func, equilibrium, context)
+            step = context.current_step
+            measure = _Measurement(self.auto, Log(memory, repr(self.auto)), step, runs)
+
+        def adjoint(v: list[Tensor]) -> list[Tensor]:
+            found = reference(graph, v, batch_dim, memory, rescue)
+            if monitor is not None:
+                monitor(stats_of(self.auto, found.solution))
+            if measure is not None and not Trial.depth():
+                measure(found)
+            return found.g
+
+        return graph.attach(graph.outputs, adjoint)
+
+    def __repr__(self) -> str:
+        return repr(self.auto)
+
+
+class _Measurement:
+    """Chooses in a backward pass, once a step.
+
+    Args:
+        auto: the strategy.
+        log: where it notes what it chose.
+        step: the training step.
+        runs: of the user's methods; None if there are none.
+    """
+
+    def __init__(self, auto: Auto, log: Log, step: int | None, runs: Runs | None) -> None:
+        self._auto, self._log, self._step, self._runs = auto, log, step, runs
+
+    def __call__(self, found: Reference) -> None:
+        """Measure, and note what acts from the next step on.
+
+        Where an infinity came in, as in a step that GradScaler drops, the next step measures.
+
+        Args:
+            found: the reference.
+        """
+        auto, step = self._auto, self._step or 0
+        measured = self._log.measured
+        if measured is not None and (self._step is None or measured == step):
+            return  # by another call of this step
+        numbers = shared(found.numbers(auto.budget, self._runs), found.v[0].device)
+        if numbers.broken or not numbers.rows:
+            return
+        choice, wanting = auto.rule.decide(numbers, self._log.last, step)
+        self._log.note(choice)
+        if wanting:
+            warn_once(
+                "auto",
+                f"{auto!r}, step {step}: {choice.why}; {choice.spec} acts. "
+                "dpp.report_choice(model) tells what acts when. Said once.",
+                ConvergenceWarning,
+            )
+
+
+@cache
+def _strategy(spec: str) -> GradStrategy:
+    return get_strategy(spec, {})
+
+
+def _cosine(value: object) -> float:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+    if not 0 < number <= 1:
+        raise ValueError(f"cosine={value!r}; expected a number in (0, 1]")
+    return float(number)
+
+
+def _methods(specs: object) -> tuple[GradStrategy, ...]:
+    """Return the strategies of a user's list.
+
+    Raises:
+        ValueError: if it is none, or one of them is unknown, owns its solve, or changes with the
+            step.
+    """
+    expected = "expected a list of specs such as ['jfb', 'npg(k=5)', 'ift']"
+    if isinstance(specs, str) or not isinstance(specs, Sequence) or not specs:
+        raise ValueError(f"methods={specs!r:.60}; {expected}")
+    found = tuple(get_strategy(spec) for spec in specs)
+    for strategy in found:
+        if strategy.owns_solve:
+            raise ValueError(
+                f"methods: {strategy!r} owns its solve, so that its gradient is of another state; "
+                "expected methods that begin at an equilibrium, such as upg, npg, jfb or ift"
+            )
+        try:
+            strategy.steps_ahead  # noqa: B018
+        except ValueError as error:
+            raise ValueError(
+                f"methods: {strategy!r} is another strategy by the step, or draws, so that what "
+                f"was measured is not what acts; expected ones that stay the same ({error})"
+            ) from None
+    return found
+
+
+def _say_without_memory(auto: Auto) -> None:
+    warn_once(
+        "auto without memory",
+        f"{auto!r} has no memory to keep a choice in, and gives the implicit gradient each time, "
+        "at its full price. Put a dpp.Memory into the context; hosts and dpp.Equilibrium have one. "
+        "Said once.",
+        ConvergenceWarning,
+    )
+
+
+def _say_untold(auto: Auto) -> None:
+    warn_once(
+        "auto without step",
+        f"{auto!r} was not told the training step, so it measures once and never again; call "
+        "dpp.set_step(model, step) in the training loop. Said once.",
+        ConvergenceWarning,
+    )

@@ -1,0 +1,304 @@
+"""What `auto` decides on numbers that all processes share, and what it remembers of that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract.memory import Memory
+from .candidates import LAMS, Candidate, Judged, Method
+
+DEFAULT_STEPS = 5
+"""The k of `upg` where nothing can be judged and no budget is set: the supplement's own."""
+
+_DAMPED = 0.5  # its damping where no factor contracts: the supplement's own
+SHARE = 0.9
+"""Of the samples, which have to be as a rule asks."""
+
+# What is in force stays unless something is better by so much, or it is not good enough any more.
+_SURER = 1 / 3  # of the way from `cosine` to 1
+_CHEAPER = 0.9  # of the cost
+_BETTER = 0.8  # of what is missing to a cosine of 1
+_LEFT = 0.98  # the radius below which that is no trouble any more
+
+_OFF = "not at its equilibrium"
+_OUTSIDE = "no damping brings the radius below 1"
+_POOR = "the reference was not solved"
+_NONE = "no method has"
+_NOTED = "auto"
+_HEAD = 5  # numbers before the radii, see `Numbers.row`
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen at a training step, and why.
+
+    Attributes:
+        step: the training step of the measurement; the choice holds from the next one on.
+        spec: of the strategy.
+        cosine: of its g to the reference's, which at least 90 % of the samples reach; None where
+            there was no reference to compare with.
+        cost: evaluations of F that it counts as beside the solve, a backward pass as two; None
+            where it was not measured.
+        why: in words.
+    """
+
+    step: int
+    spec: str
+    cosine: float | None
+    cost: float | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What one process has measured.
+
+    Attributes:
+        judged: the methods.
+        rows: the samples that it is of.
+        settled: those that are at their equilibrium.
+        compared: those with a reference to compare with.
+        supported: those whose reference is good enough to judge by.
+        radii: of the map damped by each of `LAMS`, which at least 90 % of the samples are below.
+        broken: whether a gradient that was not finite came in.
+    """
+
+    judged: Judged
+    rows: int
+    settled: int
+    compared: int
+    supported: int
+    radii: Tensor
+    broken: bool
+
+    def row(self) -> Tensor:
+        """Return all numbers as one vector of float64."""
+        head = [self.rows, self.settled, self.compared, self.supported, self.broken]
+        parts = [torch.tensor(head, dtype=torch.float64), self.radii, self.judged.numbers.flatten()]
+        return torch.nan_to_num(torch.cat(parts), posinf=torch.finfo(torch.float64).max)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The same of all processes together; equal in each of them.
+
+    Attributes:
+        candidates: the methods, judged.
+        rows: the samples.
+        settled: the share of them that are at their equilibrium.
+        supported: the share whose reference is good enough.
+        radii: the mean of the processes.
+        broken: whether in one of them a gradient was not finite.
+    """
+
+    candidates: Sequence[Candidate]
+    rows: int
+    settled: float
+    supported: float
+    radii: Sequence[float]
+    broken: bool
+
+
+def shared(own: Numbers, device: torch.device) -> Shared:
+    """Put together what all processes have measured, weighted by their samples.
+
+    One collective of a few thousand numbers, in all processes of the default group.
+
+    Args:
+        own: of this process.
+        device: of the state, where processes exchange tensors.
+    """
+    return together(own.judged.methods, _gathered(own.row(), device))
+
+
+def together(methods: Sequence[Method], table: Tensor) -> Shared:
+    """Put measurements of the same methods together, weighted by their samples.
+
+    Args:
+        methods: what was judged.
+        table: a row of each measurement, see `Numbers.row`.
+    """
+    rows, settled, compared, supported, broken = table[:, :_HEAD].T
+    at = _HEAD + len(LAMS)
+    most = table[:, at:].amax(dim=0).view(-1, 3)
+    cosines = (_weights(compared) @ table[:, at:]).view(-1, 3)[:, 0]
+    judged = zip(methods, cosines.tolist(), most[:, 1].tolist(), most[:, 2].tolist(), strict=True)
+    return Shared(
+        [Candidate(m.spec, m.unrolls, c, e, p) for m, c, e, p in judged],
+        int(rows.sum()),
+        float(settled.sum() / rows.sum().clamp(min=1)),
+        float(supported.sum() / compared.sum().clamp(min=1)),
+        (_weights(rows) @ table[:, _HEAD:at]).tolist(),
+        bool(broken.any()),
+    )
+
+
+def _weights(samples: Tensor) -> Tensor:
+    return samples / samples.sum().clamp(min=1)
+
+
+def _gathered(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return the numbers of all processes, a row each, the same in all of them."""
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized()) or group.get_world_size() == 1:
+        return numbers[None]
+    table = numbers.new_zeros(group.get_world_size(), len(numbers))
+    table[group.get_rank()] = numbers
+    table = table.to(device)
+    group.all_reduce(table)
+    return table.cpu()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Decides.
+
+    Attributes:
+        cosine: that at least 90 % of the samples are to reach, at the least cost.
+        budget: the most products, in place of that: the highest cosine.
+        free: whether the methods are the built-in ones, and not a user's.
+    """
+
+    cosine: float
+    budget: int | None
+    free: bool
+
+    def decide(self, found: Shared, last: Choice | None, step: int) -> tuple[Choice, bool]:
+        """Return the choice, and whether it is one for want of a better.
+
+        Args:
+            found: what was measured, of at least one sample.
+            last: the choice that is in force.
+            step: the training step.
+        """
+        trouble = self._trouble(found, last)
+        candidates = [c for c in found.candidates if c.unrolls or not trouble]
+        judged = found.supported >= SHARE and not trouble.startswith(_OFF)
+        chosen = self._chosen(candidates, last) if judged else None
+        if chosen is not None:
+            reason = self._reason(chosen, last)
+            why = f"{trouble}; {reason}" if trouble else reason
+            return Choice(step, chosen.spec, chosen.cosine, chosen.cost, why), False
+        if not trouble:
+            share = f"{1 - found.supported:.0%} of the samples"
+            trouble = f"{_NONE} {self._wish()}" if judged else f"{_POOR} in {share}"
+        other = self._otherwise(found, trouble)
+        cosine = other.cosine if judged and other in found.candidates else None
+        return Choice(step, other.spec, cosine, other.cost, trouble), True
+
+    def _trouble(self, found: Shared, last: Choice | None) -> str:
+        """Return why only methods that go on from the state are right here, or nothing."""
+        before = "" if last is None else last.why
+        share = (1 + SHARE) / 2 if before.startswith(_OFF) else SHARE
+        if found.settled < share:
+            return f"{_OFF} in {1 - found.settled:.0%} of the samples"
+        radius = min(found.radii)
+        if radius >= (_LEFT if before.startswith(_OUTSIDE) else 1):
+            return f"{_OUTSIDE}, {radius:.3g}"
+        return ""
+
+    def _chosen(self, candidates: Sequence[Candidate], last: Choice | None) -> Candidate | None:
+        """Return what the rule takes of candidates that are judged; what is in force if it can."""
+        now = next((c for c in candidates if last is not None and c.spec == last.spec), None)
+        if self.budget is not None:
+            within = [c for c in candidates if c.products <= self.budget]
+            if not within:
+                return None
+            best = max(within, key=lambda c: (c.cosine, -c.cost))
+            if now is not None and now in within:
+                return now if 1 - best.cosine >= _BETTER * (1 - now.cosine) else best
+            return best
+        enough = [c for c in candidates if c.cosine >= self.cosine]
+        if now in enough and now is not None:
+            surer = self.cosine + _SURER * (1 - self.cosine)
+            enough = [c for c in enough if c.cosine >= surer and c.cost < _CHEAPER * now.cost]
+            enough = enough or [now]
+        return min(enough, key=lambda c: (c.cost, -c.cosine)) if enough else None
+
+    def _otherwise(self, found: Shared, trouble: str) -> Candidate:
+        """Return what is taken where the rule has nothing to take."""
+        unrolling = trouble.startswith((_OFF, _OUTSIDE))
+        if self.free:
+            if unrolling:
+                return _unrolled(found, self.budget)
+            return found.candidates[-1]  # `ift`
+        known = found.candidates
+        within = [c for c in known if self.budget is None or c.products <= self.budget]
+        further = [c for c in within if c.unrolls]
+        if unrolling and further:  # the further it goes, the nearer it gets
+            return max(further, key=lambda c: c.evaluations)
+        if unrolling or not within:
+            return min(known, key=lambda c: c.products)
+        return max(within, key=lambda c: c.cosine)
+
+    def _reason(self, chosen: Candidate, last: Choice | None) -> str:
+        kept = "kept, " if last is not None and chosen.spec == last.spec else ""
+        if self.budget is not None:
+            return f"{kept}the best with {self._wish()}"
+        return f"{kept}the cheapest with {self._wish()}"
+
+    def _wish(self) -> str:
+        if self.budget is not None:
+            return f"at most {self.budget} products"
+        return f"a cosine of at least {self.cosine:g}"
+
+
+def _unrolled(found: Shared, budget: int | None) -> Candidate:
+    """Return `upg` with the least damping that contracts, the supplement's if none does."""
+    k = DEFAULT_STEPS if budget is None else budget
+    contracting = [lam for lam, rho in zip(LAMS, found.radii, strict=True) if rho < 1]
+    lam = 1.0 if k == 1 else [*contracting, _DAMPED][0]  # of one step the direction is the same
+    spec = f"upg(k={k}, lam={lam})"
+    known = [c for c in found.candidates if c.spec == spec]
+    return known[0] if known else Candidate(spec, True, -1.0, k, k)
+
+
+class Log:
+    """What a memory keeps of one `auto`: when it was measured, and what was chosen.
+
+    Args:
+        memory: of the equilibrium.
+        of: the strategy, as its spec; what another one chose is not in force.
+    """
+
+    def __init__(self, memory: Memory, of: str) -> None:
+        self._memory, self._of = memory, of
+
+    @property
+    def _kept(self) -> dict[str, Any]:
+        kept: dict[str, Any] = self._memory.histories.get(_NOTED, {})
+        return kept
+
+    @property
+    def measured(self) -> int | None:
+        """The step of the last measurement, None before the first."""
+        return self._kept["measured"] if self._kept.get("of") == self._of else None
+
+    @property
+    def last(self) -> Choice | None:
+        """The choice that is in force, None before the first."""
+        return None if self.measured is None else Choice(**self._kept["choices"][-1])
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it is one for states that are not at their equilibrium."""
+        last = self.last
+        return last is not None and last.why.startswith(_OFF)
+
+    def note(self, choice: Choice) -> None:
+        """Keep a choice; of those in a row that are the same, the first and the last."""
+        known = list(self._kept.get("choices", []))
+        if [c["spec"] for c in known[-2:]] == [choice.spec] * 2 and self.measured is not None:
+            known.pop()
+        kept = {"of": self._of, "measured": choice.step, "choices": [*known, asdict(choice)]}
+        self._memory.histories[_NOTED] = kept
+
+
+def choices(memory: Memory) -> list[Choice]:
+    """Return what was chosen at an equilibrium, in the order of the steps."""
+    return [Choice(**kept) for kept in memory.histories.get(_NOTED, {}).get("choices", [])]
