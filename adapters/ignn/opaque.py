@@ -21,7 +21,8 @@ def csr_product(
     """Return the product of a square CSR matrix and a dense one, plus the bias if there is one."""
     size = (len(rows) - 1, len(rows) - 1)
     matrix = torch.sparse_csr_tensor(rows, columns, values, size, check_invariants=False)
-    return matrix @ x if bias is None else torch.addmm(bias, matrix, x)
+    with torch.autocast(x.device.type, enabled=False):  # sparse products know no lower precision
+        return matrix @ x if bias is None else torch.addmm(bias, matrix, x)
 
 
 @csr_product.register_fake

@@ -67,7 +67,8 @@ def compiled(
     if not wanted or torch.compiler.is_compiling():  # by the whole model's compiler
         return func
     mode = wanted if isinstance(wanted, str) else None
-    if owner is not None and isinstance(func, types.FunctionType):
+    lives = owner is not None and not getattr(owner, "_is_replica", False)  # DataParallel's do not
+    if lives and isinstance(func, types.FunctionType):
         func = cast(_F, _with_code_of(owner, func))
     return cast(_F, torch.compile(func, mode=mode, dynamic=dynamic))
 
