@@ -4,6 +4,7 @@ torchrun --standalone --nproc-per-node 2 choices.py OUT.json
 """
 
 import datetime
+import gc
 import io
 import json
 import sys
@@ -114,6 +115,7 @@ def main():
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(found, file)
+    gc.collect()  # DDP is in a circle; what is left of it at exit aborts the process now and then
     dist.destroy_process_group()
 
 
