@@ -18,7 +18,7 @@ from .contract.errors import AssumptionWarning, ConvergenceError, ConvergenceWar
 from .contract.memory import Memory
 from .contract.state import State
 from .contract.strategy import BackwardStats, Context, GradStrategy
-from .diagnostics import gradient_report, model_report, monitor, report_choice
+from .diagnostics import gradient_report, model_report, monitor, report_choice, tune
 from .equilibrium import Equilibrium
 from .hosts import disable, enable, enabled, register_host
 from .jacobian import jacobian_reg, spectral_radius
@@ -91,6 +91,7 @@ __all__ = [
     "set_grad",
     "set_step",
     "spectral_radius",
+    "tune",
 ]
 
 _moved.install()

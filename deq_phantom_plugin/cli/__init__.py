@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Sequence
 
-from . import compare, doctor, listing, patch, report, run
+from . import compare, doctor, listing, patch, report, run, tune
 
 __all__ = ["main"]
 
@@ -37,6 +37,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="deq-phantom", description="Switch the gradient method of an equilibrium by name."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (listing, report, compare, patch, run, doctor):
+    for command in (listing, report, tune, compare, patch, run, doctor):
         command.add_to(commands)
     return parser

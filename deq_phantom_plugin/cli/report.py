@@ -39,7 +39,7 @@ def _report(args: argparse.Namespace) -> int:
     for spec in args.grad:
         get_strategy(spec)
     require("matplotlib", "viz")
-    built = _load(args.target)()
+    built = load(args.target)()
     if not isinstance(built, tuple) or len(built) != 3:
         raise ValueError(
             f"{args.target} returned {type(built).__name__}; expected (model, inputs, loss)"
@@ -53,7 +53,7 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(target: str) -> Callable[[], Any]:
+def load(target: str) -> Callable[[], Any]:
     """Return the function that FILE.py:FUNCTION or package.module:FUNCTION names.
 
     Raises:

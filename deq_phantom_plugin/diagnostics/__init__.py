@@ -7,9 +7,11 @@ from .measure.ascent import (
     ascent_condition,
     measured_inner_product,
 )
+from .measure.results import TunedEquilibrium
 from .model import ModelReport, model_report
 from .monitoring import Monitor, monitor
 from .report import GradientReport, StrategyResult, gradient_report
+from .tune import TuneReport, tune
 
 __all__ = [
     "AscentCondition",
@@ -20,10 +22,13 @@ __all__ = [
     "ModelReport",
     "Monitor",
     "StrategyResult",
+    "TuneReport",
+    "TunedEquilibrium",
     "ascent_condition",
     "gradient_report",
     "measured_inner_product",
     "model_report",
     "monitor",
     "report_choice",
+    "tune",
 ]

@@ -108,13 +108,13 @@ def from_space(space: KrylovSpace, tol: float, budget: int | None) -> Judged:
         budget: see `built_in`.
     """
     series = low(space.series_cosines(LAMS, LENGTH))
-    terms = torch.arange(2, LENGTH + 1, dtype=torch.float64).repeat(len(LAMS))
+    terms = torch.arange(2, LENGTH + 1, dtype=torch.float64, device="cpu").repeat(len(LAMS))
     tols = [*_TOLS, tol]
     steps = torch.stack([space.steps_to(t)[space.usable].max() for t in tols]).double()
     solves = steps + 2 + (steps > _LONG)
     if budget is not None and budget <= _FEWEST:
         solves = torch.full_like(solves, math.inf)
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
     rows = [
         (series[0, :1], one, one),
         (series[:, 1:].flatten(), torch.ones_like(terms), terms),
@@ -188,7 +188,9 @@ class Runs:
                     f"{type(error).__name__}: {error}"
                 ) from error
             numbers.append(found)
-        return Judged(described(self.strategies), torch.tensor(numbers, dtype=torch.float64))
+        return Judged(
+            described(self.strategies), torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        )
 
     def _run(
         self, strategy: GradStrategy, v: Sequence[Tensor]

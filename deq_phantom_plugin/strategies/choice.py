@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -79,7 +80,11 @@ class Numbers:
     def row(self) -> Tensor:
         """Return all numbers as one vector of float64."""
         head = [self.rows, self.settled, self.compared, self.supported, self.broken]
-        parts = [torch.tensor(head, dtype=torch.float64), self.radii, self.judged.numbers.flatten()]
+        parts = [
+            torch.tensor(head, dtype=torch.float64, device="cpu"),
+            self.radii,
+            self.judged.numbers.flatten(),
+        ]
         return torch.nan_to_num(torch.cat(parts), posinf=torch.finfo(torch.float64).max)
 
 
@@ -187,8 +192,8 @@ class Rule:
         if not trouble:
             share = f"{1 - found.supported:.0%} of the samples"
             trouble = f"{_NONE} {self._wish()}" if judged else f"{_POOR} in {share}"
-        other = self._otherwise(found, trouble)
-        cosine = other.cosine if judged and other in found.candidates else None
+        other = self._otherwise(found, trouble, last)
+        cosine = other.cosine if judged and other.cosine >= -1 else None
         return Choice(step, other.spec, cosine, other.cost, trouble), True
 
     def _trouble(self, found: Shared, last: Choice | None) -> str:
@@ -220,12 +225,12 @@ class Rule:
             enough = enough or [now]
         return min(enough, key=lambda c: (c.cost, -c.cosine)) if enough else None
 
-    def _otherwise(self, found: Shared, trouble: str) -> Candidate:
+    def _otherwise(self, found: Shared, trouble: str, last: Choice | None) -> Candidate:
         """Return what is taken where the rule has nothing to take."""
         unrolling = trouble.startswith((_OFF, _OUTSIDE))
         if self.free:
             if unrolling:
-                return _unrolled(found, self.budget)
+                return _unrolled(found, self.budget, last)
             return found.candidates[-1]  # `ift`
         known = found.candidates
         within = [c for c in known if self.budget is None or c.products <= self.budget]
@@ -248,14 +253,19 @@ class Rule:
         return f"a cosine of at least {self.cosine:g}"
 
 
-def _unrolled(found: Shared, budget: int | None) -> Candidate:
-    """Return `upg` with the least damping that contracts, the supplement's if none does."""
+def _unrolled(found: Shared, budget: int | None, last: Choice | None) -> Candidate:
+    """Return `upg` with the least damping that contracts, the supplement's if none does.
+
+    What is in force stays as long as it does contract.
+    """
     k = DEFAULT_STEPS if budget is None else budget
     contracting = [lam for lam, rho in zip(LAMS, found.radii, strict=True) if rho < 1]
-    lam = 1.0 if k == 1 else [*contracting, _DAMPED][0]  # of one step the direction is the same
-    spec = f"upg(k={k}, lam={lam})"
-    known = [c for c in found.candidates if c.spec == spec]
-    return known[0] if known else Candidate(spec, True, -1.0, k, k)
+    # Of one step the direction is the same with any.
+    possible = [1.0] if k == 1 else [*contracting, _DAMPED]
+    specs = [f"upg(k={k}, lam={lam})" for lam in possible]
+    spec = last.spec if last is not None and last.spec in specs else specs[0]
+    known = [c.cosine for c in found.candidates if c.spec == spec]
+    return Candidate(spec, True, known[0] if known else math.nan, k, k)
 
 
 class Log:

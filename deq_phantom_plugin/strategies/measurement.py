@@ -56,7 +56,7 @@ class Reference:
         """
         usable, rows = self.space.usable, int(self.space.usable.sum())
         good = (self.solution.residual <= POOR_REFERENCE) | self.solution.at_rounding
-        radii = torch.zeros(len(LAMS), dtype=torch.float64)
+        radii = torch.zeros(len(LAMS), dtype=torch.float64, device="cpu")
         if rows:
             radii = -low(-self.space.radii(LAMS))
         if rows and runs is not None:

@@ -395,7 +395,7 @@ def test_away_from_the_equilibrium_it_unrolls(budget):
         g = model.at(0, state=far)
     assert torch.equal(g, model.v)  # one step's gradient
     assert model.chosen.spec == f"upg(k={budget or 5}, lam=1.0)"
-    assert model.chosen.cosine is None
+    assert (model.chosen.cosine, model.chosen.cost) == (None, 3 * (budget or 5))
     torch.testing.assert_close(model.at(1, state=far), model.gradient(model.chosen.spec, far))
 
 
@@ -410,6 +410,18 @@ def test_away_from_the_equilibrium_it_looks_ten_times_as_often_for_ten_products(
     assert products[0] == products[10] == 12  # one tells the residual, one is the parameters'
     assert model.memory.histories["auto"]["measured"] == 20
     assert model.chosen.cosine >= 0.95
+
+
+def test_the_damping_of_unrolled_steps_stays_while_they_contract():
+    rule, first = Rule(0.95, None, True), None
+    for radii, want in [
+        ([1.1, 1.02, 0.9, *[0.8] * 7], "upg(k=5, lam=0.8)"),
+        ([0.9, 0.9, 0.95, *[0.8] * 7], "upg(k=5, lam=0.8)"),
+        ([1.3, 1.2, 1.1, *[0.9] * 7], "upg(k=5, lam=0.7)"),
+        ([1.3] * 10, "upg(k=5, lam=0.5)"),
+    ]:
+        first, wanting = rule.decide(found(settled=0.2, radii=radii), first, 0)
+        assert (first.spec, wanting) == (want, True)
 
 
 def test_samples_that_are_off_get_one_step_and_the_others_the_reference():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...strategies.candidates import Candidate
+
 
 @dataclass(frozen=True)
 class StrategyResult:
@@ -85,3 +87,27 @@ class Measurement:
     radius: float
     damped_radii: dict[float, float]
     results: list[StrategyResult]
+
+
+@dataclass(frozen=True)
+class TunedEquilibrium:
+    """What was found at one equilibrium of a model.
+
+    Attributes:
+        name: of the equilibrium.
+        samples: that were looked at, all batches together.
+        spec: of the strategy, to copy.
+        cosine: of its g to the reference's, which at least 90 % of the samples reach; None where
+            there was no reference to compare with.
+        cost: evaluations of F that it counts as beside the solve, a backward pass as two.
+        why: in words.
+        candidates: the methods, judged; none where there was no reference.
+    """
+
+    name: str
+    samples: int
+    spec: str
+    cosine: float | None
+    cost: float | None
+    why: str
+    candidates: list[Candidate]

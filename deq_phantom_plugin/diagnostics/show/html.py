@@ -30,7 +30,7 @@ li { margin: .3rem 0; max-width: 60rem }
 """
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers say it once more.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 
 
@@ -44,7 +44,11 @@ def page(reports: Sequence[tuple[Measurement, Sequence[str]]], title: str) -> st
     Raises:
         ImportError: without matplotlib.
     """
-    body = "\n".join(_section(report, advice) for report, advice in reports)
+    return document(title, "\n".join(_section(report, advice) for report, advice in reports))
+
+
+def document(title: str, body: str) -> str:
+    """Return a page around a body of HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -81,7 +85,7 @@ def _row(result: StrategyResult, n: int) -> str:
 def _figures(report: Measurement) -> str:
     usable = [r for r in report.results if r.error is None and r.backward_seconds is not None]
     figures = [
-        _figure(
+        figure(
             "rho(lam J + (1 - lam) I), the damped map's spectral radius, against lam. Below 1 "
             "phantom gradients converge, the lower the faster.",
             lambda axes: _draw_radii(axes, report),
@@ -89,18 +93,23 @@ def _figures(report: Measurement) -> str:
     ]
     if usable:
         figures = [
-            _figure(
+            figure(
                 "Relative error of dL/dtheta against the time it takes, forward and backward: "
                 "lower left is better.",
                 lambda axes: _draw_errors(axes, usable),
             ),
             *figures,
-            _figure("Peak memory, forward and backward.", lambda axes: _draw_memory(axes, usable)),
+            figure("Peak memory, forward and backward.", lambda axes: _draw_memory(axes, usable)),
         ]
     return "\n".join(figures)
 
 
-def _figure(caption: str, draw: Callable[[Any], None]) -> str:
+def figure(caption: str, draw: Callable[[Any], None]) -> str:
+    """Return a figure whose axes a function draws on.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
     matplotlib = require("matplotlib", "viz")
     backend = require("matplotlib.backends.backend_svg", "viz")
     figures = require("matplotlib.figure", "viz")
@@ -125,7 +134,7 @@ def _draw_errors(axes: Any, results: Sequence[StrategyResult]) -> None:
         axes.scatter(
             [1e3 * seconds],
             [max(r.relative_error or 0, floor)],
-            color=_COLOURS[i % len(_COLOURS)],
+            color=COLOURS[i % len(COLOURS)],
             marker=_MARKERS[i % len(_MARKERS)],
             label=labels[i],
             zorder=3,
@@ -138,8 +147,8 @@ def _draw_errors(axes: Any, results: Sequence[StrategyResult]) -> None:
 
 def _draw_radii(axes: Any, report: Measurement) -> None:
     lams = sorted(report.damped_radii)
-    axes.plot(lams, [report.damped_radii[lam] for lam in lams], "o-", color=_COLOURS[0])
-    axes.axhline(1, color=_COLOURS[1], linestyle="--")
+    axes.plot(lams, [report.damped_radii[lam] for lam in lams], "o-", color=COLOURS[0])
+    axes.axhline(1, color=COLOURS[1], linestyle="--")
     axes.set(xlabel="lam", ylabel="spectral radius")
     axes.grid(alpha=0.3)
 
@@ -149,7 +158,7 @@ def _draw_memory(axes: Any, results: Sequence[StrategyResult]) -> None:
     axes.barh(
         positions,
         [(r.peak_bytes or 0) / 2**20 for r in results],
-        color=[_COLOURS[i % len(_COLOURS)] for i in positions],
+        color=[COLOURS[i % len(COLOURS)] for i in positions],
     )
     axes.set_yticks(positions, _labels(results), fontsize=7)
     axes.invert_yaxis()

@@ -1,0 +1,91 @@
+"""What `tune` found, as text for the terminal and as a page with a picture."""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from ..._plumbing.output import text_table
+from ..measure.results import TunedEquilibrium
+from .html import COLOURS, document, figure
+
+_HEADER = ("strategy", "cosine", "cost", "F", "VJP")
+_FLOOR = 1e-9  # of what is missing to a cosine of 1, for a logarithmic axis
+
+
+def tuning_text(title: str, equilibria: Sequence[TunedEquilibrium], spec: str) -> str:
+    """Return tables, and the spec to copy."""
+    lines = [title]
+    for found in equilibria:
+        lines += ["", found.name, "=" * len(found.name)]
+        if rows := _rows(found):
+            lines += [text_table(_HEADER, rows), ""]
+        lines += textwrap.wrap(_sentence(found), 100)
+    return "\n".join([*lines, "", f'grad="{spec}"'])
+
+
+def tuning_page(title: str, equilibria: Sequence[TunedEquilibrium], spec: str) -> str:
+    """Return one self-contained page.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    parts = [f"<p>grad=<code>{html.escape(spec)}</code></p>"]
+    for found in equilibria:
+        parts += [f"<h2>{html.escape(found.name)}</h2>", f"<p>{html.escape(_sentence(found))}</p>"]
+        if rows := _rows(found):
+            head = "".join(f"<th>{name}</th>" for name in _HEADER)
+            body = "".join(
+                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+                for row in rows
+            )
+            parts.append(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
+            caption = (
+                "What is missing to a cosine of 1 against the cost in evaluations of F, a backward "
+                "pass counted as two: lower left is better. The ring is what was chosen."
+            )
+            parts.append(figure(caption, partial(_draw, found)))
+    return document(title, "\n".join(parts))
+
+
+def _sentence(found: TunedEquilibrium) -> str:
+    return f"{found.spec}, of {found.samples} samples: {found.why}."
+
+
+def _rows(found: TunedEquilibrium) -> list[tuple[str, ...]]:
+    """Return the methods that nothing beats in both cost and cosine, and what was chosen."""
+    shown = [c for c in found.candidates if c.spec == found.spec]
+    best = -1.0
+    for candidate in sorted(found.candidates, key=lambda c: (c.cost, -c.cosine)):
+        if candidate.cosine > best + 1e-6:
+            best = candidate.cosine
+            shown += [candidate] if candidate not in shown else []
+    return [
+        (
+            f"{c.spec} *" if c.spec == found.spec else c.spec,
+            f"{c.cosine:.4f}",
+            f"{c.cost:g}",
+            f"{c.evaluations:g}",
+            f"{c.products:g}",
+        )
+        for c in sorted(shown, key=lambda c: c.cost)
+    ]
+
+
+def _draw(found: TunedEquilibrium, axes: Any) -> None:
+    kinds = sorted({c.spec.partition("(")[0] for c in found.candidates})
+    for i, kind in enumerate(kinds):
+        own = [c for c in found.candidates if c.spec.partition("(")[0] == kind and c.cost < 1e6]
+        missing = [max(1 - c.cosine, _FLOOR) for c in own]
+        colour = COLOURS[i % len(COLOURS)]
+        axes.scatter([c.cost for c in own], missing, s=8, color=colour, label=kind)
+    chosen = [c for c in found.candidates if c.spec == found.spec]
+    if chosen:
+        at = [chosen[0].cost], [max(1 - chosen[0].cosine, _FLOOR)]
+        axes.scatter(*at, s=90, facecolors="none", edgecolors="black", label="chosen")
+    axes.set(xlabel="cost", ylabel="1 - cosine", xscale="log", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
