@@ -49,8 +49,9 @@ class Workspaces(Generic[W]):
         """Return a workspace; what it holds is left over, and not to be read.
 
         Args:
-            like: of the dtype and device, and not larger than what the workspace is to hold.
-            sizes: what `make` needs to know besides.
+            like: a matrix of the dtype and device.
+            sizes: what `make` needs to know besides. For each row a workspace holds no more than
+                such a number of rows, and of rows so long.
         """
         kind = _kind(like, sizes)
         waiting = self._waiting.get(kind)
@@ -73,7 +74,8 @@ class Workspaces(Generic[W]):
 
 
 def _kind(like: Tensor, sizes: tuple[int, ...]) -> Any:
-    if type(like) is not Tensor or like.numel() * max(sizes) > _SMALL:
+    most = max(sizes)
+    if type(like) is not Tensor or max(like.numel(), len(like) * most) * most > _SMALL:
         return None
     if in_transform() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return None  # what is made there may be no ordinary tensor

@@ -96,8 +96,8 @@ def may_solve_low(beyond: int = 0, unseen: int = 0) -> Callable[[Solver], Solver
             dtype = check_solve_dtype(solve_dtype)
             if dtype is None:
                 return solver(func, start, **options)
-            _refuse(solve_dtype, options)
             settings = {**defaults, **options}
+            _refuse(solve_dtype, settings)
             if settings["max_iter"] <= least or not _lowers(dtype, start):
                 return solver(func, start, **options)
             solving = _Solving(solver, settings, beyond, unseen)
@@ -108,18 +108,18 @@ def may_solve_low(beyond: int = 0, unseen: int = 0) -> Callable[[Solver], Solver
     return decorate
 
 
-def _refuse(solve_dtype: Any, options: dict[str, Any]) -> None:
+def _refuse(solve_dtype: Any, settings: dict[str, Any]) -> None:
     """Refuse what needs more of a solve than its end."""
-    if options.get("keep_inverse"):
+    if settings.get("keep_inverse"):
         raise ValueError(
             f"solve_dtype={solve_dtype!r} with keep_inverse=True: an estimate of the Jacobian from "
             "residuals of 16 bits is none; expected solve_dtype=None for shine"
         )
-    if len(set(options.get("sample_at", ()))) > 1:
+    steps, last = list(settings["sample_at"]), settings["max_iter"]
+    if len(set(steps)) > 1 or any(step < last for step in steps):
         raise ValueError(
-            f"solve_dtype={solve_dtype!r} with sample_at={list(options['sample_at'])}: states on "
-            "the way are not in the model's precision; expected solve_dtype=None, or the last "
-            "state alone"
+            f"solve_dtype={solve_dtype!r} with sample_at={steps}: states on the way are not in the "
+            f"model's precision; expected solve_dtype=None, or the last state alone, [{last}]"
         )
 
 

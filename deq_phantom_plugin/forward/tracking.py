@@ -279,7 +279,8 @@ class Tracker:
         stacked = torch.stack(self._norms)
         shape = 2, stop.max_iter + 1, len(self._like)  # abs, rel
         # Of numbers that are the host's already, numpy is the quicker.
-        xp: Any = torch if LateRead.is_late(stacked.device) else np
+        on_host = stacked.device.type == "cpu" and not LateRead.is_late(stacked.device)
+        xp: Any = np if on_host else torch
         norms: Any = as_array(stacked) if xp is np else stacked
         traces: Any = np.empty(shape, norms.dtype) if xp is np else stacked.new_empty(shape)
         used = traces[:, 1 : count + 1]

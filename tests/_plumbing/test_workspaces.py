@@ -1,5 +1,6 @@
 """Memory of small solves is used again, and never by two solves at once."""
 
+import sys
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from deq_phantom_plugin import forward
 from deq_phantom_plugin._plumbing.workspaces import _MOST, Workspace, Workspaces
+from deq_phantom_plugin.adjoint import inverse_estimate
 
 SOLVERS = {"broyden": forward.broyden, "anderson": forward.anderson}
 
@@ -77,6 +79,26 @@ def test_what_is_large_is_used_once(rooms):
     room = rooms.take(like, 1)
     rooms.give_back(room)
     assert rooms.take(like, 1) is not room
+
+
+@pytest.mark.parametrize("solver", [forward.broyden, forward.anderson])
+def test_what_waits_is_small_where_samples_are_many_and_short(solver):
+    """Broyden's method keeps a triangular system for each sample, which may be most of it."""
+    memories = {
+        forward.broyden: inverse_estimate._memories,
+        forward.anderson: sys.modules["deq_phantom_plugin.forward.anderson"]._memories,
+    }[solver]
+    memories._waiting.clear()
+    for batch in range(4000, 4004):
+        solver(lambda h: 0.5 * h + 1, torch.zeros(batch, 1), max_iter=50)
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for waiting in memories._waiting.values()
+        for work in waiting
+        for tensor in vars(work).values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert sum(held.values()) < 4 * 2**20 * _MOST
 
 
 def test_few_wait(rooms):

@@ -306,6 +306,8 @@ def test_what_needs_more_than_the_end_is_refused():
         broyden(torch.cos, torch.zeros(2, 3), keep_inverse=True, solve_dtype="bfloat16")
     with pytest.raises(ValueError, match=r"solve_dtype='bfloat16' with sample_at=\[3, 9\]"):
         anderson(torch.cos, torch.zeros(2, 3), sample_at=[3, 9], solve_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"sample_at=\[4\]: .*expected .*\[50\]"):
+        anderson(torch.cos, torch.zeros(2, 3), sample_at=[4], solve_dtype="bfloat16")
     last = anderson(torch.cos, torch.zeros(2, 3), sample_at=[50], solve_dtype="bfloat16")
     assert len(last.sampled) == 1
     assert torch.equal(last.sampled[0], last.state)
