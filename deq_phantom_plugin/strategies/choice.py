@@ -254,8 +254,8 @@ def _unrolled(found: Shared, budget: int | None) -> Candidate:
     contracting = [lam for lam, rho in zip(LAMS, found.radii, strict=True) if rho < 1]
     lam = 1.0 if k == 1 else [*contracting, _DAMPED][0]  # of one step the direction is the same
     spec = f"upg(k={k}, lam={lam})"
-    known = [c for c in found.candidates if c.spec == spec]
-    return known[0] if known else Candidate(spec, True, -1.0, k, k)
+    cosine = next((c.cosine for c in found.candidates if c.spec == spec), -1.0)
+    return Candidate(spec, True, cosine, k, k)
 
 
 class Log:
