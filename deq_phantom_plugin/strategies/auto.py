@@ -232,7 +232,7 @@ class _Measurement:
         self._log.note(choice)
         if wanting:
             warn_once(
-                "auto",
+                f"auto {choice.trouble}",
                 f"{auto!r}, step {step}: {choice.why}; {choice.spec} acts. "
                 "dpp.report_choice(model) tells what acts when. Said once.",
                 ConvergenceWarning,

@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
+from test_auto import SPECTRA, Linear, cost, spectrum
 from torch import nn
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.strategies import auto as module
-from test_auto import SPECTRA, Linear, cost, spectrum
 
 
 @pytest.fixture
@@ -168,3 +168,50 @@ def test_gradients_of_any_size_are_compared(judged, size):
     model.at(0, v=size * model.v)
     for spec, candidate in judged.items():
         assert candidate.cosine == pytest.approx(cost(spec, model)[1], abs=1e-4)
+
+
+# --- what is kept and said ------------------------------------------------------------------------
+
+GOOD = {"step": 0, "spec": "jfb", "cosine": 0.99, "cost": 3.0, "why": "the cheapest"}
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        5,
+        {},
+        {"of": "auto", "measured": 0, "choices": []},
+        {"of": 3, "measured": 0, "choices": [GOOD]},
+        {"of": "auto", "measured": "0", "choices": [GOOD]},
+        {"of": "auto", "measured": 7, "choices": [GOOD]},
+        {"of": "auto", "measured": 0, "choices": [{**GOOD, "spec": None}]},
+        {"of": "auto", "measured": 0, "choices": [{**GOOD, "more": 1}, GOOD]},
+        {"of": "auto", "measured": 0, "choices": [{**GOOD, "cosine": "high"}]},
+    ],
+)
+def test_what_is_no_log_of_it_is_refused_and_changes_nothing(kept):
+    model = Linear(SPECTRA["0.5"])
+    model.at(0)
+    before = dpp.report_choice(model)
+    with pytest.raises(
+        ValueError, match=r"memory\.histories\.auto is .*; expected what auto keeps"
+    ):
+        dpp.load_memory_state_dict(model, {"memory": {"histories": {"auto": kept}}})
+    assert dpp.report_choice(model) == before
+    good = {"of": "auto", "measured": 0, "choices": [GOOD]}
+    dpp.load_memory_state_dict(model, {"memory": {"histories": {"auto": good}}})
+    assert dpp.report_choice(model)[-1].spec == "jfb"
+
+
+def test_each_kind_of_trouble_is_said_once():
+    model = Linear(SPECTRA["0.99"], "auto(methods=['jfb', 'npg(k=2)', 'upg'], every=1)")
+    far = model.solved(model.inject.detach()) + 50
+    with pytest.warns(dpp.ConvergenceWarning) as seen:
+        for step, state in enumerate([None, far, None, far, None]):
+            model.at(step, state=state)
+    said = [str(warning.message).partition("step ")[2] for warning in seen]
+    assert [words[3:].split(" in ")[0] for words in said] == [
+        "no method has a cosine of at least 0.95; upg(k=5, lam=0.5, checkpoint=False) acts. "
+        "dpp.report_choice(model) tells what acts when. Said once.",
+        "not at its equilibrium",
+    ]
