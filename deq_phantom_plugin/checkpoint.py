@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .contract.memory import Memory, check_leaf, is_dense
+from .strategies.choice import NOTED, check_kept
 from .switch import check_module
 
 # Names that DataParallel and averages, `torch.compile`, FSDP and activation checkpointing put in.
@@ -122,6 +123,13 @@ def _plain(key: str, value: Any, depth: int = 0) -> Any:
     )
 
 
+def _history(key: str, value: Any) -> Any:
+    """Return a copy of what a strategy noted, as far as it is known of which one it is."""
+    if key.endswith(f".histories.{NOTED}"):
+        check_kept(key, value)
+    return _plain(key, value)
+
+
 _DEEPEST = 10
 _PARTS: Mapping[str, Callable[[str, Any], Any]]
-_PARTS = {"warm_starts": check_leaf, "histories": _plain, "failures": _count}
+_PARTS = {"warm_starts": check_leaf, "histories": _history, "failures": _count}

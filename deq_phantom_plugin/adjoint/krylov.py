@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,11 +36,14 @@ class KrylovSpace:
     Attributes:
         usable: the samples that can be judged, whose v is neither zero nor, before it was dropped,
             not finite, shape (B,); none where the state has no numbers.
+        columns: D, which bounds every space.
+        gap: what rounding has put between the residual and what the space makes of it, shape (B,).
     """
 
     def __init__(self, aim: float, length: int = LENGTH, goes_on: bool = True) -> None:
         self._aim, self._length, self._goes_on = aim, length, goes_on
         self.usable = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self.columns, self.gap = 0, torch.zeros(0, dtype=torch.float64, device="cpu")
 
     def __call__(self, apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
         """Solve (I - J^T) x = rhs; see `SOLVERS`."""
@@ -49,15 +51,17 @@ class KrylovSpace:
             return gmres(apply, rhs, tol, max_vjp)
         progress = Progress(apply, rhs, tol, max_vjp)
         self._size = torch.linalg.vector_norm(rhs, dim=1).cpu().double()
-        self.usable = self._size > 0
+        self.usable, self.columns = self._size > 0, rhs.shape[1]
         length = min(self._length, max_vjp - 1, rhs.shape[1])
         basis = Basis(rhs, length)
         aim = min(self._aim, tol)
         self._build(progress, basis, aim, length)
         self._factorise()
-        x = basis.combination(self._iterate(aim).to(rhs))
+        steps = self.steps_to(aim)
+        x = basis.combination(self._iterate(steps).to(rhs))
         rest = rhs - x + progress.apply(x)
         norm = torch.linalg.vector_norm(rest, dim=1)
+        self.gap = (norm.cpu().double() - self._residual_after(steps)).clamp(min=0)
         solved, at_rounding = bool((norm <= tol).all()), torch.zeros_like(norm, dtype=torch.bool)
         solution = Solution(x, norm, progress.n_vjp, norm[:, None], solved, at_rounding)
         if self._goes_on and not solution.converged and progress.remaining > 2:
@@ -116,10 +120,23 @@ class KrylovSpace:
         above: Tensor = (self._residual > tol).sum(1)
         return 1 + above
 
-    def _iterate(self, tol: float) -> Tensor:
-        """Return the coordinates of GMRES's iterate at a tolerance, or the last, shape (B, m)."""
+    def _residual_after(self, steps: Tensor) -> Tensor:
+        """Return the residuals of iterates, the last in place of one more, shape (B,)."""
+        at = steps.clamp(max=self._residual.shape[1]) - 1
+        return self._residual.gather(1, at[:, None]).squeeze(1)
+
+    def goes_again(self, tol: float) -> Tensor:
+        """Return the samples in which rounding has a solve go on from its residual, shape (B,).
+
+        Args:
+            tol: the residual that the solve is to reach.
+        """
+        return self._residual_after(self.steps_to(tol)) + self.gap > tol
+
+    def _iterate(self, steps: Tensor) -> Tensor:
+        """Return the coordinates of GMRES's iterates after so many vectors, shape (B, m)."""
         columns = torch.arange(self._right.shape[1], device="cpu")
-        right = torch.where(columns < self.steps_to(tol)[:, None], self._right, 0)
+        right = torch.where(columns < steps[:, None], self._right, 0)
         y: Tensor = torch.linalg.solve_triangular(self._r, right[:, :, None], upper=True)
         # Where I - H is singular there is nothing better than v.
         broken = ~y.isfinite().all(dim=1)
@@ -134,15 +151,19 @@ class KrylovSpace:
     ) -> Solution:
         """Solve for what is missing in the samples that are not solved."""
         done = found.residual <= tol
-        more = gmres(apply, rest.masked_fill(done[:, None], 0), tol, progress.remaining)
-        residual = torch.where(done, found.residual + more.residual, more.residual)
-        return replace(
-            more,
-            x=found.x + more.x,
-            residual=residual,
-            n_vjp=found.n_vjp + more.n_vjp,
-            trace=torch.where(done[:, None], found.residual[:, None], more.trace),
-            converged=bool((residual <= tol).all()),
+        more = gmres(apply, rest.masked_fill(done[:, None], 0), tol, progress.remaining - 1)
+        x = found.x + more.x
+        residual = torch.linalg.vector_norm(progress.rhs - x + apply(x), dim=1)
+        # What is missing was found, and the sum is as far off as before: by the product's rounding.
+        rounded = ~done & (residual > tol) & ((more.residual <= tol) | more.at_rounding)
+        trace = torch.where(done[:, None], found.residual[:, None], more.trace)
+        return Solution(
+            x,
+            residual,
+            found.n_vjp + more.n_vjp + 1,
+            torch.cat([trace, residual[:, None]], dim=1),
+            bool((residual <= tol).all()),
+            rounded,
         )
 
     # --- what can be asked afterwards -------------------------------------------------------------
@@ -172,16 +193,19 @@ class KrylovSpace:
             y = start + (1 - factors) * y + factors * image
         return torch.stack(found, dim=1)
 
-    def iterate_cosines(self, tols: Sequence[float]) -> Tensor:
-        """Return the cosines of GMRES's iterates at tolerances, shape (tols, usable).
+    def iterate_cosines(self, tol: float, most: int) -> Tensor:
+        """Return the cosines of GMRES's iterates to the solution, shape (usable,).
 
-        NaN where a sample does not get there in the space.
+        Args:
+            tol: the residual at which it stops.
+            most: the vectors after which it stops in any case.
         """
-        found = []
-        for tol in tols:
-            there = (self.steps_to(tol) <= self._right.shape[1])[self.usable]
-            found.append(torch.where(there, self._cosine(self._iterate(tol)), torch.nan))
-        return torch.stack(found)
+        return self._cosine(self._iterate(self.steps_to(tol).clamp(max=most)))
+
+    def first_residual(self) -> Tensor:
+        """Return what v itself leaves, ||J^T v||, shape (B,)."""
+        column: Tensor = torch.linalg.vector_norm(self._hessenberg[:, :, 0], dim=1)
+        return self._size * column
 
     def radii(self, lams: Sequence[float]) -> Tensor:
         """Return radii of damped maps, shape (lams, samples), of up to 32 of the usable samples.
@@ -209,4 +233,4 @@ class KrylovSpace:
         """Return the cosines of V y to the solution, shape (..., usable)."""
         length = torch.linalg.vector_norm(y, dim=-1) * self._solution_norm
         cosine: Tensor = (y * self._solution).sum(-1) / length
-        return cosine[..., self.usable]
+        return cosine[..., self.usable].clamp(max=1)  # but for rounding

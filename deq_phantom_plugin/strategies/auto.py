@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from torch import Tensor
@@ -189,7 +189,7 @@ class Measuring(GradStrategy):
         def adjoint(v: list[Tensor]) -> list[Tensor]:
             found = reference(graph, v, batch_dim, memory, rescue)
             if monitor is not None:
-                monitor(stats_of(self.auto, found.solution))
+                monitor(stats_of(self.auto, replace(found.solution, residual=found.residual)))
             if measure is not None and not Trial.depth():
                 measure(found)
             return found.g
@@ -232,7 +232,7 @@ class _Measurement:
         self._log.note(choice)
         if wanting:
             warn_once(
-                f"auto, {choice.why[:12]}",  # of each kind
+                f"auto {choice.trouble}",
                 f"{auto!r}, step {step}: {choice.why}; {choice.spec} acts. "
                 "dpp.report_choice(model) tells what acts when. Said once.",
                 ConvergenceWarning,
@@ -256,13 +256,19 @@ def _methods(specs: object) -> tuple[GradStrategy, ...]:
 
     Raises:
         ValueError: if it is none, or one of them is unknown, owns its solve, or changes with the
-            step.
+            step, or two have one name.
     """
     expected = "expected a list of specs such as ['jfb', 'npg(k=5)', 'ift']"
     if isinstance(specs, str) or not isinstance(specs, Sequence) or not specs:
         raise ValueError(f"methods={specs!r:.60}; {expected}")
     found = tuple(get_strategy(spec) for spec in specs)
+    shown: dict[str, GradStrategy] = {}
     for strategy in found:
+        if shown.setdefault(repr(strategy), strategy) != strategy:
+            raise ValueError(
+                f"methods: two are called {strategy!r}, by which the one that was chosen is kept; "
+                "expected names that tell them apart, such as those of registered strategies"
+            )
         if strategy.owns_solve:
             raise ValueError(
                 f"methods: {strategy!r} owns its solve, so that its gradient is of another state; "

@@ -19,6 +19,7 @@ from ..adjoint.probe import CountedPasses, with_probe
 from ..contract.errors import NonFiniteError
 from ..contract.state import State, flatten
 from ..contract.strategy import Context, GradStrategy
+from .ift import IFT
 
 LAMS = tuple(round(1 - 0.1 * i, 1) for i in range(10))
 """Damping factors that are looked at."""
@@ -109,21 +110,43 @@ def from_space(space: KrylovSpace, tol: float, budget: int | None) -> Judged:
     """
     series = low(space.series_cosines(LAMS, LENGTH))
     terms = torch.arange(2, LENGTH + 1, dtype=torch.float64, device="cpu").repeat(len(LAMS))
-    tols = [*_TOLS, tol]
-    steps = torch.stack([space.steps_to(t)[space.usable].max() for t in tols]).double()
-    solves = steps + 2 + (steps > _LONG)
-    if budget is not None and budget <= _FEWEST:
-        solves = torch.full_like(solves, math.inf)
     one = torch.ones(1, dtype=torch.float64, device="cpu")
     rows = [
         (series[0, :1], one, one),
         (series[:, 1:].flatten(), torch.ones_like(terms), terms),
         (series[0, :1], one, one),
         (series[:, 1:].flatten(), terms, terms),
-        # A product tells the true residual, and another one rounding; the last is F's own.
-        (low(space.iterate_cosines(tols)), torch.ones_like(steps), solves),
     ]
-    return Judged(built_in(budget), torch.cat([torch.stack(columns, dim=1) for columns in rows]))
+    head = torch.cat([torch.stack(columns, dim=1) for columns in rows])
+    return Judged(built_in(budget), torch.cat([head, _solves(space, [*_TOLS, tol], budget)]))
+
+
+def _solves(space: KrylovSpace, tols: Sequence[float], budget: int | None) -> Tensor:
+    """Return the numbers of looser solves, a row each, as `gmres` does them.
+
+    Of those that stop above their tolerance, and warn, the last alone is judged: it is what acts
+    where nothing else is good enough.
+    """
+    limit = IFT.max_iter if budget is None else max(1, budget - 1)
+    length = min(LENGTH, limit - 1, space.columns)  # vectors; one product tells the true residual
+    measures = length > _LONG + 1  # rounding, by a product more
+    most = min(length, limit - 1 - measures)
+    found = []
+    for tol in tols:
+        steps = int(space.steps_to(tol)[space.usable].max())
+        products: float = steps + 2 + (measures and steps > _LONG)  # the last is the parameters'
+        if bool(space.goes_again(tol)[space.usable].any()):
+            products += 2  # a vector more, and its residual
+        reached = steps <= most and products <= limit + 1
+        if not (reached and bool((space.gap[space.usable] < tol).all())):
+            reached, products = False, limit + 1
+        if budget is not None and (budget <= _FEWEST or not reached):
+            products = math.inf
+        cosine = -1.0
+        if reached or tol == tols[-1]:
+            cosine = float(low(space.iterate_cosines(tol, most)))
+        found.append([cosine, 1.0, products])
+    return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 class Runs:
@@ -178,7 +201,7 @@ class Runs:
             try:
                 own, counted = self._run(strategy, v)
                 rows = packing.pack(own)[usable.to(packing.device)].double()
-                cosine = low(torch.cosine_similarity(rows, reference, dim=1, eps=1e-300))
+                cosine = low(_cosines(rows, reference))
                 found = [float(cosine), counted.n_evaluations, counted.n_vjp]
             except NonFiniteError:  # a solve that makes a NaN: no gradient to choose
                 found = [-1.0, math.inf, math.inf]
@@ -204,6 +227,13 @@ class Runs:
                 attached, probes, list(v), allow_unused=True, materialize_grads=True
             )
         return list(found), counted
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosines of rows, of any size: squares of huge or tiny numbers are none."""
+    tiny = torch.finfo(a.dtype).tiny
+    a, b = (x / x.abs().amax(dim=1, keepdim=True).clamp(min=tiny) for x in (a, b))
+    return torch.cosine_similarity(a, b, dim=1, eps=tiny)
 
 
 def described(strategies: Sequence[GradStrategy]) -> tuple[Method, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -30,7 +30,10 @@ _OFF = "not at its equilibrium"
 _OUTSIDE = "no damping brings the radius below 1"
 _POOR = "the reference was not solved"
 _NONE = "no method has"
-_NOTED = "auto"
+
+NOTED = "auto"
+"""Its name in a memory's histories."""
+
 _HEAD = 5  # numbers before the radii, see `Numbers.row`
 
 
@@ -53,6 +56,12 @@ class Choice:
     cosine: float | None
     cost: float | None
     why: str
+
+    @property
+    def trouble(self) -> str:
+        """The kind of trouble in which it was made, nothing if there was none."""
+        kinds = (_OFF, _OUTSIDE, _POOR, _NONE)
+        return next((kind for kind in kinds if self.why.startswith(kind)), "")
 
 
 @dataclass(frozen=True)
@@ -198,12 +207,12 @@ class Rule:
 
     def _trouble(self, found: Shared, last: Choice | None) -> str:
         """Return why only methods that go on from the state are right here, or nothing."""
-        before = "" if last is None else last.why
-        share = (1 + SHARE) / 2 if before.startswith(_OFF) else SHARE
+        before = "" if last is None else last.trouble
+        share = (1 + SHARE) / 2 if before == _OFF else SHARE
         if found.settled < share:
             return f"{_OFF} in {1 - found.settled:.0%} of the samples"
         radius = min(found.radii)
-        if radius >= (_LEFT if before.startswith(_OUTSIDE) else 1):
+        if radius >= (_LEFT if before == _OUTSIDE else 1):
             return f"{_OUTSIDE}, {radius:.3g}"
         return ""
 
@@ -265,7 +274,7 @@ def _unrolled(found: Shared, budget: int | None, last: Choice | None) -> Candida
     specs = [f"upg(k={k}, lam={lam})" for lam in possible]
     spec = last.spec if last is not None and last.spec in specs else specs[0]
     known = [c.cosine for c in found.candidates if c.spec == spec]
-    return Candidate(spec, True, known[0] if known else math.nan, k, k)
+    return Candidate(spec, True, known[0] if known else -1.0, k, k)
 
 
 class Log:
@@ -281,7 +290,7 @@ class Log:
 
     @property
     def _kept(self) -> dict[str, Any]:
-        kept: dict[str, Any] = self._memory.histories.get(_NOTED, {})
+        kept: dict[str, Any] = self._memory.histories.get(NOTED, {})
         return kept
 
     @property
@@ -297,8 +306,7 @@ class Log:
     @property
     def is_off(self) -> bool:
         """Whether it is one for states that are not at their equilibrium."""
-        last = self.last
-        return last is not None and last.why.startswith(_OFF)
+        return self.last is not None and self.last.trouble == _OFF
 
     def note(self, choice: Choice) -> None:
         """Keep a choice; of those in a row that are the same, the first and the last."""
@@ -306,9 +314,43 @@ class Log:
         if [c["spec"] for c in known[-2:]] == [choice.spec] * 2 and self.measured is not None:
             known.pop()
         kept = {"of": self._of, "measured": choice.step, "choices": [*known, asdict(choice)]}
-        self._memory.histories[_NOTED] = kept
+        self._memory.histories[NOTED] = kept
+
+
+def check_kept(key: str, kept: Any) -> None:
+    """Refuse what is no log of `auto`, of whatever one.
+
+    Args:
+        key: of what is to be loaded.
+        kept: what it holds.
+
+    Raises:
+        ValueError: if it is none; names the key and what is accepted.
+    """
+    made = kept.get("choices") if isinstance(kept, dict) else None
+    if not (
+        isinstance(made, list)
+        and made
+        and all(map(_is_choice, made))
+        and type(kept.get("of")) is str
+        and kept.get("measured") == made[-1]["step"]
+    ):
+        raise ValueError(
+            f"{key} is {kept!r:.60}; expected what auto keeps: the spec that it is 'of', the step "
+            "at which it 'measured' last, and its 'choices'"
+        )
+
+
+def _is_choice(kept: Any) -> bool:
+    numbers = (int, float, NoneType)
+    kinds = {"step": (int,), "spec": (str,), "cosine": numbers, "cost": numbers, "why": (str,)}
+    return (
+        isinstance(kept, dict)
+        and kept.keys() == kinds.keys()
+        and all(type(kept[name]) in kind for name, kind in kinds.items())
+    )
 
 
 def choices(memory: Memory) -> list[Choice]:
     """Return what was chosen at an equilibrium, in the order of the steps."""
-    return [Choice(**kept) for kept in memory.histories.get(_NOTED, {}).get("choices", [])]
+    return [Choice(**kept) for kept in memory.histories.get(NOTED, {}).get("choices", [])]

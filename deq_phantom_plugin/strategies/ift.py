@@ -165,13 +165,14 @@ class IFT(GradStrategy):
         if rescue is not None:
             g = rescue(repr(self), self.tol, v, g, solution)
         elif not solution.converged:
-            self._warn(solution)
+            self._warn(solution, of_user=solver is None)
         if kept is not None:
             for name, leaf in zip(_names(g), g, strict=True):
                 kept.keep(name, leaf)
         return g, solution
 
-    def _warn(self, solution: Solution) -> None:
+    def _warn(self, solution: Solution, of_user: bool) -> None:
+        """Say where a solve stopped; at rounding only if the tolerance was a user's choice."""
         above = solution.residual > self.tol
         short, rounded = int((above & ~solution.at_rounding).sum()), int(solution.at_rounding.sum())
         reached = (
@@ -197,7 +198,7 @@ class IFT(GradStrategy):
                 "otherwise, pass batch_dim=None in the context. This warning is given once.",
                 ConvergenceWarning,
             )
-        elif rounded and self.tol != IFT.tol:
+        elif rounded and of_user and self.tol != IFT.tol:
             warn_once(
                 "ift in low precision",
                 f"{reached}: in {rounded} of {above.numel()} samples that is the rounding of F's "

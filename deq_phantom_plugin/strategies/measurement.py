@@ -36,6 +36,7 @@ class Reference:
             v in all where these are too many to solve for.
         off: the samples that are not, shape (B,).
         solution: what the solve found.
+        residual: ||v - (I - J^T) g|| / ||v|| of each sample, shape (B,).
         space: its Krylov space.
         solved: whether it was to be solved.
     """
@@ -44,6 +45,7 @@ class Reference:
     g: list[Tensor]
     off: Tensor
     solution: Solution
+    residual: Tensor
     space: KrylovSpace
     solved: bool
 
@@ -99,13 +101,21 @@ def reference(
         _, solution = solve(
             graph.vjp, v, solver=space, tol=_AIM, max_vjp=_LOOK + 1, batch_dim=batch_dim
         )
-        return Reference(v, list(v), off, solution, space, solved=False)
+        residual = _residual(solution, space, torch.ones_like(off))
+        return Reference(v, list(v), off, solution, residual, space, solved=False)
     space = KrylovSpace(_AIM)
     g, solution = _REFERENCE.solved(graph.vjp, v, batch_dim, memory, rescue, solver=space)
     if bool(off.any()):
         masks = Packing(graph.inputs, batch_dim).spread(off)
         g = [torch.where(m.bool(), vi, gi) for m, vi, gi in zip(masks, v, g, strict=True)]
-    return Reference(v, g, off, solution, space, solved=True)
+    return Reference(v, g, off, solution, _residual(solution, space, off), space, solved=True)
+
+
+def _residual(solution: Solution, space: KrylovSpace, of_v: Tensor) -> Tensor:
+    """Return the residuals of a solution, and of v itself in some samples."""
+    if not bool(of_v.any()) or not len(space.usable):
+        return solution.residual
+    return torch.where(of_v, space.first_residual().to(solution.residual), solution.residual)
 
 
 def _off(graph: Linearization, packing: Packing) -> Tensor:
