@@ -50,7 +50,7 @@ class KrylovSpace:
         if rhs.numel() == 0:
             return gmres(apply, rhs, tol, max_vjp)
         progress = Progress(apply, rhs, tol, max_vjp)
-        self._size = torch.linalg.vector_norm(rhs, dim=1).cpu().double()
+        self._size: Tensor = torch.linalg.vector_norm(rhs, dim=1).cpu().double()
         self.usable, self.columns = self._size > 0, rhs.shape[1]
         length = min(self._length, max_vjp - 1, rhs.shape[1])
         basis = Basis(rhs, length)
@@ -107,7 +107,7 @@ class KrylovSpace:
         self._q, self._r = torch.linalg.qr(system)
         self._right = self._q[:, 0]  # of each column, for a v of norm one
         rest = 1 - self._right.square().cumsum(1)
-        self._residual = self._size[:, None] * rest.clamp(min=0).sqrt()
+        self._residual: Tensor = self._size[:, None] * rest.clamp(min=0).sqrt()
 
     def steps_to(self, tol: float) -> Tensor:
         """Return the vectors after which GMRES is at a residual, shape (B,).
