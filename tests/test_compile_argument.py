@@ -127,7 +127,7 @@ def test_an_mdeq(spec, graphs):
     assert error < 1e-4
 
 
-def test_the_compiler_keeps_nothing_of_each_step():
+def test_the_compiler_keeps_one_backend_and_not_one_of_each_step():
     """PyTorch keeps what it was told of every call of `torch.compile`, until it is reset."""
 
     def kept():
