@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.compilation import compiled
 from deq_phantom_plugin.forward import fixed_point
 
 ONE_PASS = ("upg(k=2)", "tbptt(k=2)", "jfb", "bptt(steps=3)")
@@ -85,17 +86,17 @@ def test_an_equilibrium_compiles_its_map_in_the_first_step_alone(spec, options, 
 def test_a_loop(spec, graphs):
     layer = nn.Linear(6, 6, dtype=torch.float64)
     strategy, found = dpp.get_strategy(spec), {}
-    for compiled in (False, True, True):
+    for wanted in (False, True, True):
         x = torch.ones(4, 6, dtype=torch.float64)
         end = dpp.loop(
             lambda h, x=x: torch.tanh(layer(h) + x),
             torch.zeros_like(x),
             5,
             strategy,
-            compile=compiled,
+            compile=wanted,
         )
-        found.setdefault(compiled, []).append(torch.autograd.grad(end.sum(), layer.weight)[0])
-        found.setdefault(f"{compiled} graphs", []).append(len(graphs))
+        found.setdefault(wanted, []).append(torch.autograd.grad(end.sum(), layer.weight)[0])
+        found.setdefault(f"{wanted} graphs", []).append(len(graphs))
     for gradient in found[True]:
         torch.testing.assert_close(gradient, found[False][0], rtol=1e-9, atol=1e-12)
     assert found["False graphs"] == [0]
@@ -124,6 +125,28 @@ def test_an_mdeq(spec, graphs):
         found[compile] = torch.cat([p.grad.flatten() for p in model.parameters()])
     error = (found[True] - found[False]).norm() / found[False].norm()
     assert error < 1e-4
+
+
+def test_the_compiler_keeps_one_backend_and_not_one_of_each_step():
+    """PyTorch keeps what it was told of every call of `torch.compile`, until it is reset."""
+
+    def kept():
+        backends = torch._dynamo.eval_frame.cached_backends.values()
+        return [backend for backend in backends if backend is not None]  # that of `disable`
+
+    torch.compiler.reset()
+    for compile in (True, "reduce-overhead"):
+        compiled(lambda h: h, compile)
+    assert len(kept()) == 2
+    mine = torch.compile(lambda h: h, backend="eager")
+    for _ in range(3):
+        for compile in (True, "reduce-overhead"):
+            compiled(lambda h: h, compile)
+    assert len(kept()) == 3
+    torch.testing.assert_close(mine(torch.ones(2)), torch.ones(2))
+    torch.compiler.reset()
+    compiled(lambda h: h, True)
+    assert len(kept()) == 1
 
 
 def test_copies_and_old_pickles():

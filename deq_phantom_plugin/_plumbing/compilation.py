@@ -70,7 +70,22 @@ def compiled(
     lives = owner is not None and not getattr(owner, "_is_replica", False)  # DataParallel's do not
     if lives and isinstance(func, types.FunctionType):
         func = cast(_F, _with_code_of(owner, func))
-    return cast(_F, torch.compile(func, mode=mode, dynamic=dynamic))
+    made = torch.compile(func, mode=mode, dynamic=dynamic)
+    _keep_one_backend()
+    return cast(_F, made)
+
+
+def _keep_one_backend() -> None:
+    """Forget the backend of the last call of `torch.compile`, if one that is equal is kept.
+
+    PyTorch keeps that of every call, to reset it: a closure made anew in each training step would
+    take a little more memory each time.
+    """
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    kept: dict[int, Any] = getattr(frames, "cached_backends", {})
+    *before, last = list(kept.items()) or [(0, None)]
+    if any(backend == last[1] for _, backend in before):
+        kept.pop(last[0], None)
 
 
 # Kept for as long as an owner lives, and what was compiled of them with them.

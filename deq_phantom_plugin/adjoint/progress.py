@@ -155,8 +155,10 @@ class Progress:
         better = norm < self._best_residual
         self._last = better, counted
         if norm.device.type != "cpu" or not bool(counted.all()):
-            # What was solved is kept where it is; if it is solved no more, others reach in.
-            better = better | (~counted & torch.isfinite(norm))
+            # What was solved is kept where it is; if it is solved no more, others reach in. One at
+            # rounding may have stopped beside its best.
+            beside = self._at_rounding & (norm <= self._limit)
+            better = better | (~counted & torch.isfinite(norm) & ~beside)
         self._best = choose(better, x, self._best)
         self._best_residual = torch.where(better, norm, self._best_residual)
         self._trace.append(self._best_residual)
@@ -214,7 +216,8 @@ class Progress:
         size = torch.linalg.vector_norm(image, dim=1)
         found = stuck & (self._best_residual <= _FLOOR * self.rounding(x, image) * size)
         self._at_rounding = self._at_rounding | found
-        self._limit = torch.where(found, 2 * self._best_residual, self._limit)
+        reached = torch.maximum(self._best_residual, torch.linalg.vector_norm(residual, dim=1))
+        self._limit = torch.where(found, 2 * reached, self._limit)
         self.active = self.active & ~found
         if self._lowest is not None and not bool(self.active.all()):
             self._lowest = None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.adjoint import SOLVERS, solve
+from deq_phantom_plugin.adjoint.progress import Progress
 
 LIMIT = 60
 
@@ -115,3 +116,23 @@ def test_samples_that_depend_on_one_another_are_not_taken_for_rounding():
     _, said = attached(lambda h: mix @ h + 0 * h.requires_grad_() + u, h, "ift(max_iter=12)")
     assert len(said) == 1
     assert "batch_dim" in said[0]
+
+
+def test_a_sample_that_stops_beside_its_best_keeps_that():
+    """Where others go on; and goes on itself once they reach into it."""
+    rhs = torch.ones(2, 1, dtype=torch.float64)
+    progress = Progress(lambda x: (0.5 * x).bfloat16().double(), rhs, tol=1e-8, max_vjp=99)
+
+    def record(*errors):
+        x = 2 + torch.tensor(errors, dtype=torch.float64)[:, None]
+        assert not progress.record(x, rhs - x + progress.apply(x))
+
+    for other in (0.8, 0.7, 0.6, 0.5, 0.45):
+        record(1e-4, other)
+    record(2e-3, 0.4)  # by now it is time to look at what was gained
+    assert progress.active.tolist() == [False, True]
+    record(2e-3, 0.35)
+    assert progress.active.tolist() == [False, True]
+    assert progress.solution().x[0].item() == 2 + 1e-4
+    record(0.5, 0.3)
+    assert progress.active.tolist() == [True, True]
