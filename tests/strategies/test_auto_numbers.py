@@ -215,3 +215,26 @@ def test_each_kind_of_trouble_is_said_once():
         "dpp.report_choice(model) tells what acts when. Said once.",
         "not at its equilibrium",
     ]
+
+
+def test_samples_without_a_gradient_are_not_off():
+    """As those that a guard has given another strategy's."""
+    model = Linear(spectrum([0.5, 0.2, -0.4], samples=20))
+    state, v = model.solved(model.inject.detach()), model.v.clone()
+    state[:5] += 5
+    v[:5] = 0
+    g = model.at(0, state=state, v=v)
+    torch.testing.assert_close(g[5:], model.exact[5:], rtol=1e-3, atol=1e-3)
+    assert model.chosen.cosine >= 0.95
+
+
+def test_of_a_large_batch_some_are_drawn_and_judged(judged):
+    """Every third sample of 300 is hard: no rhythm of the batch is taken for all of it."""
+    easy, hard = spectrum([0.1, 0.0, -0.1], samples=200), spectrum([0.9, 0.0, -0.9], samples=100)
+    order = torch.arange(300).view(3, 100).T.flatten()
+    model = Linear(torch.cat([easy, hard])[order])
+    model.at(0)
+    for spec in ("jfb", "npg(k=5, lam=1.0)", "ift(tol=0.1)"):
+        counted, cosine = cost(spec, model)
+        assert judged[spec].cosine == pytest.approx(cosine, abs=0.1), spec
+        assert judged[spec].cost == counted
