@@ -38,9 +38,9 @@ class Auto(GradStrategy):
     terms with lam 1.0, 0.9, ... 0.1 and looser solves would have got, so that all of them are
     judged without another product. Of those whose g has a cosine of at least `cosine` to the
     reference's in at least 90 % of the samples (of more than 128, of 128 that are drawn) the
-    cheapest acts from the next step on; where there is none `ift`, which is said once. What acts goes on until it falls below `cosine`, or one that
-    costs at most 0.9 as much is above it by a third of what is missing to 1: at a border nothing
-    flutters.
+    cheapest acts from the next step on; where there is none `ift`, which is said once. What acts
+    goes on until it falls below `cosine`, or one that costs at most 0.9 as much is above it by a
+    third of what is missing to 1: at a border nothing flutters.
 
     Costs are counted: an evaluation of F as one, a backward pass through it as two. So `npg` is
     taken rather than `upg`, which is the same at an equilibrium (eq. A-14) for k - 1 evaluations
