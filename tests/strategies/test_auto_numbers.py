@@ -50,6 +50,18 @@ def test_where_none_is_good_enough_the_cosine_of_what_acts_is_told():
     assert 0.99 < model.chosen.cosine <= 1
 
 
+@pytest.mark.filterwarnings("ignore:(ift.*the adjoint solve stopped|auto.*not solved)")
+def test_a_measurement_has_a_limit():
+    """Of a rotation, whose eigenvalues lie all around zero, no solve comes near the end."""
+    generator = torch.Generator().manual_seed(0)
+    rotations = torch.randn(2, 240, 240, generator=generator, dtype=torch.float64)
+    model = Linear(0.999 * torch.linalg.qr(rotations).Q)
+    model.at(0)
+    assert (model.evaluations, model.products) == (1, 101)
+    assert model.chosen.spec == "ift"
+    assert model.chosen.cosine is None
+
+
 @pytest.mark.parametrize("size", [10, 11, 12, 13])
 def test_solves_are_counted_as_they_are_in_any_space(judged, size):
     """One of more than ten vectors measures rounding, if it could take two more."""
