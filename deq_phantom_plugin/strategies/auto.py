@@ -44,8 +44,8 @@ class Auto(GradStrategy):
 
     Costs are counted: an evaluation of F as one, a backward pass through it as two. So `npg` is
     taken rather than `upg`, which is the same at an equilibrium (eq. A-14) for k - 1 evaluations
-    more. A solve costs what its slowest sample does, and is not judged where that stops above its
-    tolerance, in 48 vectors or at the rounding of F.
+    more. A solve costs what its slowest sample does; looser ones that would stop above their `tol`,
+    after 48 vectors or at the rounding of F, are not taken.
 
     A state is at its equilibrium if ||F(h) - h|| <= 0.1 ||F(h)||, as for `guard`: the error of
     implicit differentiation elsewhere grows in proportion to the distance (Blondel et al. 2022,
@@ -71,7 +71,8 @@ class Auto(GradStrategy):
             in the measuring step, with the same v. None of them may own its solve or change with
             the step.
         budget: the most products, backward passes through F with the one to the parameters: then
-            the strategy of the highest cosine within it is taken, whatever `cosine` is.
+            the strategy of the highest cosine within it is taken, whatever `cosine` is. That may
+            be `ift` with so many, which says once that it stops short of its `tol`.
 
     Raises:
         ValueError: if an argument is out of range, or a method unknown or not one for this.
