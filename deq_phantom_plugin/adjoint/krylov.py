@@ -124,7 +124,8 @@ class KrylovSpace:
     def _residual_after(self, steps: Tensor) -> Tensor:
         """Return the residuals of iterates, the last in place of one more, shape (B,)."""
         at = steps.clamp(max=self._residual.shape[1]) - 1
-        return self._residual.gather(1, at[:, None]).squeeze(1)
+        after: Tensor = self._residual.gather(1, at[:, None]).squeeze(1)
+        return after
 
     def goes_again(self, tol: float) -> Tensor:
         """Return the samples in which rounding has a solve go on from its residual, shape (B,).
@@ -207,8 +208,8 @@ class KrylovSpace:
 
     def first_residual(self) -> Tensor:
         """Return what v itself leaves, ||J^T v||, shape (B,)."""
-        column: Tensor = torch.linalg.vector_norm(self._hessenberg[:, :, 0], dim=1)
-        return self._size * column
+        left: Tensor = self._size * torch.linalg.vector_norm(self._hessenberg[:, :, 0], dim=1)
+        return left
 
     def radii(self, lams: Sequence[float]) -> Tensor:
         """Return radii of damped maps, shape (lams, samples), of up to 32 of the usable samples.
