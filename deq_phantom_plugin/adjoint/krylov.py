@@ -13,7 +13,8 @@ from .progress import Apply, Progress, Solution
 LENGTH = 50
 """The most vectors of a space, as many as `gmres` keeps."""
 
-_MOST_RITZ = 32  # samples whose eigenvalues are looked at: a small dense problem each
+_MOST_JUDGED = 128  # samples whose cosines are looked at: a small dense problem each
+_MOST_RITZ = 32  # whose eigenvalues are
 
 
 class KrylovSpace:
@@ -123,7 +124,8 @@ class KrylovSpace:
     def _residual_after(self, steps: Tensor) -> Tensor:
         """Return the residuals of iterates, the last in place of one more, shape (B,)."""
         at = steps.clamp(max=self._residual.shape[1]) - 1
-        return self._residual.gather(1, at[:, None]).squeeze(1)
+        after: Tensor = self._residual.gather(1, at[:, None]).squeeze(1)
+        return after
 
     def goes_again(self, tol: float) -> Tensor:
         """Return the samples in which rounding has a solve go on from its residual, shape (B,).
@@ -174,38 +176,40 @@ class KrylovSpace:
         self._solution = torch.cat(basis.subtract_projection(x.clone()), dim=1).cpu().double()
 
     def series_cosines(self, lams: Sequence[float], terms: int) -> Tensor:
-        """Return the cosines to the solution of damped Neumann series, shape (lams, terms, usable).
+        """Return the cosines to the solution of damped Neumann series, shape (lams, terms, n).
 
-        Entry k - 1 is that of k terms.
+        Entry k - 1 is that of k terms, n up to 128 of the usable samples.
 
         Args:
             lams: the damping factors.
             terms: the most terms.
         """
-        square = self._hessenberg[:, : self._hessenberg.shape[2]]
+        at = self._some(_MOST_JUDGED)
+        square = self._hessenberg[at, : self._hessenberg.shape[2]]
         factors = torch.tensor(lams, dtype=torch.float64, device="cpu")[:, None, None]
-        start = torch.zeros_like(self._solution)
+        start = torch.zeros_like(self._solution[at])
         start[:, 0] = 1
         y, found = start.expand(len(lams), *start.shape), []
         for _ in range(terms):
-            found.append(self._cosine(y))
+            found.append(self._cosine(y, at))
             image = torch.einsum("bij,lbj->lbi", square, y)
             y = start + (1 - factors) * y + factors * image
         return torch.stack(found, dim=1)
 
     def iterate_cosines(self, tol: float, most: int) -> Tensor:
-        """Return the cosines of GMRES's iterates to the solution, shape (usable,).
+        """Return the cosines of GMRES's iterates to the solution, of up to 128 usable samples.
 
         Args:
             tol: the residual at which it stops.
             most: the vectors after which it stops in any case.
         """
-        return self._cosine(self._iterate(self.steps_to(tol).clamp(max=most)))
+        at = self._some(_MOST_JUDGED)
+        return self._cosine(self._iterate(self.steps_to(tol).clamp(max=most))[at], at)
 
     def first_residual(self) -> Tensor:
         """Return what v itself leaves, ||J^T v||, shape (B,)."""
-        column: Tensor = torch.linalg.vector_norm(self._hessenberg[:, :, 0], dim=1)
-        return self._size * column
+        left: Tensor = self._size * torch.linalg.vector_norm(self._hessenberg[:, :, 0], dim=1)
+        return left
 
     def radii(self, lams: Sequence[float]) -> Tensor:
         """Return radii of damped maps, shape (lams, samples), of up to 32 of the usable samples.
@@ -217,8 +221,7 @@ class KrylovSpace:
         Args:
             lams: the damping factors.
         """
-        at = torch.nonzero(self.usable).flatten()
-        at = at[:: -(-len(at) // _MOST_RITZ) or 1] if len(at) else at
+        at = self._some(_MOST_RITZ)
         size = self._hessenberg.shape[2]
         matrix, below = self._hessenberg[at, :size], self._hessenberg[at, size, size - 1]
         values, vectors = torch.linalg.eig(matrix)
@@ -229,8 +232,19 @@ class KrylovSpace:
             found.append(damped.amax(dim=1))
         return torch.stack(found)
 
-    def _cosine(self, y: Tensor) -> Tensor:
-        """Return the cosines of V y to the solution, shape (..., usable)."""
-        length = torch.linalg.vector_norm(y, dim=-1) * self._solution_norm
-        cosine: Tensor = (y * self._solution).sum(-1) / length
-        return cosine[..., self.usable].clamp(max=1)  # but for rounding
+    def _some(self, most: int) -> Tensor:
+        """Return the places of usable samples, of so many where there are more.
+
+        They are drawn: batches may go in a rhythm, as those that are balanced by class do.
+        """
+        at = torch.nonzero(self.usable).flatten()
+        if len(at) <= most:
+            return at
+        generator = torch.Generator("cpu").manual_seed(0)
+        return at[torch.randperm(len(at), generator=generator, device="cpu")[:most]]
+
+    def _cosine(self, y: Tensor, at: Tensor) -> Tensor:
+        """Return the cosines of V y to the solution, of some samples, shape (..., n)."""
+        length = torch.linalg.vector_norm(y, dim=-1) * self._solution_norm[at]
+        cosine: Tensor = (y * self._solution[at]).sum(-1) / length
+        return cosine.clamp(max=1)  # but for rounding

@@ -37,14 +37,15 @@ class Auto(GradStrategy):
     that step's gradient, and the reference. Its Krylov space holds what `npg` and `upg` of up to 50
     terms with lam 1.0, 0.9, ... 0.1 and looser solves would have got, so that all of them are
     judged without another product. Of those whose g has a cosine of at least `cosine` to the
-    reference's in at least 90 % of the samples the cheapest acts from the next step on; where there
-    is none `ift`, which is said once. What acts goes on until it falls below `cosine`, or one that
-    costs at most 0.9 as much is above it by a third of what is missing to 1: at a border nothing
-    flutters.
+    reference's in at least 90 % of the samples (of more than 128, of 128 that are drawn) the
+    cheapest acts from the next step on; where there is none `ift`, which is said once. What acts
+    goes on until it falls below `cosine`, or one that costs at most 0.9 as much is above it by a
+    third of what is missing to 1: at a border nothing flutters.
 
     Costs are counted: an evaluation of F as one, a backward pass through it as two. So `npg` is
     taken rather than `upg`, which is the same at an equilibrium (eq. A-14) for k - 1 evaluations
-    more.
+    more. A solve costs what its slowest sample does; looser ones that would stop above their `tol`,
+    after 48 vectors or at the rounding of F, are not taken.
 
     A state is at its equilibrium if ||F(h) - h|| <= 0.1 ||F(h)||, as for `guard`: the error of
     implicit differentiation elsewhere grows in proportion to the distance (Blondel et al. 2022,
@@ -70,7 +71,8 @@ class Auto(GradStrategy):
             in the measuring step, with the same v. None of them may own its solve or change with
             the step.
         budget: the most products, backward passes through F with the one to the parameters: then
-            the strategy of the highest cosine within it is taken, whatever `cosine` is.
+            the strategy of the highest cosine within it is taken, whatever `cosine` is. That may
+            be `ift` with so many, which says once that it stops short of its `tol`.
 
     Raises:
         ValueError: if an argument is out of range, or a method unknown or not one for this.

@@ -125,7 +125,7 @@ def _solves(space: KrylovSpace, tols: Sequence[float], budget: int | None) -> Te
     """Return the numbers of looser solves, a row each, as `gmres` does them.
 
     Of those that stop above their tolerance, and warn, the last alone is judged: it is what acts
-    where nothing else is good enough.
+    where nothing else is good enough, and often the best that there is for a budget.
     """
     limit = IFT.max_iter if budget is None else max(1, budget - 1)
     length = min(LENGTH, limit - 1, space.columns)  # vectors; one product tells the true residual
@@ -140,11 +140,13 @@ def _solves(space: KrylovSpace, tols: Sequence[float], budget: int | None) -> Te
         reached = steps <= most and products <= limit + 1
         if not (reached and bool((space.gap[space.usable] < tol).all())):
             reached, products = False, limit + 1
-        if budget is not None and (budget <= _FEWEST or not reached):
-            products = math.inf
         cosine = -1.0
         if reached or tol == tols[-1]:
             cosine = float(low(space.iterate_cosines(tol, most)))
+        elif budget is not None:
+            products = math.inf
+        if budget is not None and budget <= _FEWEST:
+            products = math.inf
         found.append([cosine, 1.0, products])
     return torch.tensor(found, dtype=torch.float64, device="cpu")
 

@@ -95,8 +95,10 @@ def reference(
         memory: of the equilibrium, which hears of doubts.
         rescue: acts where the solve failed.
     """
-    off = _off(graph, Packing(graph.inputs, batch_dim))
-    if int(off.sum()) > (1 - SHARE) * len(off):
+    packing = Packing(graph.inputs, batch_dim)
+    counted = (packing.pack(v) != 0).any(dim=1)  # others have no gradient that could be off
+    off = _off(graph, packing) & counted
+    if int(off.sum()) > (1 - SHARE) * int(counted.sum()):
         space = KrylovSpace(_AIM, _LOOK, goes_on=False)
         _, solution = solve(
             graph.vjp, v, solver=space, tol=_AIM, max_vjp=_LOOK + 1, batch_dim=batch_dim
@@ -106,7 +108,7 @@ def reference(
     space = KrylovSpace(_AIM)
     g, solution = _REFERENCE.solved(graph.vjp, v, batch_dim, memory, rescue, solver=space)
     if bool(off.any()):
-        masks = Packing(graph.inputs, batch_dim).spread(off)
+        masks = packing.spread(off)
         g = [torch.where(m.bool(), vi, gi) for m, vi, gi in zip(masks, v, g, strict=True)]
     return Reference(v, g, off, solution, _residual(solution, space, off), space, solved=True)
 

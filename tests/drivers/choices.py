@@ -110,7 +110,7 @@ def resume(model, grad):
 def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     found = {name: train(**case) for name, case in CASES.items()}
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:

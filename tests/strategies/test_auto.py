@@ -371,15 +371,19 @@ def test_where_none_is_good_enough_it_is_ift_which_is_said_once():
 # --- a budget -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [1, 2, 3, 5, 8])
+@pytest.mark.filterwarnings("ignore:ift.*the adjoint solve stopped")
+@pytest.mark.parametrize("budget", [1, 2, 3, 5, 8, 13, 14])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_a_budget_gives_the_best_gradient_for_so_many_products(name, budget):
+    """Of series, and of a solve with the rest after the product to the parameters."""
     model = Linear(SPECTRA[name], f"auto(budget={budget})")
     model.at(0)
-    series = [f"npg(k={k}, lam={lam})" for lam in LAMS for k in range(1, budget + 1)]
-    best = max(cost(spec, model)[1] for spec in series)
-    quality = cost(model.chosen.spec, model)[1]
+    searched = [f"npg(k={k}, lam={lam})" for lam in LAMS for k in range(1, budget + 1)]
+    searched += [f"ift(max_iter={budget - 1})"] if budget > 3 else []
+    best = max(cost(spec, model)[1] for spec in searched)
+    price, quality = cost(model.chosen.spec, model)
     assert model.products <= budget
+    assert price == model.chosen.cost
     assert quality >= best - 1e-3
 
 

@@ -50,6 +50,18 @@ def test_where_none_is_good_enough_the_cosine_of_what_acts_is_told():
     assert 0.99 < model.chosen.cosine <= 1
 
 
+@pytest.mark.filterwarnings("ignore:(ift.*the adjoint solve stopped|auto.*not solved)")
+def test_a_measurement_has_a_limit():
+    """Of a rotation, whose eigenvalues lie all around zero, no solve comes near the end."""
+    generator = torch.Generator().manual_seed(0)
+    rotations = torch.randn(2, 240, 240, generator=generator, dtype=torch.float64)
+    model = Linear(0.999 * torch.linalg.qr(rotations).Q)
+    model.at(0)
+    assert (model.evaluations, model.products) == (1, 101)
+    assert model.chosen.spec == "ift"
+    assert model.chosen.cosine is None
+
+
 @pytest.mark.parametrize("size", [10, 11, 12, 13])
 def test_solves_are_counted_as_they_are_in_any_space(judged, size):
     """One of more than ten vectors measures rounding, if it could take two more."""
@@ -215,3 +227,26 @@ def test_each_kind_of_trouble_is_said_once():
         "dpp.report_choice(model) tells what acts when. Said once.",
         "not at its equilibrium",
     ]
+
+
+def test_samples_without_a_gradient_are_not_off():
+    """As those that a guard has given another strategy's."""
+    model = Linear(spectrum([0.5, 0.2, -0.4], samples=20))
+    state, v = model.solved(model.inject.detach()), model.v.clone()
+    state[:5] += 5
+    v[:5] = 0
+    g = model.at(0, state=state, v=v)
+    torch.testing.assert_close(g[5:], model.exact[5:], rtol=1e-3, atol=1e-3)
+    assert model.chosen.cosine >= 0.95
+
+
+def test_of_a_large_batch_some_are_drawn_and_judged(judged):
+    """Every third sample of 300 is hard: no rhythm of the batch is taken for all of it."""
+    easy, hard = spectrum([0.1, 0.0, -0.1], samples=200), spectrum([0.9, 0.0, -0.9], samples=100)
+    order = torch.arange(300).view(3, 100).T.flatten()
+    model = Linear(torch.cat([easy, hard])[order])
+    model.at(0)
+    for spec in ("jfb", "npg(k=5, lam=1.0)", "ift(tol=0.1)"):
+        counted, cosine = cost(spec, model)
+        assert judged[spec].cosine == pytest.approx(cosine, abs=0.1), spec
+        assert judged[spec].cost == counted
