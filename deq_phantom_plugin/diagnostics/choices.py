@@ -30,7 +30,7 @@ class ChoiceReport(list[ChoiceRecord]):
 
     def __repr__(self) -> str:
         if not self:
-            return "auto has chosen nothing yet"
+            return "auto has chosen nothing here: either none is at work, or none has gone back yet"
         rows = [
             (
                 record.equilibrium,

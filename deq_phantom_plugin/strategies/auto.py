@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,6 +14,7 @@ from .._plumbing.once import warn_once
 from .._plumbing.trial import Trial
 from ..adjoint import Linearization
 from ..contract.errors import ConvergenceWarning
+from ..contract.memory import Memory
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_int
@@ -226,6 +228,7 @@ class _Measurement:
         auto, step = self._auto, self._step or 0
         measured = self._log.measured
         if measured is not None and (self._step is None or measured == step):
+            self._count_again(measured)
             return  # by another call of this step
         numbers = shared(found.numbers(auto.budget, self._runs), found.v[0].device)
         if numbers.broken or not numbers.rows:
@@ -239,6 +242,25 @@ class _Measurement:
                 "dpp.report_choice(model) tells what acts when. Said once.",
                 ConvergenceWarning,
             )
+
+    def _count_again(self, measured: int) -> None:
+        """Say once that a training step seems to stand still: each of its calls pays for `ift`."""
+        memory = self._log.memory
+        before, calls = _repeated.get(memory, (measured, 0))
+        calls = calls + 1 if before == measured else 1
+        _repeated[memory] = measured, calls
+        if calls == _MANY:
+            warn_once(
+                "auto stands still",
+                f"{self._auto!r} was told step {measured} for {calls} more backward passes, and "
+                "each of a step that measures costs as much as ift. Unless these were "
+                "micro-batches of one step, call dpp.set_step(model, step) in each. Said once.",
+                ConvergenceWarning,
+            )
+
+
+_MANY = 100  # calls in one step, which no accumulation is likely to have
+_repeated = weakref.WeakKeyDictionary[Memory, tuple[int, int]]()
 
 
 @cache

@@ -283,14 +283,17 @@ class Log:
     Args:
         memory: of the equilibrium.
         of: the strategy, as its spec; what another one chose is not in force.
+
+    Attributes:
+        memory: the memory.
     """
 
     def __init__(self, memory: Memory, of: str) -> None:
-        self._memory, self._of = memory, of
+        self.memory, self._of = memory, of
 
     @property
     def _kept(self) -> dict[str, Any]:
-        kept: dict[str, Any] = self._memory.histories.get(NOTED, {})
+        kept: dict[str, Any] = self.memory.histories.get(NOTED, {})
         return kept
 
     @property
@@ -314,7 +317,7 @@ class Log:
         if [c["spec"] for c in known[-2:]] == [choice.spec] * 2 and self.measured is not None:
             known.pop()
         kept = {"of": self._of, "measured": choice.step, "choices": [*known, asdict(choice)]}
-        self._memory.histories[NOTED] = kept
+        self.memory.histories[NOTED] = kept
 
 
 def check_kept(key: str, kept: Any) -> None:

@@ -309,6 +309,19 @@ def test_it_measures_at_the_first_step_and_every_so_many():
     assert [i for i, flag in enumerate(measured) if flag] == [0, EVERY, 2 * EVERY]
 
 
+def test_a_step_that_stands_still_is_said_once():
+    model = Linear(SPECTRA["0.5"], "auto")
+    dpp.set_step(model, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(module._MANY):  # the first measures
+            model.gradient()
+    with pytest.warns(dpp.ConvergenceWarning, match="was told step 4 for 100 more") as seen:
+        for _ in range(module._MANY + 1):
+            model.gradient()
+    assert len(seen) == 1
+
+
 def context_of(model):
     return dpp.Context(batch_dim=0, memory=model.memory)
 
@@ -613,7 +626,9 @@ def test_of_the_same_choices_in_a_row_the_first_and_the_last_are_kept():
 
 def test_the_report_is_a_table():
     model = Net("auto")
-    assert repr(dpp.report_choice(model)) == "auto has chosen nothing yet"
+    assert repr(dpp.report_choice(model)) == (
+        "auto has chosen nothing here: either none is at work, or none has gone back yet"
+    )
     train(model, range(1))
     (record,) = dpp.report_choice(model)
     header, _, row = repr(dpp.report_choice(model)).splitlines()
