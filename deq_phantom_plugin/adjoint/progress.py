@@ -103,6 +103,7 @@ class Progress:
         self._trace: list[Tensor] = []
         self._rounding: Tensor | None = None  # of a product, relative to it, shape ()
         self._at_rounding = torch.zeros_like(self.active)
+        self._stopped = torch.zeros_like(norm)  # of the iterates that those stopped at
         self._limit = torch.full_like(norm, tol)  # what each sample's residual is to reach
         self._late = LateRead(rhs.device)
         # The best residuals as the host's numbers, where it reads at once and all are active.
@@ -157,7 +158,7 @@ class Progress:
         if norm.device.type != "cpu" or not bool(counted.all()):
             # What was solved is kept where it is; if it is solved no more, others reach in. One at
             # rounding may have stopped beside its best.
-            beside = self._at_rounding & (norm <= self._limit)
+            beside = self._at_rounding & (norm <= 2 * self._stopped)
             better = better | (~counted & torch.isfinite(norm) & ~beside)
         self._best = choose(better, x, self._best)
         self._best_residual = torch.where(better, norm, self._best_residual)
@@ -216,8 +217,9 @@ class Progress:
         size = torch.linalg.vector_norm(image, dim=1)
         found = stuck & (self._best_residual <= _FLOOR * self.rounding(x, image) * size)
         self._at_rounding = self._at_rounding | found
-        reached = torch.maximum(self._best_residual, torch.linalg.vector_norm(residual, dim=1))
-        self._limit = torch.where(found, 2 * reached, self._limit)
+        self._limit = torch.where(found, 2 * self._best_residual, self._limit)
+        norm = torch.linalg.vector_norm(residual, dim=1)
+        self._stopped = torch.where(found, norm, self._stopped)
         self.active = self.active & ~found
         if self._lowest is not None and not bool(self.active.all()):
             self._lowest = None
