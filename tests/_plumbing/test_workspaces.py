@@ -138,8 +138,10 @@ def test_a_solve_inside_another_of_its_shape(solver):
 def test_results_are_not_written_by_later_solves(solver):
     options = {"max_iter": 60, "tol": 1e-10}
     problems = [problem(seed) for seed in range(5)]
-    found = [solver(func, start, sample_at=(4,), **options) for func, start, _ in problems]
-    sampled = [solution.sampled[0].clone() for solution in found]
+    found, sampled = [], []
+    for func, start, _ in problems:
+        found.append(solver(func, start, sample_at=(4,), **options))
+        sampled.append(found[-1].sampled[0].clone())
     kept = [
         forward.broyden(func, start, keep_inverse=True, **options) for func, start, _ in problems
     ]
