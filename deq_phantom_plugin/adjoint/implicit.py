@@ -23,6 +23,7 @@ from .._plumbing.transforms import (
 from ..contract.state import State, flatten, unflatten
 from .captured import call_with, find_captured
 from .linearization import in_format
+from .repeats import Repeats
 
 _METHOD = "ift(higher_order=True)"  # the strategy that is differentiated again
 
@@ -41,12 +42,14 @@ class System:
         solve: solves its adjoint system.
         inner: solves the adjoint systems of that system, and so on.
         user: whose errors those of this system are, such as a strategy.
+        repeats: compares G(x, a) with what it was; None for the systems behind the first.
     """
 
     func: Callable[[Leaves, Leaves], list[Tensor]]
     solve: AdjointSolve
     inner: AdjointSolve
     user: object
+    repeats: Repeats | None = None
 
     def adjoint(self) -> System:
         """Return g = v + J^T g as a system for g, where a is (v, x, the a of this system)."""
@@ -112,7 +115,9 @@ def implicit(
             state = call_with(lambda: func(unflatten(list(x), structure)), replacements)
         return flatten(state)[0]
 
-    system = System(explicit, solve, inner, user)
+    repeats = Repeats(user)
+    repeats.see(0, values)
+    system = System(explicit, solve, inner, user, repeats)
     attached = _Implicit.apply(system, len(leaves), *values, *leaves, *captured)
     return unflatten(list(attached), structure)
 
@@ -160,6 +165,8 @@ def _gradient(
         twice = DoubleBackward(_METHOD) if differentiable else None
         with twice or nullcontext():
             outputs = system.func(inputs, parameters)
+    if system.repeats is not None:
+        system.repeats.see(0, outputs)
     with torch.no_grad(), full_precision(inputs[0].device):
         g = system.solve(lambda w: _vjp(outputs, inputs, w), [leaf.detach() for leaf in v])
     if differentiable:
