@@ -1,4 +1,4 @@
-"""The documentation: each promise names its test, and code blocks do what they say."""
+"""README and documentation: each promise names its test, code runs, links lead somewhere."""
 
 from __future__ import annotations
 
