@@ -47,6 +47,11 @@ class Auto(GradStrategy):
     goes on until it falls below `cosine`, or one that costs at most 0.9 as much is above it by a
     third of what is missing to 1: at a border nothing flutters.
 
+    A series of more than one term is taken only where the map damped by its lam contracts, also if
+    every 1 - mu, mu an eigenvalue of J, were 1.2 times as large. With B = lam J + (1 - lam) I the
+    sum of k terms is (I - B^k) g*, which elsewhere may point against g* in a direction that the
+    cosine hardly sees and that training then feeds.
+
     Costs are counted: an evaluation of F as one, a backward pass through it as two. So `npg` is
     taken rather than `upg`, which is the same at an equilibrium (eq. A-14) for k - 1 evaluations
     more. A solve costs what its slowest sample does; looser ones that would stop above their `tol`,
