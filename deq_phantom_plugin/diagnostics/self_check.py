@@ -1,4 +1,4 @@
-"""Gradients of a map whose gradient has a closed form: does this installation compute them right?"""
+"""Whether this installation gets gradients right, on a map where they have a closed form."""
 
 from __future__ import annotations
 

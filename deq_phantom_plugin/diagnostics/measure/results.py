@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...strategies.candidates import Candidate
+from ...strategies.measurement import POOR_REFERENCE
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,8 @@ class StrategyResult:
     """What one strategy's gradient was, and what it cost.
 
     Attributes:
-        strategy: the strategy, as its spec.
+        strategy: the strategy, as a spec with all its arguments.
+        label: the spec as it was typed, for tables and figures.
         cosine: of dL/dtheta to the reference's.
         relative_error: ||dL/dtheta - reference|| / ||reference||.
         norm: ||dL/dtheta||.
@@ -25,10 +27,11 @@ class StrategyResult:
         damped_radius: rho(lam J + (1 - lam) I), the largest of the batch, where it has a `lam`.
         second_order_error: relative error of a second derivative of L, where that was asked for
             and the strategy has one.
-        error: what went wrong, and then everything above but `strategy` is None.
+        error: what went wrong, and then all numbers above are None.
     """
 
     strategy: str
+    label: str
     cosine: float | None = None
     relative_error: float | None = None
     norm: float | None = None
@@ -87,6 +90,11 @@ class Measurement:
     radius: float
     damped_radii: dict[float, float]
     results: list[StrategyResult]
+
+    @property
+    def reference_is_good(self) -> bool:
+        """Whether the reference is near enough to the exact gradient to compare others with it."""
+        return self.reference_residual <= POOR_REFERENCE
 
 
 @dataclass(frozen=True)

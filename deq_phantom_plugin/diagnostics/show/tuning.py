@@ -10,7 +10,8 @@ from typing import Any
 
 from ..._plumbing.output import text_table
 from ..measure.results import TunedEquilibrium
-from .html import COLOURS, document, figure
+from .figures import COLOURS, SMALL_TEXT, figure
+from .html import document
 
 _HEADER = ("strategy", "cosine", "cost", "F", "VJP")
 _FLOOR = 1e-9  # of what is missing to a cosine of 1, for a logarithmic axis
@@ -88,4 +89,4 @@ def _draw(found: TunedEquilibrium, axes: Any) -> None:
         axes.scatter(*at, s=90, facecolors="none", edgecolors="black", label="chosen")
     axes.set(xlabel="cost", ylabel="1 - cosine", xscale="log", yscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=SMALL_TEXT)
