@@ -86,7 +86,7 @@ def diagnose(root: Path | None = None) -> str:
 
 
 def issue_report(root: Path | None = None) -> str:
-    """Return what an issue on a wrong gradient needs, to be pasted: no folder of the user's is in it.
+    """Return what an issue on a wrong gradient needs; the user's home folder is not named in it.
 
     Beside what `diagnose` says, it has the machine, the settings that change numbers, and gradients
     whose closed form is known.

@@ -101,7 +101,7 @@ def _results(
             )
         except Exception as error:  # whatever a strategy raises; the others still report
             message = f"{type(error).__name__}: {error}"
-            rows.append(StrategyResult(repr(strategy), name, error=message))
+            rows.append(StrategyResult(repr(strategy), label=name, error=message))
     times: list[list[tuple[float, float]]] = [[] for _ in strategies]
     for _ in range(repeats):
         for strategy, row, own in zip(strategies, rows, times, strict=True):

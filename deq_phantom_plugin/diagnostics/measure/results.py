@@ -14,7 +14,6 @@ class StrategyResult:
 
     Attributes:
         strategy: the strategy, as a spec with all its arguments.
-        label: the spec as it was typed, for tables and figures.
         cosine: of dL/dtheta to the reference's.
         relative_error: ||dL/dtheta - reference|| / ||reference||.
         norm: ||dL/dtheta||.
@@ -28,10 +27,10 @@ class StrategyResult:
         second_order_error: relative error of a second derivative of L, where that was asked for
             and the strategy has one.
         error: what went wrong, and then all numbers above are None.
+        label: the spec as it was typed, for tables and figures.
     """
 
     strategy: str
-    label: str
     cosine: float | None = None
     relative_error: float | None = None
     norm: float | None = None
@@ -44,6 +43,10 @@ class StrategyResult:
     damped_radius: float | None = None
     second_order_error: float | None = None
     error: str | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", self.label or self.strategy)
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,8 @@ def as_text(report: Measurement, advice: Sequence[str]) -> str:
     width = max(len(name) for name, *_ in [*known, lams, radii])
     lines = [report.name, "=" * len(report.name)]
     lines += [f"{name:{width}}  {value}" for name, value in known]
-    lines += [
-        f"{name:{width}}" + "".join(f"{v:>7}" for v in values) for name, *values in (lams, radii)
-    ]
+    for name, *values in (lams, radii):
+        lines.append(f"{name:{width}}" + "".join(f"{value:>7}" for value in values))
     working = [cells(result, report) for result in report.results if result.error is None]
     if working:
         lines += ["", text_table(HEADER[: n_columns(report)], working)]
