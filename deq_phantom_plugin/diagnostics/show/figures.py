@@ -17,8 +17,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "osD^vPX"
 
 # A page shows a figure in its own size, so that points are points: 12 points are its text's size.
-_INCHES = (4.4, 3.4)
-_TEXT, SMALL_TEXT = 11, 9.5  # points
+INCHES = (4.4, 3.4)
+TEXT, SMALL_TEXT = 11, 9.5  # points
 
 _TOO_SMALL = 1e-6  # relative errors below it stand on a line of their own
 
@@ -32,8 +32,8 @@ def figure(caption: str, draw: Callable[[Any], None]) -> str:
     matplotlib = require("matplotlib", "viz")
     backend = require("matplotlib.backends.backend_svg", "viz")
     figures = require("matplotlib.figure", "viz")
-    with matplotlib.rc_context({"svg.hashsalt": "deq-phantom", "font.size": _TEXT}):
-        figure = figures.Figure(figsize=_INCHES, layout="constrained")
+    with matplotlib.rc_context({"svg.hashsalt": "deq-phantom", "font.size": TEXT}):
+        figure = figures.Figure(figsize=INCHES, layout="constrained")
         draw(figure.add_subplot())
         image = io.BytesIO()
         backend.FigureCanvasSVG(figure).print_svg(image, metadata={"Date": None})
