@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -144,7 +145,7 @@ def test_errors_against_time_can_be_read(report, times, errors):
         labels = visible(axis)
         assert len(labels) >= 3
         boxes = [text.get_window_extent() for text in labels]
-        assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:], strict=False))
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
     # What is no rounding has most of the height.
     low, high = (math.log(y) for y in axes.get_ylim())
     own = [math.log(error) for error in errors if error > 1e-6]
