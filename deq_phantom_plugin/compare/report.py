@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .._plumbing.extras import require
 from .._plumbing.output import text_table, write_whole
-from ..strategies.measurement import POOR_REFERENCE
+from ..diagnostics.measure.results import COMPARABLE
 from .training import EXACT, MethodResult
 
 TARGET_ACCURACY = 0.9
@@ -45,8 +45,8 @@ def table(results: Sequence[MethodResult], target: float | None = TARGET_ACCURAC
     if short := [r for r in results if not _solved(r)]:
         found = ", ".join(f"{r.spec}: {r.exact_residual:.0e}" for r in short)
         lines.append(
-            "No cosine where the exact gradient itself was solved only to a relative residual "
-            f"above {POOR_REFERENCE:.0e}: {found}."
+            "No cosine where the equilibrium or its exact gradient was solved only to a relative "
+            f"residual above {COMPARABLE:.0e}: {found}."
         )
     if target is not None:
         low = [f"{r.spec} ({r.accuracy:.1%})" for r in results if r.accuracy <= target]
@@ -61,7 +61,7 @@ def table(results: Sequence[MethodResult], target: float | None = TARGET_ACCURAC
 
 def _solved(result: MethodResult) -> bool:
     """Whether there was an exact gradient to compare with."""
-    return result.exact_residual <= POOR_REFERENCE
+    return result.exact_residual <= COMPARABLE
 
 
 def write(results: Sequence[MethodResult], folder: str | Path, title: str) -> Path:

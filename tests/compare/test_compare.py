@@ -190,7 +190,7 @@ def test_table_names_what_fell_short():
     text = table([result(), result(spec="jfb", accuracy=0.4, exact_residual=0.2)])
     assert "123.4" in text
     assert "not above 90% test accuracy: jfb (40.0%)" in text
-    assert "above 1e-03: jfb: 2e-01" in text
+    assert "above 1e-02: jfb: 2e-01" in text
     assert text.count("0.9800") == 1
     assert "No cosine" not in table([result()])
     assert "0.9800" not in table([result(exact_residual=float("nan"))])

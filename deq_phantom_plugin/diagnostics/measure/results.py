@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...strategies.candidates import Candidate
-from ...strategies.measurement import POOR_REFERENCE
+
+COMPARABLE = 1e-2
+"""Residual of a reference up to which others are compared with it at all; 16 bits reach it."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Measurement:
     @property
     def reference_is_good(self) -> bool:
         """Whether the reference is near enough to the exact gradient to compare others with it."""
-        return self.reference_residual <= POOR_REFERENCE
+        return self.reference_residual <= COMPARABLE
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ...inspection import REMEDY, in_words
+from ...strategies.measurement import POOR_REFERENCE
 from ..measure.results import Measurement, StrategyResult
 
 _GOOD_COSINE = 0.99
@@ -57,11 +58,15 @@ def _caveats(report: Measurement) -> list[str]:
             "solve each sample by itself and are off. Use a norm without batch statistics, or "
             "batch_dim=None in the context."
         )
-    if not (report.reference_is_good or random):
+    if not (report.reference_residual <= POOR_REFERENCE or random):
+        meaning = (
+            "cosines and errors are to a gradient that is not exact"
+            if report.reference_is_good
+            else "it is not the exact gradient, so nothing is said of how near the others come"
+        )
         found.append(
-            f"The reference itself has a residual of {report.reference_residual:.1e}: it is not "
-            "the exact gradient, so nothing is said of how near the others come. Float64 or a "
-            "better conditioned F helps."
+            f"The reference itself has a residual of {report.reference_residual:.1e}: {meaning}. "
+            "Float64 or a better conditioned F helps."
         )
     return found
 

@@ -43,7 +43,7 @@ def cells(result: StrategyResult, report: Measurement) -> list[str]:
         number(result.n_vjp, "d", 1),
         number(result.peak_bytes, ".3g", 2**-20),
         number(result.damped_radius, ".3f"),
-        number(result.second_order_error, ".1e"),
+        number(result.second_order_error if compared else None, ".1e"),
     ]
     return row[: n_columns(report)]
 
