@@ -27,7 +27,7 @@ def test_it_tells_its_version(capsys):
 
 
 @pytest.fixture
-def closed_pipe(monkeypatch):
+def closed_pipe(capfd, monkeypatch):
     """Standard output is a pipe whose reader has gone, as that of `| head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
