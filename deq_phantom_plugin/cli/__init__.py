@@ -7,8 +7,8 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
+from .. import __version__
 from . import compare, doctor, listing, patch, report, run, tune
 
 __all__ = ["main"]
@@ -55,8 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deq-phantom", description="Switch the gradient method of an equilibrium by name."
     )
-    number = version("deq-phantom-plugin")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {number}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in (listing, report, tune, compare, patch, run, doctor):
         command.add_to(commands)

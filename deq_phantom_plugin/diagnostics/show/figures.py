@@ -88,16 +88,25 @@ def draw_errors(axes: Any, results: Sequence[StrategyResult]) -> None:
     below = len(seen) < len(errors)
     if below:
         axes.axhline(line, color="grey", linestyle="--", linewidth=1)
-    axes.set(xlabel="ms", ylabel="relative error", xscale="log", yscale="log")
-    left, right = around(times)
-    axes.set(xlim=(left, right), xticks=log_ticks(left, right))
-    low, high = around(seen or [line])
-    axes.set(ylim=(line / 1.5 if below else low, high), yticks=log_ticks(low, high) if seen else [])
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_ticks([], minor=True)
+    axes.set(xlabel="ms", ylabel="relative error")
+    log_axis(axes, "x", times)
+    log_axis(axes, "y", seen or [line])
+    if below:
+        axes.set_ylim(bottom=line / 1.5)
+    if not seen:
+        axes.set_yticks([])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=SMALL_TEXT)
+
+
+def log_axis(axes: Any, which: str, values: Sequence[float]) -> None:
+    """Make an axis, "x" or "y", logarithmic and as long as these numbers need, with its ticks."""
+    low, high = around(values)
+    axes.set(**{f"{which}scale": "log"})
+    axes.set(**{f"{which}lim": (low, high), f"{which}ticks": log_ticks(low, high)})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_ticks([], minor=True)
 
 
 def around(values: Sequence[float]) -> tuple[float, float]:
