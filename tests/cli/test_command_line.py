@@ -55,12 +55,15 @@ def test_other_errors_of_files_are_told(tmp_path, capsys):
 
 FOLDERS = ("deq_phantom_plugin", "adapters", "examples", "benchmarks")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+# What comes with a package that an extra has.
+BROUGHT = {"adam-atan2-pytorch": "tiny-recursive-model"}
 PACKAGE_OF = {module.partition(".")[0]: name for name, module in _MODULES.items()}
 
 
 def package_of(module: str) -> str:
     top = module.partition(".")[0]
-    return PACKAGE_OF.get(top, top.replace("_", "-"))
+    name = PACKAGE_OF.get(top, top.replace("_", "-"))
+    return BROUGHT.get(name, name)
 
 
 def required(source):

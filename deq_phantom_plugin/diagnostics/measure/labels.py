@@ -20,15 +20,19 @@ def label(spec: Spec, strategy: GradStrategy) -> str:
 
 def _without_defaults(strategy: GradStrategy) -> str:
     """Return the shortest spec that parses back to a strategy: "ift", "ift(tol=1e-09)"."""
-    plain = type(strategy).__repr__ is GradStrategy.__repr__
-    if not (plain and dataclasses.is_dataclass(strategy) and _has_a_name(strategy)):
+    if not (dataclasses.is_dataclass(strategy) and _has_a_name(strategy)):
         return repr(strategy)
-    given = []
-    for field in dataclasses.fields(strategy):
-        value = getattr(strategy, field.name)
-        if field.init and repr(value) != repr(_default(field)):
-            given.append(f"{field.name}={value!r}")
-    return f"{strategy.name}({', '.join(given)})" if given else strategy.name
+    try:
+        plain = type(strategy)()  # whose arguments are as it makes them, not as they are declared
+    except (TypeError, ValueError):  # some have no default
+        return repr(strategy)
+    if repr(strategy) == repr(plain):
+        return strategy.name
+    if type(strategy).__repr__ is not GradStrategy.__repr__:
+        return repr(strategy)
+    values = [(f.name, getattr(strategy, f.name)) for f in dataclasses.fields(strategy) if f.init]
+    given = [f"{name}={v!r}" for name, v in values if repr(v) != repr(getattr(plain, name))]
+    return f"{strategy.name}({', '.join(given)})"
 
 
 def _has_a_name(strategy: GradStrategy) -> bool:
@@ -36,9 +40,3 @@ def _has_a_name(strategy: GradStrategy) -> bool:
         return strategy_class(strategy.name) is type(strategy)
     except ValueError:
         return False
-
-
-def _default(field: dataclasses.Field[object]) -> object:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
