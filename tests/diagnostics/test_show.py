@@ -142,9 +142,13 @@ def visible(axis):
     ]
 
 
-# Within one decade, over several, and one method alone.
-@pytest.mark.parametrize("times", [(2e-3, 3e-3, 5e-3), (1e-4, 2e-2, 3.0), (1e-3, 1e-3, 1e-3)])
-@pytest.mark.parametrize("errors", [(0.2, 0.5, 0.0), (1e-4, 0.6, 1e-16), (0.3, 0.31, 0.32)])
+# Within one decade, over some and over many, and one method alone.
+TIMES = [(2e-3, 3e-3, 5e-3), (2e-4, 2e-3, 3e-2), (1e-4, 2e-2, 3.0), (1e-3, 1e-3, 1e-3)]
+ERRORS = [(0.2, 0.5, 0.0), (1e-4, 0.6, 1e-16), (0.3, 0.31, 0.32), (0.3, 0.01, 1e30)]
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("errors", [*ERRORS, (0.3, 1e-16, math.inf)])
 def test_errors_against_time_can_be_read(report, times, errors):
     results = [
         replace(result, forward_seconds=0.0, backward_seconds=time, relative_error=error)
@@ -158,13 +162,13 @@ def test_errors_against_time_can_be_read(report, times, errors):
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
     # What is no rounding has most of the height.
     low, high = (math.log(y) for y in axes.get_ylim())
-    own = [math.log(error) for error in errors if error > 1e-6]
+    own = [math.log(error) for error in errors if 1e-6 < error < 1e2]
     assert max(own) < high
     assert min(own) > low
     if len(own) > 1 and max(own) - min(own) > 1:
         assert (max(own) - min(own)) / (high - low) > 0.3
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sum(": " in text for text in texts) == sum(error < 1e-6 for error in errors)
+    assert sum(": " in text for text in texts) == 3 - len(own)
     sizes = [text.get_fontsize() for text in (*axes.get_legend().get_texts(), axes.xaxis.label)]
     assert min(sizes) >= 9
 
@@ -177,6 +181,12 @@ def test_only_errors_of_rounding_are_drawn_too(report):
         "ift: 0e+00",
         "upg: 0e+00",
     ]
+
+
+def test_a_gradient_of_zero_has_no_figure_of_errors(report):
+    none = [replace(result, relative_error=math.nan) for result in report.results]
+    assert figures.figures(report).count("<img ") == 3
+    assert figures.figures(replace(report, results=none)).count("<img ") == 2
 
 
 def test_the_radii_stand_in_columns(report, tmp_path):

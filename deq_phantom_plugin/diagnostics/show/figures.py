@@ -20,7 +20,7 @@ _MARKERS = "osD^vPX"
 INCHES = (4.4, 3.4)
 TEXT, SMALL_TEXT = 11, 9.5  # points
 
-_TOO_SMALL = 1e-6  # relative errors below it stand on a line of their own
+_SMALLEST, _LARGEST = 1e-6, 1e2  # of errors that have a place of their own on the axis
 
 
 def figure(caption: str, draw: Callable[[Any], None]) -> str:
@@ -56,10 +56,11 @@ def figures(report: Measurement) -> str:
     if not usable:
         return radii
     found = [radii, figure("Peak memory, forward and backward.", lambda a: draw_memory(a, usable))]
-    if report.reference_is_good:
+    if report.reference_is_good and not all(math.isnan(_error(r)) for r in usable):
         caption = (
             "Relative error of dL/dtheta against the time it takes, forward and backward: "
-            f"lower left is better. Errors below {_TOO_SMALL:.0e} stand on the dashed line."
+            "lower left is better. On dashed lines are errors "
+            f"below {_SMALLEST:g} and above {_LARGEST:g}."
         )
         found.insert(0, figure(caption, lambda axes: draw_errors(axes, usable)))
     return "\n".join(found)
@@ -68,35 +69,42 @@ def figures(report: Measurement) -> str:
 def draw_errors(axes: Any, results: Sequence[StrategyResult]) -> None:
     """Draw relative errors against times.
 
-    An error of rounding, such as that of a method which is its own reference, would leave all
-    others no room: it stands on a line below them, with its number.
+    An error of rounding, such as that of a method which is its own reference, or one of a series
+    that explodes, would leave the others no room: it stands on a line beside them, with its number.
     """
-    errors = [r.relative_error or 0.0 for r in results]
-    seen = [error for error in errors if error >= _TOO_SMALL]
-    line = min([*seen, 1.0]) / 4
+    errors = [_error(r) for r in results]
+    seen = [error for error in errors if _SMALLEST <= error <= _LARGEST]
+    bottom, top = min(seen, default=1.0) / 4, max(seen, default=1.0) * 4
     times = [1e3 * ((r.forward_seconds or 0) + (r.backward_seconds or 0)) for r in results]
     for i, (x, error, name) in enumerate(zip(times, errors, labels(results), strict=True)):
-        shown = error >= _TOO_SMALL
+        if math.isnan(error):
+            continue
+        y = bottom if error < _SMALLEST else top if error > _LARGEST else error
         axes.scatter(
             [x],
-            [error if shown else line],
+            [y],
             color=COLOURS[i % len(COLOURS)],
             marker=_MARKERS[i % len(_MARKERS)],
-            label=name if shown else f"{name}: {error:.0e}",
+            label=name if y == error else f"{name}: {error:.0e}",
             zorder=3,
         )
-    below = len(seen) < len(errors)
-    if below:
-        axes.axhline(line, color="grey", linestyle="--", linewidth=1)
     axes.set(xlabel="ms", ylabel="relative error")
     log_axis(axes, "x", times)
-    log_axis(axes, "y", seen or [line])
-    if below:
-        axes.set_ylim(bottom=line / 1.5)
+    log_axis(axes, "y", seen or [1.0])
     if not seen:
         axes.set_yticks([])
+    if any(error < _SMALLEST for error in errors):
+        axes.axhline(bottom, color="grey", linestyle="--", linewidth=1)
+        axes.set_ylim(bottom=bottom / 1.5)
+    if any(error > _LARGEST for error in errors):
+        axes.axhline(top, color="grey", linestyle="--", linewidth=1)
+        axes.set_ylim(top=top * 1.5)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=SMALL_TEXT)
+
+
+def _error(result: StrategyResult) -> float:
+    return math.nan if result.relative_error is None else result.relative_error
 
 
 def log_axis(axes: Any, which: str, values: Sequence[float]) -> None:
@@ -131,7 +139,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         first, last = math.ceil(low / step), math.floor(high / step)
         return [n * step for n in range(first, last + 1)]
     every = max(1, round(decades / 6))
-    digits = (1, 2, 5) if decades < 3 else (1,)
+    digits = (1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [digit * 10.0**power for power in powers if power % every == 0 for digit in digits]
     return [tick for tick in ticks if low <= tick <= high]
