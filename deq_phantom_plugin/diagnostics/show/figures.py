@@ -89,16 +89,17 @@ def draw_errors(axes: Any, results: Sequence[StrategyResult]) -> None:
             zorder=3,
         )
     axes.set(xlabel="ms", ylabel="relative error")
-    log_axis(axes, "x", times)
-    log_axis(axes, "y", seen or [1.0])
-    if not seen:
-        axes.set_yticks([])
-    if any(error < _SMALLEST for error in errors):
-        axes.axhline(bottom, color="grey", linestyle="--", linewidth=1)
-        axes.set_ylim(bottom=bottom / 1.5)
-    if any(error > _LARGEST for error in errors):
-        axes.axhline(top, color="grey", linestyle="--", linewidth=1)
-        axes.set_ylim(top=top * 1.5)
+    low, high = around(seen or [1.0])
+    lines = [bottom] if any(error < _SMALLEST for error in errors) else []
+    lines += [top] if any(error > _LARGEST for error in errors) else []
+    for y in lines:
+        axes.axhline(y, color="grey", linestyle="--", linewidth=1)
+    log_axis(axes, "x", *around(times))
+    log_axis(axes, "y", min([low, *lines]), max([high, *lines]))
+    # No tick stands on a dashed line, whose errors are others.
+    ticks = [tick for tick in axes.get_yticks() if bottom * 1.01 < tick < top / 1.01]
+    axes.set_yticks(ticks if seen else [])
+    axes.set_ylim(min([low, *(y / 1.5 for y in lines)]), max([high, *(y * 1.5 for y in lines)]))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=SMALL_TEXT)
 
@@ -107,9 +108,8 @@ def _error(result: StrategyResult) -> float:
     return math.nan if result.relative_error is None else result.relative_error
 
 
-def log_axis(axes: Any, which: str, values: Sequence[float]) -> None:
-    """Make an axis, "x" or "y", logarithmic and as long as these numbers need, with its ticks."""
-    low, high = around(values)
+def log_axis(axes: Any, which: str, low: float, high: float) -> None:
+    """Make an axis, "x" or "y", logarithmic from one number to another, with ticks of its own."""
     axes.set(**{f"{which}scale": "log"})
     axes.set(**{f"{which}lim": (low, high), f"{which}ticks": log_ticks(low, high)})
     axis = axes.xaxis if which == "x" else axes.yaxis

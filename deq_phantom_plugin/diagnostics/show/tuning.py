@@ -11,7 +11,7 @@ from typing import Any
 from ..._plumbing.output import text_table
 from ...strategies.candidates import Candidate
 from ..measure.results import TunedEquilibrium
-from .figures import COLOURS, SMALL_TEXT, figure, log_axis
+from .figures import COLOURS, SMALL_TEXT, around, figure, log_axis
 from .html import document
 
 _HEADER = ("strategy", "cosine", "cost", "F", "VJP")
@@ -95,8 +95,8 @@ def _draw(found: TunedEquilibrium, axes: Any) -> None:
     )
     axes.set(xlabel="cost", ylabel="1 - cosine")
     if shown:
-        log_axis(axes, "x", [c.cost for c in shown])
-        log_axis(axes, "y", _missing(shown))
+        log_axis(axes, "x", *around([c.cost for c in shown]))
+        log_axis(axes, "y", *around(_missing(shown)))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=SMALL_TEXT)
 
