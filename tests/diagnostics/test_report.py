@@ -190,7 +190,7 @@ def test_advice_names_the_cheapest_that_is_good_enough_and_what_goes_uphill():
     words = " ".join(report.recommendation)
     assert by_name(report)["npg"].cosine < 0
     assert by_name(report)["jfb"].cosine < 0
-    assert "Not a descent direction: jfb(), npg(k=40, lam=1.0)." in words
+    assert "Not a descent direction: jfb, npg(k=40, lam=1.0)." in words
     assert "ift is the cheapest" in words
 
 
