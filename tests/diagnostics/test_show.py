@@ -185,8 +185,8 @@ def test_only_errors_of_rounding_are_drawn_too(report):
 
 def test_a_gradient_of_zero_has_no_figure_of_errors(report):
     none = [replace(result, relative_error=math.nan) for result in report.results]
-    assert figures.figures(report).count("<img ") == 3
-    assert figures.figures(replace(report, results=none)).count("<img ") == 2
+    assert figures.of_report(report).count("<img ") == 3
+    assert figures.of_report(replace(report, results=none)).count("<img ") == 2
 
 
 def test_the_radii_stand_in_columns(report, tmp_path):

@@ -45,7 +45,7 @@ def figure(caption: str, draw: Callable[[Any], None]) -> str:
     )
 
 
-def figures(report: Measurement) -> str:
+def of_report(report: Measurement) -> str:
     """Return the figures of a report: errors and memory where there are any, the radii always."""
     usable = [r for r in report.results if r.error is None and r.backward_seconds is not None]
     radii = figure(

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 
 from ..measure.results import Measurement, StrategyResult
-from .figures import figures
+from . import figures
 from .text import HEADER, cells, damped, facts, n_columns, notes
 
 # All eleven columns of a report, and its three figures in a row, have room at 1400 pixels: of the
@@ -67,7 +67,7 @@ def _section(report: Measurement, advice: Sequence[str]) -> str:
         f'<h2>{html.escape(report.name)}</h2>\n<table class="facts">{known}</table>\n'
         f"{_damped(report)}\n<ul>{items}</ul>\n"
         f'<div class="scroll"><table class="results"><tr>{head}</tr>{rows}</table></div>\n'
-        f"{below}{figures(report)}"
+        f"{below}{figures.of_report(report)}"
     )
 
 
