@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin.adjoint import SOLVERS, Linearization, solve
 
 MAX_VJP = 100
@@ -41,11 +42,9 @@ def linear_problem(radius: float, normal: bool, dtype: torch.dtype) -> tuple[Lin
 
 def mdeq_problem(steps: int, dtype: torch.dtype) -> tuple[Linearization, list[Tensor], float]:
     """Return MDEQ-tiny at a batch's equilibrium, the loss's gradient there, and the mean rho(J)."""
-    from sklearn.datasets import load_digits
-
     from deq_phantom_plugin.adapters.mdeq import MDEQ
 
-    digits = load_digits()
+    digits = require("sklearn.datasets", "vision").load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(digits.target)
     model = MDEQ.from_preset("tiny", in_channels=1, grad="upg", f_solver="fixed_point_iter")

@@ -38,7 +38,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "diagnostics.cost": ("diagnostics.measure.cost",),
     "diagnostics.derivatives": ("diagnostics.measure.derivatives",),
     "diagnostics.equilibria": ("diagnostics.measure.equilibria",),
-    "diagnostics.html": ("diagnostics.show.html",),
+    "diagnostics.html": ("diagnostics.show.html", "diagnostics.show.figures"),
     "diagnostics.problem": ("diagnostics.measure.problem",),
     "diagnostics.recommendation": ("diagnostics.show.recommendation",),
     "diagnostics.render": ("diagnostics.show.text",),

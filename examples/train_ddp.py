@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from torchdeq import get_deq
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin.compare import load_digits
+
+get_deq = require("torchdeq", "vision").get_deq
 
 
 class Net(nn.Module):

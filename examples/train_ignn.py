@@ -348,12 +348,12 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     """Run an experiment; its table is printed, and written with every run as far as it is."""
     args, task = parse(argv)
     require("torch_geometric", "graph")
-    from tqdm import tqdm  # PyG's own
+    tqdm = require("tqdm", "experiments").tqdm
 
     # Far along a chain a solve that stops at f_max_iter is a result like another.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs: list[Run] = []
-    with tqdm(unit=" epochs", mininterval=1) as progress:
+    with tqdm(unit=" epochs", mininterval=1, disable=None) as progress:
 
         def bar(method: str, part: dict[str, int]) -> Callable[[], Any]:
             where = " ".join(f"{key} {value}" for key, value in part.items())

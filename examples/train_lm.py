@@ -293,14 +293,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Run]:
     """Train every method; the table is printed, and written as far as it is."""
     args = parse(argv)
-    from tqdm import tqdm  # a dependency of transformers
+    tqdm = require("tqdm", "experiments").tqdm
 
     name = args.name or ("lm" if args.text is None else f"lm_{slug(args.text.stem)}")
     training, validation, characters = split(args.text, args.length)
     # A solve that stops at f_max_iter is a result like another; the table has its residual.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs: list[Run] = []
-    with tqdm(total=args.steps * len(args.methods), unit=" steps", mininterval=1) as bar:
+    with tqdm(
+        total=args.steps * len(args.methods), unit=" steps", mininterval=1, disable=None
+    ) as bar:
 
         def progress(n: int, method: str) -> None:
             bar.set_description(method, refresh=False)

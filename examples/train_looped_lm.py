@@ -355,14 +355,14 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     Runs go seed by seed, so that what is there early compares all methods.
     """
     args = parse(argv)
-    from tqdm import tqdm  # a dependency of transformers
+    tqdm = require("tqdm", "experiments").tqdm
 
     training, validation, characters = split(args.text, args.length)
     # A loop that ends far from an equilibrium is a result like another; the table has its residual.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs: list[Run] = []
     total = args.steps * len(args.methods) * len(args.seeds)
-    with tqdm(total=total, unit=" steps", mininterval=1) as bar:
+    with tqdm(total=total, unit=" steps", mininterval=1, disable=None) as bar:
 
         def progress(n: int, method: str) -> None:
             bar.set_description(method, refresh=False)

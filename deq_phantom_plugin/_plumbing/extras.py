@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+from importlib.metadata import requires
 from importlib.util import find_spec
 from typing import Any
+
+_DISTRIBUTION = "deq-phantom-plugin"
 
 
 def require(module: str, extra: str) -> Any:
@@ -26,9 +30,37 @@ def require(module: str, extra: str) -> Any:
         if is_there(package) and not missing:
             raise ImportError(_broken(module, error)) from error
         name = module if is_there(package) else package
-        raise ImportError(
-            f'{name} is not installed: pip install "deq-phantom-plugin[{extra}]"'
-        ) from error
+        raise ImportError(f"{name} is not installed: {pip_line(extra)}") from error
+
+
+def pip_line(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f'pip install "{_DISTRIBUTION}[{extra}]"'
+
+
+def extras() -> dict[str, list[str]]:
+    """Return the packages of each extra, from the metadata of this package itself.
+
+    An extra that is made of others has their packages.
+    """
+    own: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
+    for line in requires(_DISTRIBUTION) or ():
+        marker = re.search(r"extra\s*==\s*['\"]([^'\"]+)", line)
+        found = re.match(r"([\w.-]+)\s*(?:\[([^\]]*)\])?", line)
+        if marker is None or found is None:
+            continue
+        packages = own.setdefault(marker[1], [])
+        if found[1] == _DISTRIBUTION:
+            parts.setdefault(marker[1], []).extend(re.split(r"\s*,\s*", found[2] or ""))
+        else:
+            packages.append(found[1])
+
+    def whole(extra: str) -> list[str]:
+        of_parts = [name for part in parts.get(extra, ()) for name in whole(part)]
+        return list(dict.fromkeys([*of_parts, *own.get(extra, ())]))
+
+    return {extra: whole(extra) for extra in own}
 
 
 def is_there(package: str) -> bool:

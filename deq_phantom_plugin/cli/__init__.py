@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from . import compare, doctor, listing, patch, report, run, tune
 
 __all__ = ["main"]
+
+
+_CLOSED = 128 + 13  # as of a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,12 +26,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # where whoever reads has gone, it fails here and not at the exit
+    except BrokenPipeError:
+        # What is still to be written, by Python itself at the exit too, goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
     except (ImportError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except BrokenPipeError:
+        raise
     except OSError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     return status
@@ -36,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deq-phantom", description="Switch the gradient method of an equilibrium by name."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in (listing, report, tune, compare, patch, run, doctor):
         command.add_to(commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def _compare(args: argparse.Namespace) -> int:
         progress_module.TextColumn("loss {task.fields[loss]:.3f}"),
         progress_module.TimeRemainingColumn(),
     ]
-    with progress_module.Progress(*columns) as progress:
+    # A log that is read later has no use for a bar.
+    with progress_module.Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         tasks = [progress.add_task(spec, total=args.steps, loss=float("nan")) for spec in args.grad]
 
         def on_step(spec: str, step: int, loss: float) -> None:

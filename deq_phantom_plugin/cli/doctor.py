@@ -14,10 +14,15 @@ def add_to(commands: Any) -> None:
     )
     parser.set_defaults(run=_doctor)
     parser.add_argument("repo", type=Path, nargs="?", metavar="REPO")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="what an issue on a wrong gradient needs: the machine, and gradients that are known",
+    )
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from ..patching.doctor import diagnose
+    from ..patching.doctor import diagnose, issue_report
 
-    print(diagnose(args.repo))
+    print((issue_report if args.report else diagnose)(args.repo))
     return 0

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from .._plumbing.extras import require
 from .._plumbing.output import text_table, write_whole
+from ..diagnostics.measure.results import COMPARABLE
 from .training import EXACT, MethodResult
 
 TARGET_ACCURACY = 0.9
-_SOLVED = 1e-4  # above this residual the reference is not called exact
+_MEAN_STEPS = 10  # of the losses in the plot
 
 
 def table(results: Sequence[MethodResult], target: float | None = TARGET_ACCURACY) -> str:
@@ -31,7 +32,7 @@ def table(results: Sequence[MethodResult], target: float | None = TARGET_ACCURAC
             f"{1e3 * result.step_seconds:.1f}",
             f"{result.backward_share:.0%}",
             f"{result.accuracy:.1%}",
-            f"{result.cosine:.4f}" + ("*" if result.exact_residual > _SOLVED else ""),
+            f"{result.cosine:.4f}" if _solved(result) else "-",
             f"{result.peak_bytes / 2**20:.1f}",
         ]
         for result in results
@@ -41,9 +42,12 @@ def table(results: Sequence[MethodResult], target: float | None = TARGET_ACCURAC
         "Times are medians. Cosine: gradient of the equilibrium layer's parameters to the exact "
         f"one, {EXACT} in float64, on a held-out batch of each trained model."
     )
-    if short := [r for r in results if r.exact_residual > _SOLVED]:
+    if short := [r for r in results if not _solved(r)]:
         found = ", ".join(f"{r.spec}: {r.exact_residual:.0e}" for r in short)
-        lines.append(f"* the reference itself was solved only to a relative residual of {found}.")
+        lines.append(
+            "No cosine where the equilibrium or its exact gradient was solved only to a relative "
+            f"residual above {COMPARABLE:.0e}: {found}."
+        )
     if target is not None:
         low = [f"{r.spec} ({r.accuracy:.1%})" for r in results if r.accuracy <= target]
         verdict = (
@@ -53,6 +57,11 @@ def table(results: Sequence[MethodResult], target: float | None = TARGET_ACCURAC
         )
         lines.append(verdict)
     return "\n".join(lines)
+
+
+def _solved(result: MethodResult) -> bool:
+    """Whether there was an exact gradient to compare with."""
+    return result.exact_residual <= COMPARABLE
 
 
 def write(results: Sequence[MethodResult], folder: str | Path, title: str) -> Path:
@@ -86,8 +95,10 @@ def write(results: Sequence[MethodResult], folder: str | Path, title: str) -> Pa
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for result in results:
-        axes.plot(result.seconds, _smooth(result.losses), label=result.spec)
-    axes.set(xlabel="seconds of training", ylabel="training loss", yscale="log", title=title)
+        (line,) = axes.plot(result.seconds, _smooth(result.losses), label=result.spec)
+        axes.plot(result.seconds, result.losses, color=line.get_color(), alpha=0.2, linewidth=0.8)
+    axes.set(xlabel="seconds of training", yscale="log", title=title)
+    axes.set_ylabel(f"training loss; thick: running mean, about {_MEAN_STEPS} steps")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -99,9 +110,9 @@ def write(results: Sequence[MethodResult], folder: str | Path, title: str) -> Pa
     return plot
 
 
-def _smooth(losses: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Return the running average without which four curves of single batches hide one another."""
-    smoothed, average = [], 0.0
+def _smooth(losses: Sequence[float]) -> list[float]:
+    """Return the running mean without which four curves of single batches hide one another."""
+    smoothed, average, weight = [], 0.0, 1 - 1 / _MEAN_STEPS
     for step, loss in enumerate(losses, start=1):
         average = weight * average + (1 - weight) * loss
         smoothed.append(average / (1 - weight**step))

@@ -60,7 +60,8 @@ class MethodResult:
         accuracy: on the test images, in [0, 1].
         cosine: of the gradient to the exact one at the same equilibrium of the trained model, over
             the parameters of the equilibrium layer, on one held-out batch in float64.
-        exact_residual: relative residual that the exact gradient's own solve reached.
+        exact_residual: relative residual that was reached there, of the equilibrium or of the
+            exact gradient's own solve, the larger.
         peak_bytes: most memory that one training step held, above model, optimiser and data.
         losses: after each step.
         seconds: since the start, after each step.

@@ -91,7 +91,7 @@ def model_report(
             of_v = partial(inner_product, v)
             problem = Problem(solve.func, solve.equilibrium, of_v, params, solve.context)
             current = [] if solve.strategy in strategies else [solve.strategy]
-            measured = measure(problem, [*current, *strategies], repeats, name=name, nfe=solve.nfe)
+            measured = measure(problem, [*current, *grads], repeats, name=name, nfe=solve.nfe)
             reports.append(advised(measured))
     name = type(getattr(model, "_orig_mod", model)).__name__  # of one that was compiled
     return ModelReport(name, value.item(), reports)

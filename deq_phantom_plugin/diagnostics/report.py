@@ -89,11 +89,12 @@ def gradient_report(
             fails on the way has its error in its row instead.
     """
     problem = Problem(func, equilibrium, loss, check_params(params), context or Context())
-    strategies = [get_strategy(spec) for spec in grads]
+    for spec in grads:
+        get_strategy(spec)
     repeats = positive_int("repeats", repeats)
     with Trial(equilibrium):
         return advised(
-            measure(problem, strategies, repeats, name="equilibrium", second_order=second_order)
+            measure(problem, grads, repeats, name="equilibrium", second_order=second_order)
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import warnings
@@ -12,20 +13,33 @@ from pathlib import Path
 import torch
 
 from .._plumbing import entry_points as groups
-from .._plumbing.extras import why_not
+from .._plumbing.extras import extras, is_there, pip_line, why_not
+from ..diagnostics.self_check import self_check
 from ..hosts import broken_hosts, host_names, host_versions
 from ..strategies.registry import list_strategies, strategy_class
 from .patch import check_committed, status
 from .repository import Match, check_root, check_unpatched, outside_links, plan, recognise
 
-# The module to import, and what to install where it is missing.
-_PACKAGES = {
-    "torch": ("torch", "torch"),
-    "torchdeq": ("torchdeq", '"deq-phantom-plugin[torchdeq]"'),
-    "torch-geometric": ("torch_geometric", '"deq-phantom-plugin[graph]"'),
-    "transformers": ("transformers.modeling_utils", '"deq-phantom-plugin[text]"'),
-    "libcst": ("libcst", '"deq-phantom-plugin[patch]"'),
+# The module to import, where it is not called as its package is.
+_MODULES = {
+    "pillow": "PIL.Image",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "transformers": "transformers.modeling_utils",
 }
+# Extras for those who change this package: nobody else misses what is in them.
+_DEVELOPERS = ("docs", "test")
+# What changes the numbers of the same code.
+_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "MKL_CBWR",
+    "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "OPENBLAS_CORETYPE",
+    "TORCHDYNAMO_DISABLE",
+)
 
 
 def diagnose(root: Path | None = None) -> str:
@@ -34,22 +48,20 @@ def diagnose(root: Path | None = None) -> str:
     Raises:
         ValueError: if the repository is no folder.
     """
-    lines = [f"python            {platform.python_version()}  {sys.executable}"]
-    lines.append(f"{'deq-phantom-plugin':17} {version('deq-phantom-plugin')}")
-    missing: list[str] = []
+    # The metadata of a wheel may lack the local part of PyTorch's version, such as +cu130.
+    lines = [
+        f"python            {platform.python_version()}  {sys.executable}",
+        f"{'deq-phantom-plugin':17} {version('deq-phantom-plugin')}",
+        f"{'torch':17} {torch.__version__}, {_build()}",
+    ]
     unusable: dict[str, None] = {}  # the reasons, each once
-    for name, (module, pip) in _PACKAGES.items():
-        try:
-            # The metadata of a wheel may lack the local part of PyTorch's version, such as +cu130.
-            number = torch.__version__ if name == "torch" else version(name)
-        except PackageNotFoundError:
-            lines.append(f"{name:17} missing")
-            missing.append(f"{name}: pip install {pip}")
-            continue
-        why = why_not(module)
-        lines.append(f"{name:17} {number}{', broken' if why else ''}")
+    packages = _packages()
+    for name, number in packages.items():
+        why = "" if number is None else _why_broken(name)
+        lines.append(f"{name:17} {number or 'missing'}{', broken' if why else ''}")
         if why:
             unusable[why] = None
+    lines += _extras()
     with warnings.catch_warnings(record=True) as broken:
         warnings.simplefilter("always")
         lines.append(f"hosts             {', '.join(host_names()) or 'none'}")
@@ -65,8 +77,79 @@ def diagnose(root: Path | None = None) -> str:
             lines += _repository(check_root(root))
     lines += [f"warning: {warning.message}" for warning in broken]
     lines += [f"broken: {line}" for line in unusable]
-    lines += [f"missing: {line}" for line in missing]
+    lines += [
+        f"missing: {name}: {pip_line(_smallest(name))}"
+        for name, number in packages.items()
+        if number is None
+    ]
     return "\n".join(lines)
+
+
+def issue_report(root: Path | None = None) -> str:
+    """Return what an issue on a wrong gradient needs; the user's home folder is not named in it.
+
+    Beside what `diagnose` says, it has the machine, the settings that change numbers, and gradients
+    whose closed form is known.
+
+    Raises:
+        ValueError: if the repository is no folder.
+    """
+    settings = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    lines = [
+        diagnose(root),
+        f"machine           {platform.platform()}, {platform.machine()}",
+        f"CPU capability    {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads",
+        f"float32 products  {torch.get_float32_matmul_precision()}",
+        f"environment       {', '.join(f'{k}={v}' for k, v in settings.items()) or 'nothing set'}",
+        "gradients of a linear map in float64, against their closed form",
+        *(f"  {check}" for check in self_check()),
+    ]
+    return "\n".join(lines).replace(str(Path.home()), "~")
+
+
+def _build() -> str:
+    """Return in words what PyTorch was built for, and what it sees of that."""
+    for kind, name in (("cuda", "CUDA"), ("hip", "ROCm"), ("xpu", "XPU")):
+        if number := getattr(torch.version, kind, None):
+            of_kind = torch.xpu if kind == "xpu" else torch.cuda
+            names = [of_kind.get_device_name(i) for i in range(of_kind.device_count())]
+            return f"{name} {number} build, {', '.join(names) or 'but it sees no GPU'}"
+    return "CPU build"
+
+
+def _packages() -> dict[str, str | None]:
+    """Return the version of each package that an extra for users has, None where it is missing."""
+    names = {
+        name for extra, names in extras().items() if extra not in _DEVELOPERS for name in names
+    }
+    return {name: _version(name) for name in sorted(names)}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _why_broken(name: str) -> str:
+    """Return in words why a package that is installed cannot be imported, nothing where it can."""
+    module = _MODULES.get(name, name.replace("-", "_"))
+    return why_not(module) if is_there(module.partition(".")[0]) else ""
+
+
+def _smallest(name: str) -> str:
+    """Return the extra with the fewest packages that has this one."""
+    return min((len(names), extra) for extra, names in extras().items() if name in names)[1]
+
+
+def _extras() -> list[str]:
+    lines = ["extras"]
+    for extra, names in extras().items():
+        lacking = [name for name in names if _version(name) is None]
+        lines.append(f"  {extra:15} {'lacks ' + ', '.join(lacking) if lacking else 'complete'}")
+    return lines
 
 
 def _origin(name: str) -> str:

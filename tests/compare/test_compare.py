@@ -190,10 +190,43 @@ def test_table_names_what_fell_short():
     text = table([result(), result(spec="jfb", accuracy=0.4, exact_residual=0.2)])
     assert "123.4" in text
     assert "not above 90% test accuracy: jfb (40.0%)" in text
-    assert "0.9800*" in text
-    assert "jfb: 2e-01" in text
+    assert "above 1e-02: jfb: 2e-01" in text
+    assert text.count("0.9800") == 1
+    assert "No cosine" not in table([result()])
+    assert "0.9800" not in table([result(exact_residual=float("nan"))])
     assert "every method ended above 90% test accuracy" in table([result()])
     assert "accuracy:" not in table([result(accuracy=0.1)], target=None)
+
+
+def test_the_plot_says_that_its_curve_is_a_mean(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    subplots, kept = pyplot.subplots, []
+
+    def keep(**settings):
+        kept.append(subplots(**settings))
+        return kept[-1]
+
+    monkeypatch.setattr(pyplot, "subplots", keep)
+    losses = [2.0, 1.0, 3.0]
+    write([result(losses=losses, seconds=[0.1, 0.2, 0.3])], tmp_path, "title")
+    ((_, axes),) = kept
+    assert "running mean, about 10 steps" in axes.get_ylabel()
+    mean, raw = axes.lines
+    assert list(raw.get_ydata()) == losses
+    # Weights 0.9^t of the losses t steps ago, over their sum.
+    weights = [0.81, 0.9, 1.0]
+    expected = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    assert mean.get_ydata()[-1] == pytest.approx(expected)
+
+
+def test_a_terminal_has_a_progress_bar(tmp_path, monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    arguments = ["compare", "--grad", "jfb", "--steps", "1", "--batch-size", "4"]
+    arguments += ["--f-max-iter", "4", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "loss " in capsys.readouterr().out
 
 
 def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
@@ -223,6 +256,7 @@ def test_compare_command(tmp_path, capsys):
     assert "npg(k=2)" in printed
     assert "not above 90% test accuracy" in printed
     assert f"plot: {out / 'loss.png'}" in printed
+    assert "loss " not in printed  # no progress bar where nobody watches
     saved = json.loads((out / "results.json").read_text())
     assert [entry["spec"] for entry in saved] == ["npg(k=2)", "bptt(steps=2)"]
     assert (out / "steps.csv").read_text().count("\n") == 5

@@ -190,9 +190,8 @@ def test_advice_names_the_cheapest_that_is_good_enough_and_what_goes_uphill():
     words = " ".join(report.recommendation)
     assert by_name(report)["npg"].cosine < 0
     assert by_name(report)["jfb"].cosine < 0
-    assert "Not a descent direction: jfb(), npg(k=40, lam=1.0)." in words
-    exact = "ift(solver='gmres', tol=0.0001, max_iter=50, warm_start=False, higher_order=False)"
-    assert f"{exact} is the cheapest" in words
+    assert "Not a descent direction: jfb, npg(k=40, lam=1.0)." in words
+    assert "ift is the cheapest" in words
 
 
 def test_an_unsolved_equilibrium_is_called_one():
@@ -503,7 +502,7 @@ def test_the_command_reports_on_a_users_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(TARGET)
     assert main(["report", "mine.py:build", "--grad", "ift", "npg(k=3)", "--repeats", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "npg(k=3, lam=0.5)" in shown
+    assert "npg(k=3) " in shown
     assert "torchdeq(grad=1, tau=1.0)" in shown
     names = {path.name for path in (tmp_path / "runs" / "report").iterdir()}
     assert names == {"report.json", "report.html"}
@@ -539,12 +538,13 @@ def test_a_browser_shows_the_page_and_fetches_nothing(tmp_path):
         pytest.skip("needs Chromium on the PATH")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
     model, x = net(grad=3)
-    report = dpp.model_report(model, x, lambda y: y.square().mean(), ["ift", "upg", broken])
+    long = f"schedule({{{', '.join(f'{i}: {chr(39)}npg(k={i + 1}){chr(39)}' for i in range(9))}}})"
+    report = dpp.model_report(model, x, lambda y: y.square().mean(), ["ift", "upg", long, broken])
     report.save_html(tmp_path / "report.html")
     errors, requests = [], []
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        view = chromium.new_page(viewport={"width": 1280, "height": 900})
+        view = chromium.new_page(viewport={"width": 1400, "height": 900})
         view.on("console", lambda message: errors.append(message.text))
         view.on("pageerror", lambda error: errors.append(str(error)))
         view.on("request", lambda request: requests.append(request.url))
@@ -556,6 +556,13 @@ def test_a_browser_shows_the_page_and_fetches_nothing(tmp_path):
             assert images.nth(index).evaluate("image => image.naturalWidth") > 100
             assert images.nth(index).bounding_box()["width"] > 100
         assert view.locator("td.error").count() == 2
+        # All columns are in sight, and a figure has the size that its text was set for.
+        assert view.evaluate("document.documentElement.scrollWidth") <= 1400
+        for box in view.locator(".scroll").all():
+            assert box.evaluate("box => box.scrollWidth - box.clientWidth") <= 0
+        assert images.first.evaluate("image => image.width / image.naturalWidth") > 0.95
+        tops = [images.nth(index).bounding_box()["y"] for index in range(3)]
+        assert tops[0] == tops[1] == tops[2]
         chromium.close()
     assert errors == []
     assert [url for url in requests if not url.startswith("data:")] == [

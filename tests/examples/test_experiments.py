@@ -12,6 +12,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def harness():
 
 def experiment(name):
     return importlib.import_module(name).EXPERIMENT
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_log_has_no_progress_bar(harness, capsys, monkeypatch, watched):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: watched, raising=False)
+    with harness("command")._bar("run", types.SimpleNamespace(total=3, steps=1)) as bar:
+        bar.update()
+    assert (capsys.readouterr().err != "") is watched
 
 
 # --- settings ------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ from functools import partial
 from ...contract.errors import ConvergenceWarning
 from ...contract.state import flatten
 from ...contract.strategy import GradStrategy
+from ...strategies.registry import Spec, get_strategy
 from .cost import now, peak_bytes
 from .derivatives import cosine, relative_error, vjp
+from .labels import label
 from .problem import Gradient, Problem
 from .reference import second_order_reference, solve_reference
 from .results import Measurement, StrategyResult
@@ -25,7 +27,7 @@ _RADIUS_VJPS = 60
 
 def measure(
     problem: Problem,
-    strategies: Sequence[GradStrategy],
+    specs: Sequence[Spec],
     repeats: int,
     *,
     name: str,
@@ -33,6 +35,8 @@ def measure(
     second_order: bool = False,
 ) -> Measurement:
     """Measure strategies on a problem; see `gradient_report`."""
+    strategies = [get_strategy(spec) for spec in specs]
+    labels = [label(*pair) for pair in zip(specs, strategies, strict=True)]
     if not strategies:
         raise ValueError("grads is empty; expected at least one strategy")
     problem = replace(problem, params=problem.reached())
@@ -44,7 +48,7 @@ def measure(
         method, reference = solve_reference(whole)
         lams = sorted({*LAMS, *(lam for s in strategies if (lam := _lam(s)))}, reverse=True)
         damped_radii = whole.radii(lams, _RADIUS_VJPS)
-        results = _results(problem, strategies, reference, damped_radii, repeats)
+        results = _results(problem, strategies, labels, reference, damped_radii, repeats)
         if second_order:
             results = _with_second_order(results, problem, whole, strategies)
     return Measurement(
@@ -72,17 +76,19 @@ def measure(
 def _results(
     problem: Problem,
     strategies: Sequence[GradStrategy],
+    labels: Sequence[str],
     reference: Gradient,
     damped_radii: Mapping[float, float],
     repeats: int,
 ) -> list[StrategyResult]:
     rows: list[StrategyResult] = []
-    for strategy in strategies:
+    for strategy, name in zip(strategies, labels, strict=True):
         try:
             found = problem.differentiate(strategy)
             rows.append(
                 StrategyResult(
                     strategy=repr(strategy),
+                    label=name,
                     cosine=cosine(found.vector, reference.vector),
                     relative_error=relative_error(found.vector, reference.vector),
                     norm=found.norm,
@@ -95,7 +101,7 @@ def _results(
             )
         except Exception as error:  # whatever a strategy raises; the others still report
             message = f"{type(error).__name__}: {error}"
-            rows.append(StrategyResult(strategy=repr(strategy), error=message))
+            rows.append(StrategyResult(repr(strategy), label=name, error=message))
     times: list[list[tuple[float, float]]] = [[] for _ in strategies]
     for _ in range(repeats):
         for strategy, row, own in zip(strategies, rows, times, strict=True):

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from ...strategies.candidates import Candidate
 
+COMPARABLE = 1e-2
+"""Residual of a reference up to which others are compared with it at all; 16 bits reach it."""
+
 
 @dataclass(frozen=True)
 class StrategyResult:
     """What one strategy's gradient was, and what it cost.
 
     Attributes:
-        strategy: the strategy, as its spec.
+        strategy: the strategy, as a spec with all its arguments.
         cosine: of dL/dtheta to the reference's.
         relative_error: ||dL/dtheta - reference|| / ||reference||.
         norm: ||dL/dtheta||.
@@ -25,7 +28,8 @@ class StrategyResult:
         damped_radius: rho(lam J + (1 - lam) I), the largest of the batch, where it has a `lam`.
         second_order_error: relative error of a second derivative of L, where that was asked for
             and the strategy has one.
-        error: what went wrong, and then everything above but `strategy` is None.
+        error: what went wrong, and then all numbers above are None.
+        label: the spec as it was typed, for tables and figures.
     """
 
     strategy: str
@@ -41,6 +45,10 @@ class StrategyResult:
     damped_radius: float | None = None
     second_order_error: float | None = None
     error: str | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", self.label or self.strategy)
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,11 @@ class Measurement:
     radius: float
     damped_radii: dict[float, float]
     results: list[StrategyResult]
+
+    @property
+    def reference_is_good(self) -> bool:
+        """Whether the reference is near enough to the exact gradient to compare others with it."""
+        return self.reference_residual <= COMPARABLE
 
 
 @dataclass(frozen=True)

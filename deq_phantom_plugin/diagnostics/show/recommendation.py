@@ -25,6 +25,8 @@ def recommend(report: Measurement) -> list[str]:
     if report.reference_norm == 0:
         sentences.append("The gradient is zero here: nothing can be said of directions.")
         return sentences
+    if not report.reference_is_good:
+        return sentences
     return [*sentences, *_about_results(report)]
 
 
@@ -56,10 +58,15 @@ def _caveats(report: Measurement) -> list[str]:
             "solve each sample by itself and are off. Use a norm without batch statistics, or "
             "batch_dim=None in the context."
         )
-    if report.reference_residual > POOR_REFERENCE and not random:
+    if not (report.reference_residual <= POOR_REFERENCE or random):
+        meaning = (
+            "cosines and errors are to a gradient that is not exact"
+            if report.reference_is_good
+            else "it is not the exact gradient, so nothing is said of how near the others come"
+        )
         found.append(
-            f"The reference itself has a residual of {report.reference_residual:.1e}: cosines and "
-            "errors are to a gradient that is not exact. Float64 or a better conditioned F helps."
+            f"The reference itself has a residual of {report.reference_residual:.1e}: {meaning}. "
+            "Float64 or a better conditioned F helps."
         )
     return found
 
@@ -93,27 +100,27 @@ def _about_results(report: Measurement) -> list[str]:
     if not usable:
         return ["No method gave a gradient."]
     found = []
-    uphill = [r.strategy for r in usable if _cosine(r) <= 0]
+    uphill = [r.label for r in usable if _cosine(r) <= 0]
     if uphill:
         found.append(f"Not a descent direction: {', '.join(uphill)}.")
     good = [r for r in usable if _cosine(r) >= _GOOD_COSINE]
     if not good:
         best = max(usable, key=_cosine)
         found.append(
-            f"No method measured reaches a cosine of {_GOOD_COSINE}; the best is {best.strategy} "
+            f"No method measured reaches a cosine of {_GOOD_COSINE}; the best is {best.label} "
             f"with {_cosine(best):.3f}."
         )
         return found
     cheapest = min(good, key=_seconds)
     text = (
-        f"Of the methods measured, {cheapest.strategy} is the cheapest with a cosine of at least "
+        f"Of the methods measured, {cheapest.label} is the cheapest with a cosine of at least "
         f"{_GOOD_COSINE}: {_cosine(cheapest):.4f} in {1e3 * _seconds(cheapest):.3g} ms"
     )
     best = max(usable, key=_cosine)
     if best is not cheapest and _seconds(best) > _seconds(cheapest):
         text += (
             f", {_seconds(best) / _seconds(cheapest):.1f} times as fast as the most accurate, "
-            f"{best.strategy} ({_cosine(best):.4f})"
+            f"{best.label} ({_cosine(best):.4f})"
         )
     return [*found, text + "."]
 

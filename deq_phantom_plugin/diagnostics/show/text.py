@@ -24,16 +24,17 @@ HEADER = (
 )
 
 
-def cells(result: StrategyResult) -> list[str]:
-    """Return a row under `HEADER`; "-" for what is not known."""
+def cells(result: StrategyResult, report: Measurement) -> list[str]:
+    """Return a row under the columns of a report; "-" for what is not known."""
 
     def number(value: float | None, form: str, scale: float = 1.0) -> str:
         return "-" if value is None else format(scale * value, form)
 
-    return [
-        result.strategy,
-        number(result.cosine, ".4f"),
-        number(result.relative_error, ".2e"),
+    compared = report.reference_is_good
+    row = [
+        result.label,
+        number(result.cosine if compared else None, ".4f"),
+        number(result.relative_error if compared else None, ".2e"),
         number(result.norm, ".3e"),
         number(result.residual, ".1e"),
         number(result.forward_seconds, ".3g", 1e3),
@@ -42,8 +43,9 @@ def cells(result: StrategyResult) -> list[str]:
         number(result.n_vjp, "d", 1),
         number(result.peak_bytes, ".3g", 2**-20),
         number(result.damped_radius, ".3f"),
-        number(result.second_order_error, ".1e"),
+        number(result.second_order_error if compared else None, ".1e"),
     ]
+    return row[: n_columns(report)]
 
 
 def n_columns(report: Measurement) -> int:
@@ -71,26 +73,43 @@ def facts(report: Measurement) -> list[tuple[str, str]]:
             f"{report.reference_norm:.3e}",
         ),
         ("rho(dF/dh)", f"{report.radius:.3f}"),
-        (
-            "damped, by lam",
-            "  ".join(f"{lam:g}: {radius:.3f}" for lam, radius in report.damped_radii.items()),
-        ),
+    ]
+
+
+def damped(report: Measurement) -> list[tuple[str, ...]]:
+    """Return two rows, of each lam and of the damped map's spectral radius there."""
+    return [
+        ("damped by lam", *(f"{lam:g}" for lam in report.damped_radii)),
+        ("has rho", *(f"{radius:.3f}" for radius in report.damped_radii.values())),
+    ]
+
+
+def notes(report: Measurement) -> list[str]:
+    """Return what has to be said below the table."""
+    if report.reference_is_good:
+        return []
+    return [
+        f"No cosine and no error: the reference itself has a residual of "
+        f"{report.reference_residual:.1e}, so there is no exact gradient to compare with."
     ]
 
 
 def as_text(report: Measurement, advice: Sequence[str]) -> str:
     """Return a report as a table, with what it was measured on above and advice below."""
-    known = facts(report)
-    width = max(len(name) for name, _ in known)
+    known, (lams, radii) = facts(report), damped(report)
+    width = max(len(name) for name, *_ in [*known, lams, radii])
     lines = [report.name, "=" * len(report.name)]
     lines += [f"{name:{width}}  {value}" for name, value in known]
-    working = [cells(result) for result in report.results if result.error is None]
+    for name, *values in (lams, radii):
+        lines.append(f"{name:{width}}" + "".join(f"{value:>7}" for value in values))
+    working = [cells(result, report) for result in report.results if result.error is None]
     if working:
-        n = n_columns(report)
-        lines += ["", text_table(HEADER[:n], [row[:n] for row in working])]
+        lines += ["", text_table(HEADER[: n_columns(report)], working)]
+        for note in notes(report):
+            lines += textwrap.wrap(note, 100)
     for result in report.results:
         if result.error is not None:
-            lines += ["", f"{result.strategy} failed: {result.error}"]
+            lines += ["", f"{result.label} failed: {result.error}"]
     lines.append("")
     for sentence in advice:
         lines += textwrap.wrap(sentence, 100, initial_indent="* ", subsequent_indent="  ")

@@ -9,10 +9,13 @@ from functools import partial
 from typing import Any
 
 from ..._plumbing.output import text_table
+from ...strategies.candidates import Candidate
 from ..measure.results import TunedEquilibrium
-from .html import COLOURS, document, figure
+from .figures import COLOURS, SMALL_TEXT, around, figure, log_axis
+from .html import document
 
 _HEADER = ("strategy", "cosine", "cost", "F", "VJP")
+_DEAREST = 1e6  # what costs more has no cost, such as a solve that failed
 _FLOOR = 1e-9  # of what is missing to a cosine of 1, for a logarithmic axis
 
 
@@ -76,16 +79,32 @@ def _rows(found: TunedEquilibrium) -> list[tuple[str, ...]]:
 
 
 def _draw(found: TunedEquilibrium, axes: Any) -> None:
-    kinds = sorted({c.spec.partition("(")[0] for c in found.candidates})
-    for i, kind in enumerate(kinds):
-        own = [c for c in found.candidates if c.spec.partition("(")[0] == kind and c.cost < 1e6]
-        missing = [max(1 - c.cosine, _FLOOR) for c in own]
+    shown = [c for c in found.candidates if 0 < c.cost < _DEAREST]
+    for i, kind in enumerate(sorted({_kind(c) for c in shown})):
+        own = [c for c in shown if _kind(c) == kind]
         colour = COLOURS[i % len(COLOURS)]
-        axes.scatter([c.cost for c in own], missing, s=8, color=colour, label=kind)
-    chosen = [c for c in found.candidates if c.spec == found.spec]
-    if chosen:
-        at = [chosen[0].cost], [max(1 - chosen[0].cosine, _FLOOR)]
-        axes.scatter(*at, s=90, facecolors="none", edgecolors="black", label="chosen")
-    axes.set(xlabel="cost", ylabel="1 - cosine", xscale="log", yscale="log")
+        axes.scatter([c.cost for c in own], _missing(own), s=8, color=colour, label=kind)
+    chosen = [c for c in shown if c.spec == found.spec][:1]
+    axes.scatter(
+        [c.cost for c in chosen],
+        _missing(chosen),
+        s=90,
+        facecolors="none",
+        edgecolors="black",
+        label="chosen",
+    )
+    axes.set(xlabel="cost", ylabel="1 - cosine")
+    if shown:
+        log_axis(axes, "x", *around([c.cost for c in shown]))
+        log_axis(axes, "y", *around(_missing(shown)))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=SMALL_TEXT)
+
+
+def _kind(candidate: Candidate) -> str:
+    return candidate.spec.partition("(")[0]
+
+
+def _missing(candidates: Sequence[Candidate]) -> list[float]:
+    """Return what is missing to a cosine of 1."""
+    return [max(1 - c.cosine, _FLOOR) for c in candidates]

@@ -365,7 +365,7 @@ def _bar(name: str, record: Record) -> Any:
         desc=name,
         unit=" steps",
         mininterval=1,
-        disable=processes.rank() > 0,
+        disable=processes.rank() > 0 or None,  # None: where nobody watches, as in a log
     )
 
 
