@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ._plumbing.lockstep import in_lockstep
 from ._plumbing.transforms import as_constants, in_forward_mode
 from .contract.finite import check_finite
 from .contract.state import CheckedFunc, State, check_equilibrium, flatten, ordinary, unflatten
@@ -61,13 +62,14 @@ def attach(
     if not attaching:
         return equilibrium
     acting = strategy.resolve(context)
-    if not acting.accepts_nonfinite:
-        _check_finite(equilibrium, context)
-    state = _ordinary(equilibrium)
-    checked = CheckedFunc(func, state)
-    context = settled(context, checked, state, acting.tells_samples_apart)
-    attached = acting.attach(checked, state, context)
-    _check_attached(strategy, attached, state)
+    with in_lockstep(context.process_group):
+        if not acting.accepts_nonfinite:
+            _check_finite(equilibrium, context)
+        state = _ordinary(equilibrium)
+        checked = CheckedFunc(func, state)
+        context = settled(context, checked, state, acting.tells_samples_apart)
+        attached = acting.attach(checked, state, context)
+        _check_attached(strategy, attached, state)
     count(context)
     return attached
 
@@ -83,7 +85,8 @@ def attach_states(
     _check_finite(equilibrium, context)
     state = _ordinary(equilibrium)
     acting, checked = strategy.resolve(context), CheckedFunc(func, state)
-    context = settled(context, checked, state, acting.tells_samples_apart)
+    with in_lockstep(context.process_group):
+        context = settled(context, checked, state, acting.tells_samples_apart)
     yield from acting.states(checked, state, context)
     count(context)
 

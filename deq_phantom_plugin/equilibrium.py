@@ -16,6 +16,7 @@ from ._plumbing.cached_weights import made_anew
 from ._plumbing.calls import Calls, Counted
 from ._plumbing.compilation import check_compile, compiled, never_compiled
 from ._plumbing.late_read import LateRead
+from ._plumbing.lockstep import active, evaluated, in_lockstep, in_turn
 from ._plumbing.once import warn_once
 from ._plumbing.trial import Trial
 from .attach import count
@@ -86,6 +87,7 @@ class Equilibrium(Attaching):
         solve_dtype: "bfloat16" or "float16" for a solver of that name whose evaluations but the
             last ones are under autocast; residual and gradient are F's own. See
             docs/howto/solvers.md.
+        process_group: see `Context.process_group`.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
@@ -129,9 +131,10 @@ class Equilibrium(Attaching):
         steps: int | str | None = None,
         compile: bool | str = False,
         solve_dtype: str | torch.dtype | None = None,
+        process_group: Any = "auto",
     ) -> None:
         self.__dict__["steps"] = None if steps is None else number_or_depth("steps", steps)
-        super().__init__(grad, batch_dim, grad_in_eval)
+        super().__init__(grad, batch_dim, grad_in_eval, process_group)
         self.solver, self.max_iter, self.tol = solver, max_iter, tol
         self.compiles = check_compile(compile)  # `compile` is a method of modules
         check_solve_dtype(solve_dtype)
@@ -188,6 +191,17 @@ class Equilibrium(Attaching):
         check_equilibrium(begin, finite=False)
         if self.steps is not None:
             return self._loop(func, start)
+        with in_lockstep(self.process_group):
+            return self._solved(func, begin, start)
+
+    def _solved(self, func: Callable[[State], State], begin: State, start: State) -> State:
+        """Do what `forward` does, without a loop.
+
+        Args:
+            func: F.
+            begin: where the solve begins, detached.
+            start: the same as it was given.
+        """
         context, counted = self.context(start), Counted(func)
         if self.solving(context) is not None:
             attached = self.attached(counted, begin, context, 0)
@@ -196,8 +210,9 @@ class Equilibrium(Attaching):
         if self._own is not None and self.grad.resolve(context).owns_solve:
             self._say_another_solve(self._own)
         in_solve: Callable[[State], State] = watched(self, counted)
-        if not torch.is_inference_mode_enabled():  # whose tensors do not count their changes
-            in_solve = CheckedFunc(in_solve, begin)
+        # Tensors of inference mode do not count their changes.
+        in_inference = torch.is_inference_mode_enabled()
+        in_solve = in_turn(in_solve) if in_inference else CheckedFunc(in_solve, begin)
         if callable(self.solver):
             found, residual, context = self._by_function(in_solve, begin, context)
         else:
@@ -256,6 +271,8 @@ class Equilibrium(Attaching):
         """Return what a solver of ours found, the residual, and the context with what is known."""
         leaves = flatten(begin)[0]
         if all(leaf.numel() == 0 for leaf in leaves):
+            if (around := active()) is not None:  # others have samples
+                around.look(in_solve, begin)
             return begin, leaves[0].abs().new_zeros(0), context
         batch_dim = self._samples()
         solution = self._solution(in_solve, begin, context, batch_dim)
@@ -315,7 +332,8 @@ class Equilibrium(Attaching):
         judged = self.solving(context) is None
         if residual is None:
             with torch.no_grad(), Trial(found), made_anew():
-                residual = relative_residual(found, func(found), context.batch_dim)
+                image = evaluated(func, found)
+                residual = relative_residual(found, image, context.batch_dim)
         self.last = LastSolve(residual, nfe)
         self._own = None if judged else residual
         if judged and self.tol and residual.numel() and not Trial.depth():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._plumbing.cached_weights import made_anew
 from .._plumbing.compilation import as_written, never_compiled
+from .._plumbing.lockstep import Lockstep, active, product_of_zeros
 from .._plumbing.precision import AutocastState, full_precision
 from .._plumbing.second_order import DoubleBackward
 from .._plumbing.transforms import (
@@ -41,16 +42,18 @@ class System:
         solve: solves its adjoint system.
         inner: solves the adjoint systems of that system, and so on.
         user: whose errors those of this system are, such as a strategy.
+        together: with which other processes it is solved.
     """
 
     func: Callable[[Leaves, Leaves], list[Tensor]]
     solve: AdjointSolve
     inner: AdjointSolve
     user: object
+    together: Lockstep | None = None
 
     def adjoint(self) -> System:
         """Return g = v + J^T g as a system for g, where a is (v, x, the a of this system)."""
-        return System(self._adjoint_map, self.inner, self.inner, self.user)
+        return System(self._adjoint_map, self.inner, self.inner, self.user, self.together)
 
     def _adjoint_map(self, g: Leaves, arguments: Leaves) -> list[Tensor]:
         n = len(g)
@@ -112,7 +115,7 @@ def implicit(
             state = call_with(lambda: func(unflatten(list(x), structure)), replacements)
         return flatten(state)[0]
 
-    system = System(explicit, solve, inner, user)
+    system = System(explicit, solve, inner, user, active())
     attached = _Implicit.apply(system, len(leaves), *values, *leaves, *captured)
     return unflatten(list(attached), structure)
 
@@ -150,6 +153,14 @@ def _gradient(
         needed: which of the a need it.
         v: the gradient by x.
     """
+    with system.together or nullcontext():
+        return _in_lockstep(system, n, saved, needed, v)
+
+
+def _in_lockstep(
+    system: System, n: int, saved: Leaves, needed: Sequence[bool], v: Leaves
+) -> list[Tensor]:
+    """Do what `_gradient` does, evaluations and products as often as all processes."""
     x, arguments = [leaf.detach() for leaf in saved[:n]], saved[n:]
     differentiable = torch.is_grad_enabled()
     v = [in_format(gradient, leaf) for gradient, leaf in zip(v, x, strict=True)]
@@ -161,11 +172,21 @@ def _gradient(
         with twice or nullcontext():
             outputs = system.func(inputs, parameters)
     with torch.no_grad(), full_precision(inputs[0].device):
-        g = system.solve(lambda w: _vjp(outputs, inputs, w), [leaf.detach() for leaf in v])
+        g = system.solve(_product(outputs, inputs), [leaf.detach() for leaf in v])
     if differentiable:
         g = list(_Implicit.apply(system.adjoint(), n, *g, *g, *v, *x, *arguments))
     wanted = [p for p, flag in zip(parameters, needed, strict=True) if flag]
     return _vjp(outputs, wanted, g, twice, zeros=False)
+
+
+def _product(outputs: Leaves, inputs: Leaves) -> VJP:
+    """Return the product with the transposed Jacobian, in lockstep where that is."""
+    around = active()
+    if around is None:
+        return lambda w: _vjp(outputs, inputs, w)
+    of_zeros = lambda: product_of_zeros(outputs, inputs)  # noqa: E731
+    around.stands_in_by(of_zeros)
+    return lambda w: around.multiply(lambda: _vjp(outputs, inputs, w), of_zeros)
 
 
 def _aliases(tensors: Leaves) -> list[Tensor]:

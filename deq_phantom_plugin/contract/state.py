@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._plumbing.cached_weights import CachedWeights
+from .._plumbing.lockstep import evaluated
 from .._plumbing.trees import State, flatten, ordinary, unflatten
 from .finite import check_finite
 
@@ -95,7 +96,7 @@ class CheckedFunc:
         if not torch.compiler.is_compiling():
             versions = [None if leaf.is_inference() else leaf._version for leaf in inputs]
         self._weights.prepare()
-        result = self._func(state)
+        result = evaluated(self._func, state)
         for leaf, version in zip(inputs, versions, strict=False):
             if version is not None and leaf._version != version:
                 raise ValueError("func changed its input in place; it must return new tensors")
