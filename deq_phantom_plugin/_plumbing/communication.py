@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .sharding import is_sharded, meshes
+
 
 class Communication(AbstractContextManager["Communication"]):
     """Looks at the modules that this thread runs inside a `with` block.
@@ -24,16 +26,20 @@ class Communication(AbstractContextManager["Communication"]):
     Attributes:
         ranks: the processes among whom modules communicate, by global ranks; all where they do so
             in several groups, none where they do not.
+        sharded: those that FSDP2 shards, in groups of their own.
     """
 
     def __init__(self) -> None:
         self.ranks: tuple[int, ...] = ()
+        self.sharded: list[nn.Module] = []
 
     def __enter__(self) -> Communication:
         thread = threading.get_ident()
 
         def look(module: nn.Module, args: Any) -> None:
             if threading.get_ident() == thread:
+                if is_sharded(module):
+                    self.sharded.append(module)
                 for ranks in map(tuple, map(sorted, _ranks(module))):
                     self._note(ranks)
 
@@ -55,16 +61,12 @@ def _ranks(module: nn.Module) -> Iterator[list[int]]:
     """Yield the processes that a module communicates with, for each way in which it does."""
     tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
     kind = getattr(tensors, "DTensor", ())
-    shards = isinstance(module, getattr(fsdp, "FSDPModule", ()))
+    shards = is_sharded(module)
     for parameter in module.parameters() if shards else module._parameters.values():
         if isinstance(parameter, kind):
             yield _of_mesh(parameter.device_mesh)
     if shards:  # whose weights may be gathered already
-        state: Any = module._get_fsdp_state()  # type: ignore[operator]
-        groups = getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)])
-        for group in groups:
-            if group is not None:
-                yield _of_mesh(group.mesh_info.mesh)
+        yield from map(_of_mesh, meshes(module))
     elif isinstance(module, getattr(fsdp, "FullyShardedDataParallel", ())):
         yield dist.get_process_group_ranks(module.process_group)
     elif isinstance(module, nn.SyncBatchNorm) and module.training:

@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .communication import Communication
+from .sharding import Unfinished
 from .transforms import in_torch_func
 from .trees import State, flatten, unflatten
 from .trial import Trial
@@ -65,7 +66,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     def __init__(self, told: Any = None) -> None:
         self._hosts: _Hosts | None = None if told is None else _hosts_of(_ranks(told))
-        self._known = told is not None
+        self._known = False
+        self._sharded: list[nn.Module] = []
         self._depth = 0  # how often it was entered
         self._over = False  # an exception has ended it
         self._last: tuple[Callable[[State], State], State] | None = None  # evaluation
@@ -97,11 +99,10 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     def evaluate(self, func: Callable[[State], State], state: State) -> State:
         """Return F(h), once it is the turn for that."""
-        if not self._known:
-            return self._first(func, state)
         self._last = func, state
-        self._wait_for(Turn.LINEARIZE if torch.is_grad_enabled() else Turn.EVALUATE)
-        return self._done(lambda: func(state))
+        if self._hosts is not None:
+            self._wait_for(Turn.LINEARIZE if torch.is_grad_enabled() else Turn.EVALUATE)
+        return self._done(lambda: func(state)) if self._known else self._first(func, state)
 
     def look(self, func: Callable[[State], State], state: State) -> None:
         """Find out whether F communicates in a process that has no need to evaluate it.
@@ -127,7 +128,11 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         """
         self._product = of_zeros
         self._wait_for(Turn.MULTIPLY)
-        return self._done(product)
+        return self._multiplied(product)
+
+    def _multiplied(self, product: Callable[[], R]) -> R:
+        with Unfinished(self._sharded):
+            return self._done(product)
 
     def stands_in_by(self, of_zeros: Callable[[], object]) -> None:
         """Be told how to compute a product that only others need."""
@@ -148,15 +153,15 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     def _first(self, func: Callable[[State], State], state: State) -> State:
         """Evaluate F, and find out whether it communicates."""
-        self._last = func, state
         with Communication() as found:
             try:
                 image = self._done(lambda: func(state))
             except BaseException:
                 # Others may not get as far as to make a group with us; one that is there will do.
-                self._hosts, self._known = _known_hosts(found.ranks), True
+                self._hosts, self._known = self._hosts or _known_hosts(found.ranks), True
                 raise
-        self._hosts, self._known = _hosts_of(found.ranks), True
+        self._hosts, self._known = self._hosts or _hosts_of(found.ranks), True
+        self._sharded = found.sharded
         if self._hosts is None:
             self._last = None
         return image
@@ -207,7 +212,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     def _stand_in(self, turn: Turn) -> None:
         """Do what others do, and drop the result."""
         if turn is Turn.MULTIPLY and self._product is not None:
-            self._done(self._product)
+            self._multiplied(self._product)
         elif turn < Turn.MULTIPLY and self._last is not None:
             self._done(lambda: self._again(turn))
         else:

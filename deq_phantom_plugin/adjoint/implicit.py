@@ -153,14 +153,6 @@ def _gradient(
         needed: which of the a need it.
         v: the gradient by x.
     """
-    with system.together or nullcontext():
-        return _in_lockstep(system, n, saved, needed, v)
-
-
-def _in_lockstep(
-    system: System, n: int, saved: Leaves, needed: Sequence[bool], v: Leaves
-) -> list[Tensor]:
-    """Do what `_gradient` does, evaluations and products as often as all processes."""
     x, arguments = [leaf.detach() for leaf in saved[:n]], saved[n:]
     differentiable = torch.is_grad_enabled()
     v = [in_format(gradient, leaf) for gradient, leaf in zip(v, x, strict=True)]
@@ -169,10 +161,11 @@ def _in_lockstep(
             x = list(_Implicit.apply(system, n, *x, *x, *arguments))
         inputs, parameters = _aliases(x), _aliases(arguments)
         twice = DoubleBackward(_METHOD) if differentiable else None
-        with twice or nullcontext():
+    with system.together or nullcontext():
+        with torch.enable_grad(), twice or nullcontext():
             outputs = system.func(inputs, parameters)
-    with torch.no_grad(), full_precision(inputs[0].device):
-        g = system.solve(_product(outputs, inputs), [leaf.detach() for leaf in v])
+        with torch.no_grad(), full_precision(inputs[0].device):
+            g = system.solve(_product(outputs, inputs), [leaf.detach() for leaf in v])
     if differentiable:
         g = list(_Implicit.apply(system.adjoint(), n, *g, *g, *v, *x, *arguments))
     wanted = [p for p, flag in zip(parameters, needed, strict=True) if flag]

@@ -143,7 +143,11 @@ class Attaching(nn.Module):
         return {**self.__dict__, "observers": [], "process_group": "auto"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        new = {"grad_in_eval": False, "observers": [], "process_group": "auto"}  # pickles of 0.1 lack them
+        new = {
+            "grad_in_eval": False,
+            "observers": [],
+            "process_group": "auto",
+        }  # pickles of 0.1 lack them
         super().__setstate__({**new, **state})
 
     def extra_repr(self) -> str:
