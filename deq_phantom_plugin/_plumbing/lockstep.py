@@ -97,6 +97,11 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         """Whether operations are to go through it: F communicates, or nobody knows yet."""
         return self._depth > 0 and not (self._known and self._hosts is None)
 
+    @property
+    def communicates(self) -> bool:
+        """Whether F is known to communicate."""
+        return self._hosts is not None
+
     def evaluate(self, func: Callable[[State], State], state: State) -> State:
         """Return F(h), once it is the turn for that."""
         self._last = func, state
@@ -325,7 +330,7 @@ def first_of(number: int) -> int:
     return number if together is None else together.first_of(number)
 
 
-# --- groups -----------------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------------------
 
 
 class _Hosts:

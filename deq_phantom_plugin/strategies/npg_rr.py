@@ -29,7 +29,8 @@ class NPGRR(Neumann):
 
     One K is drawn for each backward pass and shared by the batch (one for each sample would cost
     the largest of them), from PyTorch's CPU generator: `torch.manual_seed` reproduces it, and no
-    device is waited for. Processes whose F communicates take that of the first of them. The value is the equilibrium itself, in a tensor of its own.
+    device is waited for. Processes whose F communicates take that of the first of them. The value
+    is the equilibrium itself, in a tensor of its own.
 
     Costs one evaluation of F, K - 1 vector-Jacobian products, p / (1 - p) in the mean, and one
     backward pass on the one graph that memory holds.
