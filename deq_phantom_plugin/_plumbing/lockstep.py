@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from datetime import timedelta
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -26,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .communication import Communication
+from .exchange import Hosts, hosts_of, known_hosts, ranks_of
 from .sharding import Unfinished
 from .transforms import in_torch_func
 from .trees import State, flatten, unflatten
@@ -40,14 +39,17 @@ NOTICE = 10
 class Turn(IntEnum):
     """What a process wants to do next; of different ones the first in this order is done.
 
-    An answer is given once nobody wants an operation any more.
+    Numbers from `MEET` on are for who waits: with an answer, yes or no, at a depth. Who is deeper
+    inside comes first, so that a process that has left a part out meets the others at its end.
     """
 
     EVALUATE = 0
     LINEARIZE = 1  # an evaluation with a graph
     MULTIPLY = 2  # a product on such a graph
-    YES = 3
-    NO = 4
+    MEET = 4
+
+
+_DEEPEST = 1000
 
 
 class Lockstep(AbstractContextManager["Lockstep"]):
@@ -65,7 +67,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     """
 
     def __init__(self, told: Any = None) -> None:
-        self._hosts: _Hosts | None = None if told is None else _hosts_of(_ranks(told))
+        self._hosts: Hosts | None = None if told is None else hosts_of(ranks_of(told))
         self._known = False
         self._sharded: list[nn.Module] = []
         self._depth = 0  # how often it was entered
@@ -117,6 +119,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
             state: any state, perhaps of no samples, which F may not be able to take.
         """
         if not self._known:
+            self._last = func, state
             try:
                 with Trial(state), torch.no_grad():
                     self._first(func, state)
@@ -147,7 +150,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         """Return whether a flag is set in any process; what they did differently ends here."""
         if self._hosts is None or self._over:
             return flag
-        return self._wait_for(Turn.YES if flag else Turn.NO) is Turn.YES
+        yes = Turn.MEET + 2 * (_DEEPEST - self._depth)
+        return self._wait_for(yes if flag else yes + 1) == yes
 
     def first_of(self, number: int) -> int:
         """Return a number of the first process."""
@@ -163,29 +167,30 @@ class Lockstep(AbstractContextManager["Lockstep"]):
                 image = self._done(lambda: func(state))
             except BaseException:
                 # Others may not get as far as to make a group with us; one that is there will do.
-                self._hosts, self._known = self._hosts or _known_hosts(found.ranks), True
+                self._hosts, self._known = self._hosts or known_hosts(found.ranks), True
                 raise
-        self._hosts, self._known = self._hosts or _hosts_of(found.ranks), True
+        self._hosts, self._known = self._hosts or hosts_of(found.ranks), True
         self._sharded = found.sharded
         if self._hosts is None:
             self._last = None
         return image
 
-    def _wait_for(self, wanted: Turn) -> Turn:
+    def _wait_for(self, wanted: int) -> int:
         """Stand in for what others do, until it is the turn for what is wanted."""
         while True:
             turn = self._agreed(wanted)
-            if turn is wanted or min(turn, wanted) >= Turn.YES:
+            if turn == wanted or (turn >= Turn.MEET and turn // 2 == wanted // 2):
                 return turn
-            self._stand_in(turn)
+            if turn < Turn.MEET:
+                self._stand_in(Turn(turn))
 
-    def _agreed(self, wanted: Turn) -> Turn:
+    def _agreed(self, wanted: int) -> int:
         """Return what is done next."""
         assert self._hosts is not None
         if self._over:
             raise RuntimeError("this solve has ended by an exception in one of its processes")
         try:
-            first = self._hosts.least(int(wanted))
+            first = self._hosts.least(wanted)
         except RuntimeError as error:
             self._over = True
             raise RuntimeError(
@@ -198,7 +203,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
                 f"process {-1 - first} has raised an exception in this solve, in which F "
                 "communicates, so that it ends in all processes; that one's says why"
             )
-        return Turn(first)
+        return first
 
     def _fail(self) -> None:
         """Let the others know of an exception, as far as they listen."""
@@ -328,76 +333,3 @@ def first_of(number: int) -> int:
     """Return a number as the first process of the solve has it."""
     together = active()
     return number if together is None else together.first_of(number)
-
-
-# --- groups ---------------------------------------------------------------------------------------
-
-
-class _Hosts:
-    """The hosts of some processes, which exchange one number at a time.
-
-    By a group of their own on gloo: no device is waited for, and a process that has raised in the
-    middle of F does not answer a collective of F's with another one.
-
-    Attributes:
-        ranks: the processes, by their global ranks.
-    """
-
-    def __init__(self, ranks: tuple[int, ...]) -> None:
-        self.ranks = ranks
-        options = {"backend": "gloo", "timeout": _timeout()}
-        if len(ranks) == dist.get_world_size():
-            self._group = dist.new_group(**options)
-        else:
-            self._group = dist.new_group(list(ranks), **options, use_local_synchronization=True)
-
-    def least(self, number: int, seconds: float | None = None) -> int:
-        """Return the least of the processes' numbers.
-
-        Args:
-            number: of this one.
-            seconds: how long to wait at most; as long as the group does if None.
-        """
-        numbers = torch.tensor([number], device="cpu")
-        options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MIN
-        work = self._group.allreduce([numbers], options)
-        work.wait() if seconds is None else work.wait(timedelta(seconds=seconds))
-        return int(numbers)
-
-    def first_of(self, number: int) -> int:
-        """Return the number of the first process."""
-        numbers = torch.tensor([number], device="cpu")
-        dist.broadcast(numbers, self.ranks[0], group=self._group)
-        return int(numbers)
-
-
-_known = weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], _Hosts]]()  # by default group
-
-
-def _known_hosts(ranks: tuple[int, ...]) -> _Hosts | None:
-    return _known.get(dist.group.WORLD, {}).get(ranks)
-
-
-def _hosts_of(ranks: tuple[int, ...]) -> _Hosts | None:
-    """Return the hosts of processes, None of fewer than two."""
-    if len(ranks) < 2:
-        return None
-    made = _known.setdefault(dist.group.WORLD, {})
-    if ranks not in made:
-        made[ranks] = _Hosts(ranks)
-    return made[ranks]
-
-
-def _ranks(group: Any) -> tuple[int, ...]:
-    return tuple(sorted(dist.get_process_group_ranks(group)))
-
-
-def _timeout() -> timedelta | None:
-    """Return that of the default group; what a new group has by default is not that."""
-    world: Any = dist.group.WORLD
-    for device in world._device_types:
-        with suppress(Exception):
-            timeout: timedelta = world._get_backend(device).options._timeout
-            return timeout
-    return None

@@ -248,7 +248,7 @@ def not_finite():
         both.start[0] = torch.nan
     (both(x) - y).square().mean().backward()
     finite = all(bool(whole(p.grad).isfinite().all()) for p in both.inner.parameters())
-    failures = everywhere(dpp.failures(both).total())
+    failures = everywhere(sum(dpp.failures(both).values()))
     return {"finite": finite, "failures": failures, "calls": everywhere(both.calls)}
 
 
@@ -313,7 +313,9 @@ def cases():
     for core in ("sliced", "indexing"):
         for solver in HOSTED if core == "sliced" else HOSTED[1::2]:
             options = {"core": core, "solver": solver}
-            found[f"{core} | {solver}"] = functools.partial(compared, grad="ift(tol=1e-10)", **options)
+            found[f"{core} | {solver}"] = functools.partial(
+                compared, grad="ift(tol=1e-10)", **options
+            )
     told = {"collective": True, "process_group": dist.group.WORLD}
     found |= {
         "F alone": inner_alone,
