@@ -83,9 +83,11 @@ class Net(nn.Module):
 
     def func(self, u, h):
         self.calls += 1
+        if self.calls == -(self.fails_at or 0):
+            raise ArithmeticError("F has failed before it communicates")
+        image = torch.tanh(self.inner(h) + u)
         if self.calls == self.fails_at:
             raise ArithmeticError("F has failed")
-        image = torch.tanh(self.inner(h) + u)
         if self.collective:
             dist.all_reduce(torch.zeros(1))
         return image
@@ -237,8 +239,16 @@ def failing(at, spec="ift(tol=1e-10)", rank=1):
     return {"said": everywhere(said), "seconds": everywhere(time.perf_counter() - start)}
 
 
+def dying():
+    """F raises in one process before it communicates, which ends that one."""
+    both = sharded(Net("ift(tol=1e-10)"))
+    train(both, part(), steps=1)
+    both.calls, both.fails_at = 0, -5 if dist.get_rank() == 1 else None
+    train(both, part(), steps=1)
+
+
 def not_finite():
-    """A NaN in one process under guard: whether both go the same way, and the gradient is finite."""
+    """A NaN in one process under guard: is the gradient finite, failures, evaluations."""
     spec = "guard('ift', on_failure=\"fallback('upg(k=2)')\")"
     both = sharded(Net(spec, max_iter=20, batch_dim=0))
     x, y = data(0)
@@ -332,6 +342,7 @@ def cases():
         "apart": apart,
         "fails in the solve": functools.partial(failing, 5),
         "fails at first": functools.partial(failing, 1),
+        "fails where it stands in": functools.partial(failing, 30, rank=0),
         "fails in strategy": functools.partial(failing, 4, "bptt(steps=6)", 0),
     }
     return found
@@ -357,6 +368,8 @@ def main():
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
     dpp.enable("torchdeq")
     names, known = sys.argv[2:], cases()
+    if names == ["dies"]:
+        dying()
     found = {}
     for name in names or known:
         start = time.perf_counter()
