@@ -157,7 +157,7 @@ def assert_ended(case, rank):
 
 
 def test_who_is_within_a_collective_of_f_ends_with_the_process_that_has_failed(tmp_path):
-    """Before the timeout of the group, which the driver has set to 20 s, has passed twice."""
+    """Before the timeout of the group, which the driver has set to 60 s, has passed twice."""
     port = torch.distributed.TCPStore("localhost", 0, is_master=True).port
     start, running = time.monotonic(), []
     for rank in range(2):

@@ -23,7 +23,7 @@ from torchdeq import get_deq
 import deq_phantom_plugin as dpp
 
 WIDTH, BATCH, STEPS = 6, 8, 3
-SECONDS = 20  # until the group gives up
+SECONDS = 60  # until the group gives up
 SPECS = [
     "bptt(steps=6)",
     "exact",
