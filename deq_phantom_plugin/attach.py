@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ._plumbing.lockstep import in_lockstep
 from ._plumbing.transforms import as_constants, in_forward_mode
+from ._plumbing.whole import Sharded
 from .contract.finite import check_finite
 from .contract.state import CheckedFunc, State, check_equilibrium, flatten, ordinary, unflatten
 from .contract.strategy import Context, GradStrategy
@@ -61,6 +63,13 @@ def attach(
     check_equilibrium(equilibrium, finite=False)
     if not attaching:
         return equilibrium
+    if (sharded := Sharded.of(equilibrium)) is not None:
+        start = context.initial_state
+        start = None if start is None else sharded.whole(start)
+        told, whole = replace(context, initial_state=start), sharded.whole(equilibrium)
+        with in_lockstep(sharded.group(context.process_group)):
+            attached = attach(sharded.on_whole(func), whole, strategy, told)
+        return sharded.parts(attached)
     acting = strategy.resolve(context)
     with in_lockstep(context.process_group):
         if not acting.accepts_nonfinite:

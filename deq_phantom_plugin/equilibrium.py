@@ -19,9 +19,10 @@ from ._plumbing.late_read import LateRead
 from ._plumbing.lockstep import active, evaluated, in_lockstep, in_turn
 from ._plumbing.once import warn_once
 from ._plumbing.trial import Trial
+from ._plumbing.whole import Sharded
 from .attach import count
 from .contract.errors import AssumptionWarning, ConvergenceWarning
-from .contract.state import CheckedFunc, State, check_equilibrium, flatten
+from .contract.state import CheckedFunc, State, check_equilibrium, check_like, flatten
 from .contract.strategy import BatchDim, Context, GradStrategy
 from .forward import ForwardSolution, anderson, broyden, check_solve_dtype, fixed_point
 from .hosts.attaching import Attaching
@@ -191,8 +192,13 @@ class Equilibrium(Attaching):
         check_equilibrium(begin, finite=False)
         if self.steps is not None:
             return self._loop(func, start)
-        with in_lockstep(self.process_group):
-            return self._solved(func, begin, start)
+        if (sharded := Sharded.of(start)) is not None:
+            func, begin = sharded.on_whole(func), sharded.whole(begin)
+            start = sharded.whole(start)
+        group = self.process_group if sharded is None else sharded.group(self.process_group)
+        with in_lockstep(group):
+            found = self._solved(func, begin, start)
+        return found if sharded is None else sharded.parts(found)
 
     def _solved(self, func: Callable[[State], State], begin: State, start: State) -> State:
         """Do what `forward` does, without a loop.
@@ -258,7 +264,7 @@ class Equilibrium(Attaching):
         if isinstance(result, ForwardSolution):
             context = replace(context, solver_result=result)
             result, residual = result.state, result.rel_lowest
-        _check_like(solver, result, begin)
+        check_like(solver, result, begin)
         return tree_map(_detached, result), residual, context
 
     def _by_name(
@@ -385,23 +391,6 @@ class Equilibrium(Attaching):
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
-def _check_like(solver: Any, result: Any, begin: State) -> None:
-    """Refuse what is no state like the initial one."""
-    (leaves, got), (like, want) = flatten(result), flatten(begin)
-    if got != want:
-        raise ValueError(
-            f"the solver {solver!r:.60} returned the structure {got}; expected that of the initial "
-            f"state, {want}"
-        )
-    for leaf, model in zip(leaves, like, strict=True):
-        found = (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
-        if found != (tuple(model.shape), model.dtype):
-            raise ValueError(
-                f"the solver {solver!r:.60} returned {found!r:.60}; expected a tensor of shape "
-                f"{tuple(model.shape)}, {model.dtype}, as in the initial state"
-            )
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from conftest import DRIVERS
 DRIVER = DRIVERS / "lockstep.py"
 sys.path.append(str(DRIVER.parent))
 
-from lockstep import HOSTED, SOLVERS, SPECS, Net, cases  # noqa: E402
+from lockstep import HOSTED, SOLVERS, SPECS, SPLIT, Net, cases  # noqa: E402
 
 from deq_phantom_plugin._plumbing.communication import Communication  # noqa: E402
 from deq_phantom_plugin._plumbing.lockstep import NOTICE  # noqa: E402
@@ -32,6 +31,8 @@ FOUR = [
     "upg(lam='adaptive') | fixed_point",
     "shine | broyden",
     "tensor parallel",
+    "split | ift(tol=1e-10)",
+    "split | npg_rr",
     "fails in the solve",
 ]
 COMPARED = [
@@ -41,6 +42,8 @@ COMPARED = [
     "checkpointed",
     *(f"sliced | {solver}" for solver in HOSTED),
     *(f"indexing | {solver}" for solver in HOSTED[1::2]),
+    *(f"split | {spec}" for spec in SPLIT),
+    *(f"split | {name}" for name in ("anderson", "broyden", "shine", "batch", "nested")),
     "F alone",
     "no_grad",
     "inference_mode",
@@ -157,9 +160,8 @@ def assert_ended(case, rank):
 
 
 def test_who_is_within_a_collective_of_f_ends_with_the_process_that_has_failed(tmp_path):
-    """Before the timeout of the group, which the driver has set to 60 s, has passed twice."""
     port = torch.distributed.TCPStore("localhost", 0, is_master=True).port
-    start, running = time.monotonic(), []
+    running = []
     for rank in range(2):
         world = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port + 1}
         running.append(
@@ -174,7 +176,9 @@ def test_who_is_within_a_collective_of_f_ends_with_the_process_that_has_failed(t
     assert [process.returncode for process in running] == [1, 1], said
     assert "ArithmeticError: F has failed before it communicates" in said[1]
     assert "RuntimeError" in said[0]
-    assert time.monotonic() - start < 120
+    # And not with the timeout of the group.
+    assert "ended, or has not come" in said[0] or "onnection" in said[0]
+    assert "imed out" not in said[0]
 
 
 def test_batch_normalisation_over_processes_communicates(monkeypatch):

@@ -54,6 +54,7 @@ _known = weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Hosts]]()  # by de
 
 
 def known_hosts(ranks: tuple[int, ...]) -> Hosts | None:
+    """Return the hosts of processes, if they have met before."""
     return _known.get(dist.group.WORLD, {}).get(ranks)
 
 
@@ -68,6 +69,9 @@ def hosts_of(ranks: tuple[int, ...]) -> Hosts | None:
 
 
 def ranks_of(group: Any) -> tuple[int, ...]:
+    """Return the global ranks of a process group, or what is such ranks."""
+    if isinstance(group, tuple):
+        return group
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
 

@@ -63,7 +63,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     communicates, and among whom. Where it does not, nothing else is done.
 
     Args:
-        told: the process group; None to find it out.
+        told: the process group, or its global ranks; None to find it out.
     """
 
     def __init__(self, told: Any = None) -> None:
@@ -273,7 +273,8 @@ def in_lockstep(told: Any = "auto") -> AbstractContextManager[Any]:
     """Return what to enter for a solve: nothing where there is one process, or it is compiled.
 
     Args:
-        told: the process group among which F communicates; None if it does not, "auto" to find out.
+        told: the process group among which F communicates, or its global ranks; None if it does
+            not, "auto" to find out.
     """
     if told is None or torch.compiler.is_compiling():
         return nullcontext()

@@ -17,6 +17,7 @@ __all__ = [
     "CheckedFunc",
     "State",
     "check_equilibrium",
+    "check_like",
     "damped_step",
     "flatten",
     "ordinary",
@@ -136,6 +137,32 @@ class CheckedFunc:
 def _is_like(output: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
     plain = type(output) is Tensor and not output.is_nested
     return plain and output.shape == shape and output.dtype == dtype and output.device == device
+
+
+def check_like(solver: Any, result: Any, begin: State) -> None:
+    """Refuse what a solver returned if it is no state like the initial one.
+
+    Args:
+        solver: for messages.
+        result: what it returned.
+        begin: the initial state.
+
+    Raises:
+        ValueError: if the structure, a shape or a dtype is another.
+    """
+    (leaves, got), (like, want) = flatten(result), flatten(begin)
+    if got != want:
+        raise ValueError(
+            f"the solver {solver!r:.60} returned the structure {got}; expected that of the initial "
+            f"state, {want}"
+        )
+    for leaf, model in zip(leaves, like, strict=True):
+        found = (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+        if found != (tuple(model.shape), model.dtype):
+            raise ValueError(
+                f"the solver {solver!r:.60} returned {found!r:.60}; expected a tensor of shape "
+                f"{tuple(model.shape)}, {model.dtype}, as in the initial state"
+            )
 
 
 def damped_step(

@@ -60,6 +60,22 @@ SOLVERS = {
 }
 HOSTED = ["anderson", "anderson_fast", "broyden", "broyden_fast", "fixed_point_iter"]
 
+SPLIT = [
+    "bptt(steps=6)",
+    "exact",
+    "guard('ift(max_iter=2)', on_failure=\"fallback('upg(k=3)')\", adjoint_tol=1e-3)",
+    "ift(tol=1e-10)",
+    "ift(tol=1e-10, higher_order=True)",
+    "jfb",
+    "npg",
+    "npg(clip=0.4)",
+    "npg(lam='adaptive')",
+    "npg_rr",
+    "reversible(steps=3)",
+    "upg",
+    "upg(lam='adaptive')",
+]
+
 
 class Net(nn.Module):
     """An equilibrium between two linear layers."""
@@ -304,6 +320,52 @@ def tensor_parallel():
     return {"error": error, "calls": everywhere(both.calls)}
 
 
+def sharded_state(grad, solver="fixed_point", dim=1, nested=False):
+    """A state that is split over processes along its sequence, which F mixes, or its batch.
+
+    Without modules, so that nothing but the state says that F communicates.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, ends = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    for splits in (True, False):
+        torch.manual_seed(0)
+
+        def made(*shape, splits=splits, at=None):
+            t = torch.randn(*shape, dtype=torch.float64)
+            return distribute_tensor(t, mesh, [at or Replicate()]) if splits else t
+
+        u, w, mixes = made(4, 8, 6, at=Shard(dim)), made(6, 6), made(8, 8)
+        w, mixes = (0.25 * m.detach() for m in (w, mixes))
+        parameters = [w.requires_grad_(), mixes.requires_grad_()]
+        calls = [0]
+
+        def func(h, u=u, w=w, mixes=mixes, splits=splits, calls=calls):
+            calls[0] += 1
+            x = h[0] if nested else h
+            image = torch.tanh(torch.einsum("st,btd->bsd", mixes, x) @ w + u)
+            image = image.redistribute(mesh, [Shard(dim)]) if splits else image
+            if not nested:
+                return image
+            mean = image.mean(1)  # small, and the same in all processes
+            mean = mean.redistribute(mesh, [Replicate()]).to_local() if splits else mean
+            return [image, 0.5 * mean + 0.3 * h[1]]
+
+        start = torch.zeros_like(u)
+        start = [start, torch.zeros(4, 6, dtype=torch.float64)] if nested else start
+        equilibrium = dpp.Equilibrium(solver, grad, tol=1e-10, max_iter=200, batch_dim=0)
+        torch.manual_seed(dist.get_rank() if splits else 0)
+        found = equilibrium(func, start)
+        leaves = found if nested else [found]
+        sum(whole(leaf).square().sum() for leaf in leaves).backward()
+        ends.append(
+            [*(whole(leaf.detach()) for leaf in leaves), *(whole(p.grad) for p in parameters)]
+        )
+        made_in = calls[0] if splits else made_in
+    return {"error": distance(*ends), "calls": everywhere(made_in)}
+
+
 def apart():
     """F that does not communicate: each process evaluates it as often as it has to."""
     model = Net("ift(tol=1e-10)")
@@ -326,6 +388,13 @@ def cases():
             found[f"{core} | {solver}"] = functools.partial(
                 compared, grad="ift(tol=1e-10)", **options
             )
+    for spec in SPLIT:
+        found[f"split | {spec}"] = functools.partial(sharded_state, spec)
+    for solver in ("anderson", "broyden"):
+        found[f"split | {solver}"] = functools.partial(sharded_state, "ift(tol=1e-10)", solver)
+    found["split | shine"] = functools.partial(sharded_state, "shine(refine=15)", "broyden")
+    found["split | batch"] = functools.partial(sharded_state, "ift(tol=1e-10)", dim=0)
+    found["split | nested"] = functools.partial(sharded_state, "ift(tol=1e-10)", nested=True)
     told = {"collective": True, "process_group": dist.group.WORLD}
     found |= {
         "F alone": inner_alone,
