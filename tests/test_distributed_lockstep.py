@@ -90,7 +90,7 @@ def test_two_processes_are_one(found, name):
 
 
 def test_all_cases_of_the_driver_are_looked_at(found):
-    others = {"told", "not finite", "auto", "spectral_radius", "apart"}
+    others = {"split | refused", "told", "not finite", "auto", "spectral_radius", "apart"}
     fails = {name for name in found if name.startswith("fails")}
     assert set(found) == {*COMPARED, *others, *fails} == set(cases())
 
@@ -121,6 +121,11 @@ def test_where_one_process_meets_a_nan_all_fall_back(found):
     assert case["finite"]
     assert case["failures"][0] == 0 < case["failures"][1]
     assert len(set(case["calls"])) == 1
+
+
+def test_second_derivatives_of_a_split_state_are_refused(found):
+    """What F captures is found among ordinary tensors."""
+    assert found["split | refused"].startswith("RuntimeError: func uses other tensors in backward")
 
 
 def test_auto_measures_and_chooses_alike(found):
