@@ -63,22 +63,29 @@ def attach(
     check_equilibrium(equilibrium, finite=False)
     if not attaching:
         return equilibrium
-    if (sharded := Sharded.of(equilibrium)) is not None:
-        start = context.initial_state
-        start = None if start is None else sharded.whole(start)
-        told, whole = replace(context, initial_state=start), sharded.whole(equilibrium)
-        with in_lockstep(sharded.group(context.process_group)):
-            attached = attach(sharded.on_whole(func), whole, strategy, told)
-        return sharded.parts(attached)
+    sharded = Sharded.of(equilibrium)
+    if sharded is None:
+        with in_lockstep(context.process_group):
+            return _attached(func, equilibrium, strategy, context)
+    start = context.initial_state
+    told = replace(context, initial_state=None if start is None else sharded.whole(start))
+    with in_lockstep(sharded.group(context.process_group)):
+        whole = sharded.whole(equilibrium)
+        return sharded.parts(_attached(sharded.on_whole(func), whole, strategy, told))
+
+
+def _attached(
+    func: Callable[[State], State], equilibrium: State, strategy: GradStrategy, context: Context
+) -> State:
+    """Return the equilibrium attached by the strategy of the context's step, checked."""
     acting = strategy.resolve(context)
-    with in_lockstep(context.process_group):
-        if not acting.accepts_nonfinite:
-            _check_finite(equilibrium, context)
-        state = _ordinary(equilibrium)
-        checked = CheckedFunc(func, state)
-        context = settled(context, checked, state, acting.tells_samples_apart)
-        attached = acting.attach(checked, state, context)
-        _check_attached(strategy, attached, state)
+    if not acting.accepts_nonfinite:
+        _check_finite(equilibrium, context)
+    state = _ordinary(equilibrium)
+    checked = CheckedFunc(func, state)
+    context = settled(context, checked, state, acting.tells_samples_apart)
+    attached = acting.attach(checked, state, context)
+    _check_attached(strategy, attached, state)
     count(context)
     return attached
 

@@ -203,8 +203,8 @@ def main():
             found["fsdp"][f"{host} | {spec} | whole"] = guarded(sharded, spec, host, ())
     for spec in SPECS:
         found["reductions"][spec] = guarded(reductions, spec)
-        # Each evaluation gathers the weights anew, so all processes take as many: of a solve that is
-        # a loop of its own, always so.
+        # Each evaluation gathers the weights anew, so all processes have to take as many: so they do
+        # in a loop of a fixed number.
         found["fsdp"][f"own | {spec} | F apart"] = guarded(sharded, spec, "own", ("inner",))
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
