@@ -126,9 +126,8 @@ def spectral_radius(
         with Trial(equilibrium):  # looking at an equilibrium does not change it
             checked = CheckedFunc(func, equilibrium)
             graph = Linearization(checked, equilibrium, "dpp.spectral_radius")
-        packing = _packing(graph, batch_dim)
+        packing, radii = _packing(graph, batch_dim), list[Tensor]()
         random = start = random_start(packing)
-        radii = []
         for factor in factors:
             found = _leading(graph, packing, factor, start, tol, max_iter)
             radii.append(found.radius if packing.batch_dim is not None else found.radius.squeeze(0))

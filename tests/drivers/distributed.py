@@ -203,8 +203,7 @@ def main():
             found["fsdp"][f"{host} | {spec} | whole"] = guarded(sharded, spec, host, ())
     for spec in SPECS:
         found["reductions"][spec] = guarded(reductions, spec)
-        # Each evaluation gathers the weights anew, so all processes have to take as many: so they do
-        # in a loop of a fixed number.
+        # Each evaluation gathers the weights anew, so that all processes have to take as many.
         found["fsdp"][f"own | {spec} | F apart"] = guarded(sharded, spec, "own", ("inner",))
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
