@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .communication import Communication
+from .compilation import eager, may_be_compiled
 from .exchange import Hosts, hosts_of, known_hosts, ranks_of
 from .sharding import Unfinished
 from .transforms import in_torch_func
@@ -86,7 +87,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
             # Checkpoints end a forward pass that they repeat by an exception, all at one place.
             if error is None or type(error).__name__ == "_StopRecomputationError":
                 self.any_of(False)
-            else:
+            elif self._depth == 1:  # further inside somebody may have an answer to it
                 self._fail()
         finally:
             _entered.stack.pop()
@@ -156,13 +157,16 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     def first_of(self, number: int) -> int:
         """Return a number of the first process."""
         self.any_of(False)
-        return number if self._hosts is None else self._hosts.first_of(number)
+        if self._hosts is None or self._over:
+            return number
+        return self._hosts.first_of(number)
 
     # --- turns ------------------------------------------------------------------------------------
 
     def _first(self, func: Callable[[State], State], state: State) -> State:
         """Evaluate F, and find out whether it communicates."""
-        with Communication() as found:
+        # A hook that comes and goes would have compiled code compiled again.
+        with Communication() as found, eager() if may_be_compiled() else nullcontext():
             try:
                 image = self._done(lambda: func(state))
             except BaseException:

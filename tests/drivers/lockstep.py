@@ -299,7 +299,7 @@ def measured():
 
 
 def tensor_parallel():
-    """Weights split over processes, one state that all of them hold."""
+    """Weights split over pairs of processes, one state that all of them hold."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -313,7 +313,7 @@ def tensor_parallel():
         for p in model.inner.parameters():
             p.mul_(0.8)
     both = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), ("data", "tensor"))["tensor"]
     parallelize_module(both.inner, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     error = distance(train(both, slice(None)), train(model, slice(None)))
     return {"error": error, "calls": everywhere(both.calls)}
