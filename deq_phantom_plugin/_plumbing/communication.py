@@ -68,7 +68,8 @@ def _ranks(module: nn.Module) -> Iterator[list[int]]:
     if shards:  # whose weights may be gathered already
         yield from map(_of_mesh, meshes(module))
     elif isinstance(module, getattr(fsdp, "FullyShardedDataParallel", ())):
-        yield dist.get_process_group_ranks(module.process_group)
+        group: Any = module.process_group
+        yield dist.get_process_group_ranks(group)
     elif isinstance(module, nn.SyncBatchNorm) and module.training:
         yield dist.get_process_group_ranks(module.process_group or dist.group.WORLD)
 

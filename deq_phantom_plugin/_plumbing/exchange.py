@@ -23,7 +23,7 @@ class Hosts:
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
         self.ranks = ranks
-        options = {"backend": "gloo", "timeout": _timeout()}
+        options: dict[str, Any] = {"backend": "gloo", "timeout": _timeout()}
         if len(ranks) == dist.get_world_size():
             self._group = dist.new_group(**options)
         else:
@@ -37,7 +37,7 @@ class Hosts:
             seconds: how long to wait at most; as long as the group does if None.
         """
         numbers = torch.tensor([number], device="cpu")
-        options = dist.AllreduceOptions()
+        options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
         work = self._group.allreduce([numbers], options)
         work.wait() if seconds is None else work.wait(timedelta(seconds=seconds))
