@@ -187,11 +187,11 @@ def test_who_is_within_a_collective_of_f_ends_with_the_process_that_has_failed(t
 
 
 def test_batch_normalisation_over_processes_communicates(monkeypatch):
-    """It does not run on a CPU, and is seen before it says so."""
+    """On a CPU it does not, but it is seen all the same."""
     monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: [0, 1])
     layer = torch.nn.SyncBatchNorm(3)
     for training, ranks in ((True, (0, 1)), (False, ())):
-        with Communication() as seen, pytest.raises(ValueError, match="GPU") if training else seen:
+        with Communication() as seen:
             layer.train(training)(torch.zeros(2, 3))
         assert seen.ranks == ranks
 

@@ -313,7 +313,8 @@ def tensor_parallel():
         for p in model.inner.parameters():
             p.mul_(0.8)
     both = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), ("data", "tensor"))["tensor"]
+    shape, names = (dist.get_world_size() // 2, 2), ("data", "tensor")
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)["tensor"]
     parallelize_module(both.inner, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     error = distance(train(both, slice(None)), train(model, slice(None)))
     return {"error": error, "calls": everywhere(both.calls)}
