@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -164,25 +165,38 @@ def assert_ended(case, rank):
     assert max(case["seconds"]) < NOTICE
 
 
-def test_who_is_within_a_collective_of_f_ends_with_the_process_that_has_failed(tmp_path):
-    port = torch.distributed.TCPStore("localhost", 0, is_master=True).port
+def ended(tmp_path, how):
+    """What two processes return, and what they say, of which one ends in a solve."""
+    port = torch.distributed.TCPStore("localhost", 0, is_master=True).port + 1
     running = []
     for rank in range(2):
-        world = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port + 1}
+        world = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         running.append(
             subprocess.Popen(
-                [sys.executable, str(DRIVER), str(tmp_path / "none"), "dies"],
+                [sys.executable, str(DRIVER), str(tmp_path / "none"), how],
                 env={**os.environ, **{name: str(value) for name, value in world.items()}},
                 stderr=subprocess.PIPE,
                 text=True,
             )
         )
-    said = [process.communicate(timeout=200)[1] for process in running]
-    assert [process.returncode for process in running] == [1, 1], said
+    said = [process.communicate(timeout=300)[1] for process in running]
+    return [process.returncode for process in running], said
+
+
+def test_who_is_within_a_collective_of_f_ends_with_the_process_that_has_failed(tmp_path):
+    returned, said = ended(tmp_path, "raises")
+    assert returned == [1, 1], said
     assert "ArithmeticError: F has failed before it communicates" in said[1]
-    assert "RuntimeError" in said[0]
     # And not with the timeout of the group.
-    assert "ended, or has not come" in said[0] or "onnection" in said[0]
+    assert "RuntimeError" in said[0]
+    assert "onnection" in said[0]
+    assert "imed out" not in said[0]
+
+
+def test_a_process_that_is_killed_ends_the_others(tmp_path):
+    returned, said = ended(tmp_path, "is killed")
+    assert returned == [1, -signal.SIGKILL], said
+    assert "RuntimeError: a process of (0, 1) has ended, or has not come" in said[0]
     assert "imed out" not in said[0]
 
 

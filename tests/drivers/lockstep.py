@@ -10,6 +10,8 @@ import copy
 import datetime
 import functools
 import json
+import os
+import signal
 import sys
 import time
 import warnings
@@ -93,7 +95,7 @@ class Net(nn.Module):
         else:
             settings = {"f_solver": solver, "f_tol": 1e-10, "f_max_iter": 80}
             self.deq = get_deq(core=core, grad=grad, **settings)
-        self.calls, self.fails_at = 0, None
+        self.calls, self.fails_at, self.is_killed = 0, None, False
         self.double()
 
     def func(self, u, h):
@@ -102,6 +104,8 @@ class Net(nn.Module):
             raise ArithmeticError("F has failed before it communicates")
         image = torch.tanh(self.inner(h) + u)
         if self.calls == self.fails_at:
+            if self.is_killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise ArithmeticError("F has failed")
         if self.collective:
             dist.all_reduce(torch.zeros(1))
@@ -254,11 +258,12 @@ def failing(at, spec="ift(tol=1e-10)", rank=1):
     return {"said": everywhere(said), "seconds": everywhere(time.perf_counter() - start)}
 
 
-def dying():
-    """F raises in one process before it communicates, which ends that one."""
+def dying(at, is_killed=False):
+    """One process ends: F raises before it communicates, or the process is killed after it."""
     both = sharded(Net("ift(tol=1e-10)"))
     train(both, part(), steps=1)
-    both.calls, both.fails_at = 0, -5 if dist.get_rank() == 1 else None
+    both.is_killed = is_killed
+    both.calls, both.fails_at = 0, at if dist.get_rank() == 1 else None
     train(both, part(), steps=1)
 
 
@@ -438,8 +443,10 @@ def main():
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
     dpp.enable("torchdeq")
     names, known = sys.argv[2:], cases()
-    if names == ["dies"]:
-        dying()
+    if names == ["raises"]:
+        dying(-5)
+    if names == ["is killed"]:
+        dying(5, is_killed=True)
     found = {}
     for name in names or known:
         start = time.perf_counter()
