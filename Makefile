@@ -36,7 +36,7 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
-wheel: $(VENV)/.installed  ## install the built wheel into an empty environment and use it there
+wheel: $(VENV)/.installed  ## build the wheel into dist/, and use it in an empty environment
 	bash .ci/wheel $(BIN)/python
 
 # The newest PyTorch that this package was run with.

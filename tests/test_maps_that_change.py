@@ -372,6 +372,60 @@ def test_batch_statistics_in_16_bits_are_no_alarm():
     assert inspect_map(module, torch.randn(9, 6).bfloat16()).difference == 0
 
 
+# --- in backward ---------------------------------------------------------------------------------
+
+AGAIN = ["upg(checkpoint=True)", "reversible(steps=30)", "ift(higher_order=True)"]
+
+
+@pytest.mark.parametrize("spec", [*AGAIN, "upg", "npg", "ift", "bptt"])
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_variable_that_has_another_value_in_backward_is_said(spec, reused):
+    """x = deq(lambda h: f(h, x), h0): right where nothing is evaluated again, else a warning."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 6).double()
+    torch.nn.init.orthogonal_(linear.weight, 0.6)
+    first, second = (dpp.Equilibrium(grad=g, tol=1e-12, max_iter=200) for g in (spec, "ift"))
+    given = torch.randn(4, 6, dtype=torch.float64)
+
+    def gradient(reused):
+        linear.zero_grad()
+        x = given
+        if reused:
+            x = first(lambda h: torch.tanh(linear(h) + x), torch.zeros_like(x))
+            x = second(lambda h: torch.sin(linear(h)) + x, torch.zeros_like(x))
+        else:
+            y = first(lambda h: torch.tanh(linear(h) + given), torch.zeros_like(x))
+            x = second(lambda h: torch.sin(linear(h)) + y, torch.zeros_like(x))
+        x.square().sum().backward()
+        return linear.weight.grad.clone()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = gradient(reused)
+        right = gradient(False)
+    said = [str(w.message) for w in caught if "given another value since" in str(w.message)]
+    is_right = torch.allclose(found, right, rtol=1e-6)
+    assert len(said) == (1 if spec in AGAIN and reused else 0)
+    assert is_right == (not said)
+
+
+@pytest.mark.parametrize("spec", AGAIN)
+def test_what_is_the_same_again_is_not_blamed(spec):
+    """Batch statistics, 16 bits, masks of a solve, a second backward pass."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(6)
+    drop = Dropped(0.3)
+    x = torch.randn(5, 6)
+    equilibrium = dpp.Equilibrium(grad=spec, tol=1e-4, batch_dim=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AssumptionWarning)
+        func = SameDraws(lambda h: 0.3 * torch.tanh(norm(drop(h))) + x)
+        with torch.autocast("cpu", torch.bfloat16):
+            h = equilibrium(func, torch.zeros_like(x))
+        for _ in range(2):
+            h.float().sum().backward(retain_graph=True)
+
+
 # --- where code may be compiled ------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from .linearization import Linearization, inside_checkpoint, mixes_samples
 from .packing import Packing, batch_size, relative_norm, wide_dtype
 from .progress import Apply, Solution
 from .pushforward import Pushforward
+from .repeats import Repeats
 from .system import SOLVERS, AdjointSolver, check_solver, solve
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Linearization",
     "Packing",
     "Pushforward",
+    "Repeats",
     "Solution",
     "batch_size",
     "broyden",

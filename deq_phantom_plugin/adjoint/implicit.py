@@ -24,6 +24,7 @@ from .._plumbing.transforms import (
 from ..contract.state import State, flatten, unflatten
 from .captured import call_with, find_captured
 from .linearization import in_format
+from .repeats import Repeats
 
 _METHOD = "ift(higher_order=True)"  # the strategy that is differentiated again
 
@@ -42,6 +43,7 @@ class System:
         solve: solves its adjoint system.
         inner: solves the adjoint systems of that system, and so on.
         user: whose errors those of this system are, such as a strategy.
+        repeats: compares G(x, a) with what it was; None for the systems behind the first.
         together: with which other processes it is solved.
     """
 
@@ -49,11 +51,13 @@ class System:
     solve: AdjointSolve
     inner: AdjointSolve
     user: object
+    repeats: Repeats | None = None
     together: Lockstep | None = None
 
     def adjoint(self) -> System:
         """Return g = v + J^T g as a system for g, where a is (v, x, the a of this system)."""
-        return System(self._adjoint_map, self.inner, self.inner, self.user, self.together)
+        inner, together = self.inner, self.together
+        return System(self._adjoint_map, inner, inner, self.user, together=together)
 
     def _adjoint_map(self, g: Leaves, arguments: Leaves) -> list[Tensor]:
         n = len(g)
@@ -115,7 +119,9 @@ def implicit(
             state = call_with(lambda: func(unflatten(list(x), structure)), replacements)
         return flatten(state)[0]
 
-    system = System(explicit, solve, inner, user, active())
+    repeats = Repeats(user)
+    repeats.see(0, values)
+    system = System(explicit, solve, inner, user, repeats, active())
     attached = _Implicit.apply(system, len(leaves), *values, *leaves, *captured)
     return unflatten(list(attached), structure)
 
@@ -164,6 +170,8 @@ def _gradient(
     with system.together or nullcontext():
         with torch.enable_grad(), twice or nullcontext():
             outputs = system.func(inputs, parameters)
+        if system.repeats is not None:
+            system.repeats.see(0, outputs)
         with torch.no_grad(), full_precision(inputs[0].device):
             g = system.solve(_product(outputs, inputs), [leaf.detach() for leaf in v])
     if differentiable:

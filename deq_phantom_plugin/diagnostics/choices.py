@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -60,15 +62,23 @@ def report_choice(model: nn.Module) -> ChoiceReport:
     Raises:
         TypeError: if `model` is no `torch.nn.Module`.
     """
+    named = [(n, m) for n, m in check_module(model).named_modules() if isinstance(m, Memory)]
+    owners = Counter(_owner(name) for name, _ in named)
     return ChoiceReport(
-        ChoiceRecord(**vars(choice), equilibrium=_name(name))
-        for name, memory in check_module(model).named_modules()
-        if isinstance(memory, Memory)
+        ChoiceRecord(**vars(choice), equilibrium=_name(name, owners))
+        for name, memory in named
         for choice in choices(memory)
     )
 
 
-def _name(of_memory: str) -> str:
-    """Return the name of what has a memory, where it is one of its own."""
-    owner, _, last = of_memory.rpartition(".")
-    return (owner if last == "memory" else of_memory) or "equilibrium"
+def _owner(of_memory: str) -> str:
+    """Return the name of what a memory belongs to: hosts call it `grad_memory`, or number them."""
+    return re.sub(r"(^|\.)(grad_memory(\.\d+)?|memory)$", "", of_memory)
+
+
+def _name(of_memory: str, owners: Counter[str]) -> str:
+    """Return the name of an equilibrium, with its number where its module finds several."""
+    owner = _owner(of_memory)
+    number = of_memory.rpartition(".")[2]
+    several = owners[owner] > 1 and number.isdigit()
+    return (owner or "equilibrium") + (f"[{number}]" if several else "")

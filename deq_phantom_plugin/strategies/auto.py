@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from .registry import Spec, get_strategy, register_strategy
 from .rescue import Rescue
 from .told import not_resolved
 
+_FIRST = 8  # the part of `every` after which it looks again at first, and then twice as long
 _SOONER = 10  # times as often it looks where the state is not at its equilibrium
 
 
@@ -35,7 +37,8 @@ _SOONER = 10  # times as often it looks where the state is not at its equilibriu
 class Auto(GradStrategy):
     """The cheapest strategy whose gradient is good enough, measured anew every `every` steps.
 
-    At the first step and every `every` steps the backward pass takes the gradient v that came in
+    At the first step, after an eighth, a quarter and half of `every`, since a model changes most at
+    first, and every `every` steps the backward pass takes the gradient v that came in
     and solves (I - J^T) g = v by GMRES to 1e-4, or to 1e-3 where that takes more than 50 products:
     that step's gradient, and the reference. Its Krylov space holds what `npg` and `upg` of up to 50
     terms with lam 1.0, 0.9, ... 0.1 and looser solves would have got, so that all of them are
@@ -44,6 +47,11 @@ class Auto(GradStrategy):
     cheapest acts from the next step on; where there is none `ift`, which is said once. What acts
     goes on until it falls below `cosine`, or one that costs at most 0.9 as much is above it by a
     third of what is missing to 1: at a border nothing flutters.
+
+    A series of more than one term is taken only where the map damped by its lam contracts, also if
+    every 1 - mu, mu an eigenvalue of J, were 1.2 times as large. With B = lam J + (1 - lam) I the
+    sum of k terms is (I - B^k) g*, which elsewhere may point against g* in a direction that the
+    cosine hardly sees and that training then feeds.
 
     Costs are counted: an evaluation of F as one, a backward pass through it as two. So `npg` is
     taken rather than `upg`, which is the same at an equilibrium (eq. A-14) for k - 1 evaluations
@@ -69,7 +77,7 @@ class Auto(GradStrategy):
 
     Args:
         cosine: in (0, 1], what 90 % of the samples are to reach.
-        every: steps from one measurement to the next.
+        every: steps from one measurement to the next, but for the first ones.
         methods: specs of strategies to choose among in place of these, also your own. Each is run
             in the measuring step, with the same v. None of them may own its solve or change with
             the step.
@@ -118,6 +126,8 @@ class Auto(GradStrategy):
         if measured is None:
             return True
         every = max(1, self.every // _SOONER) if log.is_off else self.every
+        if not log.is_off:  # what training changes most in its first steps
+            every = min(every, max(measured, math.ceil(every / _FIRST)))
         return step is not None and not measured < step < measured + every
 
     @property

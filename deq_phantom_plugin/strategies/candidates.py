@@ -24,6 +24,10 @@ from .ift import IFT
 LAMS = tuple(round(1 - 0.1 * i, 1) for i in range(10))
 """Damping factors that are looked at."""
 
+MARGIN = 1.2
+"""What 1 - mu of each eigenvalue mu of J may grow by until the map damped by a candidate's factor
+no longer contracts: spectra move from one measurement to the next."""
+
 BACKWARD = 2
 """Evaluations of F that a backward pass through F counts as: it multiplies with the weights twice,
 for the state and for the weights, where an evaluation does once."""
@@ -39,10 +43,12 @@ class Method(NamedTuple):
     Attributes:
         spec: of the strategy.
         unrolls: whether it goes on from the state, as `upg` does.
+        lam: of a series of more than one term, which is to contract; None for others.
     """
 
     spec: str
     unrolls: bool
+    lam: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Candidate:
         cosine: of its g to the reference's that at least 90 % of the samples reach.
         evaluations: of F.
         products: backward passes through F, the one that reaches the parameters included.
+        lam: see `Method`.
     """
 
     spec: str
@@ -62,6 +69,7 @@ class Candidate:
     cosine: float
     evaluations: float
     products: float
+    lam: float | None = None
 
     @property
     def cost(self) -> float:
@@ -92,9 +100,17 @@ def built_in(budget: int | None) -> tuple[Method, ...]:
     limit = "" if budget is None else f", max_iter={max(1, budget - 1)}"
     return (
         Method("jfb", False),
-        *(Method(f"npg(k={k}, lam={lam})", False) for lam in LAMS for k in range(2, LENGTH + 1)),
+        *(
+            Method(f"npg(k={k}, lam={lam})", False, lam)
+            for lam in LAMS
+            for k in range(2, LENGTH + 1)
+        ),
         Method("upg(k=1, lam=1.0)", True),
-        *(Method(f"upg(k={k}, lam={lam})", True) for lam in LAMS for k in range(2, LENGTH + 1)),
+        *(
+            Method(f"upg(k={k}, lam={lam})", True, lam)
+            for lam in LAMS
+            for k in range(2, LENGTH + 1)
+        ),
         *(Method(f"ift(tol={tol}{limit})", False) for tol in _TOLS),
         Method("ift" if budget is None else f"ift(max_iter={max(1, budget - 1)})", False),
     )

@@ -74,7 +74,8 @@ class Numbers:
         settled: those that are at their equilibrium.
         compared: those with a reference to compare with.
         supported: those whose reference is good enough to judge by.
-        radii: of the map damped by each of `LAMS`, which at least 90 % of the samples are below.
+        radii: of the map damped by each of `LAMS`, and by `MARGIN` times each, which at least 90 %
+            of the samples are below.
         broken: whether a gradient that was not finite came in.
     """
 
@@ -106,7 +107,8 @@ class Shared:
         rows: the samples.
         settled: the share of them that are at their equilibrium.
         supported: the share whose reference is good enough.
-        radii: the mean of the processes.
+        radii: of the map damped by each of `LAMS`, the mean of the processes.
+        steeper: by `MARGIN` times each.
         broken: whether in one of them a gradient was not finite.
     """
 
@@ -115,7 +117,12 @@ class Shared:
     settled: float
     supported: float
     radii: Sequence[float]
+    steeper: Sequence[float]
     broken: bool
+
+    def contracts(self, lam: float, in_force: bool) -> bool:
+        """Whether the map damped by one of `LAMS` does, with a margin if it is not in force."""
+        return (self.radii if in_force else self.steeper)[LAMS.index(lam)] < 1
 
 
 def shared(own: Numbers, device: torch.device) -> Shared:
@@ -138,16 +145,18 @@ def together(methods: Sequence[Method], table: Tensor) -> Shared:
         table: a row of each measurement, see `Numbers.row`.
     """
     rows, settled, compared, supported, broken = table[:, :_HEAD].T
-    at = _HEAD + len(LAMS)
+    at = _HEAD + 2 * len(LAMS)
     most = table[:, at:].amax(dim=0).view(-1, 3)
     cosines = (_weights(compared) @ table[:, at:]).view(-1, 3)[:, 0]
     judged = zip(methods, cosines.tolist(), most[:, 1].tolist(), most[:, 2].tolist(), strict=True)
+    radii = (_weights(rows) @ table[:, _HEAD:at]).tolist()
     return Shared(
-        [Candidate(m.spec, m.unrolls, c, e, p) for m, c, e, p in judged],
+        [Candidate(m.spec, m.unrolls, c, e, p, m.lam) for m, c, e, p in judged],
         int(rows.sum()),
         float(settled.sum() / rows.sum().clamp(min=1)),
         float(supported.sum() / compared.sum().clamp(min=1)),
-        (_weights(rows) @ table[:, _HEAD:at]).tolist(),
+        radii[: len(LAMS)],
+        radii[len(LAMS) :],
         bool(broken.any()),
     )
 
@@ -192,6 +201,8 @@ class Rule:
         """
         trouble = self._trouble(found, last)
         candidates = [c for c in found.candidates if c.unrolls or not trouble]
+        if not trouble:
+            candidates = [c for c in candidates if _contracts(c, found, last)]
         judged = found.supported >= SHARE and not trouble.startswith(_OFF)
         chosen = self._chosen(candidates, last) if judged else None
         if chosen is not None:
@@ -262,12 +273,25 @@ class Rule:
         return f"a cosine of at least {self.cosine:g}"
 
 
+def _contracts(candidate: Candidate, found: Shared, last: Choice | None) -> bool:
+    """Whether a series shortens what it sees in every direction, and reverses none.
+
+    With B = lam J + (1 - lam) I, k terms make g = (I - B^k) g*: where an eigenvalue of B is beyond
+    the unit circle, g may point against g* in its direction. That hardly shows in the cosine as
+    long as v has little of it, and training then feeds it.
+    """
+    if candidate.lam is None:
+        return True
+    return found.contracts(candidate.lam, last is not None and candidate.spec == last.spec)
+
+
 def _unrolled(found: Shared, budget: int | None, last: Choice | None) -> Candidate:
     """Return `upg` with the least damping that contracts, the supplement's if none does.
 
     What is in force stays as long as it does contract.
     """
     k = DEFAULT_STEPS if budget is None else budget
+    # Without a margin: the values of a loop are its own where nothing is damped.
     contracting = [lam for lam, rho in zip(LAMS, found.radii, strict=True) if rho < 1]
     # Of one step the direction is the same with any.
     possible = [1.0] if k == 1 else [*contracting, _DAMPED]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adjoint import KrylovSpace, Linearization, Packing, Solution, relative_norm, solve
 from ..contract.memory import Memory
-from .candidates import LAMS, Judged, Runs, built_in, described, from_space, low
+from .candidates import LAMS, MARGIN, Judged, Runs, built_in, described, from_space, low
 from .choice import SHARE, Numbers
 from .ift import IFT
 from .rescue import Rescue
@@ -58,9 +58,10 @@ class Reference:
         """
         usable, rows = self.space.usable, int(self.space.usable.sum())
         good = (self.solution.residual <= POOR_REFERENCE) | self.solution.at_rounding
-        radii = torch.zeros(len(LAMS), dtype=torch.float64, device="cpu")
+        lams = [*LAMS, *(MARGIN * lam for lam in LAMS)]
+        radii = torch.zeros(len(lams), dtype=torch.float64, device="cpu")
         if rows:
-            radii = -low(-self.space.radii(LAMS))
+            radii = -low(-self.space.radii(lams))
         if rows and runs is not None:
             judged = runs(self.v, self.g, usable)
         elif rows and self.solved:

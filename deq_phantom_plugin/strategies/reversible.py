@@ -351,7 +351,9 @@ class _Tape:
                 f"state as in the forward pass, it returned something else (by {loss.changed:.1e} "
                 "of its norm), so the gradient is wrong. "
                 + (f"Modules in it that draw or update: {suspects}. " if suspects else "")
-                + "Draw dropout masks and noise once a solve, outside func, or take bptt. "
+                + "A variable that func reads may have been given another value since, as in "
+                "x = deq(lambda h: f(h, x), h0). "
+                "Draw dropout masks and noise once a solve, outside func, or take bptt. "
                 "This warning is given once.",
                 ConvergenceWarning,
             )

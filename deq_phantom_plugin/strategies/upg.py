@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .._plumbing.cached_weights import made_anew
 from .._plumbing.transforms import in_torch_func
-from ..adjoint import Linearization
+from ..adjoint import Linearization, Repeats
 from ..contract.state import State, damped_step, flatten, unflatten
 from ..contract.strategy import Context, GradStrategy
 from .arguments import boolean, damping_factor
@@ -83,23 +85,32 @@ class UPG(GradStrategy):
             lam = damping(Linearization(func, equilibrium, self), context.sample_dim)
         else:
             lam = self.lam
-        state = equilibrium
-        for _ in range(self.steps_ahead):
+        state, repeats = equilibrium, Repeats(self)
+        for number in range(self.steps_ahead):
             state = (
-                self._checkpointed(func, state, lam)
+                _checkpointed(func, state, lam, partial(repeats.see, number))
                 if self.checkpoint and not in_torch_func()  # which knows of no checkpoints
                 else damped_step(func, state, lam)
             )
             yield state
 
-    @staticmethod
-    def _checkpointed(
-        func: Callable[[State], State], state: State, lam: float | list[Tensor]
-    ) -> State:
-        leaves, structure = flatten(state)
 
-        def step(*leaves: Tensor) -> list[Tensor]:
-            with made_anew():
-                return flatten(damped_step(func, unflatten(list(leaves), structure), lam))[0]
+def _checkpointed(
+    func: Callable[[State], State],
+    state: State,
+    lam: float | list[Tensor],
+    see: Callable[[Sequence[Tensor]], None],
+) -> State:
+    """Return the next state, of which backward makes the graph; both times it is seen."""
+    leaves, structure = flatten(state)
 
+    def step(*leaves: Tensor) -> list[Tensor]:
+        with made_anew():
+            found = flatten(damped_step(func, unflatten(list(leaves), structure), lam))[0]
+        see(found)
+        return found
+
+    if torch.compiler.is_compiling():
+        return unflatten(list(checkpoint(step, *leaves, use_reentrant=False)), structure)
+    with set_checkpoint_early_stop(False):  # which would not come to the end of F
         return unflatten(list(checkpoint(step, *leaves, use_reentrant=False)), structure)

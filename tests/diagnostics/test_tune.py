@@ -54,6 +54,37 @@ def test_of_one_batch_it_is_what_auto_chooses_there():
     assert found.samples == 8
 
 
+class Two(nn.Module):
+    """Our equilibrium, and TorchDEQ's with two states in training."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(4, 4)
+        self.first = dpp.Equilibrium(tol=1e-6, max_iter=100)
+        options = {"f_max_iter": 40, "f_tol": 1e-7, "n_states": 2, "grad": "ift"}
+        self.rest = nn.ModuleList([pytest.importorskip("torchdeq").get_deq(**options)])
+
+    def forward(self, x):
+        h = self.first(lambda h: torch.tanh(0.2 * self.inner(h) + x), torch.zeros_like(x))
+        states, _ = self.rest[0](lambda g: torch.tanh(0.8 * self.inner(g) + h), torch.zeros_like(h))
+        return sum(states)
+
+
+def test_names_are_those_of_modules_as_what_auto_chose_has_them():
+    dpp.enable("torchdeq")
+    model, x = Two(), torch.randn(5, 4)
+    found = dpp.tune(model, [x], lambda h: h.square().mean())
+    assert set(found.specs) == {"first", "rest.0"}
+    for name, spec in found.specs.items():
+        assert dpp.set_grad(model.get_submodule(name), spec) == 1
+    dpp.set_grad(model, "auto")
+    dpp.set_step(model, 0)
+    model(x).square().mean().backward()
+    names = [record.equilibrium for record in dpp.report_choice(model)]
+    assert names == ["first", "rest.0[0]", "rest.0[1]"]
+
+
 def test_of_several_batches_the_cosine_is_their_mean_weighted_by_samples():
     sizes, data = (8, 4), []
     for rows in sizes:

@@ -284,6 +284,40 @@ def test_torchvisions_folder(tmp_path, harness):
         harness("images").load_images("cifar10", tmp_path, 0, 0, 32)
 
 
+def test_images_are_averaged_to_a_smaller_side(archive, harness):
+    path, pixels = archive
+    images, _ = harness("images").load_images("cifar10", path, 1, 0, 16)
+    blocks = pixels["train"][0].reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))
+    expected = torch.from_numpy(blocks).permute(2, 0, 1)
+    assert (images.pixels[0] - expected).abs().max() <= 0.5
+    with pytest.raises(ValueError, match="image_size=12 of cifar10; expected 32 or a divisor"):
+        harness("images").load_images("cifar10", path, 1, 0, 12)
+
+
+def test_digits_are_scikit_learns_in_another_order(harness):
+    from sklearn.datasets import load_digits
+
+    load = harness("images").load_images
+    train, test = load("digits", None, 1000, 797, 8)
+    known = load_digits()
+    pairs = zip(known.images, known.target, strict=True)
+    given = {(tuple(image.ravel()), label) for image, label in pairs}
+    for part in (train, test):
+        grey = part.pixels[:, 0].double().mul(16 / 255).ceil().flatten(1)
+        found = zip(grey.tolist(), part.labels.tolist(), strict=True)
+        assert {(tuple(g), y) for g, y in found} <= given
+        assert torch.equal(part.pixels[:, 0], part.pixels[:, 2])
+    both = torch.cat([train.pixels, test.pixels])[:, 0].flatten(1)
+    assert len(both.unique(dim=0)) == len({image for image, _ in given})
+    every = train.batch(torch.arange(1000))
+    assert abs(float(every.mean())) < 0.05
+    assert abs(float(every.std()) - 1) < 0.05
+    with pytest.raises(SystemExit, match="1000 digits and 798 to test on; there are 1797"):
+        load("digits", None, 1000, 798, 8)
+    with pytest.raises(ValueError, match="image_size=16 of digits; expected 8"):
+        load("digits", None, 1000, 797, 16)
+
+
 def test_missing_data_are_described(tmp_path, harness):
     load = harness("images").load_images
     with pytest.raises(SystemExit, match=r"needs --data PATH: the archive cifar10-jpeg\.npz"):
@@ -368,6 +402,14 @@ def test_text(tmp_path, harness):
     assert torch.equal(text.segment(texts, 4, 3), text.segment(texts, 1, 3))
     with pytest.raises(SystemExit, match="expected at least 22"):
         text.segments(texts, 10)
+
+
+def test_characters_and_the_last_tenth_of_a_text(tmp_path, harness):
+    (tmp_path / "a.txt").write_text("ab\n" * 8 + "b a\nbz\n")
+    train, test, count = harness("text").load_text(tmp_path, "a.txt", "", characters=True)
+    assert count == 5  # <unk>, a, b, <eos>, the space
+    assert train.tolist() == [1, 2, 3] * 8 + [2, 4, 1, 3]
+    assert test.tolist() == [2, 0, 3]
 
 
 def test_zipped_graphs_are_unpacked_and_nothing_else(tmp_path, monkeypatch, harness):
@@ -526,7 +568,7 @@ def test_what_a_run_dies_of_is_recorded_and_kept(losses, error, tmp_path, harnes
     training, results = harness("training"), harness("results")
     task = Counting(losses)
     record = training.Record("a", 0, {"lr": 1.0}, task.steps)
-    training.train(task, record, tmp_path / "a" / "0", CPU, lambda record: None)
+    list(training.train(task, record, tmp_path / "a" / "0", CPU))
     assert record.error == error
     assert [row["step"] for row in record.history] == [0, 2]
     assert record.history[1]["train_loss"] == 1.5
@@ -584,7 +626,7 @@ def test_a_run_that_memory_did_not_suffice_for_can_be_resumed(tmp_path, harness)
     task = Counting([1.0, 1.0, torch.cuda.OutOfMemoryError("full"), 1.0])
     record = training.Record("a", 0, {}, task.steps)
     with pytest.raises(torch.cuda.OutOfMemoryError, match="full"):
-        training.train(task, record, tmp_path, CPU, lambda record: None)
+        list(training.train(task, record, tmp_path, CPU))
     again = training.Record("a", 0, {}, task.steps)
     assert training.restore(task, again, tmp_path)
     assert (again.steps, again.error) == (2, None)

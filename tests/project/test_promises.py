@@ -1,4 +1,4 @@
-"""The documentation: each promise names its test, and code blocks do what they say."""
+"""README and documentation: each promise names its test, code runs, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from deq_phantom_plugin import adjoint
 from deq_phantom_plugin._plumbing.extras import why_not
 from deq_phantom_plugin.strategies import registry
 
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROW = re.compile(r"^\| (?P<promise>.+?) \| (?P<tests>.+) \|$")
 TEST = re.compile(r"`((?:tests|deq_phantom_plugin/testing)/[\w/]+\.py)::(test_\w+)`")
+LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (?P<text>.*?)(?: \{ #(?P<id>[\w-]+) \})?$", re.M)
 # ```python at the start of a line; `<!-- run -->` above it runs the block, in the namespace of the
 # page, and `<!-- run: module -->` only where that module is installed.
 BLOCK = re.compile(r"(?:<!-- (run)(?:: ([\w.]+))? -->\n)?^```python\n(.*?)^```$", re.M | re.S)
@@ -72,6 +74,30 @@ def test_every_public_name_is_in_the_api():
     assert ours
     assert ours <= listed
     assert set(adjoint.SOLVERS) <= listed
+
+
+def prose(page):
+    """Return the text of a page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page):
+    """Return what a link into a page may end in, by the rule of MkDocs, which is GitHub's too."""
+    found = set()
+    for heading in HEADING.finditer(prose(page)):
+        plain = re.sub(r"[^\w\s-]", "", heading["text"]).strip().lower()
+        found.add(heading["id"] or re.sub(r"[-\s]+", "-", plain))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(prose(page)):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)

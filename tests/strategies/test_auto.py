@@ -199,14 +199,20 @@ def test_cosines_and_costs_are_those_of_the_methods_themselves(judged, name, cou
         assert judged[spec].cost == counted, spec
 
 
+def safe_lams(model):
+    """The damping factors that contract also where 1 - mu of all eigenvalues is larger by 1.2."""
+    mu = torch.linalg.eigvals(model.matrix).flatten()
+    return [lam for lam in LAMS if (1 - 1.2 * lam * (1 - mu)).abs().max() < 1]
+
+
 @pytest.mark.parametrize("coupled", [False, True], ids=["independent", "coupled"])
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("cosine", [0.9, 0.95, 0.99])
 def test_it_takes_what_an_exhaustive_search_takes_or_better(name, coupled, cosine):
-    """All of jfb, npg and ift at its tolerance are run; what is taken is run too."""
+    """All of jfb, npg that contracts and ift are run; what is taken is run too."""
     model = Linear(SPECTRA[name], f"auto(cosine={cosine})", coupled)
     model.at(0)
-    searched = [f"npg(k={k}, lam={lam})" for lam in LAMS for k in range(2, 25)]
+    searched = [f"npg(k={k}, lam={lam})" for lam in safe_lams(model) for k in range(2, 25)]
     found = [cost(spec, model) for spec in ["jfb", "ift", *searched]]
     least = min(price for price, quality in found if quality >= cosine)
     price, quality = cost(model.chosen.spec, model)
@@ -291,22 +297,41 @@ def test_after_a_change_of_spectrum_it_changes_within_every_steps():
     model = Linear(SPECTRA["0.5"], f"auto(every={EVERY})")
     for step in range(3 * EVERY):
         if step == EVERY + 1:
+            before = model.chosen
             model.matrix = SPECTRA["0.99"]
         g = model.at(step)
-        if step in (0, EVERY):
-            before = model.chosen
     assert before.cost < model.chosen.cost
-    assert model.chosen.step == 2 * EVERY
+    changed = next(r for r in dpp.report_choice(model) if r.cost > before.cost)
+    assert EVERY + 1 <= changed.step <= 2 * EVERY + 1
     assert low(model.cosines(g)) >= 0.95 - 1e-3
 
 
-def test_it_measures_at_the_first_step_and_every_so_many():
-    model, measured = Linear(SPECTRA["0.5"], f"auto(every={EVERY})"), []
-    for step in range(7, 7 + 2 * EVERY + 1):  # as after a load
+@pytest.mark.parametrize(
+    ("first", "steps"),
+    [
+        (0, [0, 25, 50, 100, 200, 400, 600]),  # an eighth of 200, a quarter, half
+        (30, [30, 60, 120, 240, 440, 640]),
+        (1000, [1000, 1200, 1400, 1600]),  # as after a load
+    ],
+)
+def test_it_measures_at_the_first_step_soon_after_and_then_every_so_many(first, steps):
+    model, measured = Linear(SPECTRA["0.5"]), []
+    for step in range(first, steps[-1] + 1):
         dpp.set_step(model, step)
-        measured.append(isinstance(model.grad.resolve(context_of(model)), module.Measuring))
-        model.gradient()
-    assert [i for i, flag in enumerate(measured) if flag] == [0, EVERY, 2 * EVERY]
+        if isinstance(model.grad.resolve(context_of(model)), module.Measuring):
+            measured.append(step)
+            model.gradient()
+    assert measured == steps
+
+
+def test_a_choice_that_goes_stale_in_the_first_steps_is_found_out_soon():
+    """The spectrum of an untrained model is not what it is a few steps later."""
+    model = Linear(SPECTRA["0.5"])
+    for step in range(30):
+        if step == 10:
+            model.matrix = SPECTRA["-1.4"]
+        g = model.at(step)
+    assert low(model.cosines(g)) >= 0.95 - 1e-3
 
 
 def test_a_step_that_stands_still_is_said_once():
@@ -352,6 +377,7 @@ def candidate(spec, cosine, price):
 
 def found(*candidates, **numbers):
     known = {"rows": 8, "settled": 1.0, "supported": 1.0, "radii": [0.5] * 10, "broken": False}
+    known["steeper"] = numbers.get("radii", known["radii"])
     return Shared(candidates, **{**known, **numbers})
 
 
@@ -391,7 +417,8 @@ def test_a_budget_gives_the_best_gradient_for_so_many_products(name, budget):
     """Of series, and of a solve with the rest after the product to the parameters."""
     model = Linear(SPECTRA[name], f"auto(budget={budget})")
     model.at(0)
-    searched = [f"npg(k={k}, lam={lam})" for lam in LAMS for k in range(1, budget + 1)]
+    searched = [f"npg(k={k}, lam={lam})" for lam in safe_lams(model) for k in range(2, budget + 1)]
+    searched += ["jfb"]
     searched += [f"ift(max_iter={budget - 1})"] if budget > 3 else []
     best = max(cost(spec, model)[1] for spec in searched)
     price, quality = cost(model.chosen.spec, model)
@@ -439,6 +466,21 @@ def test_the_damping_of_unrolled_steps_stays_while_they_contract():
     ]:
         first, wanting = rule.decide(found(settled=0.2, radii=radii), first, 0)
         assert (first.spec, wanting) == (want, True)
+
+
+def test_a_series_that_may_reverse_a_direction_is_not_taken():
+    """v sees little of an eigenvalue of -1.5: two undamped terms are near, but reverse that."""
+    matrix = spectrum([-1.5, *torch.linspace(-0.3, 0.3, 11).tolist()])
+    model = Linear(matrix)
+    _, vectors = torch.linalg.eigh(matrix)
+    weak = vectors[:, :, 0]
+    model.v = (vectors[:, :, 1:].sum(2) + 0.3 * weak).detach()
+    model.at(0)
+    assert cost("npg(k=2, lam=1.0)", model)[1] >= 0.95
+    assert model.chosen.spec != "npg(k=2, lam=1.0)"
+    exact, g = ((weak * x).sum(1) for x in (model.exact, model.gradient(model.chosen.spec)))
+    assert (exact * g > 0).all()
+    assert (exact * (weak * model.gradient("npg(k=2, lam=1.0)")).sum(1) < 0).all()
 
 
 def test_samples_that_are_off_get_one_step_and_the_others_the_reference():
@@ -644,7 +686,7 @@ def test_the_monitor_logs_what_was_chosen():
     with dpp.monitor(model, lambda numbers, step: told.append(numbers), every=1):
         train(model, range(2))
     assert "equilibrium/chosen_cost" not in told[0]
-    (record,) = dpp.report_choice(model)
+    record = dpp.report_choice(model)[0]
     assert told[1]["equilibrium/chosen_cost"] == record.cost
     assert told[1]["equilibrium/chosen_cosine"] == record.cosine
 

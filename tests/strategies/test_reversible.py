@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import deq_phantom_plugin as dpp
 from conftest import equilibria, evaluate
-from deq_phantom_plugin.strategies.drift import Drift, Sketch
+from deq_phantom_plugin._plumbing.sketch import Sketch
+from deq_phantom_plugin.strategies.drift import Drift
 from deq_phantom_plugin.testing import NESTINGS, make_equilibrium
 
 

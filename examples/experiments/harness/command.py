@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from deq_phantom_plugin._plumbing.extras import require
 
 from . import processes, results
 from .plan import SIZES, Plan, load_plan, parse_change
+from .race import Race
+from .race import run as take_turns
 from .training import Record, Stop, Task, refuse_other_settings, restore, step_times, train
 
 ROOT = Path("runs/experiments")
@@ -39,8 +42,9 @@ class Experiment:
             `same_time_as`, where it has that, names a run whose time this one is to take.
         task: builds a run from its settings, seed or fold, data path (None without) and device.
         title: of the plot.
-        columns: of the table, or what makes them from the records.
-        curves: of the plot.
+        columns: of the table, or what makes them from the records; those of the race without.
+        curves: of the plot, the same.
+        race: where the runs of a seed or fold take their steps in turn, for what.
         joint: whether torchrun's processes share every batch. If not, they share out the runs.
     """
 
@@ -48,9 +52,10 @@ class Experiment:
     settings: type
     task: Callable[[Any, int, Path | None, torch.device], Task]
     title: str
-    columns: Sequence[results.Column] | Callable[[list[Record]], Sequence[results.Column]]
-    curves: Sequence[results.Curve]
+    columns: Sequence[results.Column] | Callable[[list[Record]], Sequence[results.Column]] = ()
+    curves: Sequence[results.Curve] = ()
     joint: bool = True
+    race: Race | None = None
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
@@ -75,8 +80,8 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
     deadline = time.monotonic() + 60 * args.minutes
     try:
         with alone():
-            for name, repeat in jobs:
-                runs.train(name, repeat, is_over=lambda: time.monotonic() > deadline)
+            for job in jobs:
+                job(lambda: time.monotonic() > deadline)
     except Stop:
         if leading:
             print(f"stopped after {args.minutes:g} minutes; the same command goes on from here")
@@ -171,11 +176,22 @@ class Runs:
         """Return names and repeats."""
         return [(name, repeat) for repeat in self.plan.repeats for name in self.plan.runs]
 
-    def of_this_process(self) -> list[tuple[str, int]]:
-        """Return those that this process trains, of torchrun's."""
-        if self.experiment.joint:
-            return self.all()
-        return self.all()[processes.rank() :: processes.count()]
+    def of_this_process(self) -> list[Callable[[Callable[[], bool]], None]]:
+        """Return what this process is to train, of torchrun's; each asks whether time is over.
+
+        Raises:
+            SystemExit: if several are to race.
+        """
+        race = self.experiment.race
+        if race is not None and processes.count() > 1:
+            raise SystemExit(
+                "runs that take turns are timed, in one process: give each command its own "
+                "--repeats, in place of torchrun"
+            )
+        if race is not None:
+            return [functools.partial(self.race, race, repeat) for repeat in self.plan.repeats]
+        jobs = [functools.partial(self.train, name, repeat) for name, repeat in self.all()]
+        return jobs if self.experiment.joint else jobs[processes.rank() :: processes.count()]
 
     def folder(self, name: str, repeat: int) -> Path:
         """Return where a run's checkpoint, record and events are."""
@@ -260,33 +276,41 @@ class Runs:
             task.steps = record.total
         if record.is_done:
             return
-        tqdm = require("tqdm", "experiments").tqdm
-        bar = tqdm(
-            total=record.total,
-            initial=record.steps,
-            desc=f"{name} {repeat}",
-            unit=" steps",
-            mininterval=1,
-            disable=processes.rank() > 0,
-        )
-        folder, writer = self.folder(name, repeat), None
+        with self.opened(task, record, is_over) as steps, _bar(f"{name} {repeat}", record) as bar:
+            for _ in steps:
+                bar.update(record.steps - bar.n)
+
+    def race(self, race: Race, repeat: int, is_over: Callable[[], bool]) -> None:
+        """Train all runs of a seed or fold in turn, or go on with them (`Stop`)."""
+        with contextlib.ExitStack() as stack:
+            runs = []
+            for name in self.plan.runs:
+                self.build(name, repeat).step(0)  # what is slow the first time counts for nobody
+                task, record, _ = self.resume(name, repeat)
+                runs.append((record, stack.enter_context(self.opened(task, record))))
+            records = [record for record, _ in runs]
+            bar = stack.enter_context(_bar(f"all {repeat}", max(records, key=lambda r: r.total)))
+            for _ in take_turns(race, runs, task.eval_every, is_over):
+                bar.total = max(record.total for record in records)
+                bar.update(max(record.steps for record in records) - bar.n)
+        if not all(record.is_done for record in records):
+            raise Stop
+
+    @contextlib.contextmanager
+    def opened(
+        self, task: Task, record: Record, is_over: Callable[[], bool] = lambda: False
+    ) -> Iterator[Iterator[None]]:
+        """Give what takes the steps that a run has left; its curves are written for TensorBoard."""
+        folder, writer = self.folder(record.name, record.repeat), None
         if processes.rank() == 0:
             require("tensorboard", "experiments")
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder), purge_step=record.steps + 1)
         try:
-            train(
-                task,
-                record,
-                folder,
-                self.device,
-                on_step=lambda record: bar.update(record.steps - bar.n),
-                log=writer.add_scalar if writer is not None else lambda name, value, step: None,
-                is_over=is_over,
-            )
+            log = writer.add_scalar if writer is not None else lambda name, value, step: None
+            yield train(task, record, folder, self.device, log, is_over)
         finally:
-            bar.close()
             if writer is not None:
                 writer.close()
 
@@ -318,16 +342,31 @@ class Runs:
         records = results.load_records(self.out)
         if not records:
             return ""
-        columns = self.experiment.columns
+        race = self.experiment.race
+        columns = self.experiment.columns or (race.columns(records) if race is not None else ())
+        curves = self.experiment.curves or (race.curves if race is not None else ())
         return results.write(
             self.out,
             f"{self.experiment.title} ({self.plan.size})",
             records,
             columns(records) if callable(columns) else columns,
-            self.experiment.curves,
+            curves,
             list(self.plan.runs),
             times,
         )
+
+
+def _bar(name: str, record: Record) -> Any:
+    """Return the progress bar of a run."""
+    tqdm = require("tqdm", "experiments").tqdm
+    return tqdm(
+        total=record.total,
+        initial=record.steps,
+        desc=name,
+        unit=" steps",
+        mininterval=1,
+        disable=processes.rank() > 0,
+    )
 
 
 def _plain(settings: Any) -> dict[str, Any]:

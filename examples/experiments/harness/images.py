@@ -1,4 +1,4 @@
-"""Images to train on: CIFAR-10, a folder of images as ImageNet is one, or generated ones."""
+"""Images to train on: CIFAR-10, digits, a folder as ImageNet is one, or generated ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from deq_phantom_plugin._plumbing.extras import require
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 # Means and standard deviations of the official code (locuslab/mdeq, tools/cls_train.py).
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+DIGITS = ((0.305,) * 3, (0.376,) * 3)  # of all of them
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SIDE = 32  # of CIFAR-10's images
 PADDING = 4  # the official augmentation on CIFAR-10
 CROP = 0.875  # of the resized image's side, that is seen in evaluation on ImageNet
 WORKERS = 8
@@ -163,29 +165,33 @@ def load_images(
     """Return training and test images.
 
     Args:
-        name: "cifar10", "folder", or "generated".
+        name: "cifar10", "digits" (scikit-learn's), "folder", or "generated".
         path: where the data lie, unless they are generated.
         train: training images, the first ones; 0 for all of them.
         test: test images, the same.
-        size: side of an image; CIFAR-10's are 32.
+        size: side of an image: 8 of digits; of CIFAR-10 32, or a divisor, to which it is averaged.
 
     Raises:
         SystemExit: if there is nothing at the path, or a path where none is needed; says what is
             expected there.
-        ValueError: on an unknown name.
+        ValueError: on an unknown name, or a size that its images cannot have.
     """
-    if name == "generated":
+    if name in ("generated", "digits"):
         if path is not None:
-            raise SystemExit(f"--data {path} for generated images; add --set dataset=cifar10")
+            raise SystemExit(f"--data {path} for {name} images; add --set dataset=cifar10")
+        if name == "digits":
+            return digits(train, test, size)
         return generate(train, 0, size), generate(test, 1, size)
     if name not in HELP:
-        raise ValueError(f"dataset={name!r}; expected {', '.join(HELP)} or generated")
+        raise ValueError(f"dataset={name!r}; expected {', '.join(HELP)}, digits or generated")
+    if name == "cifar10" and (size < 1 or SIDE % size):
+        raise ValueError(f"image_size={size} of cifar10; expected {SIDE} or a divisor of it")
     if path is None or not path.exists():
         missing = "needs --data PATH" if path is None else f"{path} is not there; expected"
         raise SystemExit(f"{name} {missing}: {HELP[name]}")
     if name == "cifar10":
         read = _read_archive if path.is_file() else _read_torchvision
-        return read(path, "train", train), read(path, "test", test)
+        return read(path, "train", train, size), read(path, "test", test, size)
     try:
         return FolderImages(path / "train", size), FolderImages(path / "val", size)
     except ValueError as error:
@@ -207,7 +213,35 @@ def generate(count: int, seed: int, size: int, classes: int = 10) -> ImageSet:
     return StoredImages(pixels, labels, classes)
 
 
-def _read_archive(path: Path, split: str, count: int) -> ImageSet:
+def digits(train: int, test: int, size: int) -> tuple[ImageSet, ImageSet]:
+    """Return scikit-learn's handwritten digits, in grey: those to train on and others.
+
+    Raises:
+        SystemExit: if it has fewer.
+        ValueError: if their side is another.
+    """
+    found = require("sklearn.datasets", "vision").load_digits()
+    count, side = found.images.shape[:2]
+    if size != side:
+        raise ValueError(f"image_size={size} of digits; expected {side}")
+    if min(train, test) < 1 or train + test > count:
+        raise SystemExit(f"{train} digits and {test} to test on; there are {count}")
+    # Shuffled once: the last ones were written by other people than the first.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    pixels = (torch.tensor(found.images) * (255 / 16)).to(torch.uint8)
+    pixels, labels = pixels[order, None].expand(-1, 3, -1, -1), torch.tensor(found.target)[order]
+    chosen = slice(train), slice(train, train + test)
+    first, second = (StoredImages(pixels[c], labels[c].long(), 10, DIGITS) for c in chosen)
+    return first, second
+
+
+def _averaged(pixels: Tensor, size: int) -> Tensor:
+    if size == SIDE:
+        return pixels.contiguous()
+    return torch.nn.functional.adaptive_avg_pool2d(pixels.float(), size).round().to(torch.uint8)
+
+
+def _read_archive(path: Path, split: str, count: int, size: int) -> ImageSet:
     image, numpy = require("PIL.Image", "vision"), require("numpy", "vision")
     # NumPy takes what is no archive for a pickle, and advises to trust it.
     if not zipfile.is_zipfile(path):
@@ -226,7 +260,7 @@ def _read_archive(path: Path, split: str, count: int) -> ImageSet:
         )
         for begin, end in itertools.pairwise(offsets[: len(labels) + 1])
     ]
-    return StoredImages(torch.stack(pixels).permute(0, 3, 1, 2).contiguous(), labels, classes)
+    return StoredImages(_averaged(torch.stack(pixels).permute(0, 3, 1, 2), size), labels, classes)
 
 
 class _Arrays(pickle.Unpickler):
@@ -246,7 +280,7 @@ class _Arrays(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_torchvision(path: Path, split: str, count: int) -> ImageSet:
+def _read_torchvision(path: Path, split: str, count: int, size: int) -> ImageSet:
     """Read the files of CIFAR-10's Python version."""
     folder = path if path.name == "cifar-10-batches-py" else path / "cifar-10-batches-py"
     names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
@@ -261,4 +295,6 @@ def _read_torchvision(path: Path, split: str, count: int) -> ImageSet:
             message = f"{folder / name} cannot be read: {error}; expected {HELP['cifar10']}"
             raise SystemExit(message) from None
     chosen = slice(count or None)
-    return StoredImages(torch.cat(pixels)[chosen], torch.tensor(labels)[chosen], 10)
+    return StoredImages(
+        _averaged(torch.cat(pixels)[chosen], size), torch.tensor(labels)[chosen], 10
+    )

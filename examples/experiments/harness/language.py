@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class LanguageSettings:
 
     Attributes:
         train_file: name of the training text in the data folder.
-        test_file: name of the test text.
+        test_file: name of the test text; the last tenth of the other without.
+        characters: whether these are predicted, and not words.
         test_segments: pieces of the test text that are looked at; 0 for all.
         hidden: size of a state.
         heads: of the attention.
@@ -47,8 +49,9 @@ class LanguageSettings:
         steps: optimiser steps.
         batch_size: texts a step, of all processes together.
         length: tokens to predict of each.
-        lr: Adam's largest learning rate; after a linear rise it anneals to zero.
-        warmup: steps of the rise.
+        lr: Adam's largest learning rate.
+        warmup: steps of its linear rise.
+        anneal: whether it then falls to zero along half a cosine.
         clip: norm that gradients are clipped to.
         eval_every: steps between evaluations.
         eval_batch: texts of an evaluation's batch.
@@ -83,6 +86,8 @@ class LanguageSettings:
     jac_interval: int | None = None
     eval_batch: int = 16
     same_time_as: str = ""
+    characters: bool = False
+    anneal: bool = True
 
 
 class LanguageTask(Task):
@@ -102,7 +107,7 @@ class LanguageTask(Task):
     ) -> None:
         self.settings, self.seed, self.device = settings, seed, device
         s = settings
-        train, test, n_words = load_text(data, s.train_file, s.test_file)
+        train, test, n_words = load_text(data, s.train_file, s.test_file, s.characters)
         self.train_texts, self.test_texts = (
             columns(train, s.batch_size),
             columns(test, s.eval_batch),
@@ -142,7 +147,8 @@ class LanguageTask(Task):
         torch.manual_seed(processes.seed(self.seed, number))
         dpp.set_step(self.model, number)
         for group in self.optimizer.param_groups:
-            group["lr"] = cosine(number, self.steps, s.lr, warmup=s.warmup)
+            steps = self.steps if s.anneal else sys.maxsize
+            group["lr"] = cosine(number, steps, s.lr, warmup=s.warmup)
         self.model.train()
         self.optimizer.zero_grad()
         output = self.parallel(ids, labels=ids)

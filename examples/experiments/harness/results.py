@@ -20,11 +20,30 @@ import torch
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import text_table, write_whole
 
+from . import choices
 from .training import Record
 
 FEW = 4  # repeats that the plot shows one by one
 SHORT = 20  # points of a curve that are marked
 TIMES = "step seconds, taken in turn"  # key of results.json
+
+
+def mean_and_deviation(values: Sequence[float], text: str) -> str:
+    """Return the mean, and the standard deviation of several."""
+    if not values or any(map(math.isnan, values)):
+        return "-"
+    mean = text.format(statistics.fmean(values))
+    return f"{mean} ± {text.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def median_of(values: Sequence[float], text: str) -> str:
+    """Return the median, of which those that are infinite are part, and of how many it is."""
+    if not values or any(map(math.isnan, values)):
+        return "-"
+    middle = statistics.median_low(values)
+    finite = sum(map(math.isfinite, values))
+    never = f" ({finite} of {len(values)} there)" if finite < len(values) else ""
+    return (text.format(middle) if math.isfinite(middle) else "not there") + never
 
 
 @dataclass(frozen=True)
@@ -34,12 +53,15 @@ class Column:
     Attributes:
         title: its header.
         of: from a finished record to the number.
-        text: how the mean is written; the standard deviation, where there are several, the same.
+        text: how a number is written.
+        over: from the numbers of all seeds or folds, and `text`, to the cell: the mean, and the
+            standard deviation of several, or the median.
     """
 
     title: str
     of: Callable[[Record], float]
     text: str = "{:.1f}"
+    over: Callable[[Sequence[float], str], str] = mean_and_deviation
 
 
 @dataclass(frozen=True)
@@ -141,7 +163,7 @@ def rows(
     table = []
     for name, found in groups(records, order).items():
         ended = [record for record in found if record.error is None and record.is_done]
-        cells = [mean_and_deviation([c.of(r) for r in ended], c.text) for c in columns]
+        cells = [c.over([c.of(r) for r in ended], c.text) for c in columns]
         median = [statistics.median(map(milliseconds, ended))] if ended else []
         cells.append(mean_and_deviation(median, "{:.1f}"))
         if times:
@@ -157,14 +179,6 @@ def rows(
     return header, table
 
 
-def mean_and_deviation(values: Sequence[float], text: str) -> str:
-    """Return the mean, and the standard deviation of several."""
-    if not values or any(map(math.isnan, values)):
-        return "-"
-    mean = text.format(statistics.fmean(values))
-    return f"{mean} ± {text.format(statistics.stdev(values))}" if len(values) > 1 else mean
-
-
 def write(
     folder: Path,
     title: str,
@@ -177,7 +191,7 @@ def write(
     """Write what the runs have shown into a folder, and return the table as text.
 
     `results.json` has everything, `table.md` the means, `runs.csv` the columns of each seed or
-    fold, `curves.png` the plot.
+    fold, `curves.png` the plot, `choices.png` what `auto` chose, if it did.
     """
     header, body = rows(records, columns, order, times)
     content = {
@@ -192,6 +206,8 @@ def write(
     write_whole(folder / "table.md", "".join(f"| {' | '.join(r)} |\n" for r in lines).encode())
     write_whole(folder / "runs.csv", each_run(records, columns, order).encode())
     write_whole(folder / "curves.png", plot(records, curves, order, title))
+    if chosen := choices.plot(records, title):
+        write_whole(folder / "choices.png", chosen)
     return text_table(header, body)
 
 

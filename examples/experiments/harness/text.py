@@ -1,4 +1,4 @@
-"""Words to model: text files of whitespace-separated tokens, as WikiText is distributed."""
+"""Text to model: files of whitespace-separated words, as WikiText's are, or of characters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ HELP = (
 
 
 @functools.cache
-def load_text(path: Path | None, train_file: str, test_file: str) -> tuple[Tensor, Tensor, int]:
+def load_text(
+    path: Path | None, train_file: str, test_file: str, characters: bool = False
+) -> tuple[Tensor, Tensor, int]:
     """Return training and test text as numbers of words, and how many words there are.
 
     Words are numbered by how often the training text has them. A word that only the test text has
@@ -26,7 +28,8 @@ def load_text(path: Path | None, train_file: str, test_file: str) -> tuple[Tenso
     Args:
         path: the folder.
         train_file: name in it. Without a name, Python's own language reference is the text.
-        test_file: name in it.
+        test_file: name in it; without one the last tenth of the lines of the other is the test.
+        characters: whether each of these is a word.
 
     Returns:
         Two tensors of shape (tokens,), int64, and the size of the vocabulary.
@@ -39,12 +42,13 @@ def load_text(path: Path | None, train_file: str, test_file: str) -> tuple[Tenso
         raise SystemExit(f"--data {path} without names of files; expected {HELP}")
     if train_file and path is None:
         raise SystemExit(f"{train_file} needs --data DIR: {HELP}")
-    if path is None:
-        lines = _language_reference()
-        cut = len(lines) * 9 // 10
-        train, test = _words(lines[:cut]), _words(lines[cut:])
+    lines = _language_reference() if path is None else _lines(path / train_file)
+    if path is not None and test_file:
+        parts = lines, _lines(path / test_file)
     else:
-        train, test = (_words(_lines(path / name)) for name in (train_file, test_file))
+        cut = len(lines) * 9 // 10
+        parts = lines[:cut], lines[cut:]
+    train, test = (_words(part, characters) for part in parts)
     counts = Counter(train)
     counts.pop(UNKNOWN, None)
     words = [UNKNOWN, *(word for word, _ in counts.most_common())]
@@ -101,8 +105,8 @@ def _lines(path: Path) -> list[str]:
         ) from None
 
 
-def _words(lines: list[str]) -> list[str]:
-    return [word for line in lines for word in (*line.split(), END)]
+def _words(lines: list[str], characters: bool) -> list[str]:
+    return [word for line in lines for word in (*(line if characters else line.split()), END)]
 
 
 def _language_reference() -> list[str]:

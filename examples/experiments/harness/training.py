@@ -68,6 +68,7 @@ class Record:
         seconds: they took, evaluations left out.
         history: what each evaluation measured, with `step`, `seconds`, `ms_per_step` (the median
             since the one before) and `train_loss` (the mean since then).
+        choices: of `auto`, as `dpp.report_choice` tells them; empty for other methods.
         error: what ended it early.
     """
 
@@ -78,6 +79,7 @@ class Record:
     steps: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    choices: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
 
     @property
@@ -99,11 +101,13 @@ def train(
     record: Record,
     folder: Path,
     device: torch.device,
-    on_step: Callable[[Record], None],
     log: Callable[[str, float, int], None] = lambda name, value, step: None,
     is_over: Callable[[], bool] = lambda: False,
-) -> None:
-    """Train from where the record stands to the end; checkpoints and records are kept in a folder.
+) -> Iterator[None]:
+    """Train from where the record stands to the end, and yield after each step.
+
+    Checkpoints and records are kept in a folder, after each evaluation. Whoever iterates may move
+    the end, `record.total`, until the last step is taken.
 
     Args:
         task: as built, or as `restore` left it.
@@ -111,7 +115,6 @@ def train(
             not finite, an error of a solver) ends the run and is put into `record.error`.
         folder: for checkpoint.pt and record.json.
         device: where the task computes.
-        on_step: called after each step.
         log: called with a name, a value and the step, after each evaluation.
         is_over: whether to stop here and be resumed later.
 
@@ -130,18 +133,19 @@ def train(
             times.append(_now(device) - begin)
             record.seconds += times[-1]
             record.steps += 1
-            on_step(record)
             at_end = record.steps == record.total
             if at_end or record.steps % task.eval_every == 0:
                 found = _measured(task, record, losses, times)
                 for name, value in found.items():
                     log(name, value, record.steps)
                 record.history.append(found)
+                record.choices = [asdict(choice) for choice in dpp.report_choice(task.model)]
                 losses, times = [], []
                 save(task, record, folder)
                 # All processes stop at the same step or none does.
                 if not at_end and processes.any_of(is_over(), device):
                     raise Stop
+            yield
     if record.error is not None:
         save(task, record, folder)
 

@@ -24,7 +24,7 @@ class VisionSettings:
     """How an MDEQ is trained.
 
     Attributes:
-        dataset: "cifar10", "folder" or "generated".
+        dataset: "cifar10", "digits", "folder" or "generated".
         train_images: the first of them; 0 for all.
         test_images: the same.
         image_size: side in pixels.
@@ -41,11 +41,13 @@ class VisionSettings:
         epochs: passes over the training images.
         batch_size: images a step, of all processes together.
         optimizer: "adam" or "sgd".
-        lr: largest learning rate; it anneals to 1e-6 along half a cosine.
+        lr: largest learning rate.
+        anneal: whether it falls to 1e-6 along half a cosine.
         momentum: of SGD.
         nesterov: SGD's kind of momentum.
         weight_decay: of either.
         eval_epochs: epochs between measurements of accuracy.
+        eval_every: steps between them, in place of `eval_epochs` and `radius_every`; 0 for those.
         eval_batch: images of an evaluation's batch.
         eval_steps: accuracy is also measured with that many damped steps after the solve.
         eval_lam: their damping.
@@ -80,10 +82,12 @@ class VisionSettings:
     f_max_iter: int = 0
     momentum: float = 0.9
     nesterov: bool = False
+    eval_every: int = 0
     eval_batch: int = 250
     eval_steps: tuple[int, ...] = ()
     eval_lam: float = 0.5
     same_time_as: str = ""
+    anneal: bool = True
 
 
 class VisionTask(Task):
@@ -117,6 +121,8 @@ class VisionTask(Task):
         self._accuracy_every = self.eval_every = s.eval_epochs * self.epoch_steps
         if s.radius_images and s.radius_every:
             self.eval_every = min(self._accuracy_every, s.radius_every)
+        if s.eval_every:
+            self._accuracy_every = self.eval_every = s.eval_every
         torch.manual_seed(seed)
         deq = {"f_solver": s.f_solver, **({"f_max_iter": s.f_max_iter} if s.f_max_iter else {})}
         deq |= {"ift": True, "b_solver": "broyden", "b_max_iter": 24} if s.implicit else {}
@@ -139,8 +145,9 @@ class VisionTask(Task):
         images, labels = self._batch(number)
         torch.manual_seed(processes.seed(self.seed, number))
         dpp.set_step(self.model, number)
-        for group in self.optimizer.param_groups:
-            group["lr"] = cosine(number, self.steps, self.settings.lr, lowest=1e-6)
+        if self.settings.anneal:
+            for group in self.optimizer.param_groups:
+                group["lr"] = cosine(number, self.steps, self.settings.lr, lowest=1e-6)
         self.model.train()
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.parallel(images), labels)

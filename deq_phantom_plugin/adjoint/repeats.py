@@ -1,0 +1,63 @@
+"""Whether F, evaluated again in backward, returns what it did in the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._plumbing.once import warn_once
+from .._plumbing.sketch import Sketch
+from ..contract.errors import AssumptionWarning
+
+_TOLERANCE = 1e-2  # a relative difference above it is no rounding
+
+
+class Repeats:
+    """Compares evaluations that are done again with the first ones, and says once if they differ.
+
+    Sketches are kept, not states. The device is read once a backward pass, when the first of the
+    evaluations was done again, which is the last to be.
+
+    Args:
+        user: whose evaluations they are, such as a strategy.
+    """
+
+    def __init__(self, user: object) -> None:
+        self._user = user
+        self._sketch: Sketch | None = None
+        self._first: dict[int, Tensor] = {}
+        self._differences: list[Tensor] = []
+
+    @torch.no_grad()
+    def see(self, number: int, leaves: Sequence[Tensor]) -> None:
+        """Take note of what an evaluation returned, from 0; compare if it is done again."""
+        if torch.compiler.is_compiling() or leaves[0].is_meta:
+            return
+        if self._sketch is None:
+            self._sketch = Sketch(leaves)
+        now = self._sketch(leaves)
+        before = self._first.setdefault(number, now)
+        if before is now:
+            return
+        # Of the whole state: a leaf of rounding alone may differ by all that it is.
+        size = torch.linalg.vector_norm(before).clamp(min=torch.finfo(now.dtype).tiny)
+        self._differences.append(torch.linalg.vector_norm(now - before) / size)
+        if number == 0:
+            worst = float(torch.stack(self._differences).amax())
+            self._differences.clear()
+            if worst > _TOLERANCE:
+                self._say(worst)
+
+    def _say(self, difference: float) -> None:
+        warn_once(
+            "repeats",
+            f"{self._user!r}: F, evaluated again in backward at the same state, returned something "
+            f"else than in the forward pass (by {difference:.1e} of its norm), so the gradient is "
+            "wrong. A variable that F reads may have been given another value since, as in "
+            "x = deq(lambda h: f(h, x), h0), or F may draw at random or update its buffers. Give "
+            "the variable another name, or take a strategy that does not evaluate again: upg, npg, "
+            "ift. This warning is given once.",
+            AssumptionWarning,
+        )

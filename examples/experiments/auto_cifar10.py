@@ -1,0 +1,25 @@
+"""MDEQ on CIFAR-10 by fixed gradients and by `auto`: how soon each is as good as `ift`.
+
+    python examples/experiments/auto_cifar10.py                    # smoke: generated images
+    python examples/experiments/auto_cifar10.py --size cpu --data cifar10-jpeg.npz
+
+All methods of a seed take their steps in turn. One that is not as good as `ift` is at its end goes
+on until it is, or has taken as long. What a method has reached is the median of three evaluations.
+"""
+
+from pathlib import Path
+
+from harness.command import Experiment, main
+from harness.race import Race
+from harness.vision import VisionSettings, VisionTask
+
+EXPERIMENT = Experiment(
+    Path(__file__),
+    VisionSettings,
+    VisionTask,
+    "MDEQ on CIFAR-10",
+    race=Race("accuracy", "accuracy (%)", scale=100),
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -1,0 +1,64 @@
+"""What `auto` chose in each run, and when, as a picture."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+
+from deq_phantom_plugin._plumbing.extras import require
+
+from .training import Record
+
+
+def plot(records: Sequence[Record], title: str) -> bytes | None:
+    """Return a PNG, or None where no run has chosen anything.
+
+    A bar for each equilibrium of each run, over its steps; the strategy in force is its colour.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    bars = [bar for record in records for bar in _bars(record)]
+    if not bars:
+        return None
+    require("matplotlib", "viz")
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    specs = sorted({spec for _, parts in bars for _, _, spec in parts})
+    colors = {spec: colormaps["tab20"](i % 20) for i, spec in enumerate(specs)}
+    figure = Figure(figsize=(9, 1.4 + 0.24 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for height, (_, parts) in enumerate(bars):
+        for begin, end, spec in parts:
+            axes.barh(height, end - begin, left=begin, height=0.8, color=colors[spec])
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="step", title=f"{title}: what auto chose")
+    handles = [Patch(color=color, label=spec) for spec, color in colors.items()]
+    figure.legend(handles=handles, fontsize=8, loc="outside right upper")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _bars(record: Record) -> list[tuple[str, list[tuple[int, int, str]]]]:
+    """Return each equilibrium of a run, with begin, end and spec of what was in force there."""
+    names = list(dict.fromkeys(choice["equilibrium"] for choice in record.choices))
+    bars = []
+    for name in names:
+        found = [choice for choice in record.choices if choice["equilibrium"] == name]
+        ends = [choice["step"] for choice in found[1:]] + [record.steps]
+        parts = [(c["step"], end, c["spec"]) for c, end in zip(found, ends, strict=True)]
+        label = f"{record.name} {record.repeat}" + (f" {name}" if len(names) > 1 else "")
+        bars.append(
+            (label, [_joined(list(g)) for _, g in itertools.groupby(parts, lambda p: p[2])])
+        )
+    return bars
+
+
+def _joined(parts: list[tuple[int, int, str]]) -> tuple[int, int, str]:
+    return parts[0][0], parts[-1][1], parts[0][2]

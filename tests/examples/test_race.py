@@ -1,0 +1,192 @@
+"""Runs of examples/experiments that take their steps in turn: who goes on, and what is told."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import ROOT
+
+pytest.importorskip("yaml")
+pytest.importorskip("tensorboard")
+pytest.importorskip("torchdeq")
+
+FOLDER = ROOT / "examples" / "experiments"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.fixture
+def harness():
+    return lambda name: importlib.import_module(f"harness.{name}")
+
+
+class Climbing:
+    """A task whose accuracy grows by so much a step."""
+
+    def __init__(self, rate, steps):
+        self.model = nn.Linear(1, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.rate, self.steps, self.eval_every, self.taken = rate, steps, 2, []
+
+    def step(self, number):
+        self.taken.append(number)
+        return torch.tensor(1.0)
+
+    def evaluate(self, step):
+        return {"accuracy": self.rate * step}
+
+
+@pytest.fixture
+def raced(tmp_path, monkeypatch, harness):
+    """Lets tasks race whose steps take so many seconds; returns their records and the order."""
+
+    def run(rates, seconds, steps=8, is_over=lambda: False):
+        training, race = harness("training"), harness("race")
+        clock = [0.0]
+        monkeypatch.setattr(training, "_now", lambda device: clock[0])
+        order, runs, records = [], [], {}
+        for name, rate in rates.items():
+            task = Climbing(rate, steps)
+            record = training.Record(name, 0, {}, steps)
+            step = task.step
+
+            def timed(number, name=name, step=step):
+                clock[0] += seconds[name]
+                order.append((number, name))
+                return step(number)
+
+            task.step = timed
+            training.restore(task, record, tmp_path / name)
+            records[name] = record
+            runs.append((record, training.train(task, record, tmp_path / name, CPU)))
+        list(race.run(race.Race("accuracy", "accuracy"), runs, 2, is_over))
+        return records, order
+
+    return run
+
+
+def test_all_take_the_steps_of_the_base_in_turn(raced):
+    _, order = raced({"ift": 1.0, "a": 1.0, "b": 1.0}, {"ift": 1, "a": 1, "b": 1})
+    rounds = [order[i : i + 3] for i in range(0, 24, 3)]
+    assert len(order) == 24
+    assert [{number for number, _ in one} for one in rounds] == [{n} for n in range(8)]
+    assert all({name for _, name in one} == {"ift", "a", "b"} for one in rounds)
+    assert {one[0][1] for one in rounds} == {"ift", "a", "b"}  # each is first at times
+
+
+def test_one_that_is_not_there_goes_on_until_it_is_or_out_of_time(raced, harness):
+    rates = {"ift": 1.0, "slow": 0.75, "never": 0.1, "quick": 2.0}
+    seconds = {"ift": 4.0, "slow": 1.0, "never": 2.0, "quick": 1.0}
+    records, _ = raced(rates, seconds)
+    race = harness("race").Race("accuracy", "accuracy")
+    # Evaluated every second step; the level is the median of three, that of two steps before.
+    assert race.level(records["ift"], 8) == 6.0
+    assert records["ift"].steps == records["quick"].steps == 8
+    assert records["slow"].steps == 10  # 0.75 * 8
+    assert race.time_to(records["slow"], 6.0) == 10.0
+    assert records["never"].steps == 16  # 32 seconds, those of ift
+    assert race.time_to(records["never"], 6.0) == math.inf
+    assert race.time_to(records["quick"], 6.0) == 4.0 + 1.0 - 1.0  # 4, 6 (median 6 at step 4)
+
+
+def test_less_can_be_better(harness):
+    race = harness("race").Race("perplexity", "perplexity", higher=False)
+    record = harness("training").Record("a", 0, {}, 3, steps=3)
+    record.history = [{"step": 0, "seconds": 0.0, "perplexity": 0.0}]
+    record.history += [{"step": n, "seconds": 2.0 * n, "perplexity": 9.0 - n} for n in (1, 2, 3)]
+    assert race.time_to(record, 7.5) == 4.0
+    assert race.time_to(record, 7.0) == 6.0
+    assert race.time_to(record, 6.0) == math.inf
+
+
+def test_a_race_that_was_stopped_goes_on(raced):
+    rates, seconds = {"ift": 1.0, "a": 0.75}, {"ift": 4.0, "a": 1.0}
+    records, _ = raced(rates, seconds, is_over=lambda: True)
+    assert [record.steps for record in records.values()] == [2, 2]
+    records, order = raced(rates, seconds)
+    assert order[0][0] == 2
+    assert [record.steps for record in records.values()] == [8, 10]
+    assert [row["step"] for row in records["a"].history] == [0, 2, 4, 6, 8, 10]
+
+
+def test_a_base_that_fails_ends_the_race_at_its_length(raced, harness, monkeypatch):
+    evaluate = Climbing.evaluate
+
+    def failing(self, step):
+        if self.rate == 1.0 and step == 4:
+            raise ArithmeticError("singular")
+        return evaluate(self, step)
+
+    monkeypatch.setattr(Climbing, "evaluate", failing)
+    records, _ = raced({"ift": 1.0, "a": 0.1}, {"ift": 1.0, "a": 1.0})
+    assert "singular" in records["ift"].error
+    assert records["a"].steps == 8
+    race = harness("race").Race("accuracy", "accuracy")
+    assert math.isnan(race.columns(list(records.values()))[0].of(records["a"]))
+
+
+def test_the_table_tells_times_over_those_of_the_base(raced, harness):
+    records, _ = raced({"ift": 1.0, "a": 0.75, "b": 0.1}, {"ift": 4.0, "a": 1.0, "b": 2.0})
+    columns = harness("race").Race("accuracy", "accuracy (%)").columns(list(records.values()))
+    header, rows = harness("results").rows(list(records.values()), columns, ["ift", "a", "b"], {})
+    assert header[1:4] == ["accuracy (%)", "time to ift's, over ift", "step over ift's"]
+    assert rows[0][1:4] == ["6.0", "1.00", "1.00"]
+    assert rows[1][1:4] == ["4.5", f"{10 / 32:.2f}", "0.25"]
+    assert rows[2][2] == "not there (0 of 1 there)"
+
+
+def test_a_race_is_of_one_process(harness, monkeypatch, tmp_path):
+    monkeypatch.setattr(harness("processes"), "count", lambda: 2)
+    auto_digits = importlib.import_module("auto_digits")
+    with pytest.raises(SystemExit, match="give each command its own --repeats"):
+        harness("command").main(auto_digits.EXPERIMENT, ["--out", str(tmp_path)])
+
+
+def test_a_race_of_graphs_is_resumed_and_tells_what_auto_chose(harness, tmp_path, capsys):
+    pytest.importorskip("torch_geometric")
+    auto_proteins = importlib.import_module("auto_proteins")
+    argv = ["--set", "epochs=2", "--device", "cpu", "--out"]
+    main = harness("command").main
+    main(auto_proteins.EXPERIMENT, [*argv, str(tmp_path / "whole")])
+    main(auto_proteins.EXPERIMENT, [*argv, str(tmp_path / "parts"), "--minutes", "0"])
+    assert "the same command goes on from here" in capsys.readouterr().out
+    main(auto_proteins.EXPERIMENT, [*argv, str(tmp_path / "parts")])
+
+    def measured(folder):
+        found = {}
+        for path in (tmp_path / folder).rglob("record.json"):
+            record = json.loads(path.read_text())
+            rows = [row for row in record["history"] if row["step"] <= 8]
+            timeless = [
+                {k: v for k, v in r.items() if not k.endswith(("onds", "_step"))} for r in rows
+            ]
+            found[record["name"]] = timeless, [c for c in record["choices"] if c["step"] < 8]
+        return found
+
+    assert measured("whole") == measured("parts")
+    assert len({c["equilibrium"] for c in measured("whole")["auto-0.95"][1]}) == 3
+    picture = tmp_path / "whole" / "smoke" / "choices.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_join_what_is_the_same(harness):
+    record = harness("training").Record("auto", 1, {}, 9, steps=9)
+    chosen = [(0, "jfb"), (2, "jfb"), (4, "ift"), (6, "jfb")]
+    record.choices = [{"equilibrium": "f", "step": step, "spec": spec} for step, spec in chosen]
+    record.choices.append({"equilibrium": "g", "step": 0, "spec": "ift"})
+    bars = harness("choices")._bars(record)
+    assert bars == [
+        ("auto 1 f", [(0, 4, "jfb"), (4, 6, "ift"), (6, 9, "jfb")]),
+        ("auto 1 g", [(0, 9, "ift")]),
+    ]
+    assert harness("choices").plot([harness("training").Record("a", 0, {}, 1)], "") is None
