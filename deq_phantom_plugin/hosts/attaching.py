@@ -40,7 +40,7 @@ class Attaching(nn.Module):
         grad: the strategy.
         batch_dim: as it was given.
         grad_in_eval: as it was given.
-        process_group: as it was given; not copied or saved.
+        process_group: as it was given; a group is not copied or saved.
         memory: see `Memory`.
         observers: what is called with each `Solve` in training; not copied or saved.
         host: the name of the host that finds it.
@@ -139,8 +139,9 @@ class Attaching(nn.Module):
         return [callback for (callback,) in self.observers] if self.training else []
 
     def __getstate__(self) -> dict[str, Any]:
-        # Groups are of this run; a copy finds its own out.
-        return {**self.__dict__, "observers": [], "process_group": "auto"}
+        # Groups are of this run; a copy finds its own out, or is told.
+        group = None if self.process_group is None else "auto"
+        return {**self.__dict__, "observers": [], "process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         new = {
