@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ._plumbing.lockstep import in_lockstep
 from ._plumbing.transforms import as_constants, in_forward_mode
+from ._plumbing.whole import Sharded
 from .contract.finite import check_finite
 from .contract.state import CheckedFunc, State, check_equilibrium, flatten, ordinary, unflatten
 from .contract.strategy import Context, GradStrategy
@@ -60,6 +63,21 @@ def attach(
     check_equilibrium(equilibrium, finite=False)
     if not attaching:
         return equilibrium
+    sharded = Sharded.of(equilibrium)
+    if sharded is None:
+        with in_lockstep(context.process_group):
+            return _attached(func, equilibrium, strategy, context)
+    start = context.initial_state
+    told = replace(context, initial_state=None if start is None else sharded.whole(start))
+    with in_lockstep(sharded.group(context.process_group)):
+        whole = sharded.whole(equilibrium)
+        return sharded.parts(_attached(sharded.on_whole(func), whole, strategy, told))
+
+
+def _attached(
+    func: Callable[[State], State], equilibrium: State, strategy: GradStrategy, context: Context
+) -> State:
+    """Return the equilibrium attached by the strategy of the context's step, checked."""
     acting = strategy.resolve(context)
     if not acting.accepts_nonfinite:
         _check_finite(equilibrium, context)
@@ -83,7 +101,8 @@ def attach_states(
     _check_finite(equilibrium, context)
     state = _ordinary(equilibrium)
     acting, checked = strategy.resolve(context), CheckedFunc(func, state)
-    context = settled(context, checked, state, acting.tells_samples_apart)
+    with in_lockstep(context.process_group):
+        context = settled(context, checked, state, acting.tells_samples_apart)
     yield from acting.states(checked, state, context)
     count(context)
 

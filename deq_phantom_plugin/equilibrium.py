@@ -16,11 +16,13 @@ from ._plumbing.cached_weights import made_anew
 from ._plumbing.calls import Calls, Counted
 from ._plumbing.compilation import check_compile, compiled, never_compiled
 from ._plumbing.late_read import LateRead
+from ._plumbing.lockstep import active, evaluated, in_lockstep, in_turn
 from ._plumbing.once import warn_once
 from ._plumbing.trial import Trial
+from ._plumbing.whole import Sharded
 from .attach import count
 from .contract.errors import AssumptionWarning, ConvergenceWarning
-from .contract.state import CheckedFunc, State, check_equilibrium, flatten
+from .contract.state import CheckedFunc, State, check_equilibrium, check_like, flatten
 from .contract.strategy import BatchDim, Context, GradStrategy
 from .forward import ForwardSolution, anderson, broyden, check_solve_dtype, fixed_point
 from .hosts.attaching import Attaching
@@ -86,6 +88,7 @@ class Equilibrium(Attaching):
         solve_dtype: "bfloat16" or "float16" for a solver of that name whose evaluations but the
             last ones are under autocast; residual and gradient are F's own. See
             docs/howto/solvers.md.
+        process_group: see `Context.process_group`.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
@@ -129,9 +132,10 @@ class Equilibrium(Attaching):
         steps: int | str | None = None,
         compile: bool | str = False,
         solve_dtype: str | torch.dtype | None = None,
+        process_group: Any = "auto",
     ) -> None:
         self.__dict__["steps"] = None if steps is None else number_or_depth("steps", steps)
-        super().__init__(grad, batch_dim, grad_in_eval)
+        super().__init__(grad, batch_dim, grad_in_eval, process_group)
         self.solver, self.max_iter, self.tol = solver, max_iter, tol
         self.compiles = check_compile(compile)  # `compile` is a method of modules
         check_solve_dtype(solve_dtype)
@@ -188,6 +192,22 @@ class Equilibrium(Attaching):
         check_equilibrium(begin, finite=False)
         if self.steps is not None:
             return self._loop(func, start)
+        if (sharded := Sharded.of(start)) is not None:
+            func, begin = sharded.on_whole(func), sharded.whole(begin)
+            start = sharded.whole(start)
+        group = self.process_group if sharded is None else sharded.group(self.process_group)
+        with in_lockstep(group):
+            found = self._solved(func, begin, start)
+        return found if sharded is None else sharded.parts(found)
+
+    def _solved(self, func: Callable[[State], State], begin: State, start: State) -> State:
+        """Do what `forward` does, without a loop.
+
+        Args:
+            func: F.
+            begin: where the solve begins, detached.
+            start: the same as it was given.
+        """
         context, counted = self.context(start), Counted(func)
         if self.solving(context) is not None:
             attached = self.attached(counted, begin, context, 0)
@@ -196,8 +216,9 @@ class Equilibrium(Attaching):
         if self._own is not None and self.grad.resolve(context).owns_solve:
             self._say_another_solve(self._own)
         in_solve: Callable[[State], State] = watched(self, counted)
-        if not torch.is_inference_mode_enabled():  # whose tensors do not count their changes
-            in_solve = CheckedFunc(in_solve, begin)
+        # Tensors of inference mode do not count their changes.
+        in_inference = torch.is_inference_mode_enabled()
+        in_solve = in_turn(in_solve) if in_inference else CheckedFunc(in_solve, begin)
         if callable(self.solver):
             found, residual, context = self._by_function(in_solve, begin, context)
         else:
@@ -243,7 +264,7 @@ class Equilibrium(Attaching):
         if isinstance(result, ForwardSolution):
             context = replace(context, solver_result=result)
             result, residual = result.state, result.rel_lowest
-        _check_like(solver, result, begin)
+        check_like(solver, result, begin)
         return tree_map(_detached, result), residual, context
 
     def _by_name(
@@ -256,6 +277,8 @@ class Equilibrium(Attaching):
         """Return what a solver of ours found, the residual, and the context with what is known."""
         leaves = flatten(begin)[0]
         if all(leaf.numel() == 0 for leaf in leaves):
+            if (around := active()) is not None:  # others have samples
+                around.look(in_solve, begin)
             return begin, leaves[0].abs().new_zeros(0), context
         batch_dim = self._samples()
         solution = self._solution(in_solve, begin, context, batch_dim)
@@ -315,7 +338,8 @@ class Equilibrium(Attaching):
         judged = self.solving(context) is None
         if residual is None:
             with torch.no_grad(), Trial(found), made_anew():
-                residual = relative_residual(found, func(found), context.batch_dim)
+                image = evaluated(func, found)
+                residual = relative_residual(found, image, context.batch_dim)
         self.last = LastSolve(residual, nfe)
         self._own = None if judged else residual
         if judged and self.tol and residual.numel() and not Trial.depth():
@@ -367,23 +391,6 @@ class Equilibrium(Attaching):
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
-def _check_like(solver: Any, result: Any, begin: State) -> None:
-    """Refuse what is no state like the initial one."""
-    (leaves, got), (like, want) = flatten(result), flatten(begin)
-    if got != want:
-        raise ValueError(
-            f"the solver {solver!r:.60} returned the structure {got}; expected that of the initial "
-            f"state, {want}"
-        )
-    for leaf, model in zip(leaves, like, strict=True):
-        found = (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
-        if found != (tuple(model.shape), model.dtype):
-            raise ValueError(
-                f"the solver {solver!r:.60} returned {found!r:.60}; expected a tensor of shape "
-                f"{tuple(model.shape)}, {model.dtype}, as in the initial state"
-            )
 
 
 def _is_number(value: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.nn.modules.module import (
 )
 
 from ._plumbing.compilation import never_compiled
+from ._plumbing.lockstep import active
 from ._plumbing.once import warn_once
 from ._plumbing.random_state import forked_rng, is_same, random_state
 from ._plumbing.transforms import in_torch_func
@@ -259,10 +260,11 @@ def _shards(modules: Sequence[nn.Module]) -> bool:
     """Say once that nothing is found out where a product would free the weights of the model.
 
     A backward pass through a module that is sharded by itself ends, for FSDP, that of the whole
-    model, whose forward pass is not over.
+    model, whose forward pass is not over. In lockstep that is kept off, of FSDP2.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds = tuple(getattr(fsdp, name, ()) for name in ("FSDPModule", "FullyShardedDataParallel"))
+    names = ["FullyShardedDataParallel"] if active() else ["FSDPModule", "FullyShardedDataParallel"]
+    kinds = tuple(getattr(fsdp, name, ()) for name in names)
     if not any(isinstance(module, kind) for module in modules for kind in kinds):
         return False
     warn_once(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._plumbing.compilation import as_written, never_compiled
+from ._plumbing.lockstep import in_lockstep
 from ._plumbing.once import warn_once
 from ._plumbing.precision import full_precision
 from ._plumbing.second_order import DoubleBackward
@@ -121,16 +122,17 @@ def spectral_radius(
         )
     check_batch_dim(batch_dim)
     check_equilibrium(equilibrium)
-    with Trial(equilibrium):  # looking at an equilibrium does not change it
-        graph = Linearization(CheckedFunc(func, equilibrium), equilibrium, "dpp.spectral_radius")
-    packing = _packing(graph, batch_dim)
-    random = start = random_start(packing)
-    radii = []
-    for factor in factors:
-        found = _leading(graph, packing, factor, start, tol, max_iter)
-        radii.append(found.radius if packing.batch_dim is not None else found.radius.squeeze(0))
-        # The last eigenvector alone would be an invariant space that hides a new leading one.
-        start = found.vector + random / torch.linalg.vector_norm(random, dim=1, keepdim=True)
+    with in_lockstep():
+        with Trial(equilibrium):  # looking at an equilibrium does not change it
+            checked = CheckedFunc(func, equilibrium)
+            graph = Linearization(checked, equilibrium, "dpp.spectral_radius")
+        packing, radii = _packing(graph, batch_dim), list[Tensor]()
+        random = start = random_start(packing)
+        for factor in factors:
+            found = _leading(graph, packing, factor, start, tol, max_iter)
+            radii.append(found.radius if packing.batch_dim is not None else found.radius.squeeze(0))
+            # The last eigenvector alone would be an invariant space that hides a new leading one.
+            start = found.vector + random / torch.linalg.vector_norm(random, dim=1, keepdim=True)
     return torch.stack(radii) if isinstance(lam, Sequence) else radii[0]
 
 

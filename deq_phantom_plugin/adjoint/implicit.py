@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._plumbing.cached_weights import made_anew
 from .._plumbing.compilation import as_written, never_compiled
+from .._plumbing.lockstep import Lockstep, active, product_of_zeros
 from .._plumbing.precision import AutocastState, full_precision
 from .._plumbing.second_order import DoubleBackward
 from .._plumbing.transforms import (
@@ -43,6 +44,7 @@ class System:
         inner: solves the adjoint systems of that system, and so on.
         user: whose errors those of this system are, such as a strategy.
         repeats: compares G(x, a) with what it was; None for the systems behind the first.
+        together: with which other processes it is solved.
     """
 
     func: Callable[[Leaves, Leaves], list[Tensor]]
@@ -50,10 +52,12 @@ class System:
     inner: AdjointSolve
     user: object
     repeats: Repeats | None = None
+    together: Lockstep | None = None
 
     def adjoint(self) -> System:
         """Return g = v + J^T g as a system for g, where a is (v, x, the a of this system)."""
-        return System(self._adjoint_map, self.inner, self.inner, self.user)
+        inner, together = self.inner, self.together
+        return System(self._adjoint_map, inner, inner, self.user, together=together)
 
     def _adjoint_map(self, g: Leaves, arguments: Leaves) -> list[Tensor]:
         n = len(g)
@@ -117,7 +121,7 @@ def implicit(
 
     repeats = Repeats(user)
     repeats.see(0, values)
-    system = System(explicit, solve, inner, user, repeats)
+    system = System(explicit, solve, inner, user, repeats, active())
     attached = _Implicit.apply(system, len(leaves), *values, *leaves, *captured)
     return unflatten(list(attached), structure)
 
@@ -163,16 +167,27 @@ def _gradient(
             x = list(_Implicit.apply(system, n, *x, *x, *arguments))
         inputs, parameters = _aliases(x), _aliases(arguments)
         twice = DoubleBackward(_METHOD) if differentiable else None
-        with twice or nullcontext():
+    with system.together or nullcontext():
+        with torch.enable_grad(), twice or nullcontext():
             outputs = system.func(inputs, parameters)
-    if system.repeats is not None:
-        system.repeats.see(0, outputs)
-    with torch.no_grad(), full_precision(inputs[0].device):
-        g = system.solve(lambda w: _vjp(outputs, inputs, w), [leaf.detach() for leaf in v])
+        if system.repeats is not None:
+            system.repeats.see(0, outputs)
+        with torch.no_grad(), full_precision(inputs[0].device):
+            g = system.solve(_product(outputs, inputs), [leaf.detach() for leaf in v])
     if differentiable:
         g = list(_Implicit.apply(system.adjoint(), n, *g, *g, *v, *x, *arguments))
     wanted = [p for p, flag in zip(parameters, needed, strict=True) if flag]
     return _vjp(outputs, wanted, g, twice, zeros=False)
+
+
+def _product(outputs: Leaves, inputs: Leaves) -> VJP:
+    """Return the product with the transposed Jacobian, in lockstep where that is."""
+    around = active()
+    if around is None:
+        return lambda w: _vjp(outputs, inputs, w)
+    of_zeros = lambda: product_of_zeros(outputs, inputs)  # noqa: E731
+    around.stands_in_by(of_zeros)
+    return lambda w: around.multiply(lambda: _vjp(outputs, inputs, w), of_zeros)
 
 
 def _aliases(tensors: Leaves) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._plumbing.compilation import eager, never_compiled
+from .._plumbing.lockstep import active, product_of_zeros
 from .._plumbing.precision import full_precision
 from .._plumbing.transforms import (
     Adjoint,
@@ -56,7 +57,7 @@ class Linearization:
         equilibrium: State,
         user: object = "what linearises F",
     ) -> None:
-        self._user = user
+        self._user, self._together = user, active()
         refuse_in_torch_func(user)
         leaves, self.structure = flatten(equilibrium)
         with torch.enable_grad(), _kept_from_checkpoint(), eager():
@@ -73,6 +74,12 @@ class Linearization:
         """
         if not self._differentiable:
             return [torch.zeros_like(leaf) for leaf in self.inputs]
+        together = self._together
+        if together is None or not together.is_on or together.busy:
+            return self._product(cotangents)
+        return together.multiply(lambda: self._product(cotangents), self._of_zeros())
+
+    def _product(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
             return list(
                 torch.autograd.grad(
@@ -85,6 +92,10 @@ class Linearization:
                 )
             )
 
+    def _of_zeros(self) -> Callable[[], None]:
+        outputs, inputs = self.outputs, self.inputs
+        return lambda: product_of_zeros(outputs, inputs)
+
     def attach(self, values: Sequence[Tensor], adjoint: Adjoint) -> State:
         """Return `values`, copied, as a state whose gradient v reaches F's graph as adjoint(v).
 
@@ -95,10 +106,12 @@ class Linearization:
             adjoint: from the leaves of v to the leaves of g, called once a backward pass; of
                 several v at once, once for each.
         """
-        inputs = self.inputs
+        inputs, together, of_zeros = self.inputs, self._together, self._of_zeros()
 
         def formatted(v: list[Tensor]) -> list[Tensor]:
-            with full_precision(inputs[0].device):
+            with full_precision(inputs[0].device), together or contextlib.nullcontext():
+                if together is not None:
+                    together.stands_in_by(of_zeros)
                 return adjoint([in_format(vi, leaf) for vi, leaf in zip(v, inputs, strict=True)])
 
         attached = _Attach.apply(self._user, formatted, len(values), *values, *self.outputs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._plumbing.cached_weights import CachedWeights
+from .._plumbing.lockstep import evaluated
 from .._plumbing.trees import State, flatten, ordinary, unflatten
 from .finite import check_finite
 
@@ -16,6 +17,7 @@ __all__ = [
     "CheckedFunc",
     "State",
     "check_equilibrium",
+    "check_like",
     "damped_step",
     "flatten",
     "ordinary",
@@ -95,7 +97,7 @@ class CheckedFunc:
         if not torch.compiler.is_compiling():
             versions = [None if leaf.is_inference() else leaf._version for leaf in inputs]
         self._weights.prepare()
-        result = self._func(state)
+        result = evaluated(self._func, state)
         for leaf, version in zip(inputs, versions, strict=False):
             if version is not None and leaf._version != version:
                 raise ValueError("func changed its input in place; it must return new tensors")
@@ -135,6 +137,32 @@ class CheckedFunc:
 def _is_like(output: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
     plain = type(output) is Tensor and not output.is_nested
     return plain and output.shape == shape and output.dtype == dtype and output.device == device
+
+
+def check_like(solver: Any, result: Any, begin: State) -> None:
+    """Refuse what a solver returned if it is no state like the initial one.
+
+    Args:
+        solver: for messages.
+        result: what it returned.
+        begin: the initial state.
+
+    Raises:
+        ValueError: if the structure, a shape or a dtype is another.
+    """
+    (leaves, got), (like, want) = flatten(result), flatten(begin)
+    if got != want:
+        raise ValueError(
+            f"the solver {solver!r:.60} returned the structure {got}; expected that of the initial "
+            f"state, {want}"
+        )
+    for leaf, model in zip(leaves, like, strict=True):
+        found = (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+        if found != (tuple(model.shape), model.dtype):
+            raise ValueError(
+                f"the solver {solver!r:.60} returned {found!r:.60}; expected a tensor of shape "
+                f"{tuple(model.shape)}, {model.dtype}, as in the initial state"
+            )
 
 
 def damped_step(

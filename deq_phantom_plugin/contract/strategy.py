@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .failure import FailurePolicy
@@ -58,9 +59,12 @@ class Context:
         memory: what this equilibrium keeps between steps; with one, what was found out of F is
             asked once, without one in every call.
         on_failure: what to do where a solve fails; see `guard`.
+        process_group: the processes among which F communicates, which then evaluate it equally
+            often, see docs/howto/distributed.md. "auto", the default, finds them by the modules
+            that run in F; None says that there are none.
 
     Raises:
-        ValueError: if `batch_dim` is none of these.
+        ValueError: if `batch_dim` or `process_group` is none of these.
     """
 
     batch_dim: BatchDim = "auto"
@@ -72,9 +76,11 @@ class Context:
     on_failure: FailurePolicy | None = None
     total: int | None = None
     place: int | None = None
+    process_group: Any = "auto"
 
     def __post_init__(self) -> None:
         check_batch_dim(self.batch_dim)
+        check_process_group(self.process_group)
 
     @property
     def sample_dim(self) -> int | None:
@@ -123,6 +129,23 @@ def check_batch_dim(batch_dim: Any) -> None:
         raise ValueError(
             f"batch_dim={batch_dim!r}; expected a dimension such as 0, None where samples depend "
             "on one another, or 'auto' to find that out"
+        )
+
+
+def check_process_group(process_group: Any) -> None:
+    """Refuse what is no process group, "auto" or None.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if process_group is None or (isinstance(process_group, str) and process_group == "auto"):
+        return
+    known = torch.distributed.is_available()
+    if not (known and isinstance(process_group, torch.distributed.ProcessGroup)):
+        raise ValueError(
+            f"process_group={process_group!r:.60}; expected a group of torch.distributed, such as "
+            "torch.distributed.group.WORLD, None where F does not communicate, or 'auto' to find "
+            "that out"
         )
 
 

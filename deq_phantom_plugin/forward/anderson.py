@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._plumbing.compilation import may_compile
+from .._plumbing.lockstep import together
 from .._plumbing.precision import in_full_precision
 from .._plumbing.transforms import outside_vmap
 from .._plumbing.workspaces import Workspace, Workspaces
@@ -19,6 +20,7 @@ from .tracking import Rows, Stopping, Tracker
 
 @may_compile
 @outside_vmap
+@together
 @torch.no_grad()
 @may_solve_low(unseen=2)
 @in_full_precision

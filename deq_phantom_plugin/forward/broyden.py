@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .._plumbing.compilation import may_compile
+from .._plumbing.lockstep import together
 from .._plumbing.precision import in_full_precision
 from .._plumbing.transforms import outside_vmap
 from ..adjoint.inverse_estimate import InverseEstimate
@@ -19,6 +20,7 @@ from .tracking import Rows, Stopping, Tracker
 # Longer than 60 lines: two in three are its arguments, and what is said of them.
 @may_compile
 @outside_vmap
+@together
 @torch.no_grad()
 @may_solve_low(beyond=1, unseen=1)
 @in_full_precision

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._plumbing.compilation import may_compile
+from .._plumbing.lockstep import together
 from .._plumbing.precision import in_full_precision
 from .._plumbing.transforms import outside_vmap
 from ..adjoint import batch_size, wide_dtype
@@ -20,6 +21,7 @@ from .tracking import Stopping, Tracker
 # Longer than 60 lines: two in three are its arguments, and what is said of them.
 @may_compile
 @outside_vmap
+@together
 @torch.no_grad()
 @may_solve_low()
 @in_full_precision

@@ -10,7 +10,13 @@ from torch.utils._pytree import tree_map
 
 from ..contract.memory import Memory
 from ..contract.state import State
-from ..contract.strategy import BatchDim, Context, GradStrategy, check_batch_dim
+from ..contract.strategy import (
+    BatchDim,
+    Context,
+    GradStrategy,
+    check_batch_dim,
+    check_process_group,
+)
 from ..loop import At
 from ..strategies.arguments import boolean
 from ..strategies.registry import Spec, get_strategy
@@ -28,11 +34,13 @@ class Attaching(nn.Module):
         grad: the strategy's spec, see `get_strategy`.
         batch_dim: see `Context.batch_dim`.
         grad_in_eval: whether it attaches in evaluation mode too.
+        process_group: see `Context.process_group`.
 
     Attributes:
         grad: the strategy.
         batch_dim: as it was given.
         grad_in_eval: as it was given.
+        process_group: as it was given; a group is not copied or saved.
         memory: see `Memory`.
         observers: what is called with each `Solve` in training; not copied or saved.
         host: the name of the host that finds it.
@@ -44,12 +52,17 @@ class Attaching(nn.Module):
     host: ClassVar[str] = "own"
 
     def __init__(
-        self, grad: Spec, batch_dim: BatchDim = "auto", grad_in_eval: bool = False
+        self,
+        grad: Spec,
+        batch_dim: BatchDim = "auto",
+        grad_in_eval: bool = False,
+        process_group: Any = "auto",
     ) -> None:
         super().__init__()
         self.grad: GradStrategy = self.strategy_of(grad)
         check_batch_dim(batch_dim)
-        self.batch_dim = batch_dim
+        check_process_group(process_group)
+        self.batch_dim, self.process_group = batch_dim, process_group
         self.grad_in_eval = boolean("grad_in_eval", grad_in_eval)
         self.memory = Memory()
         self.observers: Observers = []
@@ -69,7 +82,13 @@ class Attaching(nn.Module):
             start: where the solve begins.
             step: the training step, where the memory does not have it.
         """
-        return Context(batch_dim=self.batch_dim, initial_state=start, step=step, memory=self.memory)
+        return Context(
+            batch_dim=self.batch_dim,
+            initial_state=start,
+            step=step,
+            memory=self.memory,
+            process_group=self.process_group,
+        )
 
     def solving(self, context: Context) -> GradStrategy | None:
         """Return the strategy of the current step if it is to find the equilibrium itself."""
@@ -120,10 +139,16 @@ class Attaching(nn.Module):
         return [callback for (callback,) in self.observers] if self.training else []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "observers": []}
+        # Groups are of this run; a copy finds its own out, or is told.
+        group = None if self.process_group is None else "auto"
+        return {**self.__dict__, "observers": [], "process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        new = {"grad_in_eval": False, "observers": []}  # pickles of 0.1 lack them
+        new = {
+            "grad_in_eval": False,
+            "observers": [],
+            "process_group": "auto",
+        }  # pickles of 0.1 lack them
         super().__setstate__({**new, **state})
 
     def extra_repr(self) -> str:

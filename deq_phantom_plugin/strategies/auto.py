@@ -11,6 +11,7 @@ from functools import cache
 from torch import Tensor
 
 from .._plumbing.compilation import never_compiled
+from .._plumbing.lockstep import any_of
 from .._plumbing.once import warn_once
 from .._plumbing.trial import Trial
 from ..adjoint import Linearization
@@ -240,6 +241,7 @@ class _Measurement:
         if measured is not None and (self._step is None or measured == step):
             self._count_again(measured)
             return  # by another call of this step
+        any_of(False)  # all processes have their reference: what follows they do alike
         numbers = shared(found.numbers(auto.budget, self._runs), found.v[0].device)
         if numbers.broken or not numbers.rows:
             return

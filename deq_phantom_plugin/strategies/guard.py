@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._plumbing.compilation import never_compiled
+from .._plumbing.lockstep import any_of
 from .._plumbing.transforms import refuse_in_torch_func
 from ..adjoint import Packing, relative_norm
 from ..contract.failure import FailurePolicy
@@ -112,10 +113,11 @@ class Guard(GradStrategy):
         if any_failed:
             message = f"the forward solve left a relative residual above {self.forward_tol}"
             policy.note("forward", failed, context.memory, message)
-        if not any_failed or policy.fallback is None:
+        # Where F communicates a fallback is evaluated in all processes, or in none.
+        if policy.fallback is None or not any_of(any_failed):
             return self._strategy.attach(func, equilibrium, told)
         fallback = policy.fallback.resolve(context).attach(func, equilibrium, context)
-        if _is_true(failed.all()):
+        if not any_of(not _is_true(failed.all())):
             return fallback
         attached, structure = flatten(self._strategy.attach(func, equilibrium, told))
         chosen = [

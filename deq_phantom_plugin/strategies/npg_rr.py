@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .._plumbing.lockstep import first_of
 from .arguments import damping_factor, probability
 from .neumann import Neumann
 from .registry import register_strategy
@@ -28,7 +29,8 @@ class NPGRR(Neumann):
 
     One K is drawn for each backward pass and shared by the batch (one for each sample would cost
     the largest of them), from PyTorch's CPU generator: `torch.manual_seed` reproduces it, and no
-    device is waited for. The value is the equilibrium itself, in a tensor of its own.
+    device is waited for. Processes whose F communicates take that of the first of them. The value
+    is the equilibrium itself, in a tensor of its own.
 
     Costs one evaluation of F, K - 1 vector-Jacobian products, p / (1 - p) in the mean, and one
     backward pass on the one graph that memory holds.
@@ -51,7 +53,7 @@ class NPGRR(Neumann):
 
     def terms(self) -> tuple[int, float]:
         """See `Neumann.terms`."""
-        return draw_terms(self.p), 1 / self.p
+        return first_of(draw_terms(self.p)), 1 / self.p
 
 
 def draw_terms(p: float) -> int:

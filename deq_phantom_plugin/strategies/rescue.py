@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._plumbing.lockstep import any_of
 from .._plumbing.precision import AutocastState
 from ..adjoint import Packing, Solution
 from ..adjoint.probe import with_probe
@@ -51,11 +52,10 @@ class Rescue:
         """
         tol = max(tol, self._policy.tol)
         failed = ~(solution.residual <= tol)
-        if not bool(failed.any()):
-            return g
-        message = f"{strategy}: the adjoint solve left a relative residual above {tol:.1e}"
-        self._policy.note("adjoint", failed, self._context.memory, message)
-        if self._policy.fallback is None:
+        if bool(failed.any()):
+            message = f"{strategy}: the adjoint solve left a relative residual above {tol:.1e}"
+            self._policy.note("adjoint", failed, self._context.memory, message)
+        if self._policy.fallback is None or not any_of(bool(failed.any())):
             return g
         with self._autocast():
             other = self._fallback(v)

@@ -182,8 +182,9 @@ class _Saved(NamedTuple):
 
 
 def _address(tensor: Tensor) -> int:
+    """Return what tells a tensor's memory apart, also where it is given back and had again."""
     with contextlib.suppress(RuntimeError):  # a tangent that stands for zeros has no memory
-        return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+        return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
     return 0
 
 

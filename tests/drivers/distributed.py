@@ -203,8 +203,7 @@ def main():
             found["fsdp"][f"{host} | {spec} | whole"] = guarded(sharded, spec, host, ())
     for spec in SPECS:
         found["reductions"][spec] = guarded(reductions, spec)
-        # Each evaluation gathers the weights anew, so all processes must take as many: not so in a
-        # solver that stops when it is done.
+        # Each evaluation gathers the weights anew, so that all processes have to take as many.
         found["fsdp"][f"own | {spec} | F apart"] = guarded(sharded, spec, "own", ("inner",))
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:

@@ -18,6 +18,11 @@ def batch_dim(deq: Any) -> BatchDim:
     return told
 
 
+def process_group(deq: Any) -> Any:
+    """Return the processes among which F communicates, see `Context.process_group`."""
+    return getattr(deq, "grad_process_group", "auto")
+
+
 def n_equilibria(deq: Any) -> int:
     """Return how many states are sampled, each with a gradient of its own."""
     return len(deq.indexing)

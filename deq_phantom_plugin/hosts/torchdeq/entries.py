@@ -18,7 +18,7 @@ from ...attach import attach, attach_states
 from ...contract.errors import AssumptionWarning
 from ...contract.state import State
 from ...contract.strategy import BackwardStats, Context, GradStrategy
-from .core import Call, Observed, batch_dim, calls, solves_at_once
+from .core import Call, Observed, batch_dim, calls, process_group, solves_at_once
 from .form import Form, map_leaves
 
 
@@ -136,6 +136,7 @@ class ProduceGrad(Entry):
             solver_result=None if call is None else call.infos[self.index],
             monitor=None if writer is None else functools.partial(report, writer),
             memory=deq.grad_memory[self.index],
+            process_group=process_group(deq),
         )
         state = form.unpack(z)
         if torch.is_grad_enabled() and (self.sup_gap > 0 or self.sup_loc):
@@ -202,7 +203,14 @@ class HostGrad(GradStrategy):
         return deq_func.vec2list(self.producer(types.SimpleNamespace(hook=None), deq_func, z)[-1])
 
     def __repr__(self) -> str:
-        known = inspect.getclosurevars(self.producer).nonlocals
-        if "n_grad_step" not in known:
+        if is_own_ift(self.producer):
             return "torchdeq(ift=True)"
+        known = inspect.getclosurevars(self.producer).nonlocals
         return f"torchdeq(grad={known['n_grad_step']}, tau={known['tau']})"
+
+
+def is_own_ift(producer: Callable[..., list[Any]]) -> bool:
+    """Whether an entry of `produce_grad` is TorchDEQ's own implicit gradient."""
+    if not inspect.isfunction(producer):
+        return False
+    return "n_grad_step" not in inspect.getclosurevars(producer).nonlocals

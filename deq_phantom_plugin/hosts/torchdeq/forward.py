@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._plumbing.lockstep import in_lockstep, in_turn
 from ..._plumbing.once import warn_once
 from ...attach import attach
 from ...contract.errors import AssumptionWarning
@@ -16,8 +17,17 @@ from ...contract.state import State
 from ...contract.strategy import Context
 from ..evaluation import attaches, watched
 from . import solvers
-from .core import Call, Observed, batch_dim, calls, func_and_start, solves_at_once, with_func
-from .entries import Entry, ProduceGrad, differ, report, strategy_of
+from .core import (
+    Call,
+    Observed,
+    batch_dim,
+    calls,
+    func_and_start,
+    process_group,
+    solves_at_once,
+    with_func,
+)
+from .entries import Entry, ProduceGrad, differ, is_own_ift, report, strategy_of
 from .form import Form, evaluate, like_start, map_leaves
 
 
@@ -25,6 +35,16 @@ def hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """Note what a forward pass begins with, and attach in evaluation mode where that is told."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with in_lockstep(process_group(self)) as around:
+            if around is None:
+                return solved(self, *args, **kwargs)
+            args, kwargs = with_func(args, kwargs, _in_turn)
+            found = solved(self, *args, **kwargs)
+            if around.communicates and any(map(is_own_ift, self.produce_grad)):
+                _say_own_ift()
+            return found
+
+    def solved(self: Any, *args: Any, **kwargs: Any) -> Any:
         in_eval = not self.training and attaches(self)
         if not (self.training or in_eval):
             args, kwargs = with_func(args, kwargs, functools.partial(watched, self))
@@ -48,6 +68,25 @@ def hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 by_deq[key] = before
 
     return forward
+
+
+def _in_turn(func: Any) -> Any:
+    """Return F in lockstep; what is observed still is."""
+    if isinstance(func, Observed):
+        func.func = in_turn(func.func)
+        return func
+    return in_turn(func)
+
+
+def _say_own_ift() -> None:
+    warn_once(
+        "TorchDEQ's own ift in several processes",
+        "F communicates with other processes, and TorchDEQ's own implicit gradient (ift=True, "
+        "hook_ift=True) takes as many products in each as that needs: where they are not equally "
+        "many the processes wait for one another until a timeout. grad='ift' solves in lockstep. "
+        "Said once.",
+        AssumptionWarning,
+    )
 
 
 def _with_solve_dtype(
@@ -74,6 +113,7 @@ def _attached_in_eval(
         solver_result=call.infos[-1],
         monitor=None if writer is None else functools.partial(report, writer),
         memory=deq.grad_memory[-1] if isinstance(producer, ProduceGrad) else None,
+        process_group=process_group(deq),
     )
     strategy = strategy_of(producer, deq.no_stat)
     state = like_start(map_leaves(Tensor.detach, found), call.z_init)

@@ -1,0 +1,79 @@
+"""Whether modules that run communicate with other processes, and with which."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .sharding import is_sharded, meshes
+
+
+class Communication(AbstractContextManager["Communication"]):
+    """Looks at the modules that this thread runs inside a `with` block.
+
+    Parameters that are `DTensor`s say among whom: those of tensor parallel, and those of FSDP2
+    before their module gathers them, which is after this looks. Modules that gather or reduce
+    without such parameters are known by their type: FSDP's, and batch normalisation over processes.
+    A collective that F calls by itself is not seen.
+
+    Attributes:
+        ranks: the processes among whom modules communicate, by global ranks; all where they do so
+            in several groups, none where they do not.
+        sharded: those that FSDP2 shards, in groups of their own.
+    """
+
+    def __init__(self) -> None:
+        self.ranks: tuple[int, ...] = ()
+        self.sharded: list[nn.Module] = []
+
+    def __enter__(self) -> Communication:
+        thread = threading.get_ident()
+
+        def look(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == thread:
+                if is_sharded(module):
+                    self.sharded.append(module)
+                for ranks in map(tuple, map(sorted, _ranks(module))):
+                    self._note(ranks)
+
+        self._handle = register_module_forward_pre_hook(look)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+    def _note(self, ranks: tuple[int, ...]) -> None:
+        if set(ranks) <= set(self.ranks) or len(ranks) < 2:
+            return
+        if not set(self.ranks) <= set(ranks):
+            ranks = tuple(range(dist.get_world_size()))
+        self.ranks = ranks
+
+
+def _ranks(module: nn.Module) -> Iterator[list[int]]:
+    """Yield the processes that a module communicates with, for each way in which it does."""
+    tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
+    kind = getattr(tensors, "DTensor", ())
+    shards = is_sharded(module)
+    for parameter in module.parameters() if shards else module._parameters.values():
+        if isinstance(parameter, kind):
+            yield _of_mesh(parameter.device_mesh)
+    if shards:  # whose weights may be gathered already
+        yield from map(_of_mesh, meshes(module))
+    elif isinstance(module, getattr(fsdp, "FullyShardedDataParallel", ())):
+        group: Any = module.process_group
+        yield dist.get_process_group_ranks(group)
+    elif isinstance(module, nn.SyncBatchNorm) and module.training:
+        yield dist.get_process_group_ranks(module.process_group or dist.group.WORLD)
+
+
+def _of_mesh(mesh: Any) -> list[int]:
+    ranks: list[int] = mesh.mesh.flatten().tolist()
+    return ranks

@@ -1,0 +1,85 @@
+"""Numbers that the hosts of several processes exchange, apart from what their devices do."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Hosts:
+    """The hosts of some processes, which exchange one number at a time.
+
+    By a group of their own on gloo: no device is waited for, and a process that has raised in the
+    middle of F does not answer a collective of F's with another one.
+
+    Attributes:
+        ranks: the processes, by their global ranks.
+    """
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        self.ranks = ranks
+        options: dict[str, Any] = {"backend": "gloo", "timeout": _timeout()}
+        if len(ranks) == dist.get_world_size():
+            self._group = dist.new_group(**options)
+        else:
+            self._group = dist.new_group(list(ranks), **options, use_local_synchronization=True)
+
+    def least(self, number: int, seconds: float | None = None) -> int:
+        """Return the least of the processes' numbers.
+
+        Args:
+            number: of this one.
+            seconds: how long to wait at most; as long as the group does if None.
+        """
+        numbers = torch.tensor([number], device="cpu")
+        options: Any = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MIN
+        work = self._group.allreduce([numbers], options)
+        work.wait() if seconds is None else work.wait(timedelta(seconds=seconds))
+        return int(numbers)
+
+    def first_of(self, number: int) -> int:
+        """Return the number of the first process."""
+        numbers = torch.tensor([number], device="cpu")
+        dist.broadcast(numbers, self.ranks[0], group=self._group)
+        return int(numbers)
+
+
+_known = weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Hosts]]()  # by default group
+
+
+def known_hosts(ranks: tuple[int, ...]) -> Hosts | None:
+    """Return the hosts of processes, if they have met before."""
+    return _known.get(dist.group.WORLD, {}).get(ranks)
+
+
+def hosts_of(ranks: tuple[int, ...]) -> Hosts | None:
+    """Return the hosts of processes, None of fewer than two."""
+    if len(ranks) < 2:
+        return None
+    made = _known.setdefault(dist.group.WORLD, {})
+    if ranks not in made:
+        made[ranks] = Hosts(ranks)
+    return made[ranks]
+
+
+def ranks_of(group: Any) -> tuple[int, ...]:
+    """Return the global ranks of a process group, or what is such ranks."""
+    if isinstance(group, tuple):
+        return group
+    return tuple(sorted(dist.get_process_group_ranks(group)))
+
+
+def _timeout() -> timedelta | None:
+    """Return that of the default group; what a new group has by default is not that."""
+    world: Any = dist.group.WORLD
+    for device in world._device_types:
+        with suppress(Exception):
+            timeout: timedelta = world._get_backend(device).options._timeout
+            return timeout
+    return None

@@ -1,0 +1,340 @@
+"""Processes that evaluate F equally often, whatever each of them needs.
+
+Where F communicates, as with weights that are gathered for each evaluation, every process has to
+evaluate it as often as the others do, and take as many products; or they wait for one another until
+a timeout. Solvers that stop at a tolerance do not.
+
+So before each operation the processes tell one another which kind they want next, and all do the
+first kind that any of them wants. Who does not want it *stands in*: does it once more and drops the
+result. What a solve computes is what it would have computed alone, to the bit; one that is done
+goes along until all are. No solver and no strategy need know of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .communication import Communication
+from .compilation import eager, may_be_compiled
+from .exchange import Hosts, hosts_of, known_hosts, ranks_of
+from .sharding import Unfinished
+from .transforms import in_torch_func
+from .trees import State, flatten, unflatten
+from .trial import Trial
+
+R = TypeVar("R")
+
+NOTICE = 10
+"""Seconds in which a process that has raised waits for the others to hear of it."""
+
+
+class Turn(IntEnum):
+    """What a process wants to do next; of different ones the first in this order is done.
+
+    Numbers from `MEET` on are for who waits: with an answer, yes or no, at a depth. Who is deeper
+    inside comes first, so that a process that has left a part out meets the others at its end.
+    """
+
+    EVALUATE = 0
+    LINEARIZE = 1  # an evaluation with a graph
+    MULTIPLY = 2  # a product on such a graph
+    MEET = 4
+
+
+_DEEPEST = 1000
+
+
+class Lockstep(AbstractContextManager["Lockstep"]):
+    """A part of a model's forward or backward pass in which processes do operations in lockstep.
+
+    To be entered in all of them, again and again and inside of itself; each end waits for all to
+    get there. An exception in one of them ends it in all: the others raise a `RuntimeError` at
+    their next operation, or at the end.
+
+    In its first evaluation, which all processes make, the modules that run tell whether F
+    communicates, and among whom. Where it does not, nothing else is done.
+
+    Args:
+        told: the process group, or its global ranks; None to find it out.
+    """
+
+    def __init__(self, told: Any = None) -> None:
+        self._hosts: Hosts | None = None if told is None else hosts_of(ranks_of(told))
+        self._known = False
+        self._sharded: list[nn.Module] = []
+        self._depth = 0  # how often it was entered
+        self._over = False  # an exception has ended it
+        self._last: tuple[Callable[[State], State], State] | None = None  # evaluation
+        self._product: Callable[[], object] | None = None  # of zeros
+        self.busy = False  # with an operation: what F holds inside is in lockstep by itself
+
+    def __enter__(self) -> Lockstep:
+        _entered.stack.append(self)
+        self._depth += 1
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            # Checkpoints end a forward pass that they repeat by an exception, all at one place.
+            if error is None or type(error).__name__ == "_StopRecomputationError":
+                self.any_of(False)
+            elif self._depth == 1:  # further inside somebody may have an answer to it
+                self._fail()
+        finally:
+            _entered.stack.pop()
+            self._depth -= 1
+            if not self._depth:
+                self._last = self._product = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether operations are to go through it: F communicates, or nobody knows yet."""
+        return self._depth > 0 and not (self._known and self._hosts is None)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether F is known to communicate."""
+        return self._hosts is not None
+
+    def evaluate(self, func: Callable[[State], State], state: State) -> State:
+        """Return F(h), once it is the turn for that."""
+        self._last = func, state
+        if self._hosts is not None:
+            self._wait_for(Turn.LINEARIZE if torch.is_grad_enabled() else Turn.EVALUATE)
+        return self._done(lambda: func(state)) if self._known else self._first(func, state)
+
+    def look(self, func: Callable[[State], State], state: State) -> None:
+        """Find out whether F communicates in a process that has no need to evaluate it.
+
+        Args:
+            func: F.
+            state: any state, perhaps of no samples, which F may not be able to take.
+        """
+        if not self._known:
+            self._last = func, state
+            try:
+                with Trial(state), torch.no_grad():
+                    self._first(func, state)
+            except Exception:
+                if self.is_on:
+                    raise
+
+    def multiply(self, product: Callable[[], R], of_zeros: Callable[[], object]) -> R:
+        """Return a product on a graph of F, once it is the turn for that.
+
+        Args:
+            product: computes it.
+            of_zeros: computes one like it, for which others may ask from now on.
+        """
+        self._product = of_zeros
+        self._wait_for(Turn.MULTIPLY)
+        return self._multiplied(product)
+
+    def _multiplied(self, product: Callable[[], R]) -> R:
+        with Unfinished(self._sharded):
+            return self._done(product)
+
+    def stands_in_by(self, of_zeros: Callable[[], object]) -> None:
+        """Be told how to compute a product that only others need."""
+        self._product = of_zeros
+
+    def any_of(self, flag: bool) -> bool:
+        """Return whether a flag is set in any process; what they did differently ends here."""
+        if self._hosts is None or self._over:
+            return flag
+        yes = Turn.MEET + 2 * (_DEEPEST - self._depth)
+        return self._wait_for(yes if flag else yes + 1) == yes
+
+    def first_of(self, number: int) -> int:
+        """Return a number of the first process."""
+        self.any_of(False)
+        if self._hosts is None or self._over:
+            return number
+        return self._hosts.first_of(number)
+
+    # --- turns ------------------------------------------------------------------------------------
+
+    def _first(self, func: Callable[[State], State], state: State) -> State:
+        """Evaluate F, and find out whether it communicates."""
+        # A hook that comes and goes would have compiled code compiled again.
+        with Communication() as found, eager() if may_be_compiled() else nullcontext():
+            try:
+                image = self._done(lambda: func(state))
+            except BaseException:
+                # Others may not get as far as to make a group with us; one that is there will do.
+                self._hosts, self._known = self._hosts or known_hosts(found.ranks), True
+                raise
+        self._hosts, self._known = self._hosts or hosts_of(found.ranks), True
+        self._sharded = found.sharded
+        if self._hosts is None:
+            self._last = None
+        return image
+
+    def _wait_for(self, wanted: int) -> int:
+        """Stand in for what others do, until it is the turn for what is wanted."""
+        while True:
+            turn = self._agreed(wanted)
+            if turn == wanted or (turn >= Turn.MEET and turn // 2 == wanted // 2):
+                return turn
+            if turn < Turn.MEET:
+                self._stand_in(Turn(turn))
+
+    def _agreed(self, wanted: int) -> int:
+        """Return what is done next."""
+        assert self._hosts is not None
+        if self._over:
+            raise RuntimeError("this solve has ended by an exception in one of its processes")
+        try:
+            first = self._hosts.least(wanted)
+        except RuntimeError as error:
+            self._over = True
+            raise RuntimeError(
+                f"a process of {self._hosts.ranks} has ended, or has not come to the next "
+                "evaluation of F in time: where F communicates, all of them solve in lockstep"
+            ) from error
+        if first < 0:
+            self._over = True
+            raise RuntimeError(
+                f"process {-1 - first} has raised an exception in this solve, in which F "
+                "communicates, so that it ends in all processes; that one's says why"
+            )
+        return first
+
+    def _fail(self) -> None:
+        """Let the others know of an exception, as far as they listen."""
+        if self._hosts is not None and not self._over:
+            self._over = True
+            with suppress(RuntimeError):
+                self._hosts.least(-1 - dist.get_rank(), NOTICE)
+
+    def _done(self, operation: Callable[[], R]) -> R:
+        self.busy = True
+        try:
+            return operation()
+        finally:
+            self.busy = False
+
+    def _stand_in(self, turn: Turn) -> None:
+        """Do what others do, and drop the result."""
+        if turn is Turn.MULTIPLY and self._product is not None:
+            self._multiplied(self._product)
+        elif turn < Turn.MULTIPLY and self._last is not None:
+            self._done(lambda: self._again(turn))
+        else:
+            raise RuntimeError(
+                f"other processes of this solve {turn.name.lower()}, and this one has nothing to "
+                "do that with: all of them have to take the same strategy and solver"
+            )
+
+    def _again(self, turn: Turn) -> None:
+        """Evaluate F at the last state, and leave no trace."""
+        assert self._last is not None
+        func, state = self._last
+        with Trial(state):
+            if turn is Turn.EVALUATE:
+                with torch.no_grad():
+                    func(state)
+                return
+            leaves, structure = flatten(state)
+            inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+            with torch.enable_grad():
+                outputs = flatten(func(unflatten(list(inputs), structure)))[0]
+        self._product = lambda: product_of_zeros(outputs, inputs)
+
+
+def product_of_zeros(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Go backwards through a graph of F for the sake of those who do."""
+    ends = [out for out in outputs if out.requires_grad]
+    if ends:
+        zeros = [torch.zeros_like(out) for out in ends]
+        with torch.no_grad():
+            torch.autograd.grad(ends, inputs, zeros, retain_graph=True, allow_unused=True)
+
+
+# --- what runs in lockstep here -------------------------------------------------------------------
+
+
+class _Entered(threading.local):
+    """What this thread is inside of."""
+
+    def __init__(self) -> None:
+        self.stack: list[Lockstep] = []
+
+
+_entered = _Entered()
+
+
+def in_lockstep(told: Any = "auto") -> AbstractContextManager[Any]:
+    """Return what to enter for a solve: nothing where there is one process, or it is compiled.
+
+    Args:
+        told: the process group among which F communicates, or its global ranks; None if it does
+            not, "auto" to find out.
+    """
+    if told is None or torch.compiler.is_compiling():
+        return nullcontext()
+    if not (dist.is_available() and dist.is_initialized()) or in_torch_func():
+        return nullcontext()
+    if dist.get_world_size() == 1:
+        return nullcontext()
+    around = _entered.stack[-1] if _entered.stack else None
+    if around is not None and not around.busy:
+        return around
+    return Lockstep(None if isinstance(told, str) else told)
+
+
+def active() -> Lockstep | None:
+    """Return what operations of this thread are to go through, None in most cases."""
+    if torch.compiler.is_compiling() or not _entered.stack:
+        return None
+    around = _entered.stack[-1]
+    return around if around.is_on and not around.busy else None
+
+
+def evaluated(func: Callable[[State], State], state: State) -> State:
+    """Return F(h), in lockstep where that is."""
+    together = active()
+    return func(state) if together is None else together.evaluate(func, state)
+
+
+def together(solver: Callable[..., R]) -> Callable[..., R]:
+    """Let a solver of (func, start, ...) run in lockstep, where that is."""
+
+    @functools.wraps(solver)
+    def solve(func: Callable[[State], State], start: State, **options: Any) -> R:
+        with in_lockstep() as around:
+            return solver(func if around is None else in_turn(func), start, **options)
+
+    return solve
+
+
+def in_turn(func: Callable[..., State]) -> Callable[..., State]:
+    """Return F, whose evaluations are in lockstep where that is."""
+
+    def evaluate(*state: State) -> State:
+        around = active()
+        return func(*state) if around is None else around.evaluate(lambda s: func(*s), state)
+
+    evaluate.__wrapped__ = func  # type: ignore[attr-defined]
+    return evaluate
+
+
+def any_of(flag: bool) -> bool:
+    """Return whether a flag is set in any process of the solve; as it is where there is one."""
+    together = active()
+    return flag if together is None else together.any_of(flag)
+
+
+def first_of(number: int) -> int:
+    """Return a number as the first process of the solve has it."""
+    together = active()
+    return number if together is None else together.first_of(number)
