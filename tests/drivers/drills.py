@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 2 --max-restarts 6 drills.py FOLDER FAULT ...
 
 The first attempt meets the first fault, and so on; the one after the last trains to the end, and
-then once more from the beginning, undisturbed, to be compared with. Every step's loss is a line in
+then once more from the beginning, undisturbed, to be compared with. Every step is a line in
 FOLDER/rank_R.jsonl.
 """
 
@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -43,7 +44,7 @@ FAULTS = {
     "killed while saving a memory": 11,
     "terminated in the middle of a step": 14,
     "a checkpoint cut short": 18,
-    "the launcher terminated": 14,
+    "the launcher terminated": 21,
 }
 
 
@@ -107,6 +108,7 @@ class Fault:
             return
         if self.name == "the launcher terminated":
             os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(60)  # it ends this process before
         elif self.name == "terminated in the middle of a step":
             os.kill(os.getpid(), signal.SIGTERM)
         elif self.name == "a checkpoint cut short":
