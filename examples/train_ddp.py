@@ -2,6 +2,10 @@
 
     torchrun --nproc-per-node 2 examples/train_ddp.py
     torchrun --nproc-per-node 2 examples/train_ddp.py --grad "npg(k=9)" --out runs/ddp
+
+With checkpoints, of which the last good one is taken after a restart:
+
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # see docs/howto/distributed.md
     torchrun --nproc-per-node 2 --max-restarts 3 examples/train_ddp.py --save-every 20
 
 One GPU a process where there are enough, the CPU otherwise. The batch is shared among the
@@ -193,8 +197,8 @@ def resume(
     return int(shared["step"])
 
 
-def main(argv: Sequence[str] | None = None) -> nn.Module:
-    """Train, print losses and accuracies, save the model, and return it."""
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what was asked for on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -204,13 +208,17 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=Path("runs/ddp"), help="folder of the model")
     parser.add_argument("--save-every", type=int, default=0, help="steps; 0: only at the end")
-    parser.add_argument("--resume", action="store_true", help="as a restart by torchrun does")
-    args = parser.parse_args(argv)
+    parser.add_argument("--resume", action="store_true", help="go on, as a restart does by itself")
+    return parser.parse_args(argv)
 
+
+def main(argv: Sequence[str] | None = None) -> nn.Module:
+    """Train, print losses and accuracies, save the model, and return it."""
+    args = arguments(argv)
     device = start()
     rank, processes = dist.get_rank(), dist.get_world_size()
     if args.batch_size % processes:
-        parser.error(f"--batch-size {args.batch_size} cannot be shared by {processes} processes")
+        raise SystemExit(f"{processes} processes cannot share --batch-size {args.batch_size}")
     dpp.enable("torchdeq")  # TorchDEQ takes names from now on
     torch.manual_seed(0)
     digits = load_digits()
@@ -226,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     if args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         step = resume(checkpoints, model, optimizer, device)
     elif checkpoints.steps():
-        parser.error(f"{checkpoints.folder} has another run's: --resume it, or name another --out")
+        raise SystemExit(f"{checkpoints.folder} has a run's: --resume it, or name another --out")
     parallel = DistributedDataParallel(model)  # all begin with the first process's weights
     steps = args.epochs * len(loader)
     for epoch in range(step // len(loader), args.epochs):
