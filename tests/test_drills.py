@@ -112,7 +112,7 @@ def test_losses_are_those_of_a_run_that_was_not_stopped(drilled):
                 assert record["monitor"].keys() == want["monitor"].keys()
                 if len(found) == 2:
                     assert numbers(record) == numbers(want)
-                assert numbers(record) == pytest.approx(numbers(want), abs=1e-12, rel=1e-9)
+                assert numbers(record) == pytest.approx(numbers(want), abs=1e-12, rel=1e-12)
 
 
 def test_without_what_memories_keep_they_are_not(drilled):
