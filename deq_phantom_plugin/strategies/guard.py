@@ -116,8 +116,8 @@ class Guard(GradStrategy):
         if not any_failed or policy.fallback is None:
             return self._strategy.attach(func, equilibrium, told)
         fallback = policy.fallback.resolve(context).attach(func, equilibrium, context)
-        # Where `auto` measures, processes wait for one another: one without a good sample takes part,
-        # with a gradient of zero.
+        # Where `auto` measures, processes wait for one another: one without a good sample takes
+        # part, with a gradient of zero.
         if _is_true(failed.all()) and not isinstance(self._strategy, Measuring):
             return fallback
         attached, structure = flatten(self._strategy.attach(func, equilibrium, told))
