@@ -83,6 +83,10 @@ bench: $(VENV)/.installed  ## ours against TorchDEQ and floors; BENCH="--images 
 bench-silva: .venv-silva/.installed  ## the same with silva-networks, which needs numpy < 2
 	.venv-silva/bin/python benchmarks/bench.py --only forward step synthetic silva $(BENCH)
 
+.PHONY: soak
+soak: $(VENV)/.installed  ## 20,000 steps in two processes, and whether anything grows: SOAK="--steps 2000"
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/soak.py $(SOAK)
+
 .venv-silva/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-silva
 	echo '*' > .venv-silva/.gitignore

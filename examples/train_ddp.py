@@ -3,17 +3,27 @@
     torchrun --nproc-per-node 2 examples/train_ddp.py
     torchrun --nproc-per-node 2 examples/train_ddp.py --grad "npg(k=9)" --out runs/ddp
 
+With checkpoints, of which the last good one is taken after a restart:
+
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # see docs/howto/distributed.md
+    torchrun --nproc-per-node 2 --max-restarts 3 examples/train_ddp.py --save-every 20
+
 One GPU a process where there are enough, the CPU otherwise. The batch is shared among the
 processes, so that their number does not change the training. All that an equilibrium asks for
-beyond what an ordinary layer does is `dpp.set_step`, and only for gradients that follow a schedule.
+beyond what an ordinary layer does is `dpp.set_step`, and only for gradients that follow a schedule;
+and, to go on after a restart as if nothing had been, `dpp.memory_state_dict` in its checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import zipfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +64,97 @@ class Net(nn.Module):
         return logits
 
 
+class Checkpoints:
+    """Checkpoints of all processes in one folder, each there as a whole or not at all.
+
+    A checkpoint is a folder that gets its name when all of it is on the disk, so that a process
+    may be killed at any time. What is damaged later is found by the checksums in the files.
+
+    Args:
+        folder: theirs, which all processes see.
+        keep: how many of the latest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        self.folder, self.keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """Return the steps at which one was saved, the latest first."""
+        return sorted((int(p.name[5:]) for p in self.folder.glob("step_*[0-9]")), reverse=True)
+
+    def save(self, step: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        """Save a checkpoint; in all processes.
+
+        Args:
+            step: the steps that were trained.
+            shared: what is the same in all processes, such as weights; the first one saves it.
+            own: what is each process's own, such as what memories keep.
+        """
+        rank, part, whole = dist.get_rank(), self.folder / "part", self._path(step)
+        if rank == 0:
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            part.mkdir(parents=True)
+            write({**shared, "step": step, "processes": dist.get_world_size()}, part / "shared.pt")
+        dist.barrier()
+        write(own, part / f"own_{rank}.pt")
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(whole, ignore_errors=True)  # one that was damaged
+            part.rename(whole)
+            for old in self.steps()[self.keep :]:
+                shutil.rmtree(self._path(old))
+
+    def load(self, device: torch.device) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
+        """Return the latest that is good in all processes, None if there is none; in all processes.
+
+        Returns:
+            What is shared, with its step, and what is this process's own: None in all of them if
+            there were more or fewer when it was saved.
+        """
+        rank, processes, found = dist.get_rank(), dist.get_world_size(), [self.steps()]
+        dist.broadcast_object_list(found)  # another machine may see a new folder later
+        for step in found[0]:
+            files = [self._path(step) / name for name in ("shared.pt", f"own_{rank}.pt")]
+            shared = read(files[0], device)
+            fits = shared is not None and shared["processes"] == processes
+            own = read(files[1], device) if fits else None
+            if everywhere(shared is not None and fits == (own is not None), device):
+                assert shared is not None
+                return shared, own
+            if rank == 0:
+                print(f"{self._path(step)} is damaged", flush=True)
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    """Save, and return when it is on the disk."""
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """Return what was saved, None if the file is not there, cut short or otherwise damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # by its checksums, which torch.load does not look at
+    except (OSError, zipfile.BadZipFile):
+        return None
+    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    return None if damaged else state
+
+
+def everywhere(here: bool, device: torch.device) -> bool:
+    """Whether something is so in all processes."""
+    both = torch.tensor(int(here), device=device)
+    dist.all_reduce(both, dist.ReduceOp.MIN)
+    return bool(both)
+
+
 def start() -> torch.device:
     """Join the other processes, and return the device of this one.
 
@@ -78,8 +179,28 @@ def mean(total: Tensor, count: int) -> float:
     return float(both[0] / both[1])
 
 
-def main(argv: Sequence[str] | None = None) -> nn.Module:
-    """Train, print losses and accuracies, save the model, and return it."""
+def resume(
+    checkpoints: Checkpoints,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> int:
+    """Load the latest good checkpoint, and return the step to go on with; 0 without one."""
+    found = checkpoints.load(device)
+    if found is None:
+        return 0
+    shared, own = found
+    model.load_state_dict(shared["model"])
+    optimizer.load_state_dict(shared["optimizer"])
+    # In all processes or in none, since `auto` measures in all of them at once.
+    dpp.load_memory_state_dict(model, own["memory"] if own else {})
+    if dist.get_rank() == 0:
+        print(f"goes on after step {shared['step']}", flush=True)
+    return int(shared["step"])
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what was asked for on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,12 +209,18 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=Path("runs/ddp"), help="folder of the model")
-    args = parser.parse_args(argv)
+    parser.add_argument("--save-every", type=int, default=0, help="steps; 0: only at the end")
+    parser.add_argument("--resume", action="store_true", help="go on, as a restart does by itself")
+    return parser.parse_args(argv)
 
+
+def main(argv: Sequence[str] | None = None) -> nn.Module:
+    """Train, print losses and accuracies, save the model, and return it."""
+    args = arguments(argv)
     device = start()
     rank, processes = dist.get_rank(), dist.get_world_size()
     if args.batch_size % processes:
-        parser.error(f"--batch-size {args.batch_size} cannot be shared by {processes} processes")
+        raise SystemExit(f"{processes} processes cannot share --batch-size {args.batch_size}")
     dpp.enable("torchdeq")  # TorchDEQ takes names from now on
     torch.manual_seed(0)
     digits = load_digits()
@@ -104,30 +231,39 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     test_labels = digits.test_labels[rank::processes].to(device)
 
     model = Net(args.grad).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    checkpoints, step = Checkpoints(args.out / "checkpoints"), 0
+    if args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        step = resume(checkpoints, model, optimizer, device)
+    elif checkpoints.steps():
+        raise SystemExit(f"{checkpoints.folder} has a run's: --resume it, or name another --out")
     parallel = DistributedDataParallel(model)  # all begin with the first process's weights
-    optimizer = torch.optim.Adam(parallel.parameters(), args.lr)
-    step = 0
-    for epoch in range(args.epochs):
+    steps = args.epochs * len(loader)
+    for epoch in range(step // len(loader), args.epochs):
         model.train()
         sampler.set_epoch(epoch)  # another order
-        total = torch.zeros((), device=device)
-        for images, labels in loader:
-            dpp.set_step(model, step)
+        total, begun = torch.zeros((), device=device), step
+        for images, labels in islice(loader, step % len(loader), None):
+            dpp.set_step(model, step, total=steps)
             loss = F.cross_entropy(parallel(images.to(device)), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.detach()
             step += 1
+            if args.save_every and step % args.save_every == 0:
+                shared = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoints.save(step, shared, {"memory": dpp.memory_state_dict(model)})
         model.eval()
         with torch.no_grad():
             right = (model(test_images).argmax(dim=1) == test_labels).sum()
-        loss_mean, accuracy = mean(total, len(loader)), mean(right, len(test_labels))
+        loss_mean, accuracy = mean(total, step - begun), mean(right, len(test_labels))
         if rank == 0:
             print(f"epoch {epoch + 1}: loss {loss_mean:.4f}, accuracy {accuracy:.1%}", flush=True)
     if rank == 0:  # all have the same weights; one saves them
         args.out.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), args.out / "model.pt")
+        write(model.state_dict(), args.out / "model.part")
+        (args.out / "model.part").replace(args.out / "model.pt")
         print(f"saved {args.out / 'model.pt'}")
     dist.destroy_process_group()
     return model

@@ -65,8 +65,8 @@ def _check(spec: str, bound: float, device: str) -> Check:
             (found,) = torch.autograd.grad((c * state).sum(), weight)  # type: ignore[operator]
     except Exception as error:  # whatever is broken here is what the report is for
         return Check(spec, device, f"{type(error).__name__}: {error}", right=False)
-    error = float((found - expected).norm() / expected.norm())
-    return Check(spec, device, error, right=error <= bound)
+    off = float((found - expected).norm() / expected.norm())
+    return Check(spec, device, off, right=off <= bound)
 
 
 def _problem() -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from ..contract.failure import FailurePolicy
 from ..contract.state import State, flatten, unflatten
 from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_float
+from .auto import Measuring
 from .registry import Spec, get_strategy, parse_spec, register_strategy
 
 
@@ -117,7 +118,9 @@ class Guard(GradStrategy):
         if policy.fallback is None or not any_of(any_failed):
             return self._strategy.attach(func, equilibrium, told)
         fallback = policy.fallback.resolve(context).attach(func, equilibrium, context)
-        if not any_of(not _is_true(failed.all())):
+        # Where `auto` measures, processes wait for one another: one without a good sample takes
+        # part, with a gradient of zero.
+        if not any_of(not _is_true(failed.all())) and not isinstance(self._strategy, Measuring):
             return fallback
         attached, structure = flatten(self._strategy.attach(func, equilibrium, told))
         chosen = [
