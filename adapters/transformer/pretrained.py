@@ -22,8 +22,8 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
     config: DEQTransformerConfig
     config_class = DEQTransformerConfig
     base_model_prefix = "model"
-    # Accelerate's FSDP, a Trainer's too, shards apart what is named here. The block is evaluated in a
-    # solve, which would gather its weights each time, and wait for processes that need fewer.
+    # FSDP of Accelerate and of a Trainer shards apart what is named here. Not so the block: a solve
+    # would gather its weights in each evaluation, and wait for processes that need fewer.
     _no_split_modules = []  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
