@@ -69,5 +69,6 @@ def test_resumed(found, grad, how):
 
 
 def test_the_first_process_logs(found):
-    assert [process["monitored"]["logged"] for process in found][0] == [0, 2, 4]
+    first, _ = found
+    assert first["monitored"]["logged"] == [0, 2, 4]
     assert all(process["monitored"]["apart"] <= 1e-6 for process in found)

@@ -14,7 +14,6 @@ from pathlib import Path
 import lightning
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.integrations.lightning import SetStep
 
-WORLD, BATCH, STEPS, RATE = 2, 8, 6, 0.2
+WORLD, BATCH, STEPS, RATE = 2, 8, 6, 0.2  # two epochs
 SCHEDULE = "schedule({0: 'jfb', 0.5: 'npg'})"
 SPECS = (
     "ift(tol=1e-12, max_iter=100)",
@@ -54,7 +53,7 @@ class Net(nn.Module):
 
 def rows():
     generator = torch.Generator().manual_seed(1)
-    shapes = (BATCH * STEPS, 3), (BATCH * STEPS, 1)
+    shapes = (BATCH * STEPS // 2, 3), (BATCH * STEPS // 2, 1)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
@@ -105,20 +104,9 @@ class Log(Logger):
             self.steps.append(step)
 
 
-class Saves(Callback):
-    """Saves a checkpoint after some step."""
-
-    def __init__(self, path, step):
-        self.path, self.step = path, step
-
-    def on_train_batch_end(self, trainer, module, *args):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
 def trainer(*callbacks, strategy=None, **settings):
     ddp = DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT)
-    settings = {"max_epochs": 1, "callbacks": [SetStep(), *callbacks], "logger": False, **settings}
+    settings = {"max_epochs": 2, "callbacks": [SetStep(), *callbacks], "logger": False, **settings}
     return lightning.Trainer(
         accelerator="cpu",
         devices=WORLD,
@@ -135,7 +123,8 @@ def by_hand(grad):
     """Train in one process on the joint batches."""
     net = Net(grad)
     optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9)
-    for step, (x, y) in enumerate(zip(*(part.split(BATCH) for part in rows()), strict=True)):
+    batches = list(zip(*(part.split(BATCH) for part in rows()), strict=True))
+    for step, (x, y) in enumerate(2 * batches):
         dpp.set_step(net, step, total=STEPS)
         optimizer.zero_grad()
         loss_of(net, x, y).backward()
@@ -159,35 +148,37 @@ def data_parallel(grad, accumulate):
     return {"apart": distance(model.net, by_hand(grad)), "told": model.told}
 
 
+def model_parallel():
+    # By default Lightning takes the processes of one machine for parts of tensors.
+    return ModelParallelStrategy(
+        data_parallel_size=WORLD,
+        tensor_parallel_size=1,
+        timeout=TIMEOUT,
+        process_group_backend="gloo",
+    )
+
+
 def sharded(grad):
     model = Lit(grad, sharded=True)
-    trainer(strategy=ModelParallelStrategy(timeout=TIMEOUT, process_group_backend="gloo")).fit(
-        model
-    )
+    trainer(strategy=model_parallel()).fit(model)
     inside = all(isinstance(p, DTensor) for p in model.net.parameters())
     return {"apart": distance(model.net, by_hand(grad)), "told": model.told, "sharded": inside}
 
 
 def resumed(grad, folder, shard=False):
-    """A run that ended after half of its steps, and was taken up by other objects."""
-
-    def strategy():
-        if shard:
-            return ModelParallelStrategy(timeout=TIMEOUT, process_group_backend="gloo")
-        return None
-
+    """A run that ended after its first epoch, and was taken up by other objects."""
     path = folder / f"{SPECS.index(grad)}{shard}.ckpt"
     first, second = Lit(grad, sharded=shard), Lit(grad, sharded=shard)
-    step = SetStep(total=STEPS)
-    begun = [step, Saves(path, STEPS // 2)]
-    trainer(callbacks=begun, max_steps=STEPS // 2, strategy=strategy()).fit(first)
-    trainer(callbacks=[step], strategy=strategy()).fit(second, ckpt_path=path)
-    kept = dpp.memory_state_dict(second)["net.deq.memory"]
-    return {
-        "apart": distance(second.net, by_hand(grad)),
-        "told": first.told + second.told,
-        "chosen": str(kept["histories"]),
-    }
+    for model, epochs in ((first, 1), (second, 2)):
+        fitted = trainer(
+            callbacks=[SetStep(total=STEPS)],
+            max_epochs=epochs,
+            strategy=model_parallel() if shard else None,
+        )
+        fitted.fit(model, ckpt_path=path if model is second else None)
+        if model is first:
+            fitted.save_checkpoint(path)
+    return {"apart": distance(second.net, by_hand(grad)), "told": first.told + second.told}
 
 
 def monitored():

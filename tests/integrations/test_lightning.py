@@ -289,7 +289,9 @@ def test_grad_is_a_hyperparameter_that_is_loaded_again(trainer, tmp_path, grad):
     begun = trainer(max_steps=1)
     begun.fit(model)
     begun.save_checkpoint(tmp_path / "a.ckpt")
-    again = Lit.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["grad"] == grad
+    again = Lit.load_from_checkpoint(tmp_path / "a.ckpt")
     assert again.hparams.grad == grad
     assert again.net.deq.grad == dpp.get_strategy(grad)
     assert_same(again, model)
