@@ -346,7 +346,7 @@ def test_the_monitor_logs_into_every_logger(trainer):
 
 def test_the_monitor_ends_with_an_exception(trainer):
     model = Lit("upg")
-    model.configure_gradient_clipping = lambda *args: 1 / 0
+    model.configure_gradient_clipping = lambda *args, **kwargs: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer(step=SetStep(monitor=1), logger=Log(), gradient_clip_val=1.0).fit(model)
     assert not model.net.deq.observers
