@@ -50,7 +50,7 @@ def converted():
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_hidden_layers=2, **sizes))
     layer = deq_from_layer(
-        model.model.layers[1], grad="npg", f_solver="broyden", f_max_iter=80, f_tol=1e-13
+        model.model.layers[1], grad="npg", f_solver="broyden", f_max_iter=80, f_tol=1e-6
     )
     model.model.layers[1] = layer
     return model.double()

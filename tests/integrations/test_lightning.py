@@ -360,30 +360,37 @@ def test_a_monitor_without_a_logger_is_refused(trainer):
 # --- what else a Trainer does ------------------------------------------------------------------
 
 
-def test_the_check_of_validation_before_the_first_step_changes_nothing(trainer):
-    """It runs in inference mode, whose tensors autograd does not take."""
+def test_validation_before_the_first_step_changes_nothing(trainer):
+    """In inference mode, whose tensors autograd does not take, and in the check of `fit`."""
     for grad in ("upg", "ift(warm_start=True)", "npg(lam='adaptive')"):
         found = []
         for sanity in (0, 2):
             model = Lit(grad)
+            if sanity:
+                trainer().validate(model, verbose=False)
             trainer(num_sanity_val_steps=sanity).fit(model)
             found.append(model.net)
         for a, b in zip(*(net.parameters() for net in found), strict=True):
             assert torch.equal(a, b)
 
 
-def test_gradients_in_validation_need_inference_mode_off(trainer):
-    class Forces(Lit):
-        def validation_step(self, batch, index):
-            with torch.enable_grad():
-                x = batch[0].clone().requires_grad_()
-                (found,) = torch.autograd.grad(self.net(x).sum(), x)
-            self.forces = found
+class Forces(Lit):
+    """Wants gradients in validation."""
 
+    def validation_step(self, batch, index):
+        with torch.enable_grad():
+            x = batch[0].clone().requires_grad_()
+            (self.forces,) = torch.autograd.grad(self.net(x).sum(), x)
+
+
+def test_gradients_in_validation_need_inference_mode_off(trainer):
     model = Forces("npg", settings={"grad_in_eval": True})
-    with pytest.raises(RuntimeError, match=r"does not require grad|nference"):
-        trainer(max_steps=1).fit(model)
-    trainer(max_steps=1, inference_mode=False).fit(model)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        trainer().validate(model, verbose=False)
+    trainer(inference_mode=False).validate(model, verbose=False)
+    assert model.forces.abs().sum() > 0
+    del model.forces
+    trainer(max_steps=1).fit(model)  # where Lightning takes no inference mode
     assert model.forces.abs().sum() > 0
 
 
