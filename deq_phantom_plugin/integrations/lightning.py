@@ -57,7 +57,7 @@ class SetStep(_lightning().Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Tell what is known before finders of learning rates and batch sizes train."""
-        # Their training calls no other callback, and comes before the data are there to be counted.
+        # They call no callback but their own, and come before the data are there to be counted.
         there = any(isinstance(module, dpp.Memory) for module in pl_module.modules())
         if stage == "fit" and there:  # else the model is still to be configured
             most = trainer.max_steps if trainer.max_steps > 0 else None
