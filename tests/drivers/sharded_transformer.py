@@ -53,6 +53,8 @@ def converted():
         model.model.layers[1], grad="npg", f_solver="broyden", f_max_iter=80, f_tol=1e-6
     )
     model.model.layers[1] = layer
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(50)  # of a small injection the equilibrium is far
     return model.double()
 
 
