@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node 2 sharded_transformer.py OUT.json
 import copy
 import datetime
 import json
+import os
 import sys
 
 import torch
@@ -95,6 +96,7 @@ def sharded(model, **settings):
     return model, optimizer, groups
 
 
+@torch.no_grad()
 def distance(model, alone, begin):
     """The largest error of a parameter, of the way that it went."""
     triples = zip(model.parameters(), alone.parameters(), begin.parameters(), strict=True)
@@ -195,7 +197,10 @@ def main():
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(every, file, indent=1)
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # a thread of gloo that outlives its group may abort an exit in order
 
 
 if __name__ == "__main__":
