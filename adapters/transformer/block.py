@@ -77,10 +77,25 @@ class DEQTransformerBlock(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.norm = nn.LayerNorm(size, config.layer_norm_eps, elementwise_affine=False)
 
-    def forward(self, state: Tensor, around: Surroundings) -> Tensor:
-        """Return the next state, shape (B, L, hidden_size)."""
+    def forward(self, state: Tensor, around: Surroundings, of: str = "state") -> Any:
+        """Return the next state, shape (B, L, hidden_size), or what lies on the way to it.
+
+        All ways to the weights lead through here: FSDP, which shards them, gathers them for it.
+
+        Args:
+            state: shape (B, L, hidden_size).
+            around: what the block sees besides.
+            of: "state"; "heads" for queries, keys and values; "attention" for what the heads found
+                and how they attended.
+        """
+        if of == "heads":
+            return self._heads(state, around)
+        mixed, weights = self._attend(state, around)
+        return (mixed, weights) if of == "attention" else self._next(state, mixed, around)
+
+    def _next(self, state: Tensor, mixed: Tensor, around: Surroundings) -> Tensor:
+        """Return the next state, from what the heads found."""
         pre = self.config.pre_layer_norm
-        mixed, _ = self.attend(state, around)
         mixed = self.output(mixed.reshape(state.shape))
         x: Tensor = self.norm(around.drop("attention", mixed) + state)
         # On rows of tokens: behind a view a compiler does not see that what relu's backward needs
@@ -89,13 +104,13 @@ class DEQTransformerBlock(nn.Module):
         x = x + around.drop("feed_forward", self.down(around.drop("inner", inner)))
         return x if pre else self.norm(x)
 
-    def attend(self, state: Tensor, around: Surroundings) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, state: Tensor, around: Surroundings) -> tuple[Tensor, Tensor | None]:
         """Return what the heads found, shape (B, L, heads, head size), and how they attended.
 
         The latter has the shape (B, heads, L, P + L); None where the attention implementation
         does not tell.
         """
-        query, key, value = self.heads(state, around)
+        query, key, value = self._heads(state, around)
         if around.past is not None:
             key = torch.cat([around.past[0], key], dim=2)
             value = torch.cat([around.past[1], value], dim=2)
@@ -107,7 +122,7 @@ class DEQTransformerBlock(nn.Module):
         )
         return mixed, weights
 
-    def heads(self, state: Tensor, around: Surroundings) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, state: Tensor, around: Surroundings) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each of shape (B, heads, L, head size)."""
         x = self.norm(state) if self.config.pre_layer_norm else state
         qkv = self.qkv(x) + around.injection

@@ -226,14 +226,14 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
 
     def _remember(self, cache: Any, state: Tensor, around: Surroundings, tokens: Tokens) -> None:
         """Add the keys and values of the equilibrium to a cache."""
-        _, key, value = self.block.heads(state.detach(), around)
+        _, key, value = self.block(state.detach(), around, of="heads")
         cache.update(key.detach(), value.detach(), 0)
         if tokens.documents is not None:
             cache.several_documents = True
 
     def _attentions(self, state: Tensor, around: Surroundings) -> tuple[Tensor]:
         """Return how heads attend at a state."""
-        _, weights = self.block.attend(state, around)
+        _, weights = self.block(state, around, of="attention")
         if weights is None:
             raise ValueError(
                 f"output_attentions=True with attn_implementation="

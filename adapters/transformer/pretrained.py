@@ -22,7 +22,9 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
     config: DEQTransformerConfig
     config_class = DEQTransformerConfig
     base_model_prefix = "model"
-    _no_split_modules = ["DEQTransformerBlock"]  # noqa: RUF012
+    # FSDP of Accelerate and of a Trainer shards apart what is named here. Not so the block: a solve
+    # would gather its weights in each evaluation, and wait for processes that need fewer.
+    _no_split_modules = []  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True

@@ -1,0 +1,1 @@
+"""Trainers that other packages bring: a file each, imported by its full name."""
