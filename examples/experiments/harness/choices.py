@@ -14,7 +14,7 @@ from .training import Record
 def plot(records: Sequence[Record], title: str) -> bytes | None:
     """Return a PNG, or None where no run has chosen anything.
 
-    A bar for each equilibrium of each run, over its steps; the strategy in force is its colour.
+    A bar for each equilibrium of each run, over its steps, with what was in force.
 
     Raises:
         ImportError: without matplotlib.
@@ -28,21 +28,28 @@ def plot(records: Sequence[Record], title: str) -> bytes | None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    specs = sorted({spec for _, parts in bars for _, _, spec in parts})
-    colors = {spec: colormaps["tab20"](i % 20) for i, spec in enumerate(specs)}
-    figure = Figure(figsize=(9, 1.4 + 0.24 * len(bars)), layout="constrained")
+    names = sorted({spec.partition("(")[0] for _, parts in bars for _, _, spec in parts})
+    colors = {name: colormaps["Pastel1"](i % 9) for i, name in enumerate(names)}
+    figure = Figure(figsize=(11, 1.2 + 0.26 * len(bars)), layout="constrained")
     axes = figure.subplots()
     for height, (_, parts) in enumerate(bars):
         for begin, end, spec in parts:
-            axes.barh(height, end - begin, left=begin, height=0.8, color=colors[spec])
+            color = colors[spec.partition("(")[0]]
+            axes.barh(height, end - begin, left=begin, height=0.85, color=color, edgecolor="white")
+            axes.text((begin + end) / 2, height, _short(spec), fontsize=6, ha="center", va="center")
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="step", title=f"{title}: what auto chose")
-    handles = [Patch(color=color, label=spec) for spec, color in colors.items()]
+    axes.set(xlabel="step", title=f"{title}: what auto chose, k and lam", xmargin=0)
+    handles = [Patch(color=color, label=name) for name, color in colors.items()]
     figure.legend(handles=handles, fontsize=8, loc="outside right upper")
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
+
+
+def _short(spec: str) -> str:
+    """Return a spec as narrow as it can be read."""
+    return spec.replace("k=", "").replace("lam=", "").replace("tol=", "").replace(", ", " ")
 
 
 def _bars(record: Record) -> list[tuple[str, list[tuple[int, int, str]]]]:
