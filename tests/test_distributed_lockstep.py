@@ -14,10 +14,10 @@ import torch.distributed
 
 from conftest import DRIVERS
 
-DRIVER = DRIVERS / "lockstep.py"
+DRIVER = DRIVERS / "lockstep_cases.py"
 sys.path.append(str(DRIVER.parent))
 
-from lockstep import HOSTED, SOLVERS, SPECS, SPLIT, Net, cases  # noqa: E402
+from lockstep_cases import HOSTED, SOLVERS, SPECS, SPLIT, Net, cases  # noqa: E402
 
 from deq_phantom_plugin._plumbing.communication import Communication  # noqa: E402
 from deq_phantom_plugin._plumbing.lockstep import NOTICE  # noqa: E402

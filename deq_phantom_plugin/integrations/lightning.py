@@ -23,7 +23,9 @@ def _lightning() -> Any:
     new, old = "lightning.pytorch", "pytorch_lightning"
     in_use = old in sys.modules and new not in sys.modules
     only = is_there(old) and not is_there("lightning")
-    return require(old if in_use or only else new, "lightning")
+    if in_use or only:
+        return require("pytorch_lightning", "lightning")
+    return require("lightning.pytorch", "lightning")
 
 
 class SetStep(_lightning().Callback):  # type: ignore[misc]

@@ -43,7 +43,7 @@ def test_a_closed_pipe_ends_it_quietly(monkeypatch, capfd, arguments):
 FOLDERS = ("deq_phantom_plugin", "adapters", "examples", "benchmarks")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 # What comes with a package that an extra has.
-BROUGHT = {"adam-atan2-pytorch": "tiny-recursive-model"}
+BROUGHT = {"adam-atan2-pytorch": "tiny-recursive-model", "pytorch-lightning": "lightning"}
 PACKAGE_OF = {module.partition(".")[0]: name for name, module in _MODULES.items()}
 
 

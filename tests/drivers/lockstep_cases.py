@@ -1,6 +1,6 @@
 """Trains models whose F communicates, in several processes and in one, and writes what happened.
 
-torchrun --standalone --nproc-per-node 2 lockstep.py OUT.json [NAME ...]
+torchrun --standalone --nproc-per-node 2 lockstep_cases.py OUT.json [NAME ...]
 
 The first samples are far easier than the last, so that processes need different numbers of
 evaluations and products.
