@@ -426,6 +426,16 @@ def test_what_is_the_same_again_is_not_blamed(spec):
             h.float().sum().backward(retain_graph=True)
 
 
+def test_a_state_whose_sums_overflow_in_16_bits_is_compared_too():
+    x = torch.full((4, 64), 6e4, dtype=torch.float16)
+    weight = torch.ones(64, dtype=torch.float16, requires_grad=True)
+    scale = [1.0]
+    h = dpp.attach(lambda h: weight * x * scale[0], x, "upg(k=1, lam=1.0, checkpoint=True)")
+    scale[0] = 0.5
+    with pytest.warns(AssumptionWarning, match="evaluated again in backward"):
+        (h * torch.full_like(h, 1e-6)).sum().backward()
+
+
 # --- where code may be compiled ------------------------------------------------------------------
 
 

@@ -35,6 +35,8 @@ class Repeats:
         """Take note of what an evaluation returned, from 0; compare if it is done again."""
         if torch.compiler.is_compiling() or leaves[0].is_meta:
             return
+        # Projections are sums, which would overflow in 16 bits.
+        leaves = [leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
         if self._sketch is None:
             self._sketch = Sketch(leaves)
         now = self._sketch(leaves)
