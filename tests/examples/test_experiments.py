@@ -497,6 +497,66 @@ def test_graphs_of_nodes_come_in_another_order_in_each_epoch(monkeypatch, harnes
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
+# --- other libraries -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("silva", "layer='silva'; expected torchdeq, or one of phantom_grad, silva-phantom"),
+        ("phantom_grad", "layer='phantom_grad': no checkout of Gsunshine/phantom_grad in .hosts"),
+    ],
+)
+def test_a_layer_that_cannot_be_had_is_one_line(layer, message, tmp_path, harness, monkeypatch):
+    monkeypatch.setenv("DEQ_PHANTOM_HOSTS", str(tmp_path))
+    command = ["--runs", "torchdeq-ift", "upg", "--out", str(tmp_path), "--set", f"layer={layer}"]
+    with pytest.raises(SystemExit, match=f"time_to_accuracy, torchdeq-ift: {message}"):
+        harness("command").main(experiment("time_to_accuracy"), command)
+
+
+def test_a_layer_of_others_trains_the_network_and_tells_its_residuals(harness):
+    from torchdeq import get_deq
+
+    model = harness("vision").MDEQ.from_preset("tiny")
+
+    class Others(nn.Module):  # TorchDEQ's own phantom gradient, in the place of another library's
+        def __init__(self):
+            super().__init__()
+            self.deq = [get_deq(grad=2, f_max_iter=6)]
+
+        def forward(self, func, start):
+            return self.deq[0].train(self.training)(func, start)[0], {"rel_lowest": torch.zeros(1)}
+
+    model.deq, images = harness("peers").Layer(Others()), torch.randn(2, 3, 16, 16)
+    model(images).sum().backward()
+    assert all(p.grad.count_nonzero() > 0 for p in model.layer.parameters())
+    assert torch.equal(model.last.residual, torch.zeros(1))  # training is timed: nothing is added
+    with torch.no_grad():
+        model.eval()(images)
+    state = model.last.equilibrium
+    with torch.no_grad():
+        images = model.equilibrium_func(model.last.injection, model.last.shared)(state)
+    h, image = (torch.cat([x.flatten(1) for x in s], dim=1) for s in (state, images))
+    torch.testing.assert_close(model.last.residual, (image - h).norm(dim=1) / image.norm(dim=1))
+
+
+def test_training_that_begins_warm_tells_the_model_which_images_it_sees(harness):
+    plan = harness("plan").load_plan(
+        FOLDER / "time_to_accuracy.yaml",
+        "smoke",
+        harness("vision").VisionSettings,
+        runs=["npg-warm"],
+    )
+    task = harness("vision").VisionTask(plan.runs["npg-warm"], 0, None, torch.device("cpu"))
+    task.step(0)
+    order = harness("processes").epoch_order(0, 0, 64)
+    assert sorted(task.model.starts._rows) == sorted(order[:32].tolist())
+    task.step(1)
+    assert len(task.model.starts) == 64
+    task.evaluate(2)
+    assert len(task.model.starts) == 64
+
+
 # --- training ------------------------------------------------------------------------------------
 
 SMALL = {
