@@ -63,6 +63,10 @@ class VisionSettings:
         radius_images: test images whose spectral radii are measured; 0 for none.
         radius_lam: damping of the damped map's radius.
         radius_every: steps between measurements of the radii; 0 for those of accuracy alone.
+        report_grads: gradients whose cosines are measured, see `dpp.model_report`; none for none.
+        report_images: test images that they are measured on.
+        report_every: steps between these measurements, as many as between evaluations or a
+            multiple of that.
         same_time_as: a run whose time this one takes, in as many steps as that allows.
     """
 
@@ -101,6 +105,9 @@ class VisionSettings:
     eval_batch: int = 250
     eval_steps: tuple[int, ...] = ()
     eval_lam: float = 0.5
+    report_grads: tuple[str, ...] = ()
+    report_images: int = 16
+    report_every: int = 0
     same_time_as: str = ""
     anneal: bool = True
 
@@ -205,7 +212,36 @@ class VisionTask(Task):
             damped = self.model.spectral_radius(s.radius_lam, **options)
             found |= {"rho": float(radii.mean()), "rho_max": float(radii.max())}
             found["rho_damped"] = float(damped.mean())
+        if s.report_grads and (
+            step % (s.report_every or self.eval_every) == 0 or step == self.steps
+        ):
+            found |= self._report()
         return found
+
+    def _report(self) -> dict[str, float]:
+        """Return the cosine of each gradient of `report_grads`, by its name, and what it rests on.
+
+        `report_rho` is the largest spectral radius, `report_residual` that of the reference.
+        """
+        s = self.settings
+        indices = torch.arange(min(s.report_images, len(self.test_set.labels)))
+        labels = self.test_set.labels[indices].to(self.device)
+        # Numbers that no training image has, so that these begin cold.
+        told = {"samples": indices + len(self.train_set.labels)} if s.warm_start else {}
+        (report,) = dpp.model_report(
+            self.model,
+            {"x": self._to_device(self.test_set.batch(indices)), **told},
+            lambda logits: F.cross_entropy(logits, labels),
+            s.report_grads,
+            repeats=1,
+        ).reports
+        found = {"report_rho": report.radius, "report_residual": report.reference_residual}
+        named = dict(zip(s.report_grads, report.results[-len(s.report_grads) :], strict=True))
+        return found | {
+            f"cosine of {grad}": result.cosine
+            for grad, result in named.items()
+            if result.cosine is not None
+        }
 
     @torch.no_grad()
     def _accuracy(self, extra: int) -> dict[str, float]:
