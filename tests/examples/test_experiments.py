@@ -557,11 +557,12 @@ def test_training_that_begins_warm_tells_the_model_which_images_it_sees(harness)
     assert len(task.model.starts) == 64
 
 
+@pytest.mark.slow
 def test_cosines_along_training_are_those_of_a_report(harness):
     """Of a model that begins warm too: test images are not taken for training images."""
     from torch.nn import functional as F
 
-    changes = {"report_grads": ["npg(k=2)", "ift(tol=1e-4)"], "report_every": 4, "f_max_iter": 12}
+    changes = {"report_grads": ["npg(k=2)"], "report_every": 4, "report_images": 2}
     kind = harness("vision").VisionSettings
     plan = harness("plan").load_plan(
         FOLDER / "time_to_accuracy.yaml", "smoke", kind, changes, runs=["npg-warm"]
@@ -572,18 +573,16 @@ def test_cosines_along_training_are_those_of_a_report(harness):
     kept = len(task.model.starts)
     found = task.evaluate(4)
     assert len(task.model.starts) == kept
-    images, labels = task.test_set.batch(torch.arange(16)), task.test_set.labels[:16]
+    images, labels = task.test_set.batch(torch.arange(2)), task.test_set.labels[:2]
     (report,) = dpp.model_report(
         task.model,
-        {"x": images.contiguous(memory_format=torch.channels_last), "samples": range(900, 916)},
+        {"x": images.contiguous(memory_format=torch.channels_last), "samples": [900, 901]},
         lambda logits: F.cross_entropy(logits, labels),
-        ["npg(k=2)", "ift(tol=1e-4)"],
+        ["npg(k=2)"],
         repeats=1,
     ).reports
-    expected = {result.label: result.cosine for result in report.results}
     assert found["report_rho"] == pytest.approx(report.radius, rel=1e-3)
-    for grad in ("npg(k=2)", "ift(tol=1e-4)"):
-        assert found[f"cosine of {grad}"] == pytest.approx(expected[grad], abs=1e-3)
+    assert found["cosine of npg(k=2)"] == pytest.approx(report.results[-1].cosine, abs=1e-3)
 
 
 # --- training ------------------------------------------------------------------------------------
