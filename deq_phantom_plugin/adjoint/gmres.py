@@ -4,7 +4,7 @@ What is solved, for each of B samples: A x = b with A = I - J^T, where x and b h
 A cycle begins at an x, with the residual r = b - A x of norm beta. It looks for the correction in
 the Krylov space of r that leaves the least residual. Shapes are those of one sample.
 
-1. The basis (`_cycle`, `_orthogonalise`). q_0 = r / beta. Each product A q_j = q_j - J^T q_j is made
+1. The basis (`_cycle`, `_orthogonalise`). q_0 = r / beta. Each A q_j = q_j - J^T q_j is made
    orthogonal to q_0 ... q_j by Gram-Schmidt, and its rest, normalised, is q_(j+1):
 
        A q_j = h_0j q_0 + ... + h_jj q_j + h_(j+1)j q_(j+1).
@@ -60,8 +60,8 @@ def gmres(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, restart: int = 50
 
     Args:
         apply: x -> J^T x, on rows of shape (B, D).
-        rhs: shape (B, D).
-        tol: the relative residual ||rhs - (I - J^T) x|| / ||rhs|| to reach in every sample.
+        rhs: rows of norm one, or of zeros, shape (B, D).
+        tol: the residual ||rhs - (I - J^T) x|| to reach in every sample.
         max_vjp: the largest number of products.
         restart: the largest number of vectors per sample that are kept.
 

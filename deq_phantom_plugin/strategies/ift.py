@@ -100,7 +100,7 @@ class IFT(GradStrategy):
             if value != accepted:
                 raise ValueError(
                     f"clip={self.clip!r} with {name}={value!r}: that needs products J^T g that are "
-                    "linear in g, and clipped products are not. Expected "
+                    "linear in g, and clipped products are not; expected "
                     f"{name}={accepted!r}, or clip=None"
                 )
 
