@@ -114,8 +114,8 @@ class Equilibrium(Attaching):
         if name == "steps":
             if value is None and self.__dict__.get("steps") is not None:
                 raise ValueError(
-                    "steps=None of a loop, which has no solver; expected a number or a "
-                    "distribution, or make another Equilibrium"
+                    "steps=None: this Equilibrium was made as a loop, and has no solver; expected "
+                    "a number or a distribution, or make another Equilibrium"
                 )
             value = None if value is None else number_or_depth("steps", value)
         super().__setattr__(name, value)
@@ -145,15 +145,15 @@ class Equilibrium(Attaching):
             for name, value in of_solver.items():
                 if value is not None or solver != "anderson":
                     raise ValueError(
-                        f"steps={steps!r} beside solver={solver!r}, {name}={value!r}; a loop of so "
-                        "many evaluations has none of them"
+                        f"steps={steps!r} beside solver={solver!r}, {name}={value!r}: steps makes "
+                        f"a loop, which has no solver and no {name}; give steps, or the others"
                     )
         elif callable(solver):
             for name in ("max_iter", "solve_dtype"):
                 if of_solver[name] is not None:
                     raise ValueError(
-                        f"{name}={of_solver[name]!r} beside a function as solver, which has its "
-                        f"own; {name} goes with {', '.join(SOLVERS)}"
+                        f"{name}={of_solver[name]!r} beside a function as solver, which decides "
+                        f"that by itself; {name} goes with {', '.join(SOLVERS)}"
                     )
         elif solver in SOLVERS:
             self.max_iter = positive_int("max_iter", 50 if max_iter is None else max_iter)
@@ -354,8 +354,8 @@ class Equilibrium(Attaching):
                 "another solve of an Equilibrium",
                 f"{self.grad!r} ends at a relative residual of {float(residual.max()):.1e}, above "
                 f"tol={self.tol}; without a gradient {self.solver!r} solves instead, and finds "
-                "another state than the one that is trained. To evaluate the same steps let "
-                "`solver` be a function of so many, as docs/howto/loop.md has it. Said once.",
+                "another state than the one that is trained. To evaluate the same state, let "
+                "`solver` be a function of as many steps (docs/howto/loop.md). This is said once.",
                 AssumptionWarning,
             )
 
@@ -370,7 +370,7 @@ class Equilibrium(Attaching):
                 "solve of an Equilibrium",
                 f"the forward solve of a dpp.Equilibrium stopped{limit} above tol={tol} in {left} "
                 f"of {residual.numel()} samples: `last.residual` says where. Raise max_iter or "
-                "tol, or take another solver. Said once.",
+                "tol, or take another solver. This is said once.",
                 ConvergenceWarning,
             )
 

@@ -202,7 +202,7 @@ def say_coupled() -> None:
         "the samples of the batch depend on one another (batch normalisation in training, "
         "attention over the batch, nodes of a graph), so the batch is treated as one system. Pass "
         "batch_dim=None in the context or to dpp.Equilibrium (with TorchDEQ: deq.grad_batch_dim = "
-        "None) to say so, and nothing need be found out. Said once a run.",
+        "None) to say so; then nothing has to be found out. This is said once per run.",
         AssumptionWarning,
     )
 
@@ -215,7 +215,7 @@ def _say(found: Findings) -> None:
             "another map each time",
             f"F is not the same map each time: {in_words(found.difference, found.reasons)}. It "
             "has no equilibrium that a solve could find, and a gradient that evaluates it again is "
-            f"that of another map. {REMEDY} Said once.",
+            f"that of another map. {REMEDY} This is said once.",
             AssumptionWarning,
         )
 
@@ -269,9 +269,9 @@ def _shards(modules: Sequence[nn.Module]) -> bool:
         return False
     warn_once(
         "sharded by itself",
-        "F holds modules that are sharded by themselves (FSDP), so that whether samples depend on "
-        "one another cannot be found out: they are taken for independent. Pass batch_dim=0 in the "
-        "context to say so, or None if they are not. Said once a run.",
+        "F holds modules that are sharded by themselves (FSDP), so nobody can find out whether "
+        "samples depend on one another: they are taken for independent. Pass batch_dim=0 in the "
+        "context to say so, or None if they are not. This is said once per run.",
         AssumptionWarning,
     )
     return True

@@ -110,7 +110,7 @@ def looped(
     if free < 0:  # of another package, or one that wraps: `GradStrategy.within` is not theirs
         raise ValueError(
             f"{strategy!r} evaluates F {strategy.steps_ahead} times, in a loop of steps={steps}; "
-            "expected at most so many"
+            f"expected at most {steps}"
         )
     if at is not None and isinstance(strategy, TBPTT | BPTT):
         cut = _without_graph(growing, state, free) if free else state

@@ -40,8 +40,8 @@ def find_captured(
         elif not any(leaf is known for known in inputs):
             raise ValueError(
                 f"func uses a tensor of shape {tuple(leaf.shape)} that requires grad where PyTorch "
-                "does not tell (in a custom autograd.Function, or a graph built before), so that "
-                "it cannot be told apart; make it an input of an ordinary operation"
+                "does not show it (in a custom autograd.Function, or a graph built before), so "
+                "that its gradient would be lost; make it an input of an ordinary operation in func"
             )
     return result, captured
 
@@ -62,7 +62,8 @@ def call_with(func: Callable[[], R], replacements: Mapping[int, Tensor]) -> R:
         raise RuntimeError(
             f"func uses other tensors in backward than in the forward pass ({len(mode.missed)} of "
             f"{len(replacements)} are not there any more); it must do the same each time. Under "
-            "torch.func.functional_call take a strategy that evaluates it in the forward pass only"
+            "torch.func.functional_call take a strategy that evaluates it in the forward pass "
+            "only, such as upg or npg"
         )
     return result
 

@@ -57,7 +57,8 @@ def leading_eigenvalue(
         if not torch.isfinite(hessenberg).all():
             raise NonFiniteError(
                 f"a vector-Jacobian product became NaN or infinite within {n_vjp} products of the "
-                "search for the leading eigenvalue"
+                "search for the leading eigenvalue: the derivative of F is not finite at this "
+                "state. Look in F for a division, a root or a logarithm at zero, or an overflow"
             )
         values, coordinates = torch.linalg.eig(hessenberg)
         leading = values.abs().argmax(dim=1)

@@ -77,7 +77,7 @@ def _look_later(leaves: Sequence[Tensor], name: str) -> None:
     found = reader.read(torch.stack(known or [torch.ones((), dtype=torch.bool, device=device)]))
     if found is not None and not all(found):
         raise ValueError(
-            f"the equilibrium attached before this one ({before}) holds NaN or Inf: {_ADVICE}. It "
-            "is said one call late, since to look at once would be to wait for the device"
+            f"the equilibrium attached before this one ({before}) holds NaN or Inf: {_ADVICE}. "
+            "This is said one call late, because an earlier look would have to wait for the device"
         )
     _later.waiting[device] = reader, name

@@ -224,7 +224,8 @@ def _step(key: str, value: Any) -> int | None:
         warn_once(
             "step lost",
             f"{key} is infinite, since the checkpoint was cast to float16, which ends at 65,504: "
-            "the training step is not known. Tell it by dpp.set_step. Said once.",
+            "the training step is not known. Call dpp.set_step(model, step) before the next step. "
+            "This is said once.",
             AssumptionWarning,
         )
         return None

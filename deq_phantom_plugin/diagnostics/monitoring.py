@@ -179,9 +179,9 @@ class _Watch:
         if short is not problem and not self._said:
             self._said = True
             warnings.warn(
-                f"monitor: {name}: F is built from what compiled code returned, through which only "
-                "training goes back: the cosine is of the gradients of what F captures, not of "
-                "the parameters behind that. Compile F alone to have it of all",
+                f"monitor: {name}: F captures what compiled code returned, and only training can "
+                "go back through that: the cosine is that of the gradients of what F captures, not "
+                "of the parameters behind it. Compile F alone to have it of all parameters",
                 AssumptionWarning,
                 stacklevel=2,
             )

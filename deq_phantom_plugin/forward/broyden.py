@@ -74,7 +74,7 @@ def broyden(
     if memory is not None and memory < 1:
         raise ValueError(f"memory={memory}; expected at least one vector")
     if memory is not None and keep_inverse:
-        why = "an estimate that begins anew is none of the Jacobian; leave memory out"
+        why = "with memory the estimate begins anew on the way; leave out one of the two"
         raise ValueError(f"memory={memory} with keep_inverse=True: {why} (TorchDEQ's LBFGS_thres)")
     rows = Rows(func, start, batch_dim)
     stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every, rounding)

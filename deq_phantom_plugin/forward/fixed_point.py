@@ -123,7 +123,8 @@ class _Room:
         """
         if image.shape != self._shape:
             raise ValueError(
-                f"func returned shape {tuple(image.shape)} for a state of {tuple(self._shape)}"
+                f"func returned shape {tuple(image.shape)} for a state of {tuple(self._shape)}; "
+                "it must map a state to one of the same shape"
             )
         self._pair = torch.empty_strided(
             self._size, self._strides, dtype=self._dtype, device=self._device

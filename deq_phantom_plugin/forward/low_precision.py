@@ -112,14 +112,14 @@ def _refuse(solve_dtype: Any, settings: dict[str, Any]) -> None:
     """Refuse what needs more of a solve than its end."""
     if settings.get("keep_inverse"):
         raise ValueError(
-            f"solve_dtype={solve_dtype!r} with keep_inverse=True: an estimate of the Jacobian from "
-            "residuals of 16 bits is none; expected solve_dtype=None for shine"
+            f"solve_dtype={solve_dtype!r} with keep_inverse=True: residuals of 16 bits are too "
+            "coarse to estimate the Jacobian from; expected solve_dtype=None for shine"
         )
     steps, last = list(settings["sample_at"]), settings["max_iter"]
     if len(set(steps)) > 1 or any(step < last for step in steps):
         raise ValueError(
-            f"solve_dtype={solve_dtype!r} with sample_at={steps}: states on the way are not in the "
-            f"model's precision; expected solve_dtype=None, or the last state alone, [{last}]"
+            f"solve_dtype={solve_dtype!r} with sample_at={steps}: only the last state is in the "
+            f"model's precision; expected solve_dtype=None, or sample_at=[{last}]"
         )
 
 
@@ -137,7 +137,7 @@ def _lowers(dtype: torch.dtype, start: State) -> bool:
         return True
     warn_once(
         f"solve_dtype without effect: {why}",
-        f"solve_dtype={dtype} has no effect: {why}. Leave it out. Said once.",
+        f"solve_dtype={dtype} has no effect: {why}. Leave it out. This is said once.",
         AssumptionWarning,
     )
     return False

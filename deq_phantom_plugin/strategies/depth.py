@@ -65,12 +65,12 @@ class Depth:
             raise ValueError(f"no distribution {self.kind!r}{near}; there are {listed(_ARGUMENTS)}")
         names = _ARGUMENTS[self.kind]
         if len(self.arguments) != len(names):
-            raise ValueError(f"{self.kind} takes {', '.join(names)}")
+            raise ValueError(f"{self.kind} takes {', '.join(names)}, and nothing else by position")
         check: Callable[[str, Any], float]
         check = positive_int if self.kind == "uniform" else positive_float
         numbers = tuple(check(*named) for named in zip(names, self.arguments, strict=True))
         if self.kind == "uniform" and numbers[1] < numbers[0]:
-            raise ValueError(f"high={numbers[1]} is below low={numbers[0]}")
+            raise ValueError(f"high={numbers[1]} is below low={numbers[0]}; expected low <= high")
         if self.kind != "uniform" and numbers[0] > _LARGEST_MEAN:
             raise ValueError(f"mean={numbers[0]!r}; expected at most {_LARGEST_MEAN}")
         if self.kind == "lognormal_poisson" and numbers[1] > _LARGEST_SIGMA:
@@ -171,13 +171,17 @@ def drawn(name: str, value: int | Depth | str) -> int:
         ValueError: of a distribution, of which nothing has been drawn.
     """
     if not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} is drawn in `resolve(context)`, which nobody called")
+        raise ValueError(
+            f"{name}={value!r} has no number until `resolve(context)` draws one, and nobody called "
+            "that: call dpp.attach, or use the strategy that resolve returns"
+        )
     return value
 
 
 def _parsed(text: str) -> Depth:
     if not text.strip().partition("(")[0].isidentifier():
-        raise ValueError("no name of one" + ("; leave out the quotes" if text.isdecimal() else ""))
+        quotes = "; leave out the quotes" if text.isdecimal() else ""
+        raise ValueError(f"it does not begin with the name of a distribution{quotes}")
     try:
         ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):

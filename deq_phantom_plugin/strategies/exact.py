@@ -46,8 +46,9 @@ class Exact(GradStrategy):
                     context.memory.findings.clear()
                 raise ValueError(
                     "exact: the samples depend on one another (a graph's nodes, batch norm inside "
-                    "F, a state without a batch dimension); pass batch_dim=None in the context. "
-                    "Where nobody said otherwise they have begun to: the next step asks anew"
+                    "F, a state without a batch dimension), so a Jacobian per sample would give a "
+                    "wrong gradient; pass batch_dim=None in the context. With batch_dim='auto' "
+                    "they were independent before: the next step finds out anew"
                 )
             transposed = _transposed_jacobians(graph, packing)
             rhs = packing.pack(v)

@@ -53,7 +53,10 @@ class Ramp(GradStrategy):
         if not pairs:
             raise ValueError(f"arguments={self.arguments!r} has none; {expected}")
         if not dataclasses.is_dataclass(inner):
-            raise ValueError(f"{inner!r} is no dataclass, of which an argument could be replaced")
+            raise ValueError(
+                f"{inner!r} is no dataclass, and ramp changes an argument of one; expected a "
+                "strategy with arguments, such as 'tbptt(k=2)'"
+            )
         known = {f.name for f in dataclasses.fields(inner) if f.init}
         for name, ends in pairs:
             if name not in known:
@@ -64,7 +67,7 @@ class Ramp(GradStrategy):
                 raise ValueError(f"{name}={ends!r} in arguments; {expected}, of two numbers")
             if not _is_number(getattr(inner, name)):
                 raise ValueError(
-                    f"{name}={getattr(inner, name)!r} of {inner!r} is no number that could grow"
+                    f"{name}={getattr(inner, name)!r} of {inner!r} is no number, so it cannot grow"
                 )
         object.__setattr__(self, "arguments", tuple((name, tuple(ends)) for name, ends in pairs))
         object.__setattr__(self, "until", fraction_or_step("until", self.until))

@@ -74,7 +74,8 @@ class SHINE(GradStrategy):
         ):
             raise ValueError(
                 f"{self!r} in a context with batch_dim={context.sample_dim}: the forward solver's "
-                f"estimate is of samples along dimension {inverse.packing.batch_dim}"
+                f"estimate is of samples along dimension {inverse.packing.batch_dim}. Pass that as "
+                "batch_dim, or solve along the other"
             )
         graph = Linearization(func, equilibrium, self)
         monitor, blocks, estimate = context.monitor, inverse.packing, inverse.estimate

@@ -76,7 +76,7 @@ class TBPTT(GradStrategy):
     def _number(self) -> int:
         if self.k == "all":
             raise ValueError(
-                f"{self!r} is all of a loop, and there is none here: use dpp.loop, or give k a "
-                "number"
+                f"{self!r} goes through all evaluations of a loop, and here is no loop: use "
+                "dpp.loop, or give k a number"
             )
         return drawn("k", self.k)

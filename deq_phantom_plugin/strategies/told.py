@@ -34,8 +34,8 @@ def told_step(context: Context, who: str) -> int:
 def not_resolved(strategy: GradStrategy) -> ValueError:
     """Return the error of what a strategy made of others knows of the step's alone."""
     return ValueError(
-        f"{strategy!r} evaluates F as often as the strategy of the step does, which is what "
-        "`resolve(context)` returns: ask that one"
+        f"{strategy!r}: how often it evaluates F depends on the training step. Ask the strategy "
+        "that `resolve(context)` returns"
     )
 
 
@@ -54,7 +54,7 @@ def told_place(context: Context, who: str) -> int:
     if place is None and context.memory is not None and context.current_step is not None:
         warn_once(
             "place",
-            f"{who} was not told which of its model's equilibria it is in and takes it to be the "
+            f"{who} was not told in which of its model's equilibria it is, and takes it to be the "
             "first, so that all of them draw the same; call dpp.set_step(model, step) on the whole "
             "model before the forward pass",
             ConvergenceWarning,
@@ -77,15 +77,15 @@ def told_call(context: Context, who: str) -> int:
     """
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            f"{who} draws for each call of a step, and a backward pass calls again (activation "
-            "checkpointing, or an F that is evaluated anew): which call that was is not known. "
-            "Take one draw for each step, per_call=False"
+            f"{who} draws a number per call of a step, and here a backward pass calls again "
+            "(activation checkpointing, or an F that is evaluated anew). Nobody knows which call "
+            "it repeats, so the number could be another one. Draw once per step: per_call=False"
         )
     if context.memory is None:
         warn_once(
             "calls",
-            f"{who} draws for each call of a step, and nobody counts them: all calls draw the "
-            "same. Put a dpp.Memory into the context",
+            f"{who} draws a number per call of a step, and nobody counts the calls: all of them "
+            "draw the same. Put a dpp.Memory into the context, which counts them",
             ConvergenceWarning,
         )
         return 0

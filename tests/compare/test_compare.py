@@ -68,7 +68,7 @@ def test_bad_folders(folder, tmp_path):
     (folder / "dark" / "3.png").unlink()
     with pytest.raises(ValueError, match="empty has 0 images"):
         load_folder(folder, 16)
-    with pytest.raises(ValueError, match="expected one a class"):
+    with pytest.raises(ValueError, match="expected one per class"):
         load_folder(folder / "dark", 16)
 
 
@@ -310,7 +310,8 @@ def test_list_command(capsys):
     specs = [line for line in lines if not line.startswith(" ")]
     assert [spec.partition("(")[0] for spec in specs] == dpp.list_strategies()
     described = [line for line in lines if line.startswith("    ")]
-    assert len(described) >= len(specs) and all(len(line.strip()) > 20 for line in described)
+    assert len(described) >= len(specs)
+    assert all(len(line.strip()) > 20 for line in described)
 
 
 def test_missing_packages_are_named_with_the_pip_command(monkeypatch):

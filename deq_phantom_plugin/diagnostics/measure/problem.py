@@ -73,7 +73,10 @@ class Problem:
             inputs = [leaf.detach().requires_grad_() for leaf in leaves]
             loss = check_scalar(self.loss(unflatten(inputs, structure)))
             if not loss.requires_grad:
-                raise ValueError("the loss does not depend on the state, so it has no gradient")
+                raise ValueError(
+                    "the loss does not depend on the state, so it has no gradient; compute it from "
+                    "the state that it is given, not from one captured before"
+                )
             return list(
                 torch.autograd.grad(
                     loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
