@@ -1,4 +1,4 @@
-"""What a strategy goes by: the training step, the length of training, which equilibrium it is."""
+"""What a strategy is told: the training step, the length of training, which equilibrium it is."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from ..contract.strategy import Context, GradStrategy
 
 
 def told_step(context: Context, who: str) -> int:
-    """Return the training step; 0 where nobody has told it, with a warning that is said once.
+    """Return the training step; 0 where nobody has told it.
 
     Args:
-        context: of the strategy.
-        who: needs it, as a spec.
+        context: the context of the strategy.
+        who: the spec of the strategy that needs the step, for the warning.
+
+    Warns:
+        ConvergenceWarning: once, if nobody has told the step.
     """
     step = context.current_step
     if step is None:
@@ -32,7 +35,7 @@ def told_step(context: Context, who: str) -> int:
 
 
 def not_resolved(strategy: GradStrategy) -> ValueError:
-    """Return the error of what a strategy made of others knows of the step's alone."""
+    """Return the error for a question that only the strategy of the step can answer."""
     return ValueError(
         f"{strategy!r}: how often it evaluates F depends on the training step. Ask the strategy "
         "that `resolve(context)` returns"
@@ -40,11 +43,11 @@ def not_resolved(strategy: GradStrategy) -> ValueError:
 
 
 def told_place(context: Context, who: str) -> int:
-    """Return which of its model's equilibria this is; 0 where nobody knows.
+    """Return which of its model's equilibria this is, from 0; 0 where nobody knows.
 
     Args:
-        context: of the strategy.
-        who: needs it, as a spec.
+        context: the context of the strategy.
+        who: the spec of the strategy that needs the place, for the warning.
 
     Warns:
         ConvergenceWarning: once, if the step is known and the place is not, as after the
@@ -63,11 +66,11 @@ def told_place(context: Context, who: str) -> int:
 
 
 def told_call(context: Context, who: str) -> int:
-    """Return which call of its step an equilibrium is in; 0 where there is no memory that counts.
+    """Return which call of its step an equilibrium is in, from 0; 0 without a memory that counts.
 
     Args:
-        context: of the strategy.
-        who: needs it, as a spec.
+        context: the context of the strategy.
+        who: the spec of the strategy that needs the call, for messages.
 
     Warns:
         ConvergenceWarning: once, if the context has no memory.
@@ -93,12 +96,12 @@ def told_call(context: Context, who: str) -> int:
 
 
 def in_steps(when: int | float, context: Context, who: str) -> int:
-    """Return a point of training in steps; a float is a fraction of all of them.
+    """Return a point of training as a number of steps.
 
     Args:
-        when: a number of steps, or a fraction in (0, 1].
-        context: of the strategy.
-        who: asks, as a spec.
+        when: a number of steps; or a float, a fraction of training in (0, 1].
+        context: the context of the strategy.
+        who: the spec of the strategy that asks, for the error.
 
     Raises:
         ValueError: if it is a fraction, and nobody has told the length of training.
