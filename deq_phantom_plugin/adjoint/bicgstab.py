@@ -1,4 +1,10 @@
-"""The stabilised biconjugate gradient method."""
+"""The stabilised biconjugate gradient method (BiCGSTAB).
+
+The residual that the method carries along drifts from the true residual. So where the former says
+"solved", the true one is computed, and where that is above the tolerance the method starts again
+from there. No residual is followed below the rounding of F's own products: solves of more than a
+few iterations measure that, with one product.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +23,6 @@ def bicgstab(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
 
     Source: van der Vorst 1992, "Bi-CGSTAB". Costs two products per iteration. Memory holds six
     vectors per sample, however many iterations there are.
-
-    The residual that the method carries along drifts from the true residual. So where the former
-    says "solved", the true one is computed, and where that is above `tol` the method starts again
-    from there. No residual is followed below the rounding of F's own products: solves of more than
-    a few iterations measure that, with one product.
 
     Args:
         apply: x -> J^T x, on rows of shape (B, D).
