@@ -5,13 +5,12 @@ What is solved, per sample: (I - J^T) x = v, where x and v have D elements.
 1. Arnoldi's iteration (Arnoldi 1951) makes an orthonormal basis V, shape (D, m), of the vectors
    v, J^T v, ..., (J^T)^(m-1) v. It also makes H = V^T J^T V, shape (m, m).
 2. A Neumann series of k <= m terms is a combination of these vectors, whatever its damping. So it
-is
-   V y, and y, of shape (m,), follows from H alone: y <- e_0 + ((1 - lam) I + lam H) y, up to
-   factors. A series of more terms is that of H in place of J^T. It is as good an approximation as
+   is V y, and y, of shape (m,), follows from H alone: y <- e_0 + ((1 - lam) I + lam H) y, up to a
+   factor. A series of more terms is that of H in place of J^T. It is as good an approximation as
    the solution in this space is.
 3. Each iterate of GMRES, and so each looser solve, is V y too, with a y from H alone (`gmres`).
 4. The eigenvalues of H (Ritz values) are those of J, as far as v sees them.
-5. Cosines of V y and V y' are those of y and y', since V is orthonormal.
+5. The cosine of V y to the solution x is y . (V^T x) / (|y| |x|), since V is orthonormal.
 """
 
 from __future__ import annotations

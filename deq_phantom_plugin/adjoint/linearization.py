@@ -168,8 +168,7 @@ def mixes_samples(graph: Linearization, packing: Packing) -> bool:
     """Whether F mixes rows of a packing, which were said to be independent samples.
 
     1. Every row gets a word of n bits. For each bit one product J^T e is taken, of an e that is
-    zero
-       in all rows whose bit is not set. A number in one of these rows then comes from another
+       zero in all rows whose bit is not set. A number in one of these rows then comes from another
        sample.
     2. n / 2 bits of each word are set, so that no word covers another. So every pair of rows is
        parted in both directions (Sperner 1928; a completely separating system, Dickson 1969). That

@@ -92,7 +92,7 @@ class Tracker:
     Args:
         start: the tensors of the initial state.
         batch_dim: the dimension of each tensor along which samples lie; None where they are
-        coupled.
+            coupled.
         like: a tensor of the dtype and device of the norms. Its first dimension counts samples.
         stopping: when the solve stops.
         first_step: the number of the first iteration.
