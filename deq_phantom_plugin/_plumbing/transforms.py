@@ -21,7 +21,7 @@ Leaves = list[Any]
 """Tensors, or None where there is no gradient."""
 
 Adjoint = Callable[[list[Tensor]], Leaves]
-"""From the incoming gradient v, a tensor a leaf, to the g that is passed on to F."""
+"""From the incoming gradient v, one tensor per leaf, to the g that is passed on to F."""
 
 
 def in_torch_func() -> bool:

@@ -50,7 +50,7 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
     - `chosen_cosine`, `chosen_cost`: of what `auto` had chosen, as `dpp.report_choice` tells it,
       from the first log after its first measurement;
     - `clipped`: products that `clip` of `npg` or `ift` has shortened in this backward pass, each
-      counted once a sample, from the first log in which there is one.
+      counted once per sample, from the first log in which there is one.
 
     Training is the same bit for bit with and without it: weights, `.grad`, random state and the
     buffers of all modules in F, as batch norms have them, are left as they were, and between logs F

@@ -63,7 +63,7 @@ class Problem:
         return Packing(flatten(self.equilibrium)[0], self.context.sample_dim)
 
     def cotangent(self, state: State) -> list[Tensor]:
-        """Return v = dL/dh at a state, a tensor a leaf.
+        """Return v = dL/dh at a state, one tensor per leaf.
 
         Raises:
             ValueError: if the loss is not a scalar that depends on the state.
@@ -177,7 +177,7 @@ class Problem:
 
         Args:
             lams: damping factors.
-            max_iter: the most products a factor.
+            max_iter: the largest number of products per factor.
         """
         found = spectral_radius(
             self.func,
