@@ -1,4 +1,4 @@
-"""Equilibrium: a solve of one's own as a module, its solver and its gradient chosen by name."""
+"""Equilibrium: a solve of your own as a module, with its solver and gradient chosen by name."""
 
 from __future__ import annotations
 
@@ -53,47 +53,47 @@ class Equilibrium(Attaching):
         self.equilibrium = dpp.Equilibrium(grad="npg(k=9)", tol=1e-4)  # in a model
         h = self.equilibrium(func, h0)  # in its forward
 
-    A module without parameters, so that `dpp.set_grad`, `dpp.set_step`, `dpp.monitor` and
-    `dpp.model_report` find it in the model; in the `state_dict` it has one number, the step.
+    It is a module without parameters. `dpp.set_grad`, `dpp.set_step`, `dpp.monitor` and
+    `dpp.model_report` find it in the model. In the `state_dict` it has one number, the step.
 
     A strategy that owns the solve (bptt, reversible) begins at h0, and no other solve is made. In
     evaluation mode, and under `torch.no_grad`, the equilibrium carries no gradient.
 
     Args:
         solver: "anderson", "broyden" or "fixed_point", those of `deq_phantom_plugin.forward`; or a
-            function (func, start) -> state of your own, called without autograd, which may also
-            return a `ForwardSolution`.
+            function (func, start) -> state of your own. It is called without autograd, and may
+            also return a `ForwardSolution`.
         grad: the gradient, a spec of `get_strategy`. `shine` needs `solver="broyden"`.
-        max_iter: the most iterations, 50 by default; a function has its own.
+        max_iter: the largest number of iterations, 50 by default; a function has its own.
         tol: the relative residual to reach in every sample, 1e-3 by default. A function has its
-            own; given all the same, its result is judged by it.
-        batch_dim: see `Context.batch_dim`. Where samples are coupled the batch is solved as one;
-            by default that is found out at the first equilibrium in training.
+            own. If you give a `tol` too, the function's result is judged by it.
+        batch_dim: see `Context.batch_dim`. Where samples are coupled the batch is solved as one.
+            By default that is found out at the first equilibrium in training.
         grad_in_eval: whether the gradient is attached in evaluation mode too, for forces, saliency
             maps and attacks.
-        steps: the number of evaluations of a loop that takes the place of a solver, as recursive
-            models have it, or a distribution of it, see `Depth`, of which evaluation mode takes the
-            mean: see `dpp.loop`. It looks at no residual.
-        compile: whether F is compiled for the solve and for strategies that go through a graph of
-            it once (`upg`, `tbptt`, `jfb`, `bptt`), or a mode of `torch.compile`; others take F as
-            it was written, see docs/howto/compile.md.
-        solve_dtype: "bfloat16" or "float16" for a solver of that name whose evaluations but the
-            last ones are under autocast; residual and gradient are F's own. See
+        steps: the number of evaluations of a loop in place of a solver, as in recursive models, see
+            `dpp.loop`; or a distribution of it, see `Depth`, of which evaluation mode takes the
+            mean. A loop looks at no residual.
+        compile: whether F is compiled, or a mode of `torch.compile`. The solve runs compiled, and
+            so do strategies that go through a graph once (`upg`, `tbptt`, `jfb`, `bptt`). Others
+            run F as it was written, see docs/howto/compile.md.
+        solve_dtype: "bfloat16" or "float16" for evaluations under autocast, all but the last ones.
+            Residual and gradient are F's own. It goes with a solver by name, see
             docs/howto/solvers.md.
         process_group: see `Context.process_group`.
         warm_start: "sample" for solves in training that begin at the latest equilibrium of the same
-            samples, whose numbers each call is told, see `dpp.SampleStarts` and
+            samples. Each call is then told their numbers, see `dpp.SampleStarts` and
             docs/howto/solvers.md.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
         memory: what the strategy keeps between steps, see `Memory`.
-        steps: as it was given. A strategy that owns the solve keeps the number that it was named
-            with: name it again where this is written.
+        steps: as it was given. A strategy that owns the solve keeps the number that it had when it
+            was named. If you change `steps`, name the strategy again.
         starts: what `warm_start` keeps, None without it; not saved, copied or pickled.
-        last: the last solve, None before the first; not saved, copied or pickled. Where the solver
-            does not tell the residual (a strategy that owns the solve, a function that returns a
-            state), it is from one more evaluation, which leaves no trace.
+        last: the last solve, None before the first. It is not saved, copied or pickled. Where the
+            solver does not tell the residual (a strategy that owns the solve, a function that
+            returns a state), one more evaluation does, which leaves no trace.
 
     Warns:
         ConvergenceWarning: once, if a solve stopped above `tol`.
@@ -101,7 +101,7 @@ class Equilibrium(Attaching):
             time; or if it is in evaluation mode where a gradient may be expected.
 
     Raises:
-        ValueError: if an argument is out of range; says what is accepted.
+        ValueError: if an argument is out of range. The message says what is accepted.
     """
 
     steps: int | Depth | None
@@ -110,8 +110,8 @@ class Equilibrium(Attaching):
         if name == "steps":
             if value is None and self.__dict__.get("steps") is not None:
                 raise ValueError(
-                    "steps=None of a loop, which has no solver; expected a number or a "
-                    "distribution, or make another Equilibrium"
+                    "steps=None: this Equilibrium was made as a loop, and has no solver; expected "
+                    "a number or a distribution, or make another Equilibrium"
                 )
             value = None if value is None else number_or_depth("steps", value)
         super().__setattr__(name, value)
@@ -148,15 +148,15 @@ class Equilibrium(Attaching):
             for name, value in of_solver.items():
                 if value is not None or solver != "anderson":
                     raise ValueError(
-                        f"steps={steps!r} beside solver={solver!r}, {name}={value!r}; a loop of so "
-                        "many evaluations has none of them"
+                        f"steps={steps!r} beside solver={solver!r}, {name}={value!r}: steps makes "
+                        f"a loop, which has no solver and no {name}; give steps, or the others"
                     )
         elif callable(solver):
             for name in ("max_iter", "solve_dtype"):
                 if of_solver[name] is not None:
                     raise ValueError(
-                        f"{name}={of_solver[name]!r} beside a function as solver, which has its "
-                        f"own; {name} goes with {', '.join(SOLVERS)}"
+                        f"{name}={of_solver[name]!r} beside a function as solver, which decides "
+                        f"that by itself; {name} goes with {', '.join(SOLVERS)}"
                     )
         elif solver in SOLVERS:
             self.max_iter = positive_int("max_iter", 50 if max_iter is None else max_iter)

@@ -20,8 +20,8 @@ class LastSolve:
     """The last solve of an `Equilibrium`; nothing in it carries an autograd graph.
 
     Attributes:
-        residual: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,); (1,) where they are one. None
-            of a loop of `steps`, which does not look: `dpp.model_report` and `dpp.monitor` tell.
+        residual: ||F(h) - h|| / ||F(h)|| per sample, shape (B,); (1,) where samples are coupled.
+            None for a loop of `steps`: ask `dpp.model_report` or `dpp.monitor`.
         nfe: evaluations of F that the solve took for the batch, an integer tensor of shape ().
     """
 
@@ -55,7 +55,7 @@ class Judge:
                 "solve of an Equilibrium",
                 f"the forward solve of a dpp.Equilibrium stopped{limit} above tol={tol} in {left} "
                 f"of {residual.numel()} samples: `last.residual` says where. Raise max_iter or "
-                "tol, or take another solver. Said once.",
+                "tol, or take another solver. This is said once.",
                 ConvergenceWarning,
             )
 
@@ -77,7 +77,7 @@ class Judge:
                 "another solve of an Equilibrium",
                 f"{grad!r} ends at a relative residual of {float(trained.max()):.1e}, above "
                 f"tol={tol}; without a gradient {solver!r} solves instead, and finds "
-                "another state than the one that is trained. To evaluate the same steps let "
-                "`solver` be a function of so many, as docs/howto/loop.md has it. Said once.",
+                "another state than the one that is trained. To evaluate the same state, let "
+                "`solver` be a function of as many steps (docs/howto/loop.md). This is said once.",
                 AssumptionWarning,
             )
