@@ -46,7 +46,7 @@ class MDEQ(nn.Module):
         compile: whether F is compiled, in the first step alone, or a mode of `torch.compile`, see
             docs/howto/compile.md.
         warm_start: "sample" for solves in training that begin at the latest equilibrium of the same
-            images, whose numbers each call is told, see `dpp.SampleStarts` and
+            images. Each call is then told their numbers, see `dpp.SampleStarts` and
             docs/howto/solvers.md.
         **deq_settings: for `torchdeq.get_deq`, unchanged; they override the published ones
             (f_solver, f_max_iter, f_tol, f_stop_mode, core, n_states, tau, ift, ...), and
