@@ -21,9 +21,10 @@ from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_int
 from .candidates import Runs
-from .choice import Log, Rule, shared
+from .choice import Rule, shared
 from .ift import IFT, stats_of
 from .measurement import Reference, reference
+from .noted import Log
 from .registry import Spec, get_strategy, register_strategy
 from .rescue import Rescue
 from .told import not_resolved
@@ -245,8 +246,18 @@ class _Measurement:
         numbers = shared(found.numbers(auto.budget, self._runs), found.v[0].device)
         if numbers.broken or not numbers.rows:
             return
-        choice, wanting = auto.rule.decide(numbers, self._log.last, step)
+        last = self._log.last
+        choice, wanting = auto.rule.decide(numbers, last, step)
         self._log.note(choice)
+        if last is not None and numbers.has_left(last):
+            warn_once(
+                "auto too late",
+                f"{auto!r}, step {step}: {last.spec}, as chosen in step {last.step}, does not "
+                "contract everywhere any more: gradients since then may have been wrong. "
+                f"{choice.spec} acts. Look more often, by a smaller `every`, or regularise the "
+                "Jacobian (dpp.jacobian_reg). Said once.",
+                ConvergenceWarning,
+            )
         if wanting:
             warn_once(
                 f"auto {choice.trouble}",
