@@ -30,7 +30,7 @@ from .rescue import Rescue
 from .told import not_resolved
 
 _FIRST = 8  # the part of `every` after which it looks again at first, and then twice as long
-_SOONER = 10  # times as often it looks where the state is not at its equilibrium
+_SOONER = 10  # times as often it looks where the state is off, but after so many steps at least
 
 
 @register_strategy("auto")
@@ -126,9 +126,10 @@ class Auto(GradStrategy):
         measured = log.measured
         if measured is None:
             return True
-        every = max(1, self.every // _SOONER) if log.is_off else self.every
-        if not log.is_off:  # what training changes most in its first steps
-            every = min(every, max(measured, math.ceil(every / _FIRST)))
+        if log.is_off:  # steps that look have one step's gradient, so that others are to be many
+            every = max(2, self.every // _SOONER, min(self.every, _SOONER))
+        else:  # what training changes most in its first steps
+            every = min(self.every, max(measured, math.ceil(self.every / _FIRST)))
         return step is not None and not measured < step < measured + every
 
     @property

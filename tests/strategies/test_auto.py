@@ -474,6 +474,16 @@ def test_away_from_the_equilibrium_it_looks_ten_times_as_often_for_ten_products(
     assert model.chosen.cosine >= 0.95
 
 
+@pytest.mark.filterwarnings("ignore:auto.*not at its equilibrium")
+@pytest.mark.parametrize(("every", "looks"), [(1, 20), (5, 8), (10, 4), (100, 4), (400, 1)])
+def test_away_from_the_equilibrium_most_steps_unroll_whatever_every_is(every, looks):
+    model = Linear(SPECTRA["0.5"], f"auto(every={every})")
+    far, measured = model.solved(model.inject.detach()) + 5, 0
+    for step in range(40):
+        measured += torch.equal(model.at(step, state=far), model.v)
+    assert measured == looks
+
+
 def test_the_damping_of_unrolled_steps_stays_while_they_contract():
     rule, first = Rule(0.95, None, True), None
     for radii, want in [
