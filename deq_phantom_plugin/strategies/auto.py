@@ -87,9 +87,10 @@ class Auto(GradStrategy):
         cosine: in (0, 1], what 90 % of the samples are to reach.
         every: steps from one measurement to the next, but for the first ones.
         methods: specs of strategies to choose among in place of these, also your own. Each is run
-            in the measuring step, with the same v, and judged by its cosine alone. Where `upg`
-            would act, it is the one of them that unrolls furthest, else the cheapest. None of them
-            may own its solve or change with the step.
+            in the measuring step, with the same v, and judged by its cosine alone; one that draws
+            in backward, as `npg_rr`, by one draw. Where `upg` would act, it is the one of them that
+            unrolls furthest; if none does, that of the highest cosine, or of the fewest products
+            where there is no reference. None of them may own its solve or change with the step.
         budget: the most products, backward passes through F with the one to the parameters: then
             the strategy of the highest cosine within it is taken, whatever `cosine` is. That may
             be `ift` with so many, which says once that it stops short of its `tol`.

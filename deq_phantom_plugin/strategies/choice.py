@@ -245,7 +245,7 @@ class Rule:
         if not trouble:
             share = f"{1 - found.supported:.0%} of the samples"
             trouble = f"{_NONE} {self._wish()}" if judged else f"{_POOR} in {share}"
-        other = self._otherwise(found, trouble, last)
+        other = self._otherwise(found, trouble, last, judged)
         cosine = other.cosine if judged and other.cosine >= -1 else None
         return Choice(step, other.spec, cosine, other.cost, trouble), True
 
@@ -278,7 +278,9 @@ class Rule:
             enough = enough or [now]
         return min(enough, key=lambda c: (c.cost, -c.cosine)) if enough else None
 
-    def _otherwise(self, found: Shared, trouble: str, last: Choice | None) -> Candidate:
+    def _otherwise(
+        self, found: Shared, trouble: str, last: Choice | None, judged: bool
+    ) -> Candidate:
         """Return what is taken where the rule has nothing to take."""
         unrolling = trouble.startswith((OFF, _OUTSIDE))
         if self.free:
@@ -290,7 +292,7 @@ class Rule:
         further = [c for c in within if c.unrolls]
         if unrolling and further:  # the further it goes, the nearer it gets
             return max(further, key=lambda c: c.evaluations)
-        if unrolling or not within:
+        if not within or (unrolling and not judged):
             return min(known, key=lambda c: c.products)
         return max(within, key=lambda c: c.cosine)
 

@@ -566,6 +566,20 @@ def test_where_no_damping_contracts_it_unrolls():
     assert model.chosen.spec == "upg(k=5, lam=0.5)"
 
 
+@pytest.mark.filterwarnings("ignore:auto.*no damping brings the radius below 1")
+@pytest.mark.parametrize(("budget", "want"), [("", "ift("), (", budget=3", "npg(k=2")])
+def test_where_no_damping_contracts_and_no_method_unrolls_the_best_acts(budget, want):
+    """A long series leads away there, and the reference still tells."""
+    model = Linear(
+        spectrum([1.4, *torch.linspace(-0.5, 0.5, 11).tolist()]),
+        f"auto(methods=['npg(k=9)', 'npg(k=2)', 'ift']{budget})",
+    )
+    model.at(0)
+    assert model.chosen.spec.startswith(want)
+    assert model.chosen.cosine == pytest.approx(cost(model.chosen.spec, model)[1], abs=1e-3)
+    assert cost("npg(k=9)", model)[1] < 0
+
+
 def test_the_radius_that_is_told_is_that_of_the_damped_map():
     """An eigenvalue of -1.4 is damped; the strategies' table says so too."""
     model = Linear(SPECTRA["-1.4"])
