@@ -122,7 +122,7 @@ class Auto(GradStrategy):
             if not Trial.depth():
                 _say_without_memory(self)
             return Measuring(self)
-        if step is None and not Trial.depth():
+        if step is None and memory.training and not Trial.depth():
             _say_untold(self)
         log = Log(memory, repr(self))
         if memory.training and self._is_due(log, step):
