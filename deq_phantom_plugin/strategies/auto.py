@@ -39,17 +39,17 @@ class Auto(GradStrategy):
     """The cheapest strategy whose gradient is good enough, measured anew every `every` steps.
 
     It measures at training step 0, at an eighth, a quarter and half of `every`, since a model
-    changes most at first, and then every `every` steps; where it begins later, at its first step
-    and then alike, each time after twice as many. There the backward pass takes the gradient v that
-    came in and solves (I - J^T) g = v by GMRES to 1e-4, or to 1e-3 where that takes more than 50
-    products: that step's gradient, and the reference. Its Krylov space, of up to 50 vectors and up
-    to 98 with those of a solve that goes on, holds what `npg` and `upg` of up to 50
-    terms with lam 1.0, 0.9, ... 0.1 and looser solves would have got, so that all of them are
-    judged without another product. Of those whose g has a cosine of at least `cosine` to the
-    reference's in at least 90 % of the samples (of more than 128, of 128 that are drawn) the
-    cheapest acts from the next step on; where there is none `ift`, which is said once. What acts
-    goes on until it falls below `cosine`, or one that costs at most 0.9 as much is above it by a
-    third of what is missing to 1: at a border nothing flutters.
+    changes most at first, and then every `every` steps. Where it begins later, at
+    step n, the next ones are after n steps more, 2 n, 4 n, but not sooner than after an eighth of
+    `every` nor later than after `every`. There the backward pass takes the gradient v that came in and solves (I - J^T) g = v by
+    GMRES to 1e-4, or to 1e-3 where that takes more than 50 products: that step's gradient, and the
+    reference. Its Krylov space holds what `npg` and `upg` of up to 50 terms with lam 1.0, 0.9, ...
+    0.1 and looser solves would have got, so that all of them are judged without another product. Of
+    those whose g has a cosine of at least `cosine` to the reference's in at least 90 % of the
+    samples (of more than 128, of 128 that are drawn) the cheapest acts from the next step on; where
+    there is none `ift`, which is said once. What acts goes on until it falls below `cosine`, or one
+    that costs at most 0.9 as much is above it by a third of what is missing to 1: at a border
+    nothing flutters.
 
     A series of more than one term is taken only where the map damped by its lam contracts, also if
     every 1 - mu, mu an eigenvalue of J, were 1.2 times as large: in 90 % of the samples (of more
@@ -72,16 +72,17 @@ class Auto(GradStrategy):
     Where more than 10 % of the samples are not, `upg` acts, with k = `budget`, else 5, and the
     least damping for which its steps contract. Whether that has changed is looked at ten times as
     often, but at most every tenth step (every `every` if that is less, and 2), for ten products;
-    the gradient of such a step is v itself, that of one step. Where no
-    damping brings the radius of lam J + (1 - lam) I below 1, steps lead away from the equilibrium:
-    `upg` too, the cheapest that is good enough if there is one.
+    the gradient of such a step is v itself, that of one step. Where no damping brings the radius of
+    lam J + (1 - lam) I below 1, steps lead away from the equilibrium: `upg` too, the cheapest that
+    is good enough if there is one.
 
     The step is told by `dpp.set_step(model, step)`; what was chosen, when and why is kept in the
     equilibrium's memory (`dpp.memory_state_dict`) and told by `dpp.report_choice(model)`. Several
     calls in one step measure once; all of them have the reference's gradient in that step. Several
     processes decide on numbers that they exchange once a measurement, in the default group, and
     must all measure: load a memory in all of them or in none. Without a memory nothing could be
-    kept, and the gradient is the reference's each time.
+    kept, and the gradient is the reference's each time. A measurement holds the vectors of its
+    solve: up to 50, as `ift` does, and up to 98 where it takes more products.
 
     Args:
         cosine: in (0, 1], what 90 % of the samples are to reach.
