@@ -39,9 +39,9 @@ class Auto(GradStrategy):
     """The cheapest strategy whose gradient is good enough, measured anew every `every` steps.
 
     It measures at training step 0, at an eighth, a quarter and half of `every`, since a model
-    changes most at first, and then every `every` steps. Where it begins later, at
-    step n, the next ones are after n steps more, 2 n, 4 n, but not sooner than after an eighth of
-    `every` nor later than after `every`. There the backward pass takes the gradient v that came in and solves (I - J^T) g = v by
+    changes most at first, and then every `every` steps. Where it begins at a later step n, it does
+    so again at 2 n, 4 n, ..., but each time after an eighth of `every` at least and `every` at
+    most. There the backward pass takes the gradient v that came in and solves (I - J^T) g = v by
     GMRES to 1e-4, or to 1e-3 where that takes more than 50 products: that step's gradient, and the
     reference. Its Krylov space holds what `npg` and `upg` of up to 50 terms with lam 1.0, 0.9, ...
     0.1 and looser solves would have got, so that all of them are judged without another product. Of
