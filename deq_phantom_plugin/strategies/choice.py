@@ -309,7 +309,7 @@ class Rule:
             return f"; {now.spec} does not contract everywhere any more"
         if now is None or self.budget is not None or not -1 < now.cosine < self.cosine:
             return ""
-        return f"; {now.spec} is at {now.cosine:.2f}"
+        return f"; {now.spec} is at {now.cosine:.3f}"
 
     def _wish(self) -> str:
         if self.budget is not None:
