@@ -183,11 +183,11 @@ class KrylovSpace:
         self._solution_norm = torch.linalg.vector_norm(x, dim=1).cpu().double()
         self._solution = torch.cat(basis.subtract_projection(x.clone()), dim=1).cpu().double()
 
-    def series_cosines(self, lams: Sequence[float], terms: int) -> Tensor:
-        """Return the cosines of damped Neumann series to the solution, shape (lams, terms, n).
+    def series(self, lams: Sequence[float], terms: int) -> tuple[Tensor, Tensor]:
+        """Judge damped Neumann series: their cosines to the solution, and how long they are.
 
-        Entry k - 1 of a factor is that of k terms. n counts the usable samples, at most 128 of
-        them.
+        Both are of shape (lams, terms, n). Entry k - 1 of a factor is that of k terms. n counts the
+        usable samples, at most 128 of them. Lengths are in those of the solution.
 
         Args:
             lams: the damping factors.
@@ -198,12 +198,14 @@ class KrylovSpace:
         factors = torch.tensor(lams, dtype=torch.float64, device="cpu")[:, None, None]
         start = torch.zeros_like(self._solution[at])
         start[:, 0] = 1
-        y, found = start.expand(len(lams), *start.shape), []
+        y, cosines, lengths = start.expand(len(lams), *start.shape), [], []
         for _ in range(terms):
-            found.append(self._cosine(y, at))
+            cosines.append(self._cosine(y, at))
+            lengths.append(torch.linalg.vector_norm(factors * y, dim=-1))
             image = torch.einsum("bij,lbj->lbi", square, y)
             y = start + (1 - factors) * y + factors * image
-        return torch.stack(found, dim=1)
+        unit = self._size[at] / self._solution_norm[at]
+        return torch.stack(cosines, dim=1), unit * torch.stack(lengths, dim=1)
 
     def iterate_cosines(self, tol: float, most: int) -> Tensor:
         """Return the cosines of GMRES's iterates to the solution, for at most 128 usable samples.

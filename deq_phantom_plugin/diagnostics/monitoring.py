@@ -20,7 +20,7 @@ from ..contract.state import flatten
 from ..hosts import find_equilibria, what_is_found
 from ..hosts.solve import Solve
 from ..strategies.arguments import positive_int
-from ..strategies.choice import choices
+from ..strategies.noted import choices
 from ..switch import failures
 from .measure.equilibria import named_equilibria
 from .measure.health import health
