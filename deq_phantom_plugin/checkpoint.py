@@ -11,19 +11,19 @@ from .contract.memory import Memory, check_leaf, is_dense
 from .strategies.noted import NOTED, check_kept
 from .switch import check_module
 
-# Names that DataParallel and averages, `torch.compile`, FSDP and activation checkpointing put in.
+# Names that wrappers add: DataParallel and averages, `torch.compile`, FSDP, and checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def memory_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return what a model's equilibria keep besides the step: warm starts, histories, failures.
 
-    None of it is in the model's `state_dict`, whose keys and shapes do not change in training. It
-    is this process's own, and is saved like that: `torch.save` beside the model, and
+    None of it is in the model's `state_dict`, whose keys and shapes do not change in training. Each
+    process has its own. Save it with `torch.save` beside the model, and load it with
     `torch.load(weights_only=True)`.
 
     Args:
-        model: the model, or one that wraps it (DDP, `torch.compile`); the names are the same.
+        model: the model, or a wrapper around it (DDP, `torch.compile`). The names are the same.
 
     Returns:
         Tensors and plain values, by the name of each `Memory` in the model.
@@ -32,17 +32,17 @@ def memory_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def load_memory_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Let a model's equilibria keep what those of another kept; all of it or nothing is loaded.
+    """Load what `memory_state_dict` returned. All of it is loaded, or nothing.
 
-    Afterwards a memory that `state` does not name keeps nothing besides the step.
+    A memory that `state` does not name keeps nothing but the step afterwards.
 
     Args:
-        model: the model, or one that wraps it.
-        state: what `memory_state_dict` has returned.
+        model: the model, or a wrapper around it.
+        state: what `memory_state_dict` returned.
 
     Raises:
-        ValueError: if it names a memory that the model does not have, or holds what none keeps;
-            names the key and what is accepted.
+        ValueError: if `state` names a memory that the model does not have, or holds a value that no
+            memory keeps. The message names the key and says what is accepted.
     """
     memories = _memories(model)
     if not isinstance(state, Mapping):

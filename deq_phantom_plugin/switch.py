@@ -23,20 +23,20 @@ def set_grad(module: nn.Module, spec: Spec | list[Spec], *, in_eval: bool | None
     """Switch every equilibrium inside a model to another strategy, in place, mid-training.
 
     Args:
-        module: the model; its equilibria are found through the installed hosts.
-        spec: the new strategy, see `get_strategy`; whatever the host takes as `grad` goes too.
-        in_eval: whether they attach in evaluation mode too, for forces, saliency maps and attacks;
-            None leaves that as it is.
+        module: the model. Its equilibria are found through the installed hosts.
+        spec: the new strategy, see `get_strategy`; or whatever else the host takes as `grad`.
+        in_eval: whether the equilibria attach in evaluation mode too, for forces, saliency maps and
+            attacks. None leaves that as it is.
 
     Returns:
-        How many equilibria were switched; 0 if the model has none.
+        The number of equilibria that were switched; 0 if the model has none.
 
     Warns:
-        UserWarning: if the model has none; says what would be found.
+        UserWarning: if the model has no equilibrium. It says what would be found.
 
     Raises:
-        ValueError: if the spec is invalid, or an equilibrium cannot attach in evaluation mode (or
-            cannot but do so); then nothing is switched.
+        ValueError: if the spec is invalid, or if `in_eval` asks for what a host cannot do. Then
+            nothing is switched.
         TypeError: if `module` is no `torch.nn.Module`.
     """
     found = find_equilibria(check_module(module))
@@ -57,16 +57,16 @@ def set_step(module: nn.Module, step: int, *, total: int | None = None) -> None:
     """Tell every equilibrium inside a model the training step (optimiser steps, from 0).
 
     Args:
-        module: the model, whole: equilibria are numbered in what is given here, and draw by their
-            numbers.
-        step: the step that the next forward pass belongs to.
-        total: how many steps there will be, for what goes by fractions of training; kept until
-            another is told.
+        module: the whole model. Equilibria are numbered in this module, and random depths are drawn
+            by these numbers.
+        step: the step to which the next forward pass belongs.
+        total: the length of training in steps, for schedules by fractions of training. It is kept
+            until another one is told.
 
     Warns:
-        UserWarning: once for a model that has neither an equilibrium nor a `Memory`; says what
+        UserWarning: once for a model that has neither an equilibrium nor a `Memory`. It says what
             would be found.
-        AssumptionWarning: once, if `step` is beyond the length that was told.
+        AssumptionWarning: once, if `step` is beyond the length of training.
 
     Raises:
         ValueError: if `step` is not a whole number of at least 0, or too large for a float64; if
@@ -84,7 +84,7 @@ def set_step(module: nn.Module, step: int, *, total: int | None = None) -> None:
         warn_once(
             "beyond the total",
             f"step={step} is beyond total={length}: what goes by fractions of training has been at "
-            "its end since then. Count optimiser steps in both. This is said once.",
+            "its end since then. Count optimiser steps in both numbers. This is said once.",
             AssumptionWarning,
         )
     if not memories and module not in _said:
@@ -97,7 +97,7 @@ def failures(module: nn.Module) -> dict[str, int]:
     """Return in how many samples solves have failed so far, as `guard` counted them.
 
     Args:
-        module: the model; all its equilibria are counted together.
+        module: the model. All its equilibria are counted together.
 
     Returns:
         The numbers of "forward" and "adjoint" failures.
@@ -108,7 +108,7 @@ def failures(module: nn.Module) -> dict[str, int]:
 
 
 def check_module(module: Any) -> nn.Module:
-    """Return what is a `torch.nn.Module`.
+    """Return `module` if it is a `torch.nn.Module`.
 
     Raises:
         TypeError: if it is none.

@@ -48,8 +48,8 @@ class Graph:
 
     Attributes:
         weight: as given; where it requires grad, products are differentiated with it.
-        has_added_loops: whether a normalisation has put its self-loops, one a node, after the edges
-            that are none.
+        has_added_loops: whether a normalisation has put its self-loops, one per node, after the
+            other edges.
         renew: computes the weights anew, None where they are those of the user. What they were
             computed by can be differentiated once.
 
@@ -84,8 +84,8 @@ class Graph:
         rtol = 100 * torch.finfo(old.dtype).eps
         if new.shape != old.shape or not torch.allclose(new, old, rtol=rtol, atol=0):
             raise ValueError(
-                "the weights of this Graph have changed since it was made, which fixed them; make "
-                "it anew, or pass edge_index and edge_weight in its place"
+                "the weights of this Graph have changed since it was made, and it holds the old "
+                "ones; make it anew, or pass edge_index and edge_weight in its place"
             )
         twin = copy.copy(self)
         twin.weight, twin.renew = weight, None
@@ -262,7 +262,7 @@ def parse_edges(edge_index: Any, edge_weight: Tensor | None, x: Tensor) -> Edges
     if edge_weight.shape != source.shape:
         raise ValueError(
             f"edge_weight has shape {tuple(edge_weight.shape)}; expected ({len(source)},), one "
-            "number an edge"
+            "number per edge"
         )
     return Edges(source, target, edge_weight.to(dtype), num_nodes)
 
@@ -288,9 +288,9 @@ def check_features(x: Any, channels: int) -> None:
         )
     if isinstance(x, torch.fx.Proxy):
         raise ValueError(
-            "x is a placeholder of torch.fx, which to_hetero traces models with; what is done here "
-            "depends on the graph and cannot be traced. A model whose layers are IGNNConv can be: "
-            "layers are not looked into"
+            "x is a placeholder of torch.fx, by which to_hetero traces models; what an IGNN does "
+            "depends on the graph, and cannot be traced. Make a model of IGNNConv layers: tracing "
+            "does not look into layers"
         )
     if not isinstance(x, Tensor):
         raise ValueError(

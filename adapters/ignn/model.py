@@ -219,7 +219,7 @@ def _check_batch(x: Tensor, batch: Tensor | None, batch_size: int | None) -> Non
             raise ValueError(f"batch_size={batch_size!r} without batch; expected the graph of each")
         return
     if batch.shape != (len(x),):
-        raise ValueError(f"batch has shape {tuple(batch.shape)}; expected ({len(x)},), one a node")
+        raise ValueError(f"batch has shape {tuple(batch.shape)}; expected ({len(x)},)")
     if len(x) and (batch.min() < 0 or (batch_size is not None and batch.max() >= batch_size)):
         least, most = int(batch.min()), int(batch.max())
         raise ValueError(

@@ -12,14 +12,14 @@ class MDEQConfig:
     """What an MDEQ is made of; branch 0 has the highest resolution, each next one half of it.
 
     Attributes:
-        channels: of the state, one number a branch.
-        head_channels: of the classifier's bottlenecks, one number a branch.
+        channels: the channels of the state, one number per branch.
+        head_channels: the channels of the classifier's bottlenecks, one number per branch.
         final_channels: features that the last linear layer sees.
         f_max_iter: iterations of the forward solve (F_THRES of the official files).
         f_solver: TorchDEQ's name of the forward solver.
         groups: of each GroupNorm; the last one of a branch has half as many.
         expansion: inner width of the residual blocks, in multiples of their channels.
-        blocks: residual blocks, one number a branch; empty for one in each.
+        blocks: the number of residual blocks, one per branch; empty for one block in each.
         downsample_times: halvings of the image before f, at most 2.
         dropout: probability of dropping a channel of a residual block.
 
@@ -42,11 +42,13 @@ class MDEQConfig:
         n = len(self.channels)
         object.__setattr__(self, "blocks", self.blocks or (1,) * n)
         if n < 2:
-            raise ValueError(f"channels={self.channels}; expected one number a branch, at least 2")
+            raise ValueError(
+                f"channels={self.channels}; expected one number per branch, at least 2 of them"
+            )
         for name in ("channels", "head_channels", "blocks"):
             numbers = getattr(self, name)
             if len(numbers) != n or min(numbers) < 1:
-                raise ValueError(f"{name}={numbers}; expected {n} positive numbers, one a branch")
+                raise ValueError(f"{name}={numbers}; expected {n} positive numbers, one per branch")
         if self.groups < 2 or self.groups % 2 or any(c % self.groups for c in self.channels):
             raise ValueError(
                 f"groups={self.groups} with channels={self.channels}; expected an even number "

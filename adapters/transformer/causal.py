@@ -161,10 +161,10 @@ def _smoothed(output: DEQCausalLMOutput, targets: Tensor, items: Any) -> Tensor 
     if items is not None and bool((counts != counts[0]).any()):
         warn_once(
             "regulariser beside smoothed labels",
-            "label smoothing takes the labels away from the model, so that in a part of a step the "
-            "Jacobian regulariser weighs rows by their tokens, while parts weigh by their labels: "
-            "with rows of several lengths and gradient accumulation it is not quite that of one "
-            "batch. Said once.",
+            "with label smoothing the model does not see the labels. So within part of a step the "
+            "Jacobian regulariser weighs rows by their tokens, while it weighs parts by their "
+            "labels. With rows of several lengths and gradient accumulation it differs a little "
+            "from that of one batch. This is said once.",
             AssumptionWarning,
         )
     return share_of_step(jac_loss, targets, items)

@@ -343,7 +343,7 @@ def _check_documents(cache: Any, before: int, tokens: Tokens) -> None:
     if before and getattr(cache, "several_documents", False) and not prepared:
         raise ValueError(
             "the cache holds rows of several documents, as position_ids said; expected a cache of "
-            "one document a row, or a prepared attention_mask"
+            "one document per row, or a prepared attention_mask"
         )
 
 

@@ -27,7 +27,7 @@ class ModelReport(Saved):
     Attributes:
         model: the model's class.
         loss: its value on the inputs.
-        reports: one for each solve of the forward pass, in its order.
+        reports: one report per solve of the forward pass, in the order of the solves.
     """
 
     model: str
@@ -53,14 +53,14 @@ def model_report(
     *,
     repeats: int = 3,
 ) -> ModelReport:
-    """Measure strategies on every equilibrium inside a model; see `gradient_report`.
+    """Measure strategies on every equilibrium inside a model, see `gradient_report`.
 
     The model runs once in training mode. Each equilibrium that it solves is then measured by
-    itself, with the dL/dh that the model's current gradient method sends it; that method gets a row
-    of its own. The gradient is that of all parameters which F depends on, those of the
-    injection included. What was compiled runs as it was written, since its derivatives are taken
-    more than once. The model, its buffers and those of all modules in F, `.grad` and the random
-    state are left as they were.
+    itself, with the dL/dh that the model's current gradient method sends it. That method gets a row
+    of its own. The gradient is that of all parameters on which F depends, also those of the
+    injection. What was compiled runs as it was written, since its derivatives are taken more than
+    once. The model, its buffers and those of all modules in F, `.grad` and the random state stay as
+    they were.
 
     Args:
         model: its equilibria are found through the hosts.
@@ -68,19 +68,22 @@ def model_report(
             arguments.
         loss: from what the model returns to a scalar.
         grads: specs of the strategies.
-        repeats: timed runs of each strategy, interleaved; their medians are reported.
+        repeats: the number of timed runs per strategy, interleaved. Their medians are reported.
 
     Raises:
-        ValueError: if the model has no equilibrium or no parameter that requires grad, refuses the
-            inputs, or the loss is not a scalar that depends on it; if a spec is invalid. A strategy
-            that fails on the way has its error in its row instead.
+        ValueError: if the model has no equilibrium, has no parameter that requires grad, or refuses
+            the inputs; if the loss is no scalar that depends on an equilibrium; if a spec is
+            invalid. A strategy that fails on the way has its error in its row instead.
     """
     strategies = [get_strategy(spec) for spec in grads]
     repeats = positive_int("repeats", repeats)
     found = named_equilibria(model)
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
-        raise ValueError(f"no parameter of {type(model).__name__} requires grad")
+        raise ValueError(
+            f"no parameter of {type(model).__name__} requires grad, so there is no gradient to "
+            "measure; call requires_grad_() on those that are trained"
+        )
     reports = []
     with left_as_it_was(model):
         value, solves = solved(model, found, inputs, loss)

@@ -29,48 +29,49 @@ from .measure.problem import Problem, inner_product
 DEFAULT_EVERY = 200
 
 Writer = Callable[[Mapping[str, float], int], Any]
-"""Takes numbers by name, and the step."""
+"""A function of numbers by name, and of the step."""
 
 
 def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monitor:
     """Log the health of every equilibrium inside a model while it trains.
 
-    Every `every` training steps, in the backward pass, under the equilibrium's name:
+    It logs every `every` training steps, in the backward pass, under the equilibrium's name:
 
-    - `forward_residual`: ||F(h) - h|| / ||F(h)||, the mean of the batch, as the host's solver has
-      it or else from one evaluation;
-    - `nfe`: evaluations of F that the solve took;
-    - `adjoint_residual`: ||v - (I - J^T) g|| / ||v|| of the g behind the model's own gradient;
-    - `spectral_radius`: rho(J), the largest of the batch, from at most 20 products;
-    - `cosine`: of the model's own dL/dtheta to that of a better reference, GMRES with at most 30
-      products, whose own residual is `reference_residual`. In a model that was compiled as a
-      whole, of the gradients of what F captures: those go through compiled code once, in training;
-    - `forward_failures`, `adjoint_failures`: samples in which solves have failed so far, as `guard`
-      counted them, once there is one;
-    - `chosen_cosine`, `chosen_cost`: of what `auto` had chosen, as `dpp.report_choice` tells it,
-      from the first log after its first measurement;
-    - `clipped`: products that `clip` of `npg` or `ift` has shortened in this backward pass, each
-      counted once per sample, from the first log in which there is one.
+    - `forward_residual`: ||F(h) - h|| / ||F(h)||, the mean of the batch. It comes from the host's
+      solver, or else from one evaluation.
+    - `nfe`: the evaluations of F that the solve took.
+    - `adjoint_residual`: ||v - (I - J^T) g|| / ||v|| of the g behind the model's own gradient.
+    - `spectral_radius`: rho(J), the largest of the batch, from at most 20 products.
+    - `cosine`: that of the model's own dL/dtheta to a better reference, GMRES with at most 30
+      products. In a model that was compiled as a whole it is the cosine of the gradients of what F
+      captures, since these go through compiled code once, in training.
+    - `reference_residual`: the residual of that reference.
+    - `forward_failures`, `adjoint_failures`: the samples in which solves have failed so far, as
+      `guard` counted them; from the first failure on.
+    - `chosen_cosine`, `chosen_cost`: those of what `auto` had chosen, as `dpp.report_choice` tells
+      them; from the first log after its first measurement.
+    - `clipped`: the products that `clip` of `npg` or `ift` has shortened in this backward pass,
+      each counted once per sample; from the first log in which there is one.
 
-    Training is the same bit for bit with and without it: weights, `.grad`, random state and the
-    buffers of all modules in F, as batch norms have them, are left as they were, and between logs F
-    is not evaluated once more. Only hooks on modules and parameters are called for the
-    evaluations and products of a measurement too. What was compiled is measured as it was written;
-    parameters whose gradient comes to F through compiled code are left out, with a warning.
-    The step is that of `dpp.set_step`; where it was never called, training forward passes are
-    counted instead.
+    Training is the same bit for bit with and without it. Weights, `.grad`, random state and the
+    buffers of all modules in F stay as they were, and between logs F is not evaluated once more.
+    Only hooks on modules and parameters are called for a measurement too. What was compiled is
+    measured as it was written. Parameters whose gradient comes to F through compiled code are left
+    out, with a warning. The step is that of `dpp.set_step`. Where nobody called it, forward passes
+    in training are counted instead.
 
     Args:
-        model: its equilibria are found through the hosts.
+        model: the model. Its equilibria are found through the hosts.
         writer: TensorBoard's `SummaryWriter`, or a callable (numbers by name, step), such as
             `wandb.log`.
-        every: steps from one log to the next.
+        every: the steps from one log to the next.
 
     Returns:
-        A handle: `remove()` ends it, and so does leaving it as a `with` block.
+        A handle. `remove()` ends the monitor, and so does the end of a `with` block.
 
     Warns:
-        UserWarning: if the model has no equilibrium; says what would be found, and logs nothing.
+        UserWarning: if the model has no equilibrium. It says what would be found; nothing is
+            logged.
 
     Raises:
         ValueError: if `every` is not a whole number of at least 1, or `writer` is neither.
@@ -98,7 +99,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         self._ends = list(ends)
 
     def remove(self) -> None:
-        """End the monitor; idempotent."""
+        """End the monitor. Twice is as good as once."""
         while self._ends:
             self._ends.pop()()
 

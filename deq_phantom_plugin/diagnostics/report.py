@@ -60,26 +60,26 @@ def gradient_report(
 
     Random state, and the buffers of all modules that run in F, are left as they were.
 
-    The reference is a dense solve up to 1024 elements a sample, else GMRES to a relative residual
-    of 1e-8 (or ten roundings of the state's dtype, if that is more), and if that stalls again
-    dense where the matrices fit into 1 GiB. Its own residual is shown.
+    The reference is a dense solve up to 1024 elements per sample. Beyond, it is GMRES to a relative
+    residual of 1e-8, or ten roundings of the state's dtype if that is more. Where GMRES stalls, it
+    is a dense solve again, if the matrices fit into 1 GiB. The residual of the reference is shown.
 
-    A `func` that was compiled is measured as it was written, since compiled code is differentiated
-    once; so are the times.
+    A `func` that was compiled is measured as it was written, since compiled code can be
+    differentiated once only. Its times are of that code too.
 
     Args:
         func: F, from a state to a state of the same structure, as for `dpp.attach`.
         equilibrium: h*, detached.
         loss: from a state to a scalar.
-        params: tensors to differentiate with respect to: those that F captures, or is built
-            from. Only the gradient that flows through the equilibrium counts; nothing is added to
+        params: the tensors to differentiate with respect to: those that F captures, or is built
+            from. Only the gradient that flows through the equilibrium counts. Nothing is added to
             their `.grad`.
         grads: specs of the strategies.
         context: what the strategies may know, such as `batch_dim`, which is found out by default.
-        repeats: timed runs of each strategy, interleaved; their medians are reported.
+        repeats: the number of timed runs per strategy, interleaved. Their medians are reported.
         second_order: whether to compare second derivatives as well: the gradient of <dL/dtheta, w>
-            for a random w, with that of `ift(higher_order=True)`. Not all strategies have one, and
-            that of `upg` and `jfb` is the surrogate's.
+            for a random w, with that of `ift(higher_order=True)`. Not all strategies have one.
+            That of `upg` and `jfb` is the derivative of their own steps.
 
     Returns:
         The report: a table when printed, `save_json`, `save_html`.

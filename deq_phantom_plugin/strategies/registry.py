@@ -21,13 +21,13 @@ from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 
 Spec: TypeAlias = str | Mapping[str, Any] | GradStrategy | type[GradStrategy] | Callable[..., State]
-"""Whatever names a strategy: "upg", "upg(k=5, lam=0.5)", {"name": "upg", "k": 5}, a
-`GradStrategy`, or a callable (func, equilibrium, context) -> state."""
+"""What names a strategy: "upg", "upg(k=5, lam=0.5)", {"name": "upg", "k": 5}, a `GradStrategy`, or
+a callable (func, equilibrium, context) -> state."""
 
 _S = TypeVar("_S", bound=type[GradStrategy])
 
 _registered: dict[str, type[GradStrategy]] = {}
-# What a host fills in for arguments that a spec leaves out, also in specs inside that spec.
+# Values from a host for arguments that a spec leaves out, also in specs inside that spec.
 _defaults: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
     "defaults", default=MappingProxyType({})
 )
@@ -39,16 +39,16 @@ _DEEPEST = 10
 def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]:
     """Register a strategy class under a name; a decorator.
 
-    Files that hold such strategies load with `torch.load(weights_only=True)` from then on, if what
-    their fields hold does.
+    From then on `torch.load(weights_only=True)` takes files that hold such strategies, if it takes
+    the values of their arguments.
 
     Args:
         name: a lower-case identifier.
-        replace: whether it may take over a name that is registered already.
+        replace: whether the class may take over a name that is registered already.
 
     Raises:
         ValueError: if the name is taken or no lower-case identifier.
-        TypeError: if what is decorated is not a subclass of `GradStrategy` with an `attach`.
+        TypeError: if the decorated class is no subclass of `GradStrategy` with an `attach`.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
         raise ValueError(f"name={name!r}; expected a lower-case identifier such as 'my_method'")
@@ -76,8 +76,8 @@ def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]
 def list_strategies() -> list[str]:
     """Return the sorted names of all strategies: built in, registered, and from entry points.
 
-    Entry points of the group `deq_phantom_plugin.strategies` are loaded here; a broken one
-    is left out, with a warning that says why.
+    Entry points of the group `deq_phantom_plugin.strategies` are loaded here. A broken one is left
+    out, with a warning that says why.
     """
     for name in entry_points.names(entry_points.STRATEGIES):
         try:
@@ -91,8 +91,8 @@ def strategy_class(name: str) -> type[GradStrategy]:
     """Return the class registered under a name.
 
     Raises:
-        ValueError: if there is none; lists the names there are.
-        ImportError: if its entry point is broken.
+        ValueError: if there is none. The message lists the names there are.
+        ImportError: if the entry point of that name is broken.
     """
     if name not in _registered and name in entry_points.names(entry_points.STRATEGIES):
         loaded = entry_points.load(entry_points.STRATEGIES, name)
@@ -117,12 +117,12 @@ def get_strategy(spec: Spec, defaults: Mapping[str, Any] | None = None) -> GradS
         spec: "upg", "upg(k=5, lam=0.5)", {"name": "upg", "k": 5}, a `GradStrategy` (returned as
             it is), a `GradStrategy` class, or a callable with the signature of
             `GradStrategy.attach`.
-        defaults: values for arguments that the spec leaves out, used where the strategy has an
-            argument of that name; for hosts, which have settings of their own.
+        defaults: values for arguments that the spec leaves out, if the strategy has an argument of
+            that name. They are for hosts, which have settings of their own.
 
     Raises:
-        ValueError: if the spec does not parse, or names an unknown strategy or argument, or a value
-            is out of range; says what is accepted.
+        ValueError: if the spec does not parse, if it names an unknown strategy or argument, or if a
+            value is out of range. The message says what is accepted.
         ImportError: if the strategy's entry point is broken.
     """
     if isinstance(spec, GradStrategy):  # at once: a compiler does not follow what is below
