@@ -16,7 +16,7 @@ from ._plumbing.cached_weights import made_anew
 from ._plumbing.calls import Calls, Counted
 from ._plumbing.compilation import check_compile, compiled, never_compiled
 from ._plumbing.late_read import LateRead
-from ._plumbing.lockstep import active, evaluated, in_lockstep, in_turn
+from ._plumbing.lockstep import active, evaluated, in_lockstep, in_turn, part
 from ._plumbing.once import warn_once
 from ._plumbing.trial import Trial
 from ._plumbing.whole import Sharded
@@ -195,8 +195,7 @@ class Equilibrium(Attaching):
         if (sharded := Sharded.of(start)) is not None:
             func, begin = sharded.on_whole(func), sharded.whole(begin)
             start = sharded.whole(start)
-        group = self.process_group if sharded is None else sharded.group(self.process_group)
-        with in_lockstep(group):
+        with in_lockstep(self.process_group, () if sharded is None else sharded.holders):
             found = self._solved(func, begin, start)
         return found if sharded is None else sharded.parts(found)
 
@@ -282,9 +281,11 @@ class Equilibrium(Attaching):
             return begin, leaves[0].abs().new_zeros(0), context
         batch_dim = self._samples()
         solution = self._solution(in_solve, begin, context, batch_dim)
-        if attaches(self) and self._may_ask(solution):
-            # At the equilibrium: where the solve begins, J may be zero.
-            context = settled(context, CheckedFunc(func, begin), solution.state)
+        if attaches(self):
+            with part():
+                if self._may_ask(solution):
+                    # At the equilibrium: where the solve begins, J may be zero.
+                    context = settled(context, CheckedFunc(func, begin), solution.state)
             if context.batch_dim is None and solution.rel_lowest.numel() > 1:
                 solution = self._solution(in_solve, begin, context, None)
         context = replace(context, solver_result=solution)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ._plumbing.cached_weights import CachedWeights
 from ._plumbing.compilation import compiled
+from ._plumbing.lockstep import evaluated, in_lockstep
 from ._plumbing.transforms import in_forward_mode
 from .attach import attach, count
 from .contract.state import CheckedFunc, State, flatten, unflatten
@@ -119,9 +121,11 @@ def looped(
     unrolls = (strategy.hands_out_states and not strategy.owns_solve) or isinstance(strategy, BPTT)
     if free == 0 and unrolls and at is None:
         # An unrolled graph of all evaluations, which may go on into the first state's.
-        context = settled(context, growing, _detached(state), strategy.tells_samples_apart)
-        count(context)
-        return strategy.attach(growing, state, context)
+        asks = strategy.tells_samples_apart  # or all evaluate F equally often anyway
+        with in_lockstep(context.process_group) if asks else nullcontext():
+            context = settled(context, growing, _detached(state), asks)
+            count(context)
+            return strategy.attach(growing, state, context)
     return attach(func, _without_graph(growing, state, free), strategy, context)
 
 
@@ -193,7 +197,7 @@ class Growing:
         if self._checked is not None:
             return self._checked(state)
         self._weights.prepare()
-        image = self.func(state)
+        image = evaluated(self.func, state)
         self._checked = CheckedFunc(self.func, _grown(state, image), self._weights)
         return image
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,15 +23,20 @@ class Communication(AbstractContextManager["Communication"]):
     without such parameters are known by their type: FSDP's, and batch normalisation over processes.
     A collective that F calls by itself is not seen.
 
+    Args:
+        holders: processes that communicate anyway, by global ranks.
+
     Attributes:
         ranks: the processes among whom modules communicate, by global ranks; all where they do so
             in several groups, none where they do not.
         sharded: those that FSDP2 shards, in groups of their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, holders: Sequence[tuple[int, ...]] = ()) -> None:
         self.ranks: tuple[int, ...] = ()
         self.sharded: list[nn.Module] = []
+        for ranks in holders:
+            self._note(ranks)
 
     def __enter__(self) -> Communication:
         thread = threading.get_ident()

@@ -69,9 +69,7 @@ def hosts_of(ranks: tuple[int, ...]) -> Hosts | None:
 
 
 def ranks_of(group: Any) -> tuple[int, ...]:
-    """Return the global ranks of a process group, or what is such ranks."""
-    if isinstance(group, tuple):
-        return group
+    """Return the global ranks of a process group."""
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
 

@@ -241,8 +241,9 @@ class _Measurement:
         if measured is not None and (self._step is None or measured == step):
             self._count_again(measured)
             return  # by another call of this step
-        any_of(False)  # all processes have their reference: what follows they do alike
-        numbers = shared(found.numbers(auto.budget, self._runs), found.v[0].device)
+        own = found.numbers(auto.budget, self._runs)
+        any_of(False)  # all processes have theirs: what follows they do alike
+        numbers = shared(own, found.v[0].device)
         if numbers.broken or not numbers.rows:
             return
         choice, wanting = auto.rule.decide(numbers, self._log.last, step)
