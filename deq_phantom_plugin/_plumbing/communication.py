@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .compilation import hooks_unsaid
 from .sharding import is_sharded, meshes
 
 
@@ -35,6 +36,7 @@ class Communication(AbstractContextManager["Communication"]):
     def __init__(self, holders: Sequence[tuple[int, ...]] = ()) -> None:
         self.ranks: tuple[int, ...] = ()
         self.sharded: list[nn.Module] = []
+        self._stack = ExitStack()
         for ranks in holders:
             self._note(ranks)
 
@@ -48,11 +50,12 @@ class Communication(AbstractContextManager["Communication"]):
                 for ranks in map(tuple, map(sorted, _ranks(module))):
                     self._note(ranks)
 
-        self._handle = register_module_forward_pre_hook(look)
+        self._stack.enter_context(hooks_unsaid())
+        self._stack.callback(register_module_forward_pre_hook(look).remove)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._handle.remove()
+        self._stack.close()
 
     def _note(self, ranks: tuple[int, ...]) -> None:
         if set(ranks) <= set(self.ranks) or len(ranks) < 2:
