@@ -167,6 +167,8 @@ class GradStrategy(ABC):
         accepts_nonfinite: whether it can begin at a state that holds NaN or infinity.
         tells_samples_apart: whether its gradient depends on `context.batch_dim`. Where it does not,
             nobody need find out whether samples are coupled.
+        exchanges: whether its backward pass exchanges numbers with other processes, so that it has
+            to be reached in all of them.
         hands_out_states: whether `states` is there.
         steps_ahead: evaluations of F by which the value that `attach` returns is ahead of the
             equilibrium it was given, 1 for F(h*); hosts whose solve has a fixed length take as
@@ -194,6 +196,11 @@ class GradStrategy(ABC):
     def tells_samples_apart(self) -> bool:
         """Whether its gradient depends on which samples are independent: yes, unless it says no."""
         return True
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether its backward pass has to be reached in all processes."""
+        return False
 
     @property
     def hands_out_states(self) -> bool:

@@ -188,6 +188,11 @@ class Measuring(GradStrategy):
         """See `Auto`."""
         return self.auto.wants_inverse_jacobian
 
+    @property
+    def exchanges(self) -> bool:
+        """Yes: what all processes have measured."""
+        return True
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         graph = Linearization(func, equilibrium, self.auto)
