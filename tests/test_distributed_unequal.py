@@ -51,6 +51,24 @@ def test_a_solve_inside_of_f(found, outside):
     assert_one(found[f"nested | {outside}"])
 
 
+@pytest.mark.parametrize("name", ["accumulated", "adaptive", "kept", "offloaded"])
+def test_ways_of_fsdp2(found, name):
+    assert_one(found[name])
+
+
+def test_an_error_that_all_processes_catch_leaves_nothing_behind(found):
+    from torch.distributed.fsdp import FSDPModule
+
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        pytest.skip("FSDP2 of this PyTorch does not go on after an error")
+    assert_one(found["caught"])
+
+
+def test_weights_that_are_sharded_over_one_process(tmp_path):
+    """Products in the middle of its forward pass leave them there."""
+    assert_one(launched(tmp_path / "one.json", 1, ["adaptive"], driver=DRIVER)["adaptive"])
+
+
 @pytest.mark.parametrize("name", ["split loop | batch", "three states", "all states"])
 def test_states(found, name):
     assert_one(found[name])

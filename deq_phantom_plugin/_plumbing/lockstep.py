@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .communication import Communication
 from .compilation import eager, may_be_compiled
 from .exchange import Hosts, hosts_of, known_hosts, ranks_of
-from .sharding import Unfinished
+from .sharding import Unfinished, may_be_sharded
 from .transforms import in_torch_func
 from .trees import State, flatten, unflatten
 from .trial import Trial
@@ -101,8 +101,12 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     @property
     def is_on(self) -> bool:
-        """Whether operations are to go through it: F communicates, or nobody knows yet."""
-        return self._depth > 0 and not (self._known and self._hosts is None)
+        """Whether operations are to go through it: F communicates, or nobody knows yet.
+
+        Products of an F that FSDP2 shards do, also where it is sharded over one process.
+        """
+        alone = self._known and self._hosts is None and not self._sharded
+        return self._depth > 0 and not alone
 
     @property
     def communicates(self) -> bool:
@@ -186,12 +190,13 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     def _wait_for(self, wanted: int) -> int:
         """Stand in for what others do, until it is the turn for what is wanted."""
-        while True:
+        while self._hosts is not None:
             turn = self._agreed(wanted)
             if turn == wanted or (turn >= Turn.MEET and turn // 2 == wanted // 2):
                 return turn
             if turn < Turn.MEET:
                 self._stand_in(Turn(turn))
+        return wanted
 
     def _agreed(self, wanted: int) -> int:
         """Return what is done next."""
@@ -286,7 +291,7 @@ _entered = _Entered()
 def in_lockstep(
     told: Any = "auto", holders: Sequence[tuple[int, ...]] = ()
 ) -> AbstractContextManager[Any]:
-    """Return what to enter for a solve: nothing where there is one process, or it is compiled.
+    """Return what to enter for a solve: nothing where one process is alone, or it is compiled.
 
     Args:
         told: see `Lockstep`.
@@ -296,7 +301,7 @@ def in_lockstep(
         return nullcontext()
     if not (dist.is_available() and dist.is_initialized()) or in_torch_func():
         return nullcontext()
-    if dist.get_world_size() == 1:
+    if dist.get_world_size() == 1 and not may_be_sharded():
         return nullcontext()
     around = _entered.stack[-1] if _entered.stack else None
     if around is not None and not around.busy:

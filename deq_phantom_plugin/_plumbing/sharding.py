@@ -49,6 +49,11 @@ class Unfinished(AbstractContextManager["Unfinished"]):
         self._kept.clear()
 
 
+def may_be_sharded() -> bool:
+    """Whether any module may be, in a process that is perhaps the only one."""
+    return "torch.distributed.fsdp" in sys.modules
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 shards a module in a group of its own."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -100,12 +100,43 @@ class Sampled(Net):
         return sum(self.out(state) for state in states) / len(states)
 
 
-def compared(made, *args, **options):
+def compared(made, *args, training=train, fsdp=None, **options):
     """How far a model that several processes train is from one trained on the joint batch."""
     alone = made(*args, **options)
-    both = sharded(copy.deepcopy(alone))
-    error = distance(train(both, part()), train(alone, slice(None)))
+    both = sharded(copy.deepcopy(alone), **(fsdp or {}))
+    error = distance(training(both, part()), training(alone, slice(None)))
     return {"error": error, "calls": everywhere(both.calls)}
+
+
+def accumulated(model, at):
+    """Train, two batches a step."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for number in range(4):
+        if hasattr(model, "set_requires_gradient_sync"):
+            model.set_requires_gradient_sync(number % 2 == 1)
+        dpp.set_step(model, number // 2)
+        x, y = data(number)
+        (model(x[at]) - y[at]).square().mean().backward()
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [whole(p.detach()) for p in model.parameters()]
+
+
+def caught(model, at):
+    """Train after errors in one process, in a solve and in backward, which all catch."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        for fails_at in (3, 30, 78):
+            model.calls, model.fails_at = 0, fails_at if dist.get_rank() == 1 else None
+            x, y = data(0)
+            try:
+                (model(x[at]) - y[at]).square().mean().backward()
+            except (ArithmeticError, RuntimeError):
+                model.reset_iter_state()  # or FSDP2 takes the weights of this step in the next
+            else:
+                raise AssertionError("nothing was raised")
+        model.fails_at = None
+    return train(model, at)
 
 
 def one_without(what, grad):
@@ -218,6 +249,8 @@ def looked():
 
 
 def cases():
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
     found = {}
     for grad in REPEATED:
         for use_reentrant in (True, False):
@@ -236,6 +269,16 @@ def cases():
         found[f"without samples | {grad}"] = functools.partial(one_without, "samples", grad)
     for what in ("samples", "gradient"):
         found[f"methods without {what}"] = functools.partial(one_without, what, METHODS)
+    offload = CPUOffloadPolicy(pin_memory=False)
+    for name, how in {
+        "kept": {"fsdp": {"reshard_after_forward": False}},
+        "offloaded": {"fsdp": {"offload_policy": offload}},
+        "accumulated": {"training": accumulated},
+        "caught": {"training": caught},
+        "adaptive": {},
+    }.items():
+        grad = "upg(lam='adaptive')" if name in ("adaptive", "kept") else "ift(tol=1e-10)"
+        found[name] = functools.partial(compared, Net, grad, **how)
     return found | {
         "states left out": functools.partial(compared, Sampled, **steps),
         "sequence and data": sequence_and_data,
