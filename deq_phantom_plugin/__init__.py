@@ -20,6 +20,7 @@ from .contract.state import State
 from .contract.strategy import BackwardStats, Context, GradStrategy
 from .diagnostics import gradient_report, model_report, monitor, report_choice, tune
 from .equilibrium import Equilibrium
+from .forward import SampleStarts
 from .hosts import disable, enable, enabled, register_host
 from .jacobian import jacobian_reg, spectral_radius
 from .loop import loop
@@ -69,6 +70,7 @@ __all__ = [
     "NonFiniteError",
     "Ramp",
     "Reversible",
+    "SampleStarts",
     "Schedule",
     "State",
     "attach",

@@ -27,21 +27,21 @@ def attach(
     """Return the equilibrium attached to autograd: backward yields the named gradient.
 
     Args:
-        func: F, from a state to a state of the same structure, shapes and dtypes;
-            differentiable in its argument and in all tensors it captures. Called under autograd,
-            with the state as its only argument.
+        func: F, from a state to a state of the same structure, shapes and dtypes. It is
+            differentiable in its argument and in all tensors that it captures. It is called under
+            autograd, with the state as its only argument.
         equilibrium: h* with h* = F(h*), detached: a tensor, or any nesting of tuples, lists and
-            dicts of tensors. For a strategy that owns the solve (bptt), where the solve begins.
+            dicts of tensors. A strategy that owns the solve (bptt) begins its solve here.
         grad: the strategy's spec, see `get_strategy`.
-        context: what else the strategy may know. By default whether the samples along dimension 0
-            are independent is found out, where the gradient depends on it (of the built-in
-            strategies: ift, exact, shine, guard and lam="adaptive"). Without a memory in the
-            context that is asked in every call, for two evaluations of F and some products with its
-            Jacobian (7 for 32 samples); with one, once.
+        context: what else the strategy may know. By default it is found out whether the samples
+            along dimension 0 are independent, if the gradient depends on it. Of the built-in
+            strategies that is so for ift, exact, shine, guard, auto, lam="adaptive" and clip. With
+            a memory in the context that is asked once, and without one in every call. It costs two
+            evaluations of F and some products with its Jacobian (7 for 32 samples).
 
     Returns:
-        A state like the equilibrium. Its values are F(h*) (ift, jfb, exact), h* (npg), or the last
-        step (upg, bptt); under `torch.no_grad` the equilibrium as it was given.
+        A state like the equilibrium. Its values are F(h*) (ift, jfb, exact, shine), h* (npg), or
+        the last step (upg, bptt). Under `torch.no_grad` it is the equilibrium as it was given.
 
     Warns:
         AssumptionWarning: once, if samples turn out to be coupled, or F is not the same map each
@@ -49,10 +49,10 @@ def attach(
 
     Raises:
         TypeError: if `context` is no `Context`.
-        ValueError: if the spec is invalid, the equilibrium carries a graph or holds NaN or Inf, or
-            `func` returns another structure, shape or dtype than it was given. On an accelerator a
-            NaN is refused by the call after, so that none waits for the device. Compiled code looks
-            at no numbers: there NaN goes on into the loss.
+        ValueError: if the spec is invalid, if the equilibrium carries a graph or holds NaN or Inf,
+            or if `func` returns another structure, shape or dtype than it was given. On an
+            accelerator the next call refuses a NaN, so that no call waits for the device. Compiled
+            code looks at no numbers, and a NaN goes on into the loss.
     """
     strategy = get_strategy(grad)
     context = Context() if context is None else context
@@ -96,7 +96,7 @@ def attach_states(
     strategy: GradStrategy,
     context: Context,
 ) -> Iterator[State]:
-    """Yield the states along the way of a strategy that hands them out; checked as in `attach`."""
+    """Yield the states on the way of a strategy that hands them out. Checks are as in `attach`."""
     check_equilibrium(equilibrium, finite=False)
     _check_finite(equilibrium, context)
     state = _ordinary(equilibrium)
@@ -117,19 +117,19 @@ def _check_finite(equilibrium: State, context: Context) -> None:
 
 
 def count(context: Context) -> None:
-    """Tell a memory that counts them that an equilibrium was attached."""
+    """Tell the memory, if it counts calls, that an equilibrium was attached."""
     if context.memory is not None and context.memory.counts:
         context.memory.count()
 
 
 def _ordinary(equilibrium: State) -> State:
-    """Return the state as a constant, with inference tensors copied: autograd cannot save those."""
+    """Return the state as a constant. Inference tensors, which autograd cannot save, are copied."""
     leaves, structure = flatten(equilibrium)
     return unflatten([ordinary(x) for x in as_constants(leaves)], structure)
 
 
 def _check_attached(strategy: GradStrategy, attached: State, state: State) -> None:
-    """Refuse what is no state like the one that the strategy was given."""
+    """Refuse a result that is no state like the one that the strategy was given."""
     (leaves, got), (like, want) = flatten(attached), flatten(state)
     if got != want:
         raise ValueError(f"{strategy!r} returned the structure {got}; expected {want}")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .contract.memory import Memory, check_leaf, is_dense
-from .strategies.choice import NOTED, check_kept
+from .strategies.noted import NOTED, check_kept
 from .switch import check_module
 
 # Names that DataParallel and averages, `torch.compile`, FSDP and activation checkpointing put in.

@@ -1,4 +1,4 @@
-"""Random numbers inside F: the same ones at every evaluation of a solve."""
+"""Random numbers inside F that are the same at every evaluation of a solve."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .contract.state import State, flatten
 class SameDraws:
     """F, which draws the same random numbers at every evaluation: those of the first.
 
-    A map that drops other units each time has no equilibrium. The first evaluation draws as it
-    would anyway; later ones begin with the random state in which that one began, and leave the
-    state as they found it. An F that draws nothing pays for one look at that.
+    A map that drops other units each time has no equilibrium. So the first evaluation draws as
+    usual. Later ones begin with the random state in which the first one began, and leave the random
+    state as they found it. An F that draws nothing costs one comparison of random states.
 
-    PyTorch's own generators are meant, the CPU's and that of the state's device. Compiled code
-    makes other numbers of the same random state, and products with the Jacobian are of F as it was
-    written: so is all of an F that draws.
+    It controls PyTorch's own generators: that of the CPU, and that of the state's device. Compiled
+    code makes other numbers from the same random state. Products with the Jacobian run F as it was
+    written, so an F that draws runs as it was written everywhere.
 
     Args:
-        func: F, for one solve and its backward.
+        func: F, for one solve and its backward pass.
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
@@ -49,7 +49,7 @@ class SameDraws:
         """Evaluate F, and find out whether it draws."""
         start = random_state(leaves)
         if torch.is_grad_enabled() and may_be_compiled():
-            # Whoever counts what autograd saves is to see one evaluation, as it will be again.
+            # Activation checkpointing counts what autograd saves, and must see one evaluation.
             buffers = Buffers()
             try:
                 with forked_rng(leaves), buffers.noting(), torch.no_grad():

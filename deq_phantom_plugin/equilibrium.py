@@ -1,10 +1,10 @@
-"""Equilibrium: a solve of one's own as a module, its solver and its gradient chosen by name."""
+"""Equilibrium: a solve of your own as a module, with its solver and gradient chosen by name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -15,16 +15,22 @@ from torch.utils._pytree import tree_map
 from ._plumbing.cached_weights import made_anew
 from ._plumbing.calls import Calls, Counted
 from ._plumbing.compilation import check_compile, compiled, never_compiled
-from ._plumbing.late_read import LateRead
 from ._plumbing.lockstep import active, evaluated, in_lockstep, in_turn, part
-from ._plumbing.once import warn_once
 from ._plumbing.trial import Trial
 from ._plumbing.whole import Sharded
 from .attach import count
-from .contract.errors import AssumptionWarning, ConvergenceWarning
 from .contract.state import CheckedFunc, State, check_equilibrium, check_like, flatten
 from .contract.strategy import BatchDim, Context, GradStrategy
-from .forward import ForwardSolution, anderson, broyden, check_solve_dtype, fixed_point
+from .forward import (
+    ForwardSolution,
+    Judge,
+    LastSolve,
+    anderson,
+    broyden,
+    check_solve_dtype,
+    fixed_point,
+)
+from .forward.warm_start import Samples, starts_of
 from .hosts.attaching import Attaching
 from .hosts.evaluation import attaches, watched
 from .hosts.solve import relative_residual
@@ -41,63 +47,53 @@ SOLVERS: Mapping[str, Callable[..., ForwardSolution]] = MappingProxyType(
 Solver = str | Callable[[Callable[[State], State], State], Any]
 
 
-@dataclass(frozen=True, eq=False)
-class LastSolve:
-    """The last solve of an `Equilibrium`; nothing in it carries an autograd graph.
-
-    Attributes:
-        residual: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,); (1,) where they are one. None
-            of a loop of `steps`, which does not look: `dpp.model_report` and `dpp.monitor` tell.
-        nfe: evaluations of F that the solve took for the batch, an integer tensor of shape ().
-    """
-
-    residual: Tensor | None
-    nfe: Tensor
-
-
 class Equilibrium(Attaching):
     """Solve h = F(h) without a graph, and attach the named gradient.
 
         self.equilibrium = dpp.Equilibrium(grad="npg(k=9)", tol=1e-4)  # in a model
         h = self.equilibrium(func, h0)  # in its forward
 
-    A module without parameters, so that `dpp.set_grad`, `dpp.set_step`, `dpp.monitor` and
-    `dpp.model_report` find it in the model; in the `state_dict` it has one number, the step.
+    It is a module without parameters. `dpp.set_grad`, `dpp.set_step`, `dpp.monitor` and
+    `dpp.model_report` find it in the model. In the `state_dict` it has one number, the step.
 
     A strategy that owns the solve (bptt, reversible) begins at h0, and no other solve is made. In
     evaluation mode, and under `torch.no_grad`, the equilibrium carries no gradient.
 
     Args:
         solver: "anderson", "broyden" or "fixed_point", those of `deq_phantom_plugin.forward`; or a
-            function (func, start) -> state of your own, called without autograd, which may also
-            return a `ForwardSolution`.
+            function (func, start) -> state of your own. It is called without autograd, and may
+            also return a `ForwardSolution`.
         grad: the gradient, a spec of `get_strategy`. `shine` needs `solver="broyden"`.
-        max_iter: the most iterations, 50 by default; a function has its own.
+        max_iter: the largest number of iterations, 50 by default; a function has its own.
         tol: the relative residual to reach in every sample, 1e-3 by default. A function has its
-            own; given all the same, its result is judged by it.
-        batch_dim: see `Context.batch_dim`. Where samples are coupled the batch is solved as one;
-            by default that is found out at the first equilibrium in training.
+            own. If you give a `tol` too, the function's result is judged by it.
+        batch_dim: see `Context.batch_dim`. Where samples are coupled the batch is solved as one.
+            By default that is found out at the first equilibrium in training.
         grad_in_eval: whether the gradient is attached in evaluation mode too, for forces, saliency
             maps and attacks.
-        steps: the number of evaluations of a loop that takes the place of a solver, as recursive
-            models have it, or a distribution of it, see `Depth`, of which evaluation mode takes the
-            mean: see `dpp.loop`. It looks at no residual.
-        compile: whether F is compiled for the solve and for strategies that go through a graph of
-            it once (`upg`, `tbptt`, `jfb`, `bptt`), or a mode of `torch.compile`; others take F as
-            it was written, see docs/howto/compile.md.
-        solve_dtype: "bfloat16" or "float16" for a solver of that name whose evaluations but the
-            last ones are under autocast; residual and gradient are F's own. See
+        steps: the number of evaluations of a loop in place of a solver, as in recursive models, see
+            `dpp.loop`; or a distribution of it, see `Depth`, of which evaluation mode takes the
+            mean. A loop looks at no residual.
+        compile: whether F is compiled, or a mode of `torch.compile`. The solve runs compiled, and
+            so do strategies that go through a graph once (`upg`, `tbptt`, `jfb`, `bptt`). Others
+            run F as it was written, see docs/howto/compile.md.
+        solve_dtype: "bfloat16" or "float16" for evaluations under autocast, all but the last ones.
+            Residual and gradient are F's own. It goes with a solver by name, see
             docs/howto/solvers.md.
         process_group: see `Context.process_group`.
+        warm_start: "sample" for solves in training that begin at the latest equilibrium of the same
+            samples. Each call is then told their numbers, see `dpp.SampleStarts` and
+            docs/howto/solvers.md.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
         memory: what the strategy keeps between steps, see `Memory`.
-        steps: as it was given. A strategy that owns the solve keeps the number that it was named
-            with: name it again where this is written.
-        last: the last solve, None before the first; not saved, copied or pickled. Where the solver
-            does not tell the residual (a strategy that owns the solve, a function that returns a
-            state), it is from one more evaluation, which leaves no trace.
+        steps: as it was given. A strategy that owns the solve keeps the number that it had when it
+            was named. If you change `steps`, name the strategy again.
+        starts: what `warm_start` keeps, None without it; not saved, copied or pickled.
+        last: the last solve, None before the first. It is not saved, copied or pickled. Where the
+            solver does not tell the residual (a strategy that owns the solve, a function that
+            returns a state), one more evaluation does, which leaves no trace.
 
     Warns:
         ConvergenceWarning: once, if a solve stopped above `tol`.
@@ -105,7 +101,7 @@ class Equilibrium(Attaching):
             time; or if it is in evaluation mode where a gradient may be expected.
 
     Raises:
-        ValueError: if an argument is out of range; says what is accepted.
+        ValueError: if an argument is out of range. The message says what is accepted.
     """
 
     steps: int | Depth | None
@@ -114,8 +110,8 @@ class Equilibrium(Attaching):
         if name == "steps":
             if value is None and self.__dict__.get("steps") is not None:
                 raise ValueError(
-                    "steps=None of a loop, which has no solver; expected a number or a "
-                    "distribution, or make another Equilibrium"
+                    "steps=None: this Equilibrium was made as a loop, and has no solver; expected "
+                    "a number or a distribution, or make another Equilibrium"
                 )
             value = None if value is None else number_or_depth("steps", value)
         super().__setattr__(name, value)
@@ -133,6 +129,7 @@ class Equilibrium(Attaching):
         compile: bool | str = False,
         solve_dtype: str | torch.dtype | None = None,
         process_group: Any = "auto",
+        warm_start: str | None = None,
     ) -> None:
         self.__dict__["steps"] = None if steps is None else number_or_depth("steps", steps)
         super().__init__(grad, batch_dim, grad_in_eval, process_group)
@@ -140,20 +137,26 @@ class Equilibrium(Attaching):
         self.compiles = check_compile(compile)  # `compile` is a method of modules
         check_solve_dtype(solve_dtype)
         self.solve_dtype = solve_dtype
-        of_solver = {"max_iter": max_iter, "tol": tol, "solve_dtype": solve_dtype}
+        self.starts = starts_of(warm_start)
+        of_solver = {
+            "max_iter": max_iter,
+            "tol": tol,
+            "solve_dtype": solve_dtype,
+            "warm_start": warm_start,
+        }
         if steps is not None:
             for name, value in of_solver.items():
                 if value is not None or solver != "anderson":
                     raise ValueError(
-                        f"steps={steps!r} beside solver={solver!r}, {name}={value!r}; a loop of so "
-                        "many evaluations has none of them"
+                        f"steps={steps!r} beside solver={solver!r}, {name}={value!r}: steps makes "
+                        f"a loop, which has no solver and no {name}; give steps, or the others"
                     )
         elif callable(solver):
             for name in ("max_iter", "solve_dtype"):
                 if of_solver[name] is not None:
                     raise ValueError(
-                        f"{name}={of_solver[name]!r} beside a function as solver, which has its "
-                        f"own; {name} goes with {', '.join(SOLVERS)}"
+                        f"{name}={of_solver[name]!r} beside a function as solver, which decides "
+                        f"that by itself; {name} goes with {', '.join(SOLVERS)}"
                     )
         elif solver in SOLVERS:
             self.max_iter = positive_int("max_iter", 50 if max_iter is None else max_iter)
@@ -168,14 +171,16 @@ class Equilibrium(Attaching):
         if tol is not None and not (_is_number(tol) and 0 <= tol < math.inf):
             raise ValueError(f"tol={tol!r}; expected a finite number of at least 0")
         self.last: LastSolve | None = None
-        self._late: tuple[torch.device, LateRead] | None = None
+        self._judge = Judge()
         self._own: Tensor | None = None  # residual of a strategy that owns the solve
 
     def strategy_of(self, spec: Spec) -> GradStrategy:
         """Return the strategy that a spec names here: one that owns a loop takes its steps."""
         return get_strategy(spec, None if self.steps is None else {"steps": self.steps})
 
-    def forward(self, func: Callable[[State], State], start: State) -> State:
+    def forward(
+        self, func: Callable[[State], State], start: State, samples: Samples | None = None
+    ) -> State:
         """Return the equilibrium, in a state like the initial one.
 
         Args:
@@ -183,11 +188,27 @@ class Equilibrium(Attaching):
                 `dpp.attach`.
             start: where the solve begins, h0: a tensor, or any nesting of tuples, lists and dicts
                 of tensors. Only a strategy that owns the solve sends a gradient to it.
+            samples: the number of each sample in the data set, shape (B,), for `warm_start`; not
+                looked at without it, or in evaluation mode.
 
         Raises:
             ValueError: if `start` is no state, or `func` or the solver returns something else; in
-                training also if what the solver returns is not finite.
+                training also if what the solver returns is not finite, and with `warm_start` if
+                `samples` are missing, or the strategy owns the solve.
         """
+        if self.starts is None or not self.training:
+            return self._found(func, start)
+        if (owner := self.solving(self.context(start))) is not None:
+            raise ValueError(
+                f"warm_start='sample' with {owner!r}, which is the gradient of its own steps from "
+                "the initial state; take a strategy that begins at an equilibrium, such as upg"
+            )
+        found = self._found(func, self.starts.begin(samples, start))
+        self.starts.keep(samples, found)
+        return found
+
+    def _found(self, func: Callable[[State], State], start: State) -> State:
+        """Do what `forward` does, from this start."""
         func, begin = compiled(func, self.compiles), tree_map(_detached, start)
         check_equilibrium(begin, finite=False)
         if self.steps is not None:
@@ -213,7 +234,7 @@ class Equilibrium(Attaching):
             self._note(func, tree_map(_detached, attached), None, counted.calls, context)
             return attached
         if self._own is not None and self.grad.resolve(context).owns_solve:
-            self._say_another_solve(self._own)
+            self._judge.judge_another(self._own, self.tol, self.grad, self.solver)
         in_solve: Callable[[State], State] = watched(self, counted)
         # Tensors of inference mode do not count their changes.
         in_inference = torch.is_inference_mode_enabled()
@@ -344,42 +365,15 @@ class Equilibrium(Attaching):
         self.last = LastSolve(residual, nfe)
         self._own = None if judged else residual
         if judged and self.tol and residual.numel() and not Trial.depth():
-            self._judge(residual, self.tol)
+            self._judge.judge(residual, self.tol, self.max_iter)
         return int(nfe)
 
-    @never_compiled
-    def _say_another_solve(self, residual: Tensor) -> None:
-        """Say once that what is evaluated is not what was trained."""
-        if self.tol and not Trial.depth() and bool((residual > self.tol).any()):
-            warn_once(
-                "another solve of an Equilibrium",
-                f"{self.grad!r} ends at a relative residual of {float(residual.max()):.1e}, above "
-                f"tol={self.tol}; without a gradient {self.solver!r} solves instead, and finds "
-                "another state than the one that is trained. To evaluate the same steps let "
-                "`solver` be a function of so many, as docs/howto/loop.md has it. Said once.",
-                AssumptionWarning,
-            )
-
-    def _judge(self, residual: Tensor, tol: float) -> None:
-        """Say once that a solve stopped short; on a GPU one solve later, without a wait."""
-        if self._late is None or self._late[0] != residual.device:
-            self._late = residual.device, LateRead(residual.device)
-        left = self._late[1].read(torch.count_nonzero(~(residual <= tol)))
-        if left:
-            limit = "" if self.max_iter is None else f" after max_iter={self.max_iter} iterations"
-            warn_once(
-                "solve of an Equilibrium",
-                f"the forward solve of a dpp.Equilibrium stopped{limit} above tol={tol} in {left} "
-                f"of {residual.numel()} samples: `last.residual` says where. Raise max_iter or "
-                "tol, or take another solver. Said once.",
-                ConvergenceWarning,
-            )
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "last": None, "_late": None, "_own": None}
+        return {**super().__getstate__(), "last": None, "_judge": Judge(), "_own": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        new = {"steps": None, "compiles": False, "solve_dtype": None}  # old pickles lack them
+        new = dict.fromkeys(("steps", "solve_dtype", "starts"))  # old pickles lack them
+        new["compiles"] = False
         super().__setstate__({**new, **state})
 
     def extra_repr(self) -> str:
@@ -387,6 +381,7 @@ class Equilibrium(Attaching):
         settings = ("max_iter", "tol", "batch_dim", "grad_in_eval", "steps", "solve_dtype")
         shown = [f"{name}={getattr(self, name)!r}" for name in settings]
         shown.append(f"compile={self.compiles!r}")
+        shown += [] if self.starts is None else ["warm_start='sample'"]
         return ", ".join([f"solver={self.solver!r}", f"grad={self.grad!r}", *shown])
 
 

@@ -29,32 +29,32 @@ from .contract.errors import AssumptionWarning
 from .contract.state import State, flatten
 from .contract.strategy import Context
 
-# Kernels on a GPU may add in another order each time. Where random state or a buffer moved, that is
-# measured, by two evaluations of the same; such pairs differ by chance, hence the factor. Without a
-# sign of chance it may be that of 16 bits inside F.
+# Kernels on a GPU may add in another order each time. Where random state or a buffer moved, this
+# rounding is measured by two evaluations with the same draws. The difference of such a pair varies,
+# hence the factor. Where nothing moved, a difference may be the rounding of 16 bits inside F.
 _ROUNDING, _ROUNDING_INSIDE = 8, 1e-3
 _EARLY, _EVERY = (8, 16, 32), 64  # uses at which the question is asked again
 _DEEPEST = 10  # wrappers around F
 _DRAWS = 16  # more evaluations of an F that has drawn, and returned the same
 
 REMEDY = (
-    "Draw masks once a solve (deq_phantom_plugin.draws.SameDraws(func), made anew in every forward "
-    "pass, does), or put what draws or updates in evaluation mode."
+    "Draw masks once per solve: give the solve deq_phantom_plugin.draws.SameDraws(func), a new one "
+    "in every forward pass. Or put the modules that draw or update in evaluation mode."
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What F was found to be.
+    """What was found out about F.
 
     Attributes:
-        coupled: whether samples depend on one another; None where there was but one.
-        difference: ||F(h) - F(h)|| / ||F(h)|| of two evaluations at one state, zero where rounding
-            can account for it.
-        reasons: module types in F that draw at random or update buffers, in words; only where
-            there is a difference.
-        modes: the modules that ran, and which of them were in training mode.
-        uses: how often this was relied on, one number that changes.
+        coupled: whether samples depend on one another; None where there was only one sample.
+        difference: the relative difference ||F(h) - F(h)|| / ||F(h)|| of two evaluations at one
+            state; zero where rounding explains it.
+        reasons: the types of the modules in F that draw at random or update buffers, in words. It
+            is empty where there is no difference.
+        modes: the modules that ran, and for each whether it was in training mode.
+        uses: how often this was relied on. The list holds one number, which changes.
     """
 
     coupled: bool | None
@@ -74,10 +74,11 @@ class Findings:
 
     @property
     def is_due(self) -> bool:
-        """Count a use, and tell whether it is time to ask again.
+        """Count a use, and return whether it is time to ask again.
 
-        Weights that begin at zero couple nothing yet, and dropout may be warmed up: the 8th use,
-        the 16th and 32nd, and every 64th, which is less than a percent of the work of the steps.
+        The answer may change: weights that begin at zero couple nothing yet, and dropout may be
+        warmed up. It is asked again at the 8th use, the 16th and the 32nd, and at every 64th. That
+        is less than a percent of the work of the steps.
         """
         if not self.are_current:
             return True
@@ -86,7 +87,7 @@ class Findings:
 
 
 def in_words(difference: float, reasons: Sequence[str]) -> str:
-    """Return what `Findings` say of a map that is not the same each time."""
+    """Return in words what `Findings` say about a map that is not the same each time."""
     known = "; ".join(reasons) or (
         "no module in it draws from PyTorch's generators or updates a buffer: it draws from "
         "another, or keeps state elsewhere"
@@ -99,29 +100,36 @@ def settled(
 ) -> Context:
     """Return a context whose `batch_dim` is a dimension or None, as strategies see it.
 
-    What is found is kept in the context's memory, once for each mode of the modules that run in F
-    and each structure of the state, whatever its sizes; without a memory it is asked in every call.
-    Costs two evaluations of F and, for B samples, n vector-Jacobian products with n choose n/2 at
-    least B: 4 for 6 samples, 7 for 32, 10 for 252. Random state and buffers stay as they were.
+    The context's memory keeps what is found, for each mode of the modules that run in F and for
+    each structure of the state. Sizes do not matter. Without a memory it is asked in every call.
+    That costs two evaluations of F and, for B samples, n vector-Jacobian products with n choose n/2
+    at least B: 4 for 6 samples, 7 for 32, 10 for 252. Random state and buffers stay as they were.
     Inside a transform of `torch.func` nothing is asked, and the state is one system.
 
     Args:
-        context: of the caller.
+        context: the context of the caller.
         func: F.
         equilibrium: h*, detached.
-        cares: whether the gradient depends on it; if not, nothing is evaluated.
+        cares: whether the gradient depends on `batch_dim`. If not, nothing is evaluated.
+
+    Warns:
+        AssumptionWarning: once, if samples turn out to be coupled, or F is not the same map each
+            time.
+
+    Raises:
+        ValueError: if `batch_dim` is a dimension that the state does not have.
     """
     leaves, structure = flatten(equilibrium)
     if context.batch_dim != "auto":
         _check_told(context.batch_dim, leaves)
         return context
     n_samples = batch_size(leaves, 0)
-    if n_samples is None:  # no dimension that counts samples
+    if n_samples is None:  # leaves have no dimension of samples in common
         return replace(context, batch_dim=None)
     if not cares:
         return replace(context, batch_dim=0)
     is_empty = n_samples == 0 or all(leaf.numel() == 0 for leaf in leaves)
-    if in_torch_func():  # where nobody can look; one system is right for any map
+    if in_torch_func():  # numbers are hidden there; one system is right for any map
         return replace(context, batch_dim=0 if is_empty else None)
     with part():
         if is_empty:
@@ -140,7 +148,7 @@ def _found(
     structure: str,
     rows: int,
 ) -> Findings:
-    """Return what is known of F, or is found out now."""
+    """Return what is known about F, or find it out now."""
     memory, key = context.memory, (structure, *_identity(func))
     known = None if memory is None else memory.findings.get((memory.training, *key))
     found: Findings | None = known
@@ -156,7 +164,7 @@ def _found(
 
 
 def _check_told(batch_dim: int | None, leaves: Sequence[Tensor]) -> None:
-    """Refuse a dimension that no leaf has; 0 is what counts nothing in a state of numbers."""
+    """Refuse a dimension that no leaf has. 0 is accepted for leaves without dimensions too."""
     most = max(leaf.dim() for leaf in leaves)
     if batch_dim and batch_dim not in range(-most, most):
         raise ValueError(
@@ -166,9 +174,9 @@ def _check_told(batch_dim: int | None, leaves: Sequence[Tensor]) -> None:
 
 
 def _identity(func: Any) -> tuple[Any, ...]:
-    """Return what tells maps apart that share a memory: F's code, and modules it closes over.
+    """Return what tells maps apart that share a memory: F's code, and the modules it closes over.
 
-    Closures are made anew in every step, and their code is not.
+    A closure is made anew in every step, and its code is not.
     """
     inside: list[Any] = []
     for _ in range(_DEEPEST):
@@ -187,7 +195,7 @@ def _identity(func: Any) -> tuple[Any, ...]:
 
 
 def _forget_the_dead(findings: dict[tuple[Any, ...], Any]) -> None:
-    """Drop what was found of maps whose modules are gone, as of one made anew in each step."""
+    """Drop what was found about maps whose modules are gone, such as one made in each step."""
     for key in list(findings):
         if any(isinstance(part, weakref.ref) and part() is None for part in key):
             del findings[key]
@@ -208,7 +216,7 @@ def say_coupled() -> None:
         "the samples of the batch depend on one another (batch normalisation in training, "
         "attention over the batch, nodes of a graph), so the batch is treated as one system. Pass "
         "batch_dim=None in the context or to dpp.Equilibrium (with TorchDEQ: deq.grad_batch_dim = "
-        "None) to say so, and nothing need be found out. Said once a run.",
+        "None) to say so; then nothing has to be found out. This is said once per run.",
         AssumptionWarning,
     )
 
@@ -221,7 +229,7 @@ def _say(found: Findings) -> None:
             "another map each time",
             f"F is not the same map each time: {in_words(found.difference, found.reasons)}. It "
             "has no equilibrium that a solve could find, and a gradient that evaluates it again is "
-            f"that of another map. {REMEDY} Said once.",
+            f"that of another map. {REMEDY} This is said once.",
             AssumptionWarning,
         )
 
@@ -234,7 +242,7 @@ def inspect_map(
     Args:
         func: F.
         equilibrium: a state to evaluate it at, detached.
-        batch_dim: the dimension that counts samples; None not to ask.
+        batch_dim: the dimension along which samples lie; None does not ask whether F mixes them.
     """
     with Trial(equilibrium) as trial:
         # A second run that draws would draw something else: random state goes on inside a trial.
@@ -263,10 +271,11 @@ def inspect_map(
 
 
 def _shards(modules: Sequence[nn.Module]) -> bool:
-    """Say once that nothing is found out where a product would free the weights of the model.
+    """Whether F holds modules that are sharded by themselves. Warns once if it does.
 
-    A backward pass through a module that is sharded by itself ends, for FSDP, that of the whole
-    model, whose forward pass is not over. In lockstep that is kept off, of FSDP2.
+    FSDP takes a backward pass through such a module for the end of the model's whole backward pass,
+    and frees weights while the forward pass still runs. So no product may be taken. In lockstep
+    FSDP2 is kept from that.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     names = ["FullyShardedDataParallel"] if active() else ["FSDPModule", "FullyShardedDataParallel"]
@@ -275,9 +284,9 @@ def _shards(modules: Sequence[nn.Module]) -> bool:
         return False
     warn_once(
         "sharded by itself",
-        "F holds modules that are sharded by themselves (FSDP), so that whether samples depend on "
-        "one another cannot be found out: they are taken for independent. Pass batch_dim=0 in the "
-        "context to say so, or None if they are not. Said once a run.",
+        "F holds modules that are sharded by themselves (FSDP), so nobody can find out whether "
+        "samples depend on one another: they are taken for independent. Pass batch_dim=0 in the "
+        "context to say so, or None if they are not. This is said once per run.",
         AssumptionWarning,
     )
     return True
@@ -287,7 +296,7 @@ def _shards(modules: Sequence[nn.Module]) -> bool:
 def _second_look(
     func: Callable[[State], State], equilibrium: State, first: Sequence[Tensor]
 ) -> float:
-    """Evaluate F again; return how far it is from the first time."""
+    """Evaluate F again, and return the relative difference to the first time."""
     return _difference(first, flatten(func(equilibrium))[0])
 
 

@@ -31,20 +31,22 @@ SPECTRAL_RADIUS_TOL = 1e-3
 def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: int = 1) -> Tensor:
     """Estimate ||J||_F^2 / numel, differentiable in what `func` captures.
 
-    Hutchinson's estimator with Gaussian probes, E ||J^T e||^2 = ||J||_F^2 (Bai, Koltun & Kolter
-    2021, "Stabilizing Equilibrium Models by Jacobian Regularization", eq. 4). Costs one evaluation
-    of `func` and one vector-Jacobian product a probe. The equilibrium itself is held fixed. A
-    `func` that was compiled runs as it was written, since compiled code is differentiated once, and
-    `scaled_dot_product_attention` takes its MATH kernel, the one that has a second derivative.
-    Where something else in `func` has none, the number is right and its backward is an error.
+    Source: Bai, Koltun & Kolter 2021, "Stabilizing Equilibrium Models by Jacobian Regularization",
+    eq. 4. It is Hutchinson's estimator with Gaussian probes e: E ||J^T e||^2 = ||J||_F^2. Costs one
+    evaluation of `func`, and one vector-Jacobian product per probe. The equilibrium is held fixed.
+
+    A `func` that was compiled runs as it was written, since compiled code can be differentiated
+    once only. `scaled_dot_product_attention` takes its MATH kernel, the one that has a second
+    derivative. Where another operation in `func` has none, the number is right, and its backward
+    pass is an error.
 
     Args:
         func: F, from a state to a state of the same structure.
-        equilibrium: h*, detached; any state.
-        n_samples: probes to average over.
+        equilibrium: h*, detached, of any structure.
+        n_samples: the number of probes to average over.
 
     Returns:
-        A scalar; `numel` counts all elements of the state, the batch included.
+        A scalar. `numel` counts all elements of the state, of the whole batch.
 
     Raises:
         ValueError: if `n_samples` is not a whole number of at least 1, or `func` or `equilibrium`
@@ -86,28 +88,28 @@ def spectral_radius(
 ) -> Tensor:
     """Estimate rho(J), or with `lam` the radius rho(lam J + (1 - lam) I) of the damped map.
 
-    Convergence of a damped iteration depends on the latter (supplement, eq. A-11): an
-    eigenvalue -1.4 of J is damped into the unit circle, 1.4 never.
-
-    Power iteration that keeps its last 20 vectors (restarted Arnoldi), so that complex leading
-    pairs of non-symmetric Jacobians are right; for each sample by itself. Costs one evaluation of
-    `func` and at most `max_iter` vector-Jacobian products a factor.
+    The latter decides whether a damped iteration converges ("On Training Implicit Models",
+    supplement, eq. A-11). The method is restarted Arnoldi iteration with 20 vectors per sample, so
+    that complex leading pairs are right. Costs one evaluation of `func` and at most `max_iter`
+    vector-Jacobian products per factor.
 
     Args:
         func: F, from a state to a state of the same structure.
-        equilibrium: h*, detached; any state.
-        lam: the damping factor in (0, 1], or several, which share one graph and help one another;
-            None for J itself.
-        batch_dim: the dimension that counts samples, None where they are coupled, "auto" to find
-            out whether those along dimension 0 are.
-        tol: stops when the leading Ritz pair (theta, y) satisfies
-            ||J^T y - theta y|| <= tol |theta| in every sample: for a normal J the relative error
-            is then at most tol, otherwise theta is exact for a J changed by that much.
-        max_iter: the most vector-Jacobian products a factor; stopping there warns once a run.
+        equilibrium: h*, detached, of any structure.
+        lam: the damping factor in (0, 1]; or several, which share one graph and each begin where
+            the one before ended; or None for J itself.
+        batch_dim: see `Context.batch_dim`.
+        tol: a search stops when ||J^T y - theta y|| <= tol |theta| for the leading Ritz pair
+            (theta, y) of every sample. For a normal J the relative error is then at most tol.
+            Otherwise theta is exact for a J that differs by that much.
+        max_iter: the largest number of products per factor. To stop there warns once per run.
 
     Returns:
-        The radius of each sample, shape (B,); a scalar where samples are coupled. With several
-        factors, these stacked along a new first dimension.
+        The radius per sample, shape (B,); a scalar where samples are coupled. With several
+        factors the radii are stacked along a new first dimension.
+
+    Warns:
+        ConvergenceWarning: once, if a search stopped short of `tol`.
 
     Raises:
         ValueError: on bad arguments, or a `func` or `equilibrium` that break the contract.
@@ -131,7 +133,7 @@ def spectral_radius(
         for factor in factors:
             found = _leading(graph, packing, factor, start, tol, max_iter)
             radii.append(found.radius if packing.batch_dim is not None else found.radius.squeeze(0))
-            # The last eigenvector alone would be an invariant space that hides a new leading one.
+            # From the last eigenvector alone, a search would never find another, leading one.
             start = found.vector + random / torch.linalg.vector_norm(random, dim=1, keepdim=True)
     return torch.stack(radii) if isinstance(lam, Sequence) else radii[0]
 
@@ -144,7 +146,7 @@ def _leading(
     tol: float,
     max_vjp: int,
 ) -> LeadingEigenvalue:
-    """Return the leading eigenvalue of the map damped by a factor; warns where it is not exact."""
+    """Return the leading eigenvalue of the map damped by a factor. Warns where it is not exact."""
 
     def apply(x: Tensor) -> Tensor:
         image = packing.pack(graph.vjp(packing.unpack(x)))

@@ -1,4 +1,4 @@
-"""Loops of a fixed number of evaluations, as recursive models have them, their gradient by name."""
+"""Loops of a fixed number of evaluations, as in recursive models, with a gradient by name."""
 
 from __future__ import annotations
 
@@ -34,47 +34,47 @@ def loop(
     *,
     compile: bool | str = False,
 ) -> State:
-    """Evaluate h <- F(h) `steps` times, and attach the named gradient to where that ends.
+    """Evaluate h <- F(h) `steps` times, and attach the named gradient to the last state.
 
-    What recursive models do by hand, most evaluations without a graph and the last with one, is
-    `loop(func, state, steps, "tbptt(k=1)")`. The value is
+    Recursive models do this by hand: most evaluations run without a graph, and the last one with a
+    graph. That is `loop(func, state, steps, "tbptt(k=1)")`. The value depends on the strategy:
 
-    - that of the plain loop, to the bit: `tbptt`, `jfb`, `ift`, `exact`, `shine`, `upg` with
-      lam=1.0, whose graph is of the last evaluations; `bptt`, whose graph is of all; and `npg` and
-      `npg_rr`, which evaluate F once more, for their graph alone;
-    - with `upg(k, lam)` below 1, steps - k evaluations and k damped ones;
-    - with `reversible`, that of its own iteration;
-    - with `guard`, that of the strategy inside, and in samples that fall back that of the fallback,
-      which goes on from the state that the strategy inside began at.
+    - `tbptt`, `jfb`, `ift`, `exact`, `shine`, `bptt` and `upg` with lam=1.0 have that of the plain
+      loop, to the bit. `npg` and `npg_rr` have it too, and evaluate F once more for their graph.
+    - `upg(k, lam)` with lam below 1 has that of steps - k evaluations and k damped ones.
+    - `reversible` has that of its own iteration.
+    - `guard` has that of the strategy inside. Samples that fall back have that of the fallback,
+      which goes on from the state at which the strategy inside began.
 
-    Under `torch.no_grad` it is the plain loop's. With `tbptt`, `upg`, `jfb` and `bptt` it compiles
-    into one graph, if `grad` is an object that `get_strategy` made outside of what is compiled.
+    Under `torch.no_grad` the value is that of the plain loop. With `tbptt`, `upg`, `jfb` and `bptt`
+    the loop compiles into one graph, if `grad` is an object that `get_strategy` made outside of the
+    compiled code.
 
     Args:
         func: F, from a state to a state of the same structure; see `dpp.attach`. The first
             evaluation may bring the state to its final shape and dtype, as from vectors (D,) that
             are learned to states (B, L, D).
         state: where the loop begins: a tensor, or any nesting of tuples, lists and dicts of
-            tensors. A graph that it carries is gone through where all evaluations carry one
-            (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`, `jfb` where that is 1), and
-            cut otherwise, also by what wraps a strategy, as `guard` does.
-        steps: the number of evaluations, or a distribution of it, see `Depth`; the context's memory
-            knows the training step that it is drawn for, and whether the model is in training.
-        grad: the strategy's spec, see `get_strategy`. A k beyond the loop means all of it; one
-            that owns the solve takes `steps`, unless its spec names a number of its own. An object
-            has one: `get_strategy("bptt")` is of 10 steps, `get_strategy("tbptt('all')")` of all.
+            tensors. It may carry a graph. Backward goes through that graph where all evaluations
+            carry one (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`, `jfb` where `steps`
+            is 1). Otherwise the graph is cut, also by a strategy around another, such as `guard`.
+        steps: the number of evaluations, or a distribution of it, see `Depth`. For a distribution
+            the context's memory knows the training step, and whether the model is in training.
+        grad: the strategy's spec, see `get_strategy`. A k beyond the loop means all of the loop. A
+            strategy that owns the solve takes `steps`, unless its spec names a number. An object
+            always has a number: `get_strategy("bptt")` has 10 steps.
         context: what else the strategy may know, see `dpp.attach`.
-        compile: whether F is compiled for the evaluations, or a mode of `torch.compile`; strategies
-            that take many products take F as it was written.
+        compile: whether F is compiled for the evaluations, or a mode of `torch.compile`. Strategies
+            that take many products run F as it was written.
 
     Returns:
         A state like that of the last evaluation.
 
     Raises:
         TypeError: if `context` is no `Context`.
-        ValueError: if `steps` is no whole number of at least 1, the spec is invalid, its strategy
-            evaluates F more often than the loop, or F returns another structure than it was given,
-            or after the first evaluation another shape.
+        ValueError: if `steps` is no whole number of at least 1, if the spec is invalid, if its
+            strategy evaluates F more often than the loop, or if F returns another structure than it
+            was given or, after the first evaluation, another shape.
     """
     depth = number_or_depth("steps", steps)
     if not isinstance(context, Context | None):
@@ -101,9 +101,9 @@ def looped(
         steps: the number of evaluations.
         strategy: the strategy.
         context: its context.
-        at: evaluation number i of the loop, from 0, where it is no iteration of one map: (i, state)
-            -> state. It leads to where the strategy begins, which then takes F; `tbptt` and `bptt`,
-            which need no F, go backwards through the evaluations themselves.
+        at: (i, state) -> state, evaluation number i of the loop, from 0; for loops that do not
+            iterate one map. It leads to the state where the strategy begins, which then takes F.
+            `tbptt` and `bptt` need no F, and go backwards through these evaluations.
     """
     growing = evaluations(func, at)
     if not (torch.is_grad_enabled() or in_forward_mode()):
@@ -112,7 +112,7 @@ def looped(
     if free < 0:  # of another package, or one that wraps: `GradStrategy.within` is not theirs
         raise ValueError(
             f"{strategy!r} evaluates F {strategy.steps_ahead} times, in a loop of steps={steps}; "
-            "expected at most so many"
+            f"expected at most {steps}"
         )
     if at is not None and isinstance(strategy, TBPTT | BPTT):
         cut = _without_graph(growing, state, free) if free else state
@@ -142,7 +142,7 @@ def _unrolled(
 
 
 def evaluations(func: Callable[[State], State], at: At | None = None) -> Callable[[State], State]:
-    """Return what takes a loop's state one evaluation on; see `looped`."""
+    """Return the map from a loop's state to the state one evaluation later, see `looped`."""
     return Growing(func) if at is None else _Counting(at)
 
 
@@ -180,23 +180,23 @@ def _detached(state: State) -> State:
 
 
 def _without_graph(evaluate: Callable[[State], State], state: State, steps: int) -> State:
-    """Return the state after so many evaluations, of which none carries a graph."""
+    """Return the state after `steps` evaluations without a graph."""
     with torch.no_grad():
         state = _detached(state)
         if isinstance(evaluate, Growing) and steps > 2:
-            # The last is compared with the first: what is between takes no more than by hand.
+            # Only the first and the last are checked. The others cost no more than by hand.
             return evaluate(repeated(evaluate.func, evaluate(state), steps - 2))
         return repeated(evaluate, state, steps)
 
 
 class Growing:
-    """F, whose first result may be larger than the state it was given; later ones are like it.
+    """F, whose first result may be larger than the state it was given.
 
     Args:
         func: F.
 
     Raises:
-        ValueError: on a call whose result is no state, or not like that of the first.
+        ValueError: on a call whose result is no state, or is not like the first result.
     """
 
     def __init__(self, func: Callable[[State], State]) -> None:

@@ -20,19 +20,19 @@ from .strategies.arguments import positive_int
 class JacobianRegularization:
     """The schedule of a Jacobian regulariser: weight * ||J||_F^2 / numel, in some of the steps.
 
-    Bai, Koltun & Kolter, "Stabilizing Equilibrium Models by Jacobian Regularization", ICML 2021,
-    arXiv:2106.14342, section 4: a random part of the steps is enough, and the weight grows with
-    training. The published language model has weight 2.0, freq 0.4, and an increment of 0.1 every
-    30000 steps.
+    Source: Bai, Koltun & Kolter, "Stabilizing Equilibrium Models by Jacobian Regularization", ICML
+    2021, arXiv:2106.14342, section 4. There a random part of the steps is enough, and the weight
+    grows with training. The published language model has weight 2.0, freq 0.4, and an increment of
+    0.1 every 30000 steps.
 
     Attributes:
-        weight: of the term in the loss; 0 for none.
+        weight: the weight of the term in the loss; 0 for none.
         freq: the probability that a step has the term, drawn from PyTorch's CPU generator.
-        increment: what the weight grows by every `interval` steps, negative to let it fall;
-            it never falls below 0.
-        interval: in training steps; needed where there is an increment.
-        n_samples: Hutchinson probes a step. Each costs one evaluation of F at most, and one
-            vector-Jacobian product.
+        increment: by how much the weight grows every `interval` steps. A negative one lets the
+            weight fall, at most to 0.
+        interval: the training steps from one increment to the next; needed with an increment.
+        n_samples: the number of Hutchinson probes per step. A step costs one evaluation of F, and
+            one vector-Jacobian product per probe.
 
     Raises:
         ValueError: if a number is out of range.
@@ -55,13 +55,13 @@ class JacobianRegularization:
             positive_int("interval", self.interval)
         elif self.increment:
             raise ValueError(
-                f"increment={self.increment!r} without an interval; expected the steps from one "
-                "increment to the next"
+                f"increment={self.increment!r} without an interval; expected interval, the number "
+                "of steps from one increment to the next"
             )
         positive_int("n_samples", self.n_samples)
 
     def weight_at(self, step: int | None) -> float:
-        """Return the weight in a training step; None, where nobody has told it, counts as 0."""
+        """Return the weight in a training step. None, a step that nobody told, counts as 0."""
         if not self.increment or self.interval is None:
             return self.weight
         if step is None:
@@ -78,7 +78,7 @@ class JacobianRegularization:
     def __call__(
         self, func: Callable[[State], State], equilibrium: State, step: int | None = None
     ) -> Tensor | None:
-        """Return the term that joins the loss of this step, None where it has none.
+        """Return the term to add to the loss of this step; None where the step has none.
 
         Args:
             func: F, see `dpp.jacobian_reg`.
@@ -86,7 +86,7 @@ class JacobianRegularization:
             step: the training step.
         """
         weight = self.weight_at(step)
-        # Nothing is drawn where nothing is left to chance: other random numbers stay as they were.
+        # Nothing is drawn where chance decides nothing, so that other random numbers stay the same.
         if weight == 0 or (self.freq < 1 and torch.rand(()).item() >= self.freq):
             return None
         return weight * jacobian_reg(func, equilibrium, self.n_samples)

@@ -84,7 +84,7 @@ def set_step(module: nn.Module, step: int, *, total: int | None = None) -> None:
         warn_once(
             "beyond the total",
             f"step={step} is beyond total={length}: what goes by fractions of training has been at "
-            "its end since then. The step counts optimiser steps, as the total does. Said once.",
+            "its end since then. Count optimiser steps in both. This is said once.",
             AssumptionWarning,
         )
     if not memories and module not in _said:

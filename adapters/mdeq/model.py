@@ -14,6 +14,7 @@ from deq_phantom_plugin._plumbing.calls import Counted
 from deq_phantom_plugin._plumbing.compilation import check_compile, compiled, never_compiled
 from deq_phantom_plugin._plumbing.hints import hint, listed
 from deq_phantom_plugin.contract.state import ordinary
+from deq_phantom_plugin.forward.warm_start import Samples, starts_of
 from deq_phantom_plugin.hosts.evaluation import attaches
 
 from .config import PRESETS, MDEQConfig
@@ -44,6 +45,9 @@ class MDEQ(nn.Module):
         eval_lam: their damping.
         compile: whether F is compiled, in the first step alone, or a mode of `torch.compile`, see
             docs/howto/compile.md.
+        warm_start: "sample" for solves in training that begin at the latest equilibrium of the same
+            images. Each call is then told their numbers, see `dpp.SampleStarts` and
+            docs/howto/solvers.md.
         **deq_settings: for `torchdeq.get_deq`, unchanged; they override the published ones
             (f_solver, f_max_iter, f_tol, f_stop_mode, core, n_states, tau, ift, ...), and
             `grad_in_eval=True` for a gradient in evaluation mode too; with an `f_solver` of this
@@ -52,13 +56,16 @@ class MDEQ(nn.Module):
 
     Attributes:
         last: the last forward solve, None before the first; not saved, copied or pickled.
+        starts: what `warm_start` keeps, None without it; not saved, copied or pickled.
 
     Raises:
         ImportError: without TorchDEQ.
-        ValueError: on a `grad`, `dropout`, `eval_steps`, `eval_lam` or `compile` that cannot be.
+        ValueError: on a `grad`, `dropout`, `eval_steps`, `eval_lam`, `compile` or `warm_start` that
+            cannot be.
     """
 
-    compiles: bool | str = False  # in pickles from before it is missing
+    compiles: bool | str = False  # in pickles from before these are missing
+    starts: dpp.SampleStarts | None = None
 
     def __init__(
         self,
@@ -71,6 +78,7 @@ class MDEQ(nn.Module):
         eval_steps: int = 0,
         eval_lam: float = 0.5,
         compile: bool | str = False,
+        warm_start: str | None = None,
         **deq_settings: Any,
     ) -> None:
         super().__init__()
@@ -80,6 +88,7 @@ class MDEQ(nn.Module):
             raise ValueError(f"eval_lam={eval_lam!r}; expected a damping factor in (0, 1]")
         self.eval_steps, self.eval_lam = eval_steps, eval_lam
         self.compiles = check_compile(compile)  # `compile` is a method of modules
+        self.starts = starts_of(warm_start)
         try:
             from torchdeq import get_deq
         except ImportError as error:
@@ -168,6 +177,7 @@ class MDEQ(nn.Module):
         x: Tensor,
         all_states: bool = False,
         jac_reg: dpp.JacobianRegularization | None = None,
+        samples: Samples | None = None,
     ) -> Any:
         """Classify images.
 
@@ -179,6 +189,8 @@ class MDEQ(nn.Module):
             jac_reg: also return the Jacobian regulariser of this training step, which joins the
                 loss: `logits, penalty = model(x, jac_reg=schedule)`. Its schedule has the step of
                 `dpp.set_step`.
+            samples: the number of each image in the data set, shape (B,), for `warm_start`; not
+                looked at without it, or in evaluation mode.
 
         Returns:
             Logits of shape (B, num_classes); with `all_states` a list of them, in which those of
@@ -186,13 +198,20 @@ class MDEQ(nn.Module):
             outside training and in steps that have no regulariser.
 
         Raises:
-            ValueError: on images of another shape.
+            ValueError: on images of another shape; in training with `warm_start` also without
+                `samples`, or with a strategy that owns the solve.
         """
         self._check(x)
         injection = self.stem(x)
         shared = self._share(injection)
         func = self.equilibrium_func(injection, shared)
-        states = self._solve(func, injection, shared)
+        start = self.initial_state(injection)
+        starts = self.starts if self.training else None
+        if starts is not None:
+            start = starts.begin(samples, start)
+        states = self._solve(func, injection, shared, start)
+        if starts is not None:
+            starts.keep(samples, states[-1])
         logits = [self.head(state) for state in states] if all_states else self.head(states[-1])
         if jac_reg is None:
             return logits
@@ -230,9 +249,10 @@ class MDEQ(nn.Module):
         func: Callable[[list[Tensor]], list[Tensor]],
         injection: Tensor,
         shared: list[Tensor | None],
+        start: list[Tensor],
     ) -> list[list[Tensor]]:
         """Return the states for the classifier, the equilibrium last; sets `last`."""
-        start, func = self.initial_state(injection), compiled(func, self.compiles, self)
+        func = compiled(func, self.compiles, self)
         counted = Counted(lambda *state: func(list(state)))
         states: list[list[Tensor]]
         if len(injection):
@@ -245,9 +265,13 @@ class MDEQ(nn.Module):
                 states = [*states[:-1], self._damped_step(counted, states[-1])]
         solved = [h.detach() for h in states[-1]]
         # Where a strategy owns the solve, TorchDEQ has no residual.
-        residual = (
-            info["rel_lowest"].detach() if counted.calls.by_solver() else residual_of(func, solved)
-        )
+        owned = not counted.calls.by_solver()
+        if owned and len(injection) and self.training and self.starts is not None:
+            raise ValueError(
+                "warm_start='sample' with a strategy that is the gradient of its own steps from "
+                "the initial state; take one that begins at an equilibrium, such as upg"
+            )
+        residual = residual_of(func, solved) if owned else info["rel_lowest"].detach()
         self.last = MDEQSolve(
             residual=residual,
             nfe=counted.calls.of_solve(),

@@ -1,4 +1,4 @@
-"""Warnings that are given once a run."""
+"""Warnings that are given once per run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _given: dict[str, object] = {}
 
 
 def warn_once(key: str, message: str, category: type[RuntimeWarning]) -> None:
-    """Give a warning once a run for each `key`.
+    """Give a warning once per run and `key`.
 
     Python's own registry tells warnings apart by their text, and a text that holds a residual
     is new every time. Like that registry, this one starts anew inside
@@ -35,7 +35,7 @@ def muted(category: type[Warning]) -> Iterator[None]:
 
 @contextmanager
 def ignored(message: str, category: type[Warning]) -> Iterator[None]:
-    """Give no warning of a kind inside a `with` block; others once a run, as outside."""
+    """Give no warning of a kind inside a `with` block; others once per run, as outside."""
     outside = warnings.filters
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message, category)

@@ -21,7 +21,7 @@ Leaves = list[Any]
 """Tensors, or None where there is no gradient."""
 
 Adjoint = Callable[[list[Tensor]], Leaves]
-"""From the incoming gradient v, a tensor a leaf, to the g that is passed on to F."""
+"""From the incoming gradient v, one tensor per leaf, to the g that is passed on to F."""
 
 
 def in_torch_func() -> bool:
@@ -88,9 +88,9 @@ def outside_vmap(solver: Callable[..., R]) -> Callable[..., R]:
     def solve(func: Callable[[Any], Any], start: Any, **options: Any) -> R:
         if hides_numbers():
             raise RuntimeError(
-                f"deq_phantom_plugin.forward.{solver.__name__} looks at residuals, which "
-                "torch.vmap and linearize hide; there iterate F a fixed number of times, under "
-                "torch.no_grad"
+                f"deq_phantom_plugin.forward.{solver.__name__} looks at residuals to know when to "
+                "stop, and torch.vmap and linearize hide them; there iterate F a fixed number of "
+                "times, under torch.no_grad"
             )
         if not in_transform():
             return solver(func, start, **options)
@@ -122,19 +122,19 @@ def refuse_in_torch_func(user: object) -> None:
     """
     if in_torch_func():
         raise RuntimeError(
-            f"{user} does not work inside torch.func (vmap, grad, vjp, jvp, jacrev, ...), where "
-            "numbers cannot be looked at and graphs are not its own. Take upg, jfb, npg, bptt or "
-            "exact there, with a lam that is a number and no clip; or stay outside: "
-            "torch.autograd.grad, also with is_grads_batched=True, and torch.autograd.functional "
-            "are right with every strategy but reversible"
+            f"{user} does not work inside torch.func (vmap, grad, vjp, jvp, jacrev, ...): it has "
+            "to look at numbers that torch.func hides, and needs a graph of its own. Take upg, "
+            "jfb, npg, bptt or exact there, with a lam that is a number and no clip; or stay "
+            "outside: torch.autograd.grad, also with is_grads_batched=True, and "
+            "torch.autograd.functional are right with every strategy but reversible"
         )
 
 
 def no_forward_mode(user: object) -> RuntimeError:
     """Return the error of what has no forward mode."""
     return RuntimeError(
-        f"{user} has no forward mode (torch.func.jvp, torch.autograd.forward_ad); take upg, jfb, "
-        "npg without clip, bptt or exact for that, or reverse mode"
+        f"{user} has no forward mode (torch.func.jvp, torch.autograd.forward_ad), and would lose "
+        "the tangent; take upg, jfb, npg without clip, bptt or exact for that, or reverse mode"
     )
 
 

@@ -9,20 +9,31 @@ from .progress import Apply, Progress, Solution
 
 
 def anderson(apply: Apply, rhs: Tensor, tol: float, max_vjp: int, window: int = 8) -> Solution:
-    """Solve (I - J^T) x = rhs by Anderson acceleration, type II (Walker & Ni 2011).
+    """Solve (I - J^T) x = rhs by Anderson acceleration, type II.
 
-    Takes one product an iteration and keeps 2 `window` vectors; an iteration reads one half of them
-    for a row of their Gram matrix and for inner products with the residual, the other to mix.
+    Source: Walker & Ni 2011, "Anderson acceleration for fixed-point iterations". Costs one product
+    per iteration. Memory holds 2 `window` vectors per sample. An iteration reads one half of them
+    for inner products, and the other half to make the next iterate.
+
+    Args:
+        apply: x -> J^T x, on rows of shape (B, D).
+        rhs: rows of norm one, or of zeros, shape (B, D).
+        tol: the residual ||rhs - (I - J^T) x|| to reach in every sample.
+        max_vjp: the largest number of products.
+        window: the largest number of past iterations that are combined.
+
+    Raises:
+        NonFiniteError: if a product makes a NaN or an infinity in a sample that is being solved.
     """
     progress = Progress(apply, rhs, tol, max_vjp)
     batch, size = rhs.shape
     window = min(window, size, max_vjp)
-    # Changes of the residual, of unit length so that the ridge weighs on directions and not on
-    # sizes, and what the next iterate moves by for each.
+    # `directions`: the changes of the residual, shape (B, window, D). They have unit length, so
+    # that the ridge below weighs directions alike. `moves`: the move of the next iterate for each.
     kept = rhs.new_zeros(2, batch, window, size)
     directions, moves = kept
     gram = rhs.new_zeros(batch, window, window)
-    # Differences of residuals soon point the same way; without this their Gram matrix is singular.
+    # The changes soon point the same way. Without a ridge their Gram matrix is then singular.
     finfo = torch.finfo(rhs.dtype)
     ridge = finfo.eps * 10 * torch.eye(window, dtype=rhs.dtype, device=rhs.device)
     x = old_residual = update = rhs

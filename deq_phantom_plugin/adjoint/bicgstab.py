@@ -1,4 +1,10 @@
-"""The stabilised biconjugate gradient method."""
+"""The stabilised biconjugate gradient method (BiCGSTAB).
+
+The residual that the method carries along drifts from the true residual. So where the former says
+"solved", the true one is computed, and where that is above the tolerance the method starts again
+from there. No residual is followed below the rounding of F's own products: solves of more than a
+few iterations measure that, with one product.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +15,23 @@ from .._plumbing.late_read import LateRead
 from .fixed_point import fixed_point
 from .progress import Apply, Progress, Solution
 
-_FEW = 5  # iterations
+_FEW = 5  # iterations, after which the rounding of F is measured
 
 
 def bicgstab(apply: Apply, rhs: Tensor, tol: float, max_vjp: int) -> Solution:
-    """Solve (I - J^T) x = rhs by BiCGSTAB (van der Vorst 1992), a Krylov space for each sample.
+    """Solve (I - J^T) x = rhs by BiCGSTAB, with a Krylov space per sample.
 
-    Takes two products an iteration and keeps six vectors, however many iterations. The residual
-    it carries along drifts from the true one; so whenever that one says "solved", the true one is
-    computed, and if they differ the method starts again from there. Below the rounding of F's own
-    products, measured in solves that take more than a few, it would only drift.
+    Source: van der Vorst 1992, "Bi-CGSTAB". Costs two products per iteration. Memory holds six
+    vectors per sample, however many iterations there are.
+
+    Args:
+        apply: x -> J^T x, on rows of shape (B, D).
+        rhs: rows of norm one, or of zeros, shape (B, D).
+        tol: the residual ||rhs - (I - J^T) x|| to reach in every sample.
+        max_vjp: the largest number of products.
+
+    Raises:
+        NonFiniteError: if a product makes a NaN or an infinity in a sample that is being solved.
     """
     if max_vjp < 3:  # too few for one iteration and a true residual
         return fixed_point(apply, rhs, tol, max_vjp)

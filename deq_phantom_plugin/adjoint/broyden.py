@@ -17,17 +17,21 @@ def broyden(
     start: Tensor | None = None,
     inverse: Product | None = None,
 ) -> Solution:
-    """Solve (I - J^T) x = rhs by Broyden's first method (Broyden 1965).
+    """Solve (I - J^T) x = rhs by Broyden's first method.
 
-    Takes one product an iteration and keeps one vector for each, see `InverseEstimate`.
+    Source: Broyden 1965, "A class of methods for solving nonlinear simultaneous equations". Costs
+    one product per iteration. Memory holds one vector per iteration, see `InverseEstimate`.
 
     Args:
-        apply: the product with J^T.
-        rhs: the right-hand side, shape (B, D).
-        tol: the residual to reach.
-        max_vjp: the most products to take.
-        start: where to begin, shape (B, D); at `rhs` if None.
-        inverse: a first estimate of (I - J^T)^-1, on (B, D) matrices; the identity if None.
+        apply: x -> J^T x, on rows of shape (B, D).
+        rhs: rows of norm one, or of zeros, shape (B, D).
+        tol: the residual ||rhs - (I - J^T) x|| to reach in every sample.
+        max_vjp: the largest number of products.
+        start: the x to begin with, shape (B, D); `rhs` if None.
+        inverse: a first estimate of (I - J^T)^-1, on rows of shape (B, D); the identity if None.
+
+    Raises:
+        NonFiniteError: if a product makes a NaN or an infinity in a sample that is being solved.
     """
     progress = Progress(apply, rhs, tol, max_vjp)
     estimate = InverseEstimate(rhs, max_vjp, initial=inverse)

@@ -18,18 +18,18 @@ R = TypeVar("R")
 def find_captured(
     func: Callable[[], R], outputs: Callable[[R], Sequence[Tensor]], inputs: Sequence[Tensor]
 ) -> tuple[R, list[Tensor]]:
-    """Call a function, and find the tensors that it captures and its result's gradient reaches.
+    """Call a function, and find the tensors that it captures and that its gradient reaches.
 
     Args:
-        func: what to call.
-        outputs: from its result to the tensors in it.
-        inputs: leaves that require grad, which it gets and does not capture.
+        func: the function, without arguments.
+        outputs: from its result to the tensors in the result.
+        inputs: tensors that require grad, and that count as inputs and not as captured.
 
     Returns:
-        The result, whose graph ends at copies of the captured tensors, and these.
+        The result, whose graph ends at copies of the captured tensors; and the captured tensors.
 
     Raises:
-        ValueError: if it captures one in a way that cannot be seen.
+        ValueError: if `func` captures a tensor in a way that cannot be seen.
     """
     with _Find(inputs) as found:
         result = func()
@@ -40,21 +40,21 @@ def find_captured(
         elif not any(leaf is known for known in inputs):
             raise ValueError(
                 f"func uses a tensor of shape {tuple(leaf.shape)} that requires grad where PyTorch "
-                "does not tell (in a custom autograd.Function, or a graph built before), so that "
-                "it cannot be told apart; make it an input of an ordinary operation"
+                "does not show it (in a custom autograd.Function, or a graph built before), so "
+                "that its gradient would be lost; make it an input of an ordinary operation in func"
             )
     return result, captured
 
 
 def call_with(func: Callable[[], R], replacements: Mapping[int, Tensor]) -> R:
-    """Call a function that finds other tensors in place of those that it captures.
+    """Call a function with other tensors in place of those that it captures.
 
     Args:
-        func: what to call.
-        replacements: by the `id` of the tensor to replace.
+        func: the function, without arguments.
+        replacements: from the `id` of a captured tensor to the tensor that takes its place.
 
     Raises:
-        RuntimeError: if it does not use one of these.
+        RuntimeError: if `func` does not use one of the captured tensors.
     """
     with _Replace(replacements) as mode:
         result = func()
@@ -62,7 +62,8 @@ def call_with(func: Callable[[], R], replacements: Mapping[int, Tensor]) -> R:
         raise RuntimeError(
             f"func uses other tensors in backward than in the forward pass ({len(mode.missed)} of "
             f"{len(replacements)} are not there any more); it must do the same each time. Under "
-            "torch.func.functional_call take a strategy that evaluates it in the forward pass only"
+            "torch.func.functional_call take a strategy that evaluates it in the forward pass "
+            "only, such as upg or npg"
         )
     return result
 
@@ -75,7 +76,7 @@ class _Replace(TorchFunctionMode):
 
     @property
     def missed(self) -> set[int]:
-        """What was to be replaced and was not there."""
+        """The ids of the tensors that should have been replaced, and were not used."""
         return set(self._replacements) - self._used
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,18 +91,18 @@ class _Replace(TorchFunctionMode):
 
 
 class _Find(_Replace):
-    """Replaces what it has not seen before by copies without history."""
+    """Replaces each tensor that it sees for the first time by a copy without a graph."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.originals: dict[int, Tensor] = {}  # by the id of the copy
         self._copies: dict[int, Tensor] = {}  # by the id of the original
         super().__init__(self._copies)
-        # Held, so that none is freed and its id given to another tensor.
+        # They are held, since the id of a freed tensor may be given to another one.
         self._known = {id(tensor): tensor for tensor in inputs}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Without autograd tensors are used, as in the forward of a custom Function, whose graph
-        # is built by its caller.
+        # Where autograd is off, nothing is captured: the forward of a custom Function uses tensors
+        # there, and its caller builds the graph.
         if torch.is_grad_enabled():
             for tensor in _tensors((args, kwargs)):
                 if id(tensor) not in self._known:

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Clip:
-    """Scales a product J^T x down to `limit` ||v|| in the samples in which it is longer.
+    """Scales a product J^T x down to the length `limit` ||v|| in the samples in which it is longer.
 
-    Its direction stays. Where no product is longer every number stays what it is, bit for bit. One
-    that is NaN or infinite is not clipped: whoever looks for such numbers is to find them.
+    The direction of the product stays. Where no product is longer, every number stays what it is,
+    bit for bit. A product that is NaN or infinite is not clipped, so that later checks find it.
 
     Args:
         v: the gradient that came in, shape (B, D).
-        limit: the longest product, in multiples of ||v||.
+        limit: the largest length of a product, in multiples of ||v||.
     """
 
     def __init__(self, v: Tensor, limit: float) -> None:
@@ -23,7 +23,7 @@ class Clip:
         self._count = v.new_zeros((), dtype=torch.int64)
 
     def __call__(self, product: Tensor) -> Tensor:
-        """Return a product, clipped, and count the samples in which it was.
+        """Return the clipped product, and count the samples in which it was too long.
 
         Args:
             product: J^T x, shape (B, D).
@@ -36,14 +36,18 @@ class Clip:
 
     @property
     def n_clipped(self) -> int:
-        """Products that were clipped so far, each counted once a sample; waits for the device."""
+        """The number of products that were clipped so far, each counted once per sample.
+
+        To ask waits for the device.
+        """
         return int(self._count)
 
 
 def _scaled_norm(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two factors of the norm of each row, shape (B, 1), none of which overflows.
+    """Return two factors, each of shape (B, 1), whose product is the norm of each row.
 
-    Squares of numbers beyond the root of the dtype's range would overflow, or vanish.
+    The norm itself could overflow or vanish: the squares of numbers beyond the root of the dtype's
+    range do.
     """
     if rows.shape[1] == 0:
         return rows.new_zeros(len(rows), 1), rows.new_ones(len(rows), 1)

@@ -12,14 +12,23 @@ from .progress import Apply, Progress, Solution
 def fixed_point(
     apply: Apply, rhs: Tensor, tol: float, max_vjp: int, clip: float | None = None
 ) -> Solution:
-    """Solve (I - J^T) x = rhs by x <- rhs + J^T x; converges only where rho(J) < 1.
+    """Solve (I - J^T) x = rhs by x <- rhs + J^T x, which converges only where rho(J) < 1.
 
-    Takes one product an iteration and keeps two vectors (Almeida 1987; Pineda 1987, "recurrent
-    backpropagation").
+    Source: Almeida 1987; Pineda 1987, "recurrent backpropagation". Costs one product per iteration.
+    Memory holds two vectors per sample.
 
-    With `clip` no J^T x is longer than that many times the right-hand side, so that x stays bounded
-    whatever rho(J) is: it solves x = rhs + clip(J^T x), and the system itself wherever J^T x is not
-    longer in the end. The residual is that of the system.
+    Args:
+        apply: x -> J^T x, on rows of shape (B, D).
+        rhs: rows of norm one, or of zeros, shape (B, D).
+        tol: the residual ||rhs - (I - J^T) x|| to reach in every sample.
+        max_vjp: the largest number of products.
+        clip: the largest length of J^T x, in multiples of ||rhs||; None for any length. With it x
+            stays bounded whatever rho(J) is, and solves x = rhs + clip(J^T x). That is the system
+            itself where the last J^T x was not clipped. The residual that is told is that of the
+            system.
+
+    Raises:
+        NonFiniteError: if a product makes a NaN or an infinity in a sample that is being solved.
     """
     bound = None if clip is None else Clip(rhs, clip)
     progress = Progress(apply, rhs, tol, max_vjp, bound)

@@ -1,4 +1,27 @@
-"""An equilibrium as a differentiable function of what F captures, to any order."""
+"""An equilibrium as a differentiable function of what F captures, to any order.
+
+What is differentiated: the x that solves x = G(x, a). x is a state of D elements in all, and a
+stands for all tensors that G captures. v = dL/dx comes in, with the shapes of x.
+
+1. The first derivative. Let J = dG/dx at x, of D x D elements, which is never formed. Let g, of
+   the shapes of x, solve
+
+       (I - J^T) g = v.
+
+   Then dL/da = (dG/da)^T g, with the shapes of a. Both J^T w and (dG/da)^T g are backward passes
+   through one graph of G(x, a) (`_gradient`).
+
+2. The derivative of that. (dG/da)^T g is an ordinary function of a, x and g, whose derivative
+   autograd finds. But x and g are solutions themselves. x is that of step 1. The system of step 1
+   says
+
+       g = v + J^T g,
+
+   so that g is an equilibrium too: that of the map g -> v + J^T g, which captures (v, x, a)
+   (`System.adjoint`). Step 1 holds for it as it stands.
+
+3. Any further derivative is step 2 again. It solves one more system, which `System.inner` does.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +54,7 @@ _METHOD = "ift(higher_order=True)"  # the strategy that is differentiated again
 Leaves = Sequence[Tensor]
 VJP = Callable[[Leaves], list[Tensor]]
 AdjointSolve = Callable[[VJP, list[Tensor]], list[Tensor]]
-"""From J^T and v to the g with (I - J^T) g = v."""
+"""From w -> J^T w and v to the g with (I - J^T) g = v; leaves in, leaves out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +62,13 @@ class System:
     """x = G(x, a), solved for x.
 
     Attributes:
-        func: G, from the leaves of x and the a to leaves like x.
-        solve: solves its adjoint system.
-        inner: solves the adjoint systems of that system, and so on.
-        user: whose errors those of this system are, such as a strategy.
-        repeats: compares G(x, a) with what it was; None for the systems behind the first.
-        together: with which other processes it is solved.
+        func: G, from the leaves of x and the tensors a to leaves like those of x.
+        solve: solves the adjoint system, (I - J^T) g = v.
+        inner: solves the systems behind it, see step 3 of the module's text.
+        user: what asked for the gradient, such as a strategy. Errors name it.
+        repeats: compares G(x, a) with its value in the forward pass; None for the systems behind
+            the first.
+        together: the other processes that solve it too, if there are any.
     """
 
     func: Callable[[Leaves, Leaves], list[Tensor]]
@@ -55,7 +79,7 @@ class System:
     together: Lockstep | None = None
 
     def adjoint(self) -> System:
-        """Return g = v + J^T g as a system for g, where a is (v, x, the a of this system)."""
+        """Return g = v + J^T g as a system for g. What its map captures is (v, x, a)."""
         inner, together = self.inner, self.together
         return System(self._adjoint_map, inner, inner, self.user, together=together)
 
@@ -77,23 +101,21 @@ def implicit(
     inner: AdjointSolve,
     user: object,
 ) -> State:
-    """Return F(h*) attached to all that F captures, by a gradient that is differentiable itself.
+    """Return F(h*) attached to all that F captures, by a gradient that can be differentiated again.
 
-    An F that was compiled runs as it was written: compiled code has no second derivative, and
-    does not tell what it captures.
+    The module's text derives it. An F that was compiled runs as it was written: compiled code has
+    no second derivative, and does not tell what it captures.
 
-    The gradient of an equilibrium is a linear function of the g that solves g = v + J^T g, which is
-    an equilibrium too: its own gradient is had in the same way, and so on.
-
-    Costs one evaluation of F now and one in each backward pass, and where that is differentiated
-    again two for each adjoint system behind it. Memory holds what F captures and h*.
+    Costs one evaluation of F now, and one in each backward pass. A backward pass that is
+    differentiated again costs two more for each system behind the first. Memory holds h* and what
+    F captures, and no graph.
 
     Args:
-        func: F; must do the same each time.
+        func: F, which must do the same each time.
         equilibrium: h*, detached.
         solve: solves the adjoint system of F.
-        inner: solves those behind it.
-        user: whose errors those of this equilibrium are, such as a strategy.
+        inner: solves the systems behind it.
+        user: what asked for the gradient, such as a strategy. Errors name it.
 
     Raises:
         ValueError: if `func` captures a tensor in a way that cannot be seen.
@@ -109,7 +131,7 @@ def implicit(
             lambda: func(unflatten(inputs, structure)), lambda state: flatten(state)[0], inputs
         )
     images = flatten(image)[0]
-    if carries_tangent([*captured, *images]):  # which would be lost without a word
+    if carries_tangent([*captured, *images]):  # a tangent would be lost without a word
         raise no_forward_mode(user)
     values = [leaf.detach() for leaf in images]
 
@@ -127,7 +149,7 @@ def implicit(
 
 
 class _Implicit(torch.autograd.Function):
-    """(values, x, a) -> values, with the gradient of the x that solves the system at a."""
+    """(values, x, a) -> values, whose gradient by a is that of the x that solves the system."""
 
     @staticmethod
     def forward(ctx: Any, system: System, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -150,20 +172,20 @@ class _Implicit(torch.autograd.Function):
 def _gradient(
     system: System, n: int, saved: Leaves, needed: Sequence[bool], v: Leaves
 ) -> list[Tensor]:
-    """Return the gradient of x by those of the a that need it.
+    """Return (dG/da)^T g for those of the tensors a that need it, steps 1 and 2.
 
     Args:
-        system: which x solves.
+        system: the system that x solves.
         n: the number of leaves of x.
-        saved: these, and the a.
-        needed: which of the a need it.
-        v: the gradient by x.
+        saved: the n leaves of x, and then the tensors a.
+        needed: for each of the tensors a, whether it needs a gradient.
+        v: the leaves of dL/dx.
     """
     x, arguments = [leaf.detach() for leaf in saved[:n]], saved[n:]
     differentiable = torch.is_grad_enabled()
     v = [in_format(gradient, leaf) for gradient, leaf in zip(v, x, strict=True)]
     with torch.enable_grad():
-        if differentiable:
+        if differentiable:  # step 2: x is a function of a
             x = list(_Implicit.apply(system, n, *x, *x, *arguments))
         inputs, parameters = _aliases(x), _aliases(arguments)
         twice = DoubleBackward(_METHOD) if differentiable else None
@@ -174,14 +196,14 @@ def _gradient(
             system.repeats.see(0, outputs)
         with torch.no_grad(), full_precision(inputs[0].device):
             g = system.solve(_product(outputs, inputs), [leaf.detach() for leaf in v])
-    if differentiable:
+    if differentiable:  # step 2: g is a function of v, x and a
         g = list(_Implicit.apply(system.adjoint(), n, *g, *g, *v, *x, *arguments))
     wanted = [p for p, flag in zip(parameters, needed, strict=True) if flag]
     return _vjp(outputs, wanted, g, twice, zeros=False)
 
 
 def _product(outputs: Leaves, inputs: Leaves) -> VJP:
-    """Return the product with the transposed Jacobian, in lockstep where that is."""
+    """Return w -> J^T w, which waits for the other processes where F communicates."""
     around = active()
     if around is None:
         return lambda w: _vjp(outputs, inputs, w)
@@ -191,7 +213,10 @@ def _product(outputs: Leaves, inputs: Leaves) -> VJP:
 
 
 def _aliases(tensors: Leaves) -> list[Tensor]:
-    """Return the same tensors as ends of a graph; from those of a graph one can go further back."""
+    """Return the same tensors, as places where a backward pass ends.
+
+    Those that have a graph keep it, so that a derivative of the gradient can go further back.
+    """
     return [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
 
 

@@ -1,4 +1,17 @@
-"""GMRES that keeps its space, from which series and looser solves are read off for nothing."""
+"""GMRES that keeps its space, from which series and looser solves are read off without products.
+
+What is solved, per sample: (I - J^T) x = v, where x and v have D elements.
+
+1. Arnoldi's iteration (Arnoldi 1951) makes an orthonormal basis V, shape (D, m), of the vectors
+   v, J^T v, ..., (J^T)^(m-1) v. It also makes H = V^T J^T V, shape (m, m).
+2. A Neumann series of k <= m terms is a combination of these vectors, whatever its damping. So it
+   is V y, and y, of shape (m,), follows from H alone: y <- e_0 + ((1 - lam) I + lam H) y, up to a
+   factor. A series of more terms is that of H in place of J^T. It is as good an approximation as
+   the solution in this space is.
+3. Each iterate of GMRES, and so each looser solve, is V y too, with a y from H alone (`gmres`).
+4. The eigenvalues of H (Ritz values) are those of J, as far as v sees them.
+5. The cosine of V y to the solution x is y . (V^T x) / (|y| |x|), since V is orthonormal.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +24,29 @@ from .gmres import Basis, gmres
 from .progress import Apply, Progress, Solution
 
 LENGTH = 50
-"""The most vectors of a space, as many as `gmres` keeps."""
+"""The largest number of vectors of a space, which is as many as `gmres` keeps."""
 
-_MOST_JUDGED = 128  # samples whose cosines are looked at: a small dense problem each
-_MOST_RITZ = 32  # whose eigenvalues are
+_MOST_JUDGED = 128  # samples whose cosines are computed, a small dense problem each
+_MOST_RITZ = 32  # samples whose eigenvalues are computed
 
 
 class KrylovSpace:
-    """An adjoint solver, see `SOLVERS`, that can be asked afterwards what other methods had found.
+    """An adjoint solver, see `SOLVERS`, that can tell afterwards what other methods would find.
 
-    Let V be an orthonormal basis of v, J^T v, ..., (J^T)^(m-1) v, and H = V^T J^T V (Arnoldi 1951).
-    The sum of k <= m terms of a Neumann series is then V y with y from H alone, whatever the
-    damping, and so is each iterate of GMRES; eigenvalues of H are those of J as v sees them (Ritz
-    values). A sum of more terms is that of H in place of J^T, which is as good an approximation as
-    the solution in this space is.
-
-    Every sample stops on its own, so that it gets what it had got alone. Where the space leaves a
-    residual above the solve's tolerance `gmres` goes on.
+    Every sample stops on its own, so that it gets the solution that it would get alone. Where the
+    space leaves a residual above the solve's tolerance, `gmres` goes on.
 
     Args:
-        aim: the residual to reach in the space, if that is less than the solve's tolerance.
-        length: the most vectors.
-        goes_on: whether anything does; a residual is told in any case.
+        aim: the residual to reach in the space, if it is less than the solve's tolerance.
+        length: the largest number of vectors.
+        goes_on: whether `gmres` goes on. The residual is told in either case.
 
     Attributes:
-        usable: the samples that can be judged, whose v is neither zero nor, before it was dropped,
-            not finite, shape (B,); none where the state has no numbers.
+        usable: the samples that can be judged, shape (B,): those whose v is finite and not zero. It
+            is empty where the state has no elements.
         columns: D, which bounds every space.
-        gap: what rounding has put between the residual and what the space makes of it, shape (B,).
+        gap: the true residual less the one that the space computes, shape (B,), at least 0. It is
+            due to rounding.
     """
 
     def __init__(self, aim: float, length: int = LENGTH, goes_on: bool = True) -> None:
@@ -71,7 +79,7 @@ class KrylovSpace:
         return solution
 
     def _build(self, progress: Progress, basis: Basis, tol: float, length: int) -> None:
-        """Take products until every sample is solved in the space."""
+        """Make V and H, until every sample is solved in the space."""
         rhs, size = progress.rhs, self._size
         tiny, eps = torch.finfo(rhs.dtype).tiny, torch.finfo(rhs.dtype).eps
         norm = torch.linalg.vector_norm(rhs, dim=1, keepdim=True)
@@ -86,34 +94,34 @@ class KrylovSpace:
             before = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
             first, second = (torch.cat(basis.subtract_projection(vector), 1) for _ in range(2))
             below = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-            # What rounding leaves of an invariant space is no direction.
+            # In an invariant space nothing is left but rounding, which is no direction.
             below = torch.where(below > 10 * eps * before, below, 0)
             column = torch.cat([first + second, below], dim=1).cpu().double()
             progress.check_finite((~column.isfinite().all(dim=1) & self.usable).tolist())
             hessenberg[:, : j + 2, j] = column
-            column[:, j] -= 1  # of H - I, which has no need of the sign
+            column[:, j] -= 1  # the column of H - I; for u the sign does not matter
             u[:, j + 1] = -(u[:, : j + 1] * column[:, : j + 1]).sum(1) / column[:, j + 1]
             reached = size / torch.linalg.vector_norm(u[:, : j + 2], dim=1)
             running &= (column[:, j + 1] > 0) & ~(reached <= tol)
-            u[~running] = 0  # nobody asks any more, and it may overflow
+            u[~running] = 0  # it is not used any more, and may overflow
             self._hessenberg = hessenberg[:, : j + 2, : j + 1]
             if j + 1 == length or progress.remaining < 2 or not bool(running.any()):
                 return
             last = basis.append(vector, below.clamp(min=tiny), below == 0)
 
     def _factorise(self) -> None:
-        """Factorise I - H once for all iterates."""
+        """Factorise I - H by QR, once for all iterates."""
         rows, columns = self._hessenberg.shape[1:]
         system = torch.eye(rows, columns, dtype=torch.float64, device="cpu") - self._hessenberg
         self._q, self._r = torch.linalg.qr(system)
-        self._right = self._q[:, 0]  # of each column, for a v of norm one
+        self._right = self._q[:, 0]  # Q^T e_0, the right-hand side for a v of norm one
         rest = 1 - self._right.square().cumsum(1)
         self._residual: Tensor = self._size[:, None] * rest.clamp(min=0).sqrt()
 
     def steps_to(self, tol: float) -> Tensor:
-        """Return the vectors after which GMRES is at a residual, shape (B,).
+        """Return the number of vectors after which GMRES reaches a residual, shape (B,).
 
-        One more than there are where it does not get there in the space.
+        Where it does not reach it in the space, that is the number of vectors there are, plus one.
 
         Args:
             tol: the residual.
@@ -122,13 +130,13 @@ class KrylovSpace:
         return 1 + above
 
     def _residual_after(self, steps: Tensor) -> Tensor:
-        """Return the residuals of iterates, the last in place of one more, shape (B,)."""
+        """Return the residual after so many vectors, shape (B,); at most after all there are."""
         at = steps.clamp(max=self._residual.shape[1]) - 1
         after: Tensor = self._residual.gather(1, at[:, None]).squeeze(1)
         return after
 
     def goes_again(self, tol: float) -> Tensor:
-        """Return the samples in which rounding has a solve go on from its residual, shape (B,).
+        """Return the samples in which a solve to `tol` would go on because of rounding, shape (B,).
 
         Args:
             tol: the residual that the solve is to reach.
@@ -136,7 +144,7 @@ class KrylovSpace:
         return self._residual_after(self.steps_to(tol)) + self.gap > tol
 
     def _iterate(self, steps: Tensor) -> Tensor:
-        """Return the coordinates of GMRES's iterates after so many vectors, shape (B, m)."""
+        """Return y, for GMRES's iterates V y after so many vectors, shape (B, m)."""
         columns = torch.arange(self._right.shape[1], device="cpu")
         right = torch.where(columns < steps[:, None], self._right, 0)
         y: Tensor = torch.linalg.solve_triangular(self._r, right[:, :, None], upper=True)
@@ -151,12 +159,12 @@ class KrylovSpace:
     def _continued(
         apply: Apply, progress: Progress, found: Solution, rest: Tensor, tol: float
     ) -> Solution:
-        """Solve for what is missing in the samples that are not solved."""
+        """Solve for the rest, in the samples that are not solved yet."""
         done = found.residual <= tol
         more = gmres(apply, rest.masked_fill(done[:, None], 0), tol, progress.remaining - 1)
         x = found.x + more.x
         residual = torch.linalg.vector_norm(progress.rhs - x + apply(x), dim=1)
-        # What is missing was found, and the sum is as far off as before: by the product's rounding.
+        # The rest was found, and the sum is as far off as before: that is the rounding of products.
         rounded = ~done & (residual > tol) & ((more.residual <= tol) | more.at_rounding)
         trace = torch.where(done[:, None], found.residual[:, None], more.trace)
         return Solution(
@@ -171,52 +179,54 @@ class KrylovSpace:
     # --- what can be asked afterwards -------------------------------------------------------------
 
     def _place(self, basis: Basis, x: Tensor) -> None:
-        """Keep where the solution lies: its part in the space, and its norm."""
+        """Keep the coordinates of the solution in the space, and its norm."""
         self._solution_norm = torch.linalg.vector_norm(x, dim=1).cpu().double()
         self._solution = torch.cat(basis.subtract_projection(x.clone()), dim=1).cpu().double()
 
-    def series_cosines(self, lams: Sequence[float], terms: int) -> Tensor:
-        """Return the cosines to the solution of damped Neumann series, shape (lams, terms, n).
+    def series(self, lams: Sequence[float], terms: int) -> tuple[Tensor, Tensor]:
+        """Judge damped Neumann series: their cosines to the solution, and how long they are.
 
-        Entry k - 1 is that of k terms, n up to 128 of the usable samples.
+        Both are of shape (lams, terms, n). Entry k - 1 of a factor is that of k terms. n counts the
+        usable samples, at most 128 of them. Lengths are in those of the solution.
 
         Args:
             lams: the damping factors.
-            terms: the most terms.
+            terms: the largest number of terms.
         """
         at = self._some(_MOST_JUDGED)
         square = self._hessenberg[at, : self._hessenberg.shape[2]]
         factors = torch.tensor(lams, dtype=torch.float64, device="cpu")[:, None, None]
         start = torch.zeros_like(self._solution[at])
         start[:, 0] = 1
-        y, found = start.expand(len(lams), *start.shape), []
+        y, cosines, lengths = start.expand(len(lams), *start.shape), [], []
         for _ in range(terms):
-            found.append(self._cosine(y, at))
+            cosines.append(self._cosine(y, at))
+            lengths.append(torch.linalg.vector_norm(factors * y, dim=-1))
             image = torch.einsum("bij,lbj->lbi", square, y)
             y = start + (1 - factors) * y + factors * image
-        return torch.stack(found, dim=1)
+        unit = self._size[at] / self._solution_norm[at]
+        return torch.stack(cosines, dim=1), unit * torch.stack(lengths, dim=1)
 
     def iterate_cosines(self, tol: float, most: int) -> Tensor:
-        """Return the cosines of GMRES's iterates to the solution, of up to 128 usable samples.
+        """Return the cosines of GMRES's iterates to the solution, for at most 128 usable samples.
 
         Args:
-            tol: the residual at which it stops.
-            most: the vectors after which it stops in any case.
+            tol: the residual at which GMRES stops.
+            most: the number of vectors after which it stops in any case.
         """
         at = self._some(_MOST_JUDGED)
         return self._cosine(self._iterate(self.steps_to(tol).clamp(max=most))[at], at)
 
     def first_residual(self) -> Tensor:
-        """Return what v itself leaves, ||J^T v||, shape (B,)."""
+        """Return the residual of x = v, which is ||J^T v||, shape (B,)."""
         left: Tensor = self._size * torch.linalg.vector_norm(self._hessenberg[:, :, 0], dim=1)
         return left
 
     def radii(self, lams: Sequence[float]) -> Tensor:
-        """Return radii of damped maps, shape (lams, samples), of up to 32 of the usable samples.
+        """Return radii of damped maps, shape (lams, samples), for at most 32 usable samples.
 
-        Of each Ritz value that counts of which J has an eigenvalue at most so far away as its
-        residual says (were J normal), which is taken off: a radius of 1 or more is not one by
-        chance.
+        If J were normal, it would have an eigenvalue within the residual of each Ritz value. So the
+        residual is subtracted. A radius of 1 or more is then not there by chance.
 
         Args:
             lams: the damping factors.
@@ -233,9 +243,9 @@ class KrylovSpace:
         return torch.stack(found)
 
     def _some(self, most: int) -> Tensor:
-        """Return the places of usable samples, of so many where there are more.
+        """Return the places of the usable samples, at most `most` of them.
 
-        They are drawn: batches may go in a rhythm, as those that are balanced by class do.
+        They are drawn at random, since batches may have a rhythm, as those balanced by class do.
         """
         at = torch.nonzero(self.usable).flatten()
         if len(at) <= most:
@@ -244,7 +254,7 @@ class KrylovSpace:
         return at[torch.randperm(len(at), generator=generator, device="cpu")[:most]]
 
     def _cosine(self, y: Tensor, at: Tensor) -> Tensor:
-        """Return the cosines of V y to the solution, of some samples, shape (..., n)."""
+        """Return the cosines of V y to the solution, for the samples at `at`, shape (..., n)."""
         length = torch.linalg.vector_norm(y, dim=-1) * self._solution_norm[at]
         cosine: Tensor = (y * self._solution[at]).sum(-1) / length
-        return cosine.clamp(max=1)  # but for rounding
+        return cosine.clamp(max=1)  # rounding may exceed 1

@@ -25,21 +25,21 @@ from .._plumbing.transforms import (
 from ..contract.state import State, flatten, unflatten
 from .packing import Packing
 
-# Where torch (before 2.8) cannot say which hooks are on top, the stack can.
+# PyTorch before 2.8 cannot say which hooks are on top. There the stack of calls is asked.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
-_ROUNDINGS = 8  # of numbers that cancel
+_ROUNDINGS = 8  # roundings of float32 that may be left of numbers that cancel
 
 
 class Linearization:
-    """F(h*) on one autograd graph, from which J^T v is had as often as wanted.
+    """F(h*) on one autograd graph, which gives J^T v as often as wanted.
 
     An F that was compiled runs as it was written here, see `compilation.eager`.
 
     Args:
         func: the map F.
         equilibrium: h*, detached.
-        user: whose errors those of this graph are, such as a strategy.
+        user: what asks for the graph, such as a strategy. Errors name it.
 
     Raises:
         RuntimeError: inside a transform of `torch.func`.
@@ -69,10 +69,10 @@ class Linearization:
             self._together.stands_in_by(self._of_zeros())
 
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
-        """Return J^T v, with J = dF/dh at h*; the graph stays.
+        """Return the leaves of J^T v, with J = dF/dh at h*. The graph stays.
 
         Args:
-            cotangents: v, a tensor a leaf, each of its leaf's shape.
+            cotangents: the leaves of v, of the shapes of the state's leaves.
         """
         if not self._differentiable:
             return [torch.zeros_like(leaf) for leaf in self.inputs]
@@ -101,12 +101,12 @@ class Linearization:
     def attach(self, values: Sequence[Tensor], adjoint: Adjoint) -> State:
         """Return `values`, copied, as a state whose gradient v reaches F's graph as adjoint(v).
 
-        Nothing here refers to the result, so that the graph dies with it.
+        Nothing here refers to the result, so that the graph is freed with it.
 
         Args:
             values: the leaves of the state to return.
-            adjoint: from the leaves of v to the leaves of g, called once a backward pass; of
-                several v at once, once for each.
+            adjoint: from the leaves of v to the leaves of g. It is called once per backward pass;
+                where a pass brings several v, once for each of them.
         """
         inputs, together = self.inputs, self._together
         of_zeros = None if together is None else self._of_zeros()
@@ -124,8 +124,8 @@ class Linearization:
 def in_format(gradient: Tensor, like: Tensor) -> Tensor:
     """Return a gradient in the memory format of the state.
 
-    The loss decides its layout (a sum's is expanded from one number), and every product with J^T
-    would carry that on, which costs a convolutional F its channels_last kernels.
+    The loss decides the layout of the gradient. (That of a sum is expanded from one number.) Every
+    product with J^T would keep this layout, and a convolutional F in channels_last would be slow.
     """
     if gradient.stride() == like.stride():
         return gradient
@@ -133,9 +133,9 @@ def in_format(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 class _Input(torch.autograd.Function):
-    """The equilibrium as it enters the graph: differentiable, but no end of the backward pass.
+    """The equilibrium as it enters the graph: differentiable, but no leaf.
 
-    A leaf would collect a `.grad` there that nobody reads.
+    A leaf would collect a `.grad` that nobody reads.
     """
 
     @staticmethod
@@ -170,12 +170,15 @@ class _Attach(torch.autograd.Function):
 def mixes_samples(graph: Linearization, packing: Packing) -> bool:
     """Whether F mixes rows of a packing, which were said to be independent samples.
 
-    Every row gets a word of n bits, and for each bit a product J^T e is taken of an e that lives in
-    the rows whose bit is set: what reaches other rows comes from another sample. Words have n/2
-    bits, so that none covers another and every pair is parted in both directions (Sperner 1928; a
-    completely separating system, Dickson 1969): 7 products for 32 rows, 10 for 252. Zeros stay
-    zeros in any precision. What reaches a row from others and is within a few roundings of float32
-    of what it gets from itself, is none: exp(x - x.max()), say, divided by its sum.
+    1. Every row gets a word of n bits. For each bit one product J^T e is taken, of an e that is
+       zero in all rows whose bit is not set. A number in one of these rows then comes from another
+       sample.
+    2. n / 2 bits of each word are set, so that no word covers another. So every pair of rows is
+       parted in both directions (Sperner 1928; a completely separating system, Dickson 1969). That
+       takes 7 products for 32 rows, and 10 for 252.
+    3. Without mixing these rows are exactly zero, in any precision, except where numbers cancel, as
+       in exp(x - x.max()) divided by its sum. So a row counts as mixed only if more than a few
+       roundings of float32 reach it, relative to what it gets from itself.
     """
     if packing.rows < 2:
         return False
@@ -192,7 +195,7 @@ def mixes_samples(graph: Linearization, packing: Packing) -> bool:
 
 
 def _words(rows: int) -> Tensor:
-    """Return a word for each row, none of which covers another, shape (bits, rows)."""
+    """Return a word per row, none of which covers another, shape (bits, rows)."""
     bits = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= rows)
     words = torch.zeros(bits, rows, dtype=torch.bool, device="cpu")
     # The words in order, each from its number (combinatorial number system).
@@ -209,8 +212,8 @@ def _words(rows: int) -> Tensor:
 def _kept_from_checkpoint() -> contextlib.AbstractContextManager[Any]:
     """Keep this graph's tensors out of a surrounding non-reentrant `torch.utils.checkpoint`.
 
-    That recomputes its whole region for every backward pass over the graph, and each
-    vector-Jacobian product is one. Tensors saved here are held as they are instead.
+    A checkpoint recomputes its whole region for every backward pass over the graph, and each
+    vector-Jacobian product is such a pass. So tensors that are saved here are held as they are.
     """
     if not inside_checkpoint():
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""States as one matrix of a row a sample, for solvers that know nothing of structure."""
+"""States as one matrix with one row per sample, for solvers that know nothing of structure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from torch import Tensor
 
 
 class Packing:
-    """Packs leaves into a (B, D) matrix and back: B independent samples, D numbers each.
+    """Packs leaves into a (B, D) matrix and back: B independent samples of D numbers each.
 
-    Numbers go in the order in which the like leaf has them in memory, so that packing a leaf
-    is a view or a straight copy, and a channels_last leaf comes back as one. The matrix has
-    the widest of the leaves' dtypes and at least float32, for the sake of inner products.
-    Complex leaves are packed as pairs of reals, since J^T is linear over the reals.
+    The numbers of a leaf keep the order that they have in memory. So packing a leaf is a view or a
+    straight copy, and a leaf in channels_last comes back in channels_last. The matrix has the
+    widest of the leaves' dtypes, and at least float32, for the sake of inner products. Complex
+    leaves are packed as pairs of reals, since J^T is linear over the reals.
 
     Args:
-        like: the leaves to take shapes, dtypes and memory formats from.
-        batch_dim: the dimension that counts samples, None where they are coupled; see
-            `Context.batch_dim`.
+        like: leaves whose shapes, dtypes and memory formats count.
+        batch_dim: see `Context.batch_dim`.
     """
 
     def __init__(self, like: Sequence[Tensor], batch_dim: int | None) -> None:
@@ -31,7 +30,7 @@ class Packing:
             leaf.numel() * (2 if leaf.is_complex() else 1) // max(self.rows, 1) for leaf in like
         ]
         self.dtype = wide_dtype(like)
-        # One tensor whose dimensions are in order is a matrix but for its shape.
+        # A single leaf whose dimensions are in order needs another shape and nothing else.
         self._only: torch.Size | None = None
         in_order = [list(range(leaf.dim())) for leaf in like] == self._orders
         if len(like) == 1 and in_order and like[0].dtype == self.dtype:
@@ -40,12 +39,12 @@ class Packing:
 
     @property
     def is_half(self) -> bool:
-        """Whether a leaf is in float16, whose numbers end at 6e-8."""
+        """Whether a leaf is in float16, whose smallest number above zero is 6e-8."""
         return any(leaf.dtype is torch.float16 for leaf in self._like)
 
     @property
     def rows(self) -> int:
-        """B; one where samples are coupled."""
+        """B, which is 1 where samples are coupled."""
         return 1 if self.batch_size is None else self.batch_size
 
     @property
@@ -59,7 +58,7 @@ class Packing:
         return self._like[0].device
 
     def pack(self, leaves: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """Return the leaves as a (B, D) matrix, in memory of its own if `out` gives that."""
+        """Return the leaves as a (B, D) matrix; in `out` if that is given, else perhaps a view."""
         columns = []
         if self._only is not None:
             only = leaves[0]
@@ -78,7 +77,7 @@ class Packing:
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
     def unpack(self, matrix: Tensor) -> list[Tensor]:
-        """Return a (B, D) matrix as leaves of the like leaves' shapes, dtypes and formats."""
+        """Return a (B, D) matrix as leaves, in the shapes, dtypes and memory formats of `like`."""
         if self._only is not None:
             only = matrix if matrix.dtype == self.dtype else matrix.to(self.dtype)
             return [only if self._is_matrix else only.reshape(self._only)]
@@ -96,7 +95,7 @@ class Packing:
         return leaves
 
     def spread(self, per_sample: Tensor) -> list[Tensor]:
-        """Return a (B,) tensor as one tensor a leaf that broadcasts over it."""
+        """Return a (B,) tensor as one tensor per leaf, each of which broadcasts over its leaf."""
         if self.batch_dim is None:
             return [per_sample.reshape([1] * leaf.dim()).to(leaf.dtype) for leaf in self._like]
         return [
@@ -118,18 +117,18 @@ def wide_dtype(leaves: Sequence[Tensor]) -> torch.dtype:
 
 
 def relative_norm(error: Tensor, of: Tensor) -> Tensor:
-    """Return ||error|| / ||of|| of each row, shape (B,); of zero by zero it is zero.
+    """Return ||error|| / ||of|| per row, shape (B,). Zero over zero is zero.
 
     Args:
         error: rows of a packing, shape (B, D).
-        of: what they are the error of.
+        of: the rows whose error it is, shape (B, D).
     """
     norm, size = torch.linalg.vector_norm(error, dim=1), torch.linalg.vector_norm(of, dim=1)
     return torch.where(norm == 0, norm, norm / size)
 
 
 def batch_size(leaves: Sequence[Tensor], batch_dim: int | None) -> int | None:
-    """Return how many samples a state has; None where no dimension counts them in every leaf."""
+    """Return how many samples a state has; None where leaves have no such dimension in common."""
     if batch_dim is None:
         return None
     if any(batch_dim not in range(-leaf.dim(), leaf.dim()) for leaf in leaves):

@@ -1,4 +1,4 @@
-"""What any strategy computed: the g of its gradient (dF/dz)^T g, read off a probe."""
+"""The g of any strategy's gradient (dF/dz)^T g, read off a probe."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def with_probe(
 ) -> tuple[Callable[[State], State], list[Tensor]]:
     """Return F + e and the leaves of e, which are zero and require grad.
 
-    dF/de is the identity, so the gradient that a strategy gives e is the g that it gives F: the
-    solution of (I - J^T) g = v, exact or not. This needs no knowledge of the strategy.
+    A strategy returns (dF/dz)^T g for whatever F depends on. Let F + e take the place of F. Since
+    d(F + e)/de is the identity, the gradient of e is g itself. So nothing has to be known about the
+    strategy.
 
     Args:
         func: F, from a state to a state of the same structure.
-        equilibrium: h*, for the shapes.
+        equilibrium: h*, whose shapes e gets.
     """
     leaves, _ = flatten(equilibrium)
     probes = [torch.zeros_like(leaf, requires_grad=True) for leaf in leaves]
@@ -36,14 +37,14 @@ def with_probe(
 
 
 class CountedPasses:
-    """F, with its evaluations and the backward passes through it counted.
+    """F, whose evaluations and backward passes are counted.
 
     Args:
         func: F.
 
     Attributes:
-        n_evaluations: calls of F.
-        n_vjp: backward passes through it, the one that reaches the parameters included.
+        n_evaluations: the number of calls of F.
+        n_vjp: the number of backward passes through F, with the one that reaches the parameters.
     """
 
     def __init__(self, func: Callable[[State], State]) -> None:

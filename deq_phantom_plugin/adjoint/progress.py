@@ -24,14 +24,14 @@ class Solution:
 
     Attributes:
         x: the solution, shape (B, D).
-        residual: ||rhs - (I - J^T) x|| for each sample, shape (B,), computed from its definition
+        residual: ||rhs - (I - J^T) x|| per sample, shape (B,). It is computed from this definition,
             and not from a recurrence.
-        n_vjp: products with J^T taken.
-        trace: the residual after each check, shape (B, N).
+        n_vjp: the number of products with J^T.
+        trace: the residual after each of N checks, shape (B, N).
         converged: whether every sample reached the tolerance.
-        at_rounding: the samples that stopped above it since their residual is what F's own rounding
-            makes of it, shape (B,).
-        n_clipped: products that were clipped, each counted once a sample.
+        at_rounding: the samples that stopped above the tolerance because F's own rounding keeps
+            their residual there, shape (B,).
+        n_clipped: the number of products that were clipped, each counted once per sample.
     """
 
     x: Tensor
@@ -44,7 +44,9 @@ class Solution:
 
 
 def choose(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Return `new` in the chosen samples and `old` in the others; one of them itself if it can be.
+    """Return `new` in the chosen samples and `old` in the others.
+
+    Where all samples are chosen, or none, no copy is made (on the CPU).
 
     Args:
         chosen: shape (B,).
@@ -67,21 +69,22 @@ _FLOOR = 4.0  # residuals over the rounding of one product that more products ha
 
 
 class Progress:
-    """Follows a solve of (I - J^T) x = rhs sample by sample.
+    """Follows a solve of (I - J^T) x = rhs, sample by sample.
 
-    Rows of `rhs` have norm one, or are zero and then solved as long as no other reaches into them.
+    Rows of `rhs` have norm one or are zero. A row of zeros counts as solved as long as no other
+    sample reaches into it.
 
-    No solve gets below the rounding of F's products, far above that of the state where F computes
-    in 16 bits. It is measured by how far a product is from linear, once a solve and only where
-    the residual stagnates; samples that are down there have no more to gain.
+    No solve gets below the rounding of F's products, which is far above that of the state where F
+    computes in 16 bits. How far a product is from linear tells this rounding. It is measured at
+    most once per solve, and only where the residual stagnates. Samples that are down there stop.
 
     Args:
-        apply: the product with J^T; counted.
+        apply: x -> J^T x, on rows of shape (B, D). Its calls are counted.
         rhs: the right-hand side, shape (B, D).
-        tol: the residual to reach.
-        max_vjp: the most products to take.
-        clip: bounds each product. Then residuals are those of x = rhs + clip(J^T x), but for that
-            of the solution.
+        tol: the residual to reach in every sample.
+        max_vjp: the largest number of products.
+        clip: bounds each product. The residuals on the way are then those of
+            x = rhs + clip(J^T x); that of the solution is of the system itself.
 
     Attributes:
         active: the samples that are still to be solved, shape (B,).
@@ -113,7 +116,7 @@ class Progress:
 
     @property
     def remaining(self) -> int:
-        """Products that may still be taken."""
+        """The number of products that may still be taken."""
         return self.max_vjp - self.n_vjp
 
     @property
@@ -140,7 +143,7 @@ class Progress:
         Args:
             x: the iterate, shape (B, D).
             residual: rhs - (I - J^T) x.
-            at_once: whether the host must not learn of it late.
+            at_once: whether the host waits for the residual even where it usually reads it late.
 
         Raises:
             NonFiniteError: if a residual is NaN or infinite.
@@ -174,9 +177,9 @@ class Progress:
         return False
 
     def _improves(self, norm: Tensor) -> bool:
-        """Whether every sample is active, and its residual better than before and not there yet.
+        """Whether in every sample the residual fell, and is still above the tolerance.
 
-        So it is in most iterations. The host then has no more to look at, and nothing to choose.
+        That is so in most iterations. The host then has nothing more to look at or to choose.
         """
         if self._lowest is None:
             return False
@@ -225,16 +228,16 @@ class Progress:
             self._lowest = None
 
     def rounding(self, x: Tensor, image: Tensor) -> Tensor:
-        """Return the rounding of products relative to them, shape (); costs one, once a solve.
+        """Return the relative rounding of a product, shape (). The first call costs one product.
 
-        The largest of the batch: one sample's may be small by chance.
+        It is the largest of the batch, since that of one sample may be small by chance.
 
         Args:
             x: any rows, shape (B, D).
             image: J^T x, clipped if products are.
         """
         if self._rounding is None:
-            # By a factor that is no power of two, all numbers are rounded otherwise.
+            # 1.5 is no power of two. So all numbers of the second product are rounded anew.
             again = self._bounded(1.5 * self._product(x / 1.5))
             relative = relative_norm(again - image, image)
             self._rounding = relative.amax() if len(relative) else relative.sum()
@@ -247,9 +250,9 @@ class Progress:
 
         Args:
             active: the samples that are still to be solved, shape (B,).
-            norm: what was computed of each, shape (B,).
-            counted: the samples in which that must be finite, shape (B,).
-            late: how to read both late, if that may be.
+            norm: a number that was computed of each sample, shape (B,).
+            counted: the samples in which that number must be finite, shape (B,).
+            late: how to read both late; None to read them at once.
 
         Raises:
             NonFiniteError: if not all that count are finite.
@@ -291,9 +294,10 @@ class Progress:
         """Return the best iterate that was recorded for each sample.
 
         Where a solve stops short, a sample whose every iterate is worse than zero gets its
-        right-hand side instead. One more product then tells the residual, and so it does where
-        iterates are of different steps: were samples said to be independent that are not, it would
-        be another. Where products were clipped it is taken again, of the system without a clip.
+        right-hand side instead. One more product then tells the residual. It is also taken where
+        the iterates of the samples are from different steps: if samples that were said to be
+        independent are not, the residual of that mixture is another. Where products were clipped,
+        the residual is taken again, of the system without a clip.
 
         Raises:
             NonFiniteError: if a residual is NaN or infinite.

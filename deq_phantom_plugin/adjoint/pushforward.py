@@ -1,4 +1,17 @@
-"""Products with the Jacobian that any transform or mode of PyTorch differentiates itself."""
+"""Products with the Jacobian J, for the transforms and modes of PyTorch.
+
+A strategy's gradient is (dF/dz)^T g with g = A^T v, where A approximates (I - J)^-1. Reverse mode
+takes it in backward. Inside `torch.func`, and in forward mode, there is no such moment. There a
+change is attached to the value in the forward pass:
+
+1. Let e = F(h*, z) - F(h*, z0), where z0 is the constant value of z. e is zero, and de/dz = dF/dz.
+2. A e is zero too, and its derivative by z is A dF/dz. In reverse mode that maps v to
+   (dF/dz)^T A^T v, the strategy's gradient. In forward mode it is the right tangent as well.
+3. A is made of products with J, which are ordinary operations (`__call__`). So PyTorch
+   differentiates them itself, however its transforms are nested.
+
+e and each product have the shapes of the state, leaf by leaf.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +26,19 @@ from ..contract.state import State, flatten, unflatten
 
 
 class Pushforward:
-    """J = dF/dh at h*, and the change of F(h*) that its derivative by all but h* amounts to.
+    """x -> J x with J = dF/dh at h*, and the change e of the module's text.
 
-    A gradient (dF/dz)^T g with g = A^T v is that of A e, where e = F(h*, z) is taken for a change:
-    its value is zero, and its derivative dF/dz. All operations are ordinary ones, so that reverse
-    mode, forward mode and `vmap` are right, however nested; for a first derivative.
+    It is for first derivatives. A second one is refused.
 
     Args:
         func: the map F.
-        equilibrium: h*, constant.
-        user: whose errors those of a second derivative are, such as a strategy.
+        equilibrium: h*, a constant.
+        user: what asks, such as a strategy. The error of a second derivative names it.
 
     Attributes:
         structure: the structure of the state.
         inputs: the leaves of h*.
-        outputs: the leaves of F(h*), constant.
+        outputs: the leaves of F(h*), constants.
         change: the leaves of e.
     """
 
@@ -45,7 +56,7 @@ class Pushforward:
             once_differentiable(image - value, user)
             for image, value in zip(images, self.outputs, strict=True)
         ]
-        # J^T v is linear in v: what is pulled back through that is pushed forward.
+        # v -> J^T v is linear. Its own transpose, x -> J x, is pulled back through it.
         zeros = [torch.zeros_like(value) for value in self.outputs]
         self._push = torch.func.vjp(self._pulled, *zeros)[1]
 
@@ -54,10 +65,10 @@ class Pushforward:
         return images
 
     def __call__(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Return J times the leaves of a state."""
+        """Return the leaves of J x, for the leaves of x."""
         return list(self._push(tuple(leaves), retain_graph=True))
 
     def attach(self, values: Sequence[Tensor], change: Sequence[Tensor]) -> State:
-        """Return a state of these values that changes with z as the change A e does."""
+        """Return a state of these values whose derivative is that of `change`, A e."""
         changed = [value + by for value, by in zip(values, change, strict=True)]
         return unflatten(changed, self.structure)

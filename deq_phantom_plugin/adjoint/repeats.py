@@ -15,13 +15,13 @@ _TOLERANCE = 1e-2  # a relative difference above it is no rounding
 
 
 class Repeats:
-    """Compares evaluations that are done again with the first ones, and says once if they differ.
+    """Compares evaluations that are done again with the first ones, and warns once if they differ.
 
-    Sketches are kept, not states. The device is read once a backward pass, when the first of the
-    evaluations was done again, which is the last to be.
+    It keeps sketches of the states, not the states. It reads the device once per backward pass:
+    when evaluation 0 is done again, which backward does last.
 
     Args:
-        user: whose evaluations they are, such as a strategy.
+        user: what evaluates F, such as a strategy. The warning names it.
     """
 
     def __init__(self, user: object) -> None:
@@ -32,7 +32,12 @@ class Repeats:
 
     @torch.no_grad()
     def see(self, number: int, leaves: Sequence[Tensor]) -> None:
-        """Take note of what an evaluation returned, from 0; compare if it is done again."""
+        """Take note of what evaluation `number` returned; compare, if it is not the first time.
+
+        Args:
+            number: the evaluation, from 0.
+            leaves: the leaves of the state that it returned.
+        """
         if torch.compiler.is_compiling() or leaves[0].is_meta:
             return
         # Projections are sums, which would overflow in 16 bits.
@@ -43,7 +48,7 @@ class Repeats:
         before = self._first.setdefault(number, now)
         if before is now:
             return
-        # Of the whole state: a leaf of rounding alone may differ by all that it is.
+        # Relative to the whole state: a leaf that is all rounding may differ by its own size.
         size = torch.linalg.vector_norm(before).clamp(min=torch.finfo(now.dtype).tiny)
         self._differences.append(torch.linalg.vector_norm(now - before) / size)
         if number == 0:
@@ -55,9 +60,9 @@ class Repeats:
     def _say(self, difference: float) -> None:
         warn_once(
             "repeats",
-            f"{self._user!r}: F, evaluated again in backward at the same state, returned something "
-            f"else than in the forward pass (by {difference:.1e} of its norm), so the gradient is "
-            "wrong. A variable that F reads may have been given another value since, as in "
+            f"{self._user!r}: F was evaluated again in backward at the same state, and returned "
+            f"something else than in the forward pass (by {difference:.1e} of its norm), so the "
+            "gradient is wrong. A variable that F reads may have got another value since, as in "
             "x = deq(lambda h: f(h, x), h0), or F may draw at random or update its buffers. Give "
             "the variable another name, or take a strategy that does not evaluate again: upg, npg, "
             "ift. This warning is given once.",

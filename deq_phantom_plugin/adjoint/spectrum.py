@@ -1,4 +1,4 @@
-"""The leading eigenvalue of J, for each sample, from products with its transpose."""
+"""The leading eigenvalue of J, per sample, from products with J^T."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from .progress import Apply
 
 @dataclass(frozen=True)
 class LeadingEigenvalue:
-    """The eigenvalue of largest modulus, as found.
+    """An estimate of the eigenvalue of largest modulus.
 
     Attributes:
         radius: its modulus, shape (B,).
-        vector: the real part of its Ritz vector, of norm one, shape (B, D); a start for next time.
-        residual: ||J^T y - theta y|| / |theta| of the Ritz pair, shape (B,).
-        n_vjp: products taken.
+        vector: the real part of its Ritz vector, of norm one, shape (B, D). It is a good start for
+            another search.
+        residual: ||J^T y - theta y|| / |theta| of the Ritz pair (theta, y), shape (B,).
+        n_vjp: the number of products.
     """
 
     radius: Tensor
@@ -32,18 +33,20 @@ class LeadingEigenvalue:
 def leading_eigenvalue(
     apply: Apply, start: Tensor, *, tol: float, max_vjp: int, basis: int
 ) -> LeadingEigenvalue:
-    """Find the eigenvalue of largest modulus by restarted Arnoldi iteration (Saad 1980).
+    """Find the eigenvalue of largest modulus by restarted Arnoldi iteration.
 
-    This is power iteration that keeps its last `basis` vectors: no more products, but complex
-    pairs, pairs of opposite sign and clusters, between which plain power iteration and Rayleigh
-    quotients swing forever, are eigenvalues of the small matrix like any other.
+    Source: Saad 1980, "Variations on Arnoldi's method for computing eigenelements of large
+    unsymmetric matrices". It is power iteration that keeps its last `basis` vectors, for as many
+    products. Plain power iteration and Rayleigh quotients swing forever between the eigenvalues of
+    a complex pair, of a pair of opposite sign, or of a cluster. Here these are eigenvalues of the
+    small matrix like any other.
 
     Args:
-        apply: x -> J^T x, on (B, D) matrices.
-        start: where to start, shape (B, D), no row zero.
+        apply: x -> J^T x, on rows of shape (B, D).
+        start: the vectors to start from, shape (B, D). No row is zero.
         tol: the Ritz residual to reach in every sample.
-        max_vjp: the most products to take.
-        basis: vectors kept.
+        max_vjp: the largest number of products.
+        basis: the number of vectors that are kept.
 
     Raises:
         NonFiniteError: if a product is NaN or infinite.
@@ -57,7 +60,8 @@ def leading_eigenvalue(
         if not torch.isfinite(hessenberg).all():
             raise NonFiniteError(
                 f"a vector-Jacobian product became NaN or infinite within {n_vjp} products of the "
-                "search for the leading eigenvalue"
+                "search for the leading eigenvalue: the derivative of F is not finite at this "
+                "state. Look in F for a division, a root or a logarithm at zero, or an overflow"
             )
         values, coordinates = torch.linalg.eig(hessenberg)
         leading = values.abs().argmax(dim=1)
@@ -67,7 +71,7 @@ def leading_eigenvalue(
         residual = torch.where(residual > 0, residual / radius, 0)
         real = (ritz.real[:, None] @ vectors).squeeze(1)
         imaginary = (ritz.imag[:, None] @ vectors).squeeze(1)
-        # An eigenvector's phase is arbitrary; its larger part is the safer one to go on from.
+        # The phase of an eigenvector is arbitrary. The larger of its two parts is the safer start.
         norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in (real, imaginary)]
         vector = torch.where(norms[0] >= norms[1], real, imaginary)
         vector = vector / torch.maximum(*norms)
@@ -76,7 +80,10 @@ def leading_eigenvalue(
 
 
 def _arnoldi(apply: Apply, start: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return an orthonormal basis, J^T in it, and the norm of what the last product adds."""
+    """Return an orthonormal basis Q, H = Q^T J^T Q, and the norm of the last product outside of Q.
+
+    Their shapes are (B, n, D), the vectors as rows, (B, n, n) and (B,), with n = `length`.
+    """
     batch, size = start.shape
     vectors = start.new_zeros(batch, length + 1, size)
     hessenberg = start.new_zeros(batch, length, length)
@@ -90,7 +97,7 @@ def _arnoldi(apply: Apply, start: Tensor, length: int) -> tuple[Tensor, Tensor, 
             image = image - (part[:, None] @ vectors[:, : j + 1]).squeeze(1)
             hessenberg[:, : j + 1, j] += part
         below = torch.linalg.vector_norm(image, dim=1)
-        # What rounding leaves of an invariant space is no direction.
+        # In an invariant space nothing is left but rounding, which is no direction.
         below = torch.where(below > 10 * torch.finfo(image.dtype).eps * scale, below, 0)
         if j + 1 < length:
             hessenberg[:, j + 1, j] = below

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import warnings
 from typing import Any
 
 from ..strategies.registry import get_strategy, list_strategies, strategy_class
+
+_WIDTH = 100  # columns, so that a line fits into a terminal
 
 
 def add_to(commands: Any) -> None:
@@ -20,16 +23,15 @@ def _list(args: argparse.Namespace) -> int:
     with warnings.catch_warnings(record=True) as broken:
         warnings.simplefilter("always")
         names = list_strategies()
-    rows = []
     for name in names:
         try:
             shown = repr(get_strategy(name))
         except Exception:  # has arguments without a default, or is somebody's that fails
             shown = f"{name}(...)"
-        rows.append((shown, (strategy_class(name).__doc__ or "").strip().partition("\n")[0]))
-    width = max(len(shown) for shown, _ in rows)
-    for shown, line in rows:
-        print(f"{shown:{width}}  {line}")
+        line = (strategy_class(name).__doc__ or "").strip().partition("\n")[0]
+        print("\n".join(textwrap.wrap(shown, _WIDTH, subsequent_indent="  ")))
+        for part in textwrap.wrap(line, _WIDTH - 4):
+            print(f"    {part}")
     for warning in broken:
         print(f"warning: {warning.message}", file=sys.stderr)
     return 0

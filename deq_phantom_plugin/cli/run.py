@@ -29,7 +29,7 @@ def _run(args: argparse.Namespace) -> int:
     compat = args.compat or []
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
-        raise ValueError("no command; expected one after --, such as -- python train.py")
+        raise ValueError("no command to run; expected one after --, such as -- python train.py")
     root = args.repo or run.find_root(Path.cwd())
     matches, changes = run.prepare(root, args.grad, compat)
     for match in matches:

@@ -66,7 +66,8 @@ def load_folder(folder: str | Path, image_size: int) -> Dataset:
         raise ValueError(f"{root} is not a folder; expected 'digits' or a folder of images")
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
     if len(classes) < 2:
-        raise ValueError(f"{root} has {len(classes)} subfolders; expected one a class, at least 2")
+        count = len(classes)
+        raise ValueError(f"{root} has {count} subfolders; expected one per class, at least 2")
     images, labels = [], []
     for label, name in enumerate(classes):
         files = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in _SUFFIXES)

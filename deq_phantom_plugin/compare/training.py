@@ -1,4 +1,4 @@
-"""The training runs of a comparison: one a method, the same start, data order and solver."""
+"""The training runs of a comparison: one per method, with the same start, data order and solver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can go wrong."""
+"""The errors and warnings of this package that Python does not have."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 
 class ConvergenceWarning(RuntimeWarning):
-    """An iteration stopped short of its tolerance; the result is the best it found."""
+    """An iteration stopped short of its tolerance. The result is the best that it found."""
 
 
 class AssumptionWarning(RuntimeWarning):
-    """F is not what a gradient takes it for; says what was found, and what is done about it."""
+    """F is not what a gradient takes it for. The message says what was found, and what is done."""
 
 
 class NonFiniteError(FloatingPointError, RuntimeError):
     """A solve that started from finite numbers made a NaN or an infinity.
 
     Attributes:
-        samples: in which, where they are known.
+        samples: the indices of the samples in which it did; empty where they are not known.
     """
 
     samples: Sequence[int] = ()
 
 
 class ConvergenceError(RuntimeError):
-    """A solve failed, and that was to be an error."""
+    """A solve failed, and the user's policy makes that an error (`on_failure="raise"`)."""

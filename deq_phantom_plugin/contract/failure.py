@@ -34,10 +34,10 @@ class FailurePolicy:
         """Count samples that failed, and warn or raise if that is the policy.
 
         Args:
-            kind: "forward" or "adjoint".
-            failed: which samples did, shape (B,).
-            memory: of the equilibrium, which counts.
-            message: what to say of them.
+            kind: the solve that failed, "forward" or "adjoint".
+            failed: the samples in which it failed, shape (B,).
+            memory: the memory of the equilibrium, which counts them.
+            message: what happened, in words.
 
         Raises:
             ConvergenceError: if that is the policy.

@@ -19,33 +19,34 @@ from .._plumbing.trial import Trial
 from .errors import AssumptionWarning
 
 LARGEST_STEP = 2**53
-"""Up to here float64 tells whole numbers apart."""
+"""The largest step. float64 tells whole numbers apart up to here."""
 
 
 class Memory(nn.Module):
     """The training step of one equilibrium of one model, and what its strategy keeps.
 
-    A module, so that it is found by `dpp.set_step`, copied with its model, and resumed through the
-    model's `state_dict`. There it has one number, `step`, whatever runs: a float64, since averages
-    of models add and scale what they find; -1 if untold. It is made when the dict is made and is
-    no buffer, so `half`, `to` and what processes send one another leave it alone. Checkpoints
-    without it load, also strictly.
+    It is a module. So `dpp.set_step` finds it, it is copied with its model, and it is resumed
+    through the model's `state_dict`. There it has one number, `step`, whatever strategy runs. The
+    number is a float64, since averages of models add and scale what they find. It is -1 if nobody
+    told the step. It is made when the dict is made, and is no buffer. So `half`, `to` and the
+    messages between processes leave it alone. Checkpoints without it load, also strictly.
 
     What has the shape of a batch, or grows, goes through `dpp.memory_state_dict`.
 
-    On the meta device, where no tensor has a value, the number is not there either. Loaders that
-    build a model there (Transformers, Accelerate) fill in each key as a parameter.
+    On the meta device no tensor has a value, and the number is not in the dict. (Loaders that build
+    a model there, as those of Transformers and Accelerate, fill in each key as a parameter.)
 
     Attributes:
-        step: the training step, None until `dpp.set_step` or a host has told it.
-        total: how many steps there will be, None until `dpp.set_step` has told it; not saved.
+        step: the training step; None until `dpp.set_step` or a host has told it.
+        total: the length of training in steps; None until `dpp.set_step` has told it. Not saved.
         place: which of its model's memories it is, from 0; None until `dpp.set_step` has counted
             them. Not saved.
-        counts: whether a strategy asked which call of its step it is in; not saved.
-        failures: samples in which a solve failed, "forward" and "adjoint"; see `guard`.
+        counts: whether a strategy asked which call of its step it is in. Not saved.
+        failures: the number of samples in which a solve failed, "forward" and "adjoint", see
+            `guard`.
         histories: what strategies note over the steps, by name: tensors and plain values.
-        findings: what `inspection` found out of F, by mode and structure of the state. Not saved or
-            copied: another process, or a copy, asks for itself.
+        findings: what `inspection` found out about F, by mode and structure of the state. Not saved
+            or copied: another process, or a copy, asks for itself.
     """
 
     def __init__(self) -> None:
@@ -63,19 +64,22 @@ class Memory(nn.Module):
         self._on_meta = _weights_go_to_meta()
 
     def warm_start(self, name: str, like: Tensor) -> Tensor | None:
-        """Return the tensor kept under `name`, if it fits `like` in shape; cast to its dtype."""
+        """Return the tensor kept under `name`, cast to the dtype of `like`.
+
+        None if there is no such tensor, or if it has another shape.
+        """
         kept = self._warm_starts.get(name)
         if kept is None or kept.shape != like.shape or kept.is_complex() != like.is_complex():
             return None
         return kept.to(device=like.device, dtype=like.dtype)
 
     def keep(self, name: str, value: Tensor) -> None:
-        """Keep a detached tensor under `name` for the next step; what a trial found is not kept."""
+        """Keep a tensor, detached, under `name` for the next step; not inside of a trial."""
         if not Trial.depth():
             self._warm_starts[name] = value.detach()
 
     def tell(self, step: int, total: int | None, place: int) -> None:
-        """Be told where training is; see `dpp.set_step`."""
+        """Take note of where training is, see `dpp.set_step`."""
         if step != self.step:
             self._calls = 0
         self.step, self.place = step, place
@@ -86,17 +90,18 @@ class Memory(nn.Module):
         self.counts = True
         return self._calls
 
-    @never_compiled  # or for each call anew
+    @never_compiled  # the number changes in each call, which would compile each time
     def count(self) -> None:
-        """Be told that an equilibrium was attached; trials and evaluations do not count."""
+        """Take note that an equilibrium was attached. Trials and evaluation do not count."""
         if self.training and not Trial.depth():
             self._calls += 1
 
     def doubt(self) -> None:
-        """Ask again what F is like: a solve that relied on what was found has stopped short.
+        """Ask again what F is like, since a solve that relied on the answer has stopped short.
 
-        Weights that begin at zero couple nothing yet. Asked at the first doubt, the second, the
-        fourth and so on, so that a solve that never gets there does not pay at every step.
+        The answer may change: weights that begin at zero couple nothing yet. It is asked again at
+        the first doubt, the second, the fourth and so on. So a solve that always stops short does
+        not pay for it at every step.
         """
         if Trial.depth():
             return
@@ -107,7 +112,7 @@ class Memory(nn.Module):
     # --- what is kept besides the step ------------------------------------------------------------
 
     def kept(self) -> dict[str, dict[str, Any]]:
-        """Return all but the step, in plain types and tensors; see `dpp.memory_state_dict`."""
+        """Return everything but the step, in plain types and tensors; `dpp.memory_state_dict`."""
         return {
             "warm_starts": dict(self._warm_starts),
             "histories": copy.deepcopy(self.histories),
@@ -115,7 +120,7 @@ class Memory(nn.Module):
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
-        """Replace all but the step by what another memory kept, which is not looked at."""
+        """Replace everything but the step by what another memory kept. It is not checked."""
         self._warm_starts = dict(kept["warm_starts"])
         self.histories = copy.deepcopy(kept["histories"])
         self.failures = Counter(kept["failures"])
@@ -123,8 +128,8 @@ class Memory(nn.Module):
     # --- the model's state_dict -------------------------------------------------------------------
 
     def _number(self) -> Tensor:
-        # Not an inference tensor: averages change it in place. On the CPU, wherever the model is:
-        # PyTorch sends numbers without a dimension from process to process as they are.
+        # Not an inference tensor, since averages change it in place. On the CPU, wherever the model
+        # is, since PyTorch sends tensors without a dimension between processes as they are.
         with torch.inference_mode(False):
             step = -1 if self.step is None else self.step
             return torch.tensor(step, dtype=torch.float64, device="cpu")
@@ -167,9 +172,9 @@ class Memory(nn.Module):
     ) -> Iterator[tuple[str, Tensor]]:
         """Name the number to PyTorch's functions for distributed checkpoints.
 
-        They hand on what some module calls a parameter or a buffer, and lose every other key. They
-        ask one module at a time and without autograd; a loader that asks with it moves what it
-        finds, so it is not to find the number.
+        These functions keep what some module calls a parameter or a buffer, and lose every other
+        key. They ask one module at a time, and without autograd. A loader that asks with autograd
+        on moves what it finds, so it must not find the number.
         """
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
         if not (recurse or torch.is_grad_enabled()):
@@ -181,7 +186,7 @@ class Memory(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Memory:
-        """See `torch.nn.Module.train`; a model that is put to use has left the meta device."""
+        """See `torch.nn.Module.train`. A model that is used has left the meta device."""
         self._on_meta = False
         super().train(mode)
         return self
@@ -202,10 +207,10 @@ class Memory(nn.Module):
 
 
 def _weights_go_to_meta() -> bool:
-    """Whether a module that is made now has its weights on the meta device, to be loaded.
+    """Whether a module that is made now gets its weights on the meta device.
 
-    By the default device, or as Accelerate and Transformers 4 do it, where a parameter goes there
-    when it is registered.
+    The default device may say so. In Accelerate and Transformers 4 a parameter goes there when it
+    is registered.
     """
     probe = torch.nn.Module()
     probe.register_parameter("weight", torch.nn.Parameter(torch.empty(0)))
@@ -224,7 +229,8 @@ def _step(key: str, value: Any) -> int | None:
         warn_once(
             "step lost",
             f"{key} is infinite, since the checkpoint was cast to float16, which ends at 65,504: "
-            "the training step is not known. Tell it by dpp.set_step. Said once.",
+            "the training step is not known. Call dpp.set_step(model, step) before the next step. "
+            "This is said once.",
             AssumptionWarning,
         )
         return None

@@ -26,11 +26,11 @@ __all__ = [
 
 
 def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
-    """Refuse what no strategy can start from.
+    """Refuse a state from which no strategy can start.
 
     Args:
-        equilibrium: a state.
-        finite: whether it must be, see `check_finite`.
+        equilibrium: the state.
+        finite: whether it must be finite, see `check_finite`.
 
     Raises:
         ValueError: if the state has no leaves, a leaf is not a floating-point or complex
@@ -64,18 +64,18 @@ def check_equilibrium(equilibrium: State, finite: bool = True) -> None:
 
 
 class CheckedFunc:
-    """A map that must return what it was given: same structure, shapes and dtypes.
+    """A map that must return a state like the one it was given: structure, shapes and dtypes.
 
-    Under autocast a map may return another dtype; it is cast back to the state's.
+    Under autocast a map may return another dtype. It is cast back to that of the state.
 
     Args:
         func: the map.
-        like: what it is given, or a state like that.
-        weights: of evaluations of this map before, if there were any.
+        like: a state like those that the map is given.
+        weights: the cached weights of earlier evaluations of this map, if there were any.
 
     Raises:
-        ValueError: on a call whose result differs, or that changed its input in place (the
-            equilibrium is read again in backward).
+        ValueError: on a call whose result differs; or that changed its input in place, which
+            backward reads again.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class CheckedFunc:
     def __call__(self, state: State) -> State:
         """Evaluate the map, checked."""
         inputs, _ = flatten(state)
-        # A compiler functionalises what is in place, and inference tensors do not count.
+        # A compiler replaces operations in place, and inference tensors have no version.
         versions = []
         if not torch.compiler.is_compiling():
             versions = [None if leaf.is_inference() else leaf._version for leaf in inputs]
@@ -100,7 +100,10 @@ class CheckedFunc:
         result = evaluated(self._func, state)
         for leaf, version in zip(inputs, versions, strict=False):
             if version is not None and leaf._version != version:
-                raise ValueError("func changed its input in place; it must return new tensors")
+                raise ValueError(
+                    "func changed its input in place, and backward reads that input again; it must "
+                    "return new tensors"
+                )
         outputs, structure = flatten(result)
         if structure != self._structure:
             raise ValueError(
@@ -117,7 +120,7 @@ class CheckedFunc:
             if not isinstance(output, Tensor):
                 raise ValueError(f"{where} is a {type(output).__name__}; expected a tensor")
             if output.is_nested:
-                raise ValueError(f"{where} is a nested tensor, but the state is none")
+                raise ValueError(f"{where} is a nested tensor; expected one like the state's")
             if output.shape != shape:
                 raise ValueError(
                     f"{where} has shape {tuple(output.shape)}, but the state has {tuple(shape)}"
@@ -143,12 +146,12 @@ def check_like(solver: Any, result: Any, begin: State) -> None:
     """Refuse what a solver returned if it is no state like the initial one.
 
     Args:
-        solver: for messages.
+        solver: the solver, for messages.
         result: what it returned.
         begin: the initial state.
 
     Raises:
-        ValueError: if the structure, a shape or a dtype is another.
+        ValueError: if the structure, a shape or a dtype differs.
     """
     (leaves, got), (like, want) = flatten(result), flatten(begin)
     if got != want:
@@ -168,12 +171,14 @@ def check_like(solver: Any, result: Any, begin: State) -> None:
 def damped_step(
     func: Callable[[State], State], state: State, lam: float | list[Tensor] = 1.0
 ) -> State:
-    """Take one step h <- (1 - lam) h + lam F(h) (supplement, Algorithm 1).
+    """Take one step h <- (1 - lam) h + lam F(h).
+
+    Source: "On Training Implicit Models", supplement, algorithm 1.
 
     Args:
         func: the map F.
         state: h.
-        lam: the damping factor, one number or one tensor a leaf that broadcasts over it.
+        lam: the damping factor: one number, or one tensor per leaf that broadcasts over the leaf.
     """
     image = func(state)
     if isinstance(lam, float | int) and lam == 1:
@@ -181,7 +186,7 @@ def damped_step(
     old, structure = flatten(state)
     new, _ = flatten(image)
     factors: Sequence[Tensor | float] = lam if isinstance(lam, list) else [lam] * len(old)
-    # lerp is one kernel and one allocation where the written-out sum takes three.
+    # lerp is one kernel and one allocation. The written-out sum would take three of each.
     return unflatten(
         [
             torch.lerp(h.to(f.dtype), f, factor)

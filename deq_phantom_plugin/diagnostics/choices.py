@@ -10,7 +10,8 @@ from torch import nn
 
 from .._plumbing.output import text_table
 from ..contract.memory import Memory
-from ..strategies.choice import Choice, choices
+from ..strategies.choice import Choice
+from ..strategies.noted import choices
 from ..switch import check_module
 
 _HEADER = ("equilibrium", "step", "strategy", "cosine", "cost", "why")

@@ -20,7 +20,7 @@ from ..contract.state import flatten
 from ..hosts import find_equilibria, what_is_found
 from ..hosts.solve import Solve
 from ..strategies.arguments import positive_int
-from ..strategies.choice import choices
+from ..strategies.noted import choices
 from ..switch import failures
 from .measure.equilibria import named_equilibria
 from .measure.health import health
@@ -50,7 +50,7 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
     - `chosen_cosine`, `chosen_cost`: of what `auto` had chosen, as `dpp.report_choice` tells it,
       from the first log after its first measurement;
     - `clipped`: products that `clip` of `npg` or `ift` has shortened in this backward pass, each
-      counted once a sample, from the first log in which there is one.
+      counted once per sample, from the first log in which there is one.
 
     Training is the same bit for bit with and without it: weights, `.grad`, random state and the
     buffers of all modules in F, as batch norms have them, are left as they were, and between logs F
@@ -179,9 +179,9 @@ class _Watch:
         if short is not problem and not self._said:
             self._said = True
             warnings.warn(
-                f"monitor: {name}: F is built from what compiled code returned, through which only "
-                "training goes back: the cosine is of the gradients of what F captures, not of "
-                "the parameters behind that. Compile F alone to have it of all",
+                f"monitor: {name}: F captures what compiled code returned, and only training can "
+                "go back through that: the cosine is that of the gradients of what F captures, not "
+                "of the parameters behind it. Compile F alone to have it of all parameters",
                 AssumptionWarning,
                 stacklevel=2,
             )

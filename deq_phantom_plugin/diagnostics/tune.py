@@ -176,7 +176,11 @@ def _tuned(name: str, own: Sequence[Numbers], auto: Auto) -> TunedEquilibrium:
     if not found.rows:
         raise ValueError(f"{name}: the loss does not depend on any sample, so nothing is judged")
     choice: Choice = auto.rule.decide(found, None, 0)[0]
-    compared = found.supported > 0
+    shown = [
+        c
+        for c in found.candidates
+        if c.spec == choice.spec or (found.contracts(c) and found.is_bounded(c))
+    ]
     return TunedEquilibrium(
         name,
         found.rows,
@@ -184,5 +188,5 @@ def _tuned(name: str, own: Sequence[Numbers], auto: Auto) -> TunedEquilibrium:
         choice.cosine,
         choice.cost,
         choice.why,
-        list(found.candidates) if compared else [],
+        shown if found.supported > 0 else [],
     )

@@ -7,12 +7,17 @@ The host hooks register them with their frameworks, as `broyden_fast`, `anderson
 from .anderson import anderson
 from .broyden import broyden
 from .fixed_point import fixed_point
+from .last_solve import Judge, LastSolve
 from .low_precision import check_solve_dtype
 from .solution import ForwardSolution, InverseJacobian
+from .warm_start import SampleStarts
 
 __all__ = [
     "ForwardSolution",
     "InverseJacobian",
+    "Judge",
+    "LastSolve",
+    "SampleStarts",
     "anderson",
     "broyden",
     "check_solve_dtype",

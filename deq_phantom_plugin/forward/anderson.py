@@ -40,29 +40,29 @@ def anderson(
     check_every: int = 1,
     rounding: float = 0.0,
 ) -> ForwardSolution:
-    """Solve h = F(h) by Anderson acceleration (Anderson 1965; Walker & Ni 2011), sample by sample.
+    """Solve h = F(h) by Anderson acceleration, sample by sample.
 
-    The iterates are those of TorchDEQ's `anderson` up to rounding, until a sample reaches the
-    tolerance, where it stops. Takes one evaluation an iteration, `max_iter` in all; keeps 2 `m`
-    vectors and reads each once an iteration, since only a row of their Gram matrix is new.
+    Source: Anderson 1965; Walker & Ni 2011. The iterates are those of TorchDEQ's `anderson` up to
+    rounding, until a sample reaches the tolerance, where it stops. Costs one evaluation per
+    iteration. Memory holds 2 `m` states.
 
     Args:
         func: F.
         start: the initial state.
-        batch_dim: the dimension of every leaf that counts samples; None where they depend on one
-            another, and are solved as one.
-        max_iter: the most evaluations, the two before the first mixing included.
+        batch_dim: the dimension of every leaf along which samples lie; None where samples depend on
+            one another, and are solved as one.
+        max_iter: the largest number of evaluations, with the two before the first mixing.
         tol: the residual to reach in every sample.
-        stop_mode: "abs" for ||F(h) - h||, "rel" for that over ||F(h)||.
-        m: the states that are mixed.
+        stop_mode: "abs" for the residual ||F(h) - h||, "rel" for that over ||F(h)||.
+        m: the number of states that are mixed.
         lam: what is added to the diagonal of the Gram matrix.
-        tau: how much of F(h) there is in the mixture; the rest is h.
-        sample_at: evaluations after which the best state so far is kept as well.
+        tau: the share of F(h) in the mixture; the rest is h.
+        sample_at: numbers of evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
-        check_every: the iterations from one look at the residual to the next. Only what is looked
-            at can be the end of the solve, or its best state.
-        rounding: of F, relative: a sample stops at a relative residual of that, too, and the solve
-            where no sample has found a better state for some looks; 0 for none.
+        check_every: the iterations from one look at the residual to the next. Only a state that is
+            looked at can be the end of the solve, or its best state.
+        rounding: the relative rounding of F; 0 for none. A sample also stops at a relative residual
+            of this. The solve also stops where no sample has found a better state for some looks.
         solve_dtype: "bfloat16" or "float16" to take most of it in 16 bits, see `may_solve_low`.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
@@ -124,17 +124,27 @@ def _moved(x: Tensor, mixture: Tensor, tracker: Tracker) -> Tensor:
 
 
 def _room(pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return room for a residual and an image, and each of the two."""
+    """Return a pair of a residual and an image, and each of the two."""
     change, new = pair.unbind()
     return pair, change, new
 
 
 class _Mixer:
-    """The last states, and the combination of least residual that adds up to one.
+    """The last states, and their combination of least residual.
+
+    With residuals r_i = F(h_i) - h_i of n states, the weights w solve
+
+        min |sum_i w_i r_i|^2 + lam |w|^2,    sum_i w_i = 1.
+
+    With the Gram matrix G_ij = r_i . r_j, shape (n, n), and a multiplier, that is one system of
+    shape (n + 1, n + 1) per sample. An iteration changes one row and one column of it:
+
+        [0  1^T      ] [mu]   [1]
+        [1  G + lam I] [w ] = [0].
 
     Attributes:
-        size: how many they are at most.
-        slot: where the next goes, in the oldest's place.
+        size: the largest number of states.
+        slot: the place of the next state, which is that of the oldest.
     """
 
     def __init__(self, like: Tensor, m: int, lam: float, tau: float) -> None:
@@ -145,7 +155,7 @@ class _Mixer:
 
     @property
     def room(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where to write a residual and an image before `take`: (2, B, D), and both alone."""
+        """Where to write a residual and an image before `take`: both, (2, B, D), and each."""
         return self._memory.rooms[self.slot]
 
     def take(self) -> None:
@@ -159,7 +169,7 @@ class _Mixer:
         self.slot = (slot + 1) % self.size
 
     def mixture(self) -> Tensor:
-        """Return it, shape (B, D)."""
+        """Return sum_i w_i (tau F(h_i) + (1 - tau) h_i), shape (B, D)."""
         views = self._memory.views((self.slot - 1) % self.size, self._count)
         # The variant that does not wait for the device to report singular matrices.
         solved, _ = torch.linalg.solve_ex(views.system, views.right)
@@ -186,13 +196,12 @@ class _Mixer:
 
 
 class _Memory(Workspace):
-    """What a mixer keeps of m states; of the states only what was written is read.
+    """What a mixer keeps of m states. Only slots that were written are read.
 
     Attributes:
         kept: residuals and images, shape (2, m, B, D).
-        rooms: those of each slot, shape (2, B, D), and each of the two.
-        system: the Gram matrix of the residuals, bordered by ones, which say that the weights add
-            up to one, shape (B, m + 1, m + 1).
+        rooms: for each slot its residual and image, shape (2, B, D), and each of the two.
+        system: the Gram matrix of the residuals, bordered by ones, shape (B, m + 1, m + 1).
         right: the right-hand side of the system, shape (m + 1,).
         ridge: what is added to the Gram matrix, shape (m, m).
         products: room for a row of it, B m numbers.
@@ -229,7 +238,7 @@ _memories = Workspaces(_Memory)
 
 
 class _Views:
-    """Parts of what a mixer keeps: of n states, of which that in `slot` is the newest.
+    """Parts of what a mixer keeps, for n states, of which the one in `slot` is the newest.
 
     Attributes:
         residuals: shape (B, n, D).

@@ -39,30 +39,31 @@ def broyden(
     check_every: int = 1,
     rounding: float = 0.0,
 ) -> ForwardSolution:
-    """Solve h = F(h) by Broyden's first method with full steps (Broyden 1965), sample by sample.
+    """Solve h = F(h) by Broyden's first method with full steps, sample by sample.
 
-    The iterates are those of TorchDEQ's `broyden` up to rounding, until a sample reaches the
-    tolerance, where it stops. Takes one evaluation an iteration and one at the start; keeps one
-    vector an iteration and reads each twice an iteration, see `InverseEstimate`.
+    Source: Broyden 1965. The iterates are those of TorchDEQ's `broyden` up to rounding, until a
+    sample reaches the tolerance, where it stops. Costs one evaluation per iteration, and one at the
+    start. Memory holds one state per iteration, see `InverseEstimate`.
 
     Args:
         func: F.
         start: the initial state.
-        batch_dim: the dimension of every leaf that counts samples; None where they depend on one
-            another, and are solved as one.
-        max_iter: the most iterations.
+        batch_dim: the dimension of every leaf along which samples lie; None where samples depend on
+            one another, and are solved as one.
+        max_iter: the largest number of iterations.
         tol: the residual to reach in every sample.
-        stop_mode: "abs" for ||F(h) - h||, "rel" for that over ||F(h)||.
-        memory: the vectors to keep, all if None; when they are used up the estimate of the
-            Jacobian begins anew (Kelley 1995, section 7.4).
-        keep_inverse: whether the solution has the estimate of the inverse Jacobian; samples that
-            have converged then stay in the linear algebra, where nothing more is learned of them.
-        sample_at: evaluations after which the best state so far is kept as well.
+        stop_mode: "abs" for the residual ||F(h) - h||, "rel" for that over ||F(h)||.
+        memory: the number of vectors to keep; None for all. When they are used up, the estimate of
+            the Jacobian begins anew (Kelley 1995, section 7.4).
+        keep_inverse: whether the solution has the estimate of the inverse Jacobian. Samples that
+            have converged then stay in the linear algebra, although nothing more is learned of
+            them.
+        sample_at: numbers of evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
-        check_every: the iterations from one look at the residual to the next. Only what is looked
-            at can be the end of the solve, or its best state.
-        rounding: of F, relative: a sample stops at a relative residual of that, too, and the solve
-            where no sample has found a better state for some looks; 0 for none.
+        check_every: the iterations from one look at the residual to the next. Only a state that is
+            looked at can be the end of the solve, or its best state.
+        rounding: the relative rounding of F; 0 for none. A sample also stops at a relative residual
+            of this. The solve also stops where no sample has found a better state for some looks.
         solve_dtype: "bfloat16" or "float16" to take most of it in 16 bits, see `may_solve_low`.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
@@ -74,7 +75,7 @@ def broyden(
     if memory is not None and memory < 1:
         raise ValueError(f"memory={memory}; expected at least one vector")
     if memory is not None and keep_inverse:
-        why = "an estimate that begins anew is none of the Jacobian; leave memory out"
+        why = "with memory the estimate begins anew on the way; leave out one of the two"
         raise ValueError(f"memory={memory} with keep_inverse=True: {why} (TorchDEQ's LBFGS_thres)")
     rows = Rows(func, start, batch_dim)
     stopping = Stopping(max_iter, tol, stop_mode, sample_at, return_final, check_every, rounding)

@@ -41,24 +41,24 @@ def fixed_point(
 ) -> ForwardSolution:
     """Solve h = F(h) by h <- (1 - tau) h + tau F(h).
 
-    The iterates are those of TorchDEQ's `fixed_point_iter` up to rounding. Leaves stay as they
-    are, since nothing mixes them. Takes one evaluation an iteration.
+    The iterates are those of TorchDEQ's `fixed_point_iter` up to rounding. Leaves are not packed
+    into one matrix, since nothing mixes them. Costs one evaluation per iteration.
 
     Args:
         func: F.
         start: the initial state.
-        batch_dim: the dimension of every leaf that counts samples; None where they depend on one
-            another, and are solved as one.
-        max_iter: the most iterations.
+        batch_dim: the dimension of every leaf along which samples lie; None where samples depend on
+            one another, and are solved as one.
+        max_iter: the largest number of iterations.
         tol: the residual of the damped map to reach in every sample.
-        stop_mode: "abs" for ||F(h) - h||, "rel" for that over ||F(h)||.
+        stop_mode: "abs" for the residual ||F(h) - h||, "rel" for that over ||F(h)||.
         tau: the damping factor in (0, 1].
-        sample_at: evaluations after which the best state so far is kept as well.
+        sample_at: numbers of evaluations after which the best state so far is kept as well.
         return_final: whether to take all iterations and return the last state.
-        check_every: the iterations from one look at the residual to the next. Only what is looked
-            at can be the end of the solve, or its best state.
-        rounding: of F, relative: a sample stops at a relative residual of that, too, and the solve
-            where no sample has found a better state for some looks; 0 for none.
+        check_every: the iterations from one look at the residual to the next. Only a state that is
+            looked at can be the end of the solve, or its best state.
+        rounding: the relative rounding of F; 0 for none. A sample also stops at a relative residual
+            of this. The solve also stops where no sample has found a better state for some looks.
         solve_dtype: "bfloat16" or "float16" to take most of it in 16 bits, see `may_solve_low`.
         compile: whether to compile F, or a mode of `torch.compile` ("reduce-overhead" for CUDA
             graphs); False by default.
@@ -90,12 +90,12 @@ def fixed_point(
 
 
 class _Room:
-    """Memory for a leaf of the next state, and for the change to it.
+    """Memory for a leaf of the next state, and for the change from the last state to it.
 
     Args:
-        leaf: of a state.
-        batch_dim: the dimension that counts samples; None where they are coupled.
-        like: a number a sample, of the dtype of the norms.
+        leaf: a leaf of a state.
+        batch_dim: the dimension along which samples lie; None where they are coupled.
+        like: a tensor of one number per sample, of the dtype of the norms.
     """
 
     def __init__(self, leaf: Tensor, batch_dim: int | None, like: Tensor) -> None:
@@ -110,20 +110,22 @@ class _Room:
         self._pair = dense
 
     def write(self, h: Tensor, image: Tensor, tau: float, with_change: bool) -> Tensor:
-        """Return the leaf that follows, in memory of its own: F may keep what it is given.
+        """Return the next leaf, in memory of its own, since F may keep what it is given.
 
         Args:
             h: the leaf.
-            image: of F(h); copied, since F may return the same memory each time, as CUDA graphs do.
+            image: the leaf of F(h). It is copied, since F may return the same memory each time, as
+                CUDA graphs do.
             tau: the damping factor.
-            with_change: whether `norm` is asked for.
+            with_change: whether `norm` will be asked for.
 
         Raises:
             ValueError: if F(h) has another shape than h, which a copy would expand.
         """
         if image.shape != self._shape:
             raise ValueError(
-                f"func returned shape {tuple(image.shape)} for a state of {tuple(self._shape)}"
+                f"func returned shape {tuple(image.shape)} for a state of {tuple(self._shape)}; "
+                "it must map a state to one of the same shape"
             )
         self._pair = torch.empty_strided(
             self._size, self._strides, dtype=self._dtype, device=self._device
@@ -138,7 +140,7 @@ class _Room:
         return new
 
     def norm(self) -> Tensor:
-        """Return ||change|| of each sample, and below it that of the new leaf, shape (2, B)."""
+        """Return ||change|| and ||new leaf|| per sample, shape (2, B)."""
         dtype = self._norms_dtype if self._converts else None
         if self._dims:
             norm: Tensor = torch.linalg.vector_norm(self._pair, dim=self._dims, dtype=dtype)

@@ -50,31 +50,31 @@ def check_solve_dtype(solve_dtype: Any) -> torch.dtype | None:
 def may_solve_low(beyond: int = 0, unseen: int = 0) -> Callable[[Solver], Solver]:
     """Let a solver of (func, start, ...) take `solve_dtype` as well.
 
-    Then it solves twice, in `max_iter` together:
+    The solver then solves twice, in `max_iter` iterations together:
 
-    1. with F under autocast, until every sample is at the tolerance, or at a relative residual of
-       the dtype's epsilon, or has found no better state for some iterations. All evaluations but
-       one may go there, and with `return_final` they do: where the budget ends first, the residual
-       is what 16 bits leave, and is told.
-    2. from there with F as it is, unless the first evaluation of that finds every sample at the
-       tolerance. What is returned, and its residual, is of these evaluations: no residual of 16
-       bits ends the solve, or chooses a state of it. What the first solve learned of the Jacobian
-       is not taken over; an MDEQ took up to 7 evaluations more for that, of 32.
+    1. F is evaluated under autocast. This ends where every sample is at the tolerance, is at a
+       relative residual of the dtype's epsilon, or has found no better state for some iterations.
+       All evaluations but one may go there, and with `return_final` they do. Where the budget ends
+       first, the residual is what 16 bits leave, and it is told.
+    2. F is evaluated as it is, from there on, unless its first evaluation finds every sample at the
+       tolerance. The state that is returned, and its residual, are from these evaluations: no
+       residual of 16 bits ends the solve or chooses its state. What the first part learned about
+       the Jacobian is not used. For that an MDEQ took up to 7 evaluations more, of 32.
 
-    The very first evaluation is in the model's precision too: what F keeps of it (a mask that is
+    The very first evaluation is in the model's precision too. So what F keeps of it (a mask that is
     drawn once, a weight in `parametrize.cached()`, lazy parameters) is the model's own. Statistics
-    that F updates each time see both. States and the solver's linear algebra are in the state's
-    dtype throughout. Traces begin with residuals of 16 bits. Autocast is entered once around the
-    first solve, so that it casts a parameter once.
+    that F updates each time see both precisions. States and the solver's linear algebra are in the
+    state's dtype throughout. Traces begin with residuals of 16 bits. Autocast is entered once
+    around the first part, so that it casts each parameter once.
 
-    Where autocast would change nothing, the solve is as without, and a warning says so once: under
-    the caller's autocast, in which F is in 16 bits already, and with states that are not in
-    float32, since it casts no other (a model in float64, or in 16 bits). A budget too small for two
-    solves goes to one, as without.
+    Where autocast would change nothing, the solve is the usual one, and a warning says so once.
+    That is so under the caller's autocast, where F is in 16 bits already, and with states that are
+    not in float32, since autocast casts no other. A budget too small for two parts goes to the
+    usual solve too.
 
     Args:
-        beyond: the evaluations that the solver takes beyond `max_iter`.
-        unseen: its first evaluations, whose residuals it does not look at.
+        beyond: the number of evaluations that the solver takes beyond `max_iter`.
+        unseen: the number of first evaluations whose residuals the solver does not look at.
     """
     least = unseen - beyond + 1  # iterations; also the number of the first that is looked at
 
@@ -109,22 +109,22 @@ def may_solve_low(beyond: int = 0, unseen: int = 0) -> Callable[[Solver], Solver
 
 
 def _refuse(solve_dtype: Any, settings: dict[str, Any]) -> None:
-    """Refuse what needs more of a solve than its end."""
+    """Refuse options that need more of a solve than its end."""
     if settings.get("keep_inverse"):
         raise ValueError(
-            f"solve_dtype={solve_dtype!r} with keep_inverse=True: an estimate of the Jacobian from "
-            "residuals of 16 bits is none; expected solve_dtype=None for shine"
+            f"solve_dtype={solve_dtype!r} with keep_inverse=True: residuals of 16 bits are too "
+            "coarse to estimate the Jacobian from; expected solve_dtype=None for shine"
         )
     steps, last = list(settings["sample_at"]), settings["max_iter"]
     if len(set(steps)) > 1 or any(step < last for step in steps):
         raise ValueError(
-            f"solve_dtype={solve_dtype!r} with sample_at={steps}: states on the way are not in the "
-            f"model's precision; expected solve_dtype=None, or the last state alone, [{last}]"
+            f"solve_dtype={solve_dtype!r} with sample_at={steps}: only the last state is in the "
+            f"model's precision; expected solve_dtype=None, or sample_at=[{last}]"
         )
 
 
 def _lowers(dtype: torch.dtype, start: State) -> bool:
-    """Whether autocast would change an evaluation of F; says once where it would not."""
+    """Whether autocast would change an evaluation of F. Warns once where it would not."""
     leaves = flatten(start)[0]
     kind = leaves[0].device.type
     if autocasts(kind):
@@ -137,7 +137,7 @@ def _lowers(dtype: torch.dtype, start: State) -> bool:
         return True
     warn_once(
         f"solve_dtype without effect: {why}",
-        f"solve_dtype={dtype} has no effect: {why}. Leave it out. Said once.",
+        f"solve_dtype={dtype} has no effect: {why}. Leave it out. This is said once.",
         AssumptionWarning,
     )
     return False
@@ -148,9 +148,9 @@ class _Solving:
 
     Args:
         solver: the solver.
-        settings: its options, all of them.
+        settings: all its options.
         beyond: see `may_solve_low`.
-        unseen: see there.
+        unseen: see `may_solve_low`.
     """
 
     def __init__(self, solver: Solver, settings: dict[str, Any], beyond: int, unseen: int) -> None:
@@ -175,11 +175,11 @@ class _Solving:
         return _Part(found, evaluate.count - self._unseen)
 
     def to_the_end(self, func: Func, low: _Part) -> ForwardSolution:
-        """Solve on without autocast.
+        """Go on without autocast.
 
         Args:
             func: F.
-            low: of `in_16_bits`.
+            low: what `in_16_bits` returned.
         """
         state = low.solution.state
         left = self._evaluations - low.seen - self._unseen
@@ -196,7 +196,7 @@ class _Solving:
         return self._joined(low, parts)
 
     def _judged(self, state: State, image: State) -> ForwardSolution:
-        """Return a state with its residual, as the solution of a solve that saw nothing else."""
+        """Return a state and its residual, as the solution of a solve with one evaluation."""
         packing = Packing(flatten(state)[0], self._settings["batch_dim"])
         h, f = (packing.pack(flatten(x)[0]) for x in (state, image))
         residual, size = (torch.linalg.vector_norm(x, dim=1) for x in (f - h, f))
@@ -228,7 +228,7 @@ class _Solving:
         return replace(best, sampled=sampled, abs_trace=absolute, rel_trace=share)
 
     def _better(self, old: ForwardSolution, new: ForwardSolution) -> ForwardSolution:
-        """Return of two solutions the better one of each sample."""
+        """Return the better one of two solutions, sample by sample."""
         better = self._lowest(new) < self._lowest(old)
         (leaves, structure), (before, _) = flatten(new.state), flatten(old.state)
         packing = Packing(leaves, self._settings["batch_dim"])
@@ -245,8 +245,8 @@ class _Part:
     """What a part of the solve found.
 
     Attributes:
-        solution: of the solver.
-        seen: the iterations whose residual it looked at or could have.
+        solution: what the solver returned.
+        seen: the number of iterations whose residual the solver looked at, or could have.
     """
 
     solution: ForwardSolution
@@ -259,10 +259,10 @@ class _Part:
 
 
 class _Evaluations:
-    """A map that is another one in its first evaluation.
+    """A map that is `first` in its first evaluation, and `func` in all others.
 
     Attributes:
-        count: the evaluations.
+        count: the number of evaluations so far.
     """
 
     def __init__(self, first: Func, func: Func) -> None:
@@ -273,7 +273,7 @@ class _Evaluations:
         """Evaluate it."""
         return self._first(state) if self._begins() else self._func(state)
 
-    @never_compiled  # for the sake of the number, which changes
+    @never_compiled  # the number changes in each call, which would compile each time
     def _begins(self) -> bool:
         self.count += 1
         return self.count == 1

@@ -14,18 +14,18 @@ from ..contract.state import State
 
 @dataclass(frozen=True)
 class InverseJacobian:
-    """What a quasi-Newton solve learned of (I - J)^-1 on its way.
+    """What a quasi-Newton solve learned about (I - J)^-1 on its way.
 
     Attributes:
-        estimate: for rows of a packing.
-        packing: between rows and the leaves of the state.
+        estimate: the estimate, on rows of shape (B, D).
+        packing: turns the leaves of a state into rows, and back.
     """
 
     estimate: InverseEstimate
     packing: Packing
 
     def transposed(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Return an estimate of (I - J^T)^-1 v, for and as the leaves of a state."""
+        """Return an estimate of (I - J^T)^-1 v, from the leaves of v to leaves like them."""
         return self.packing.unpack(self.estimate.transposed(self.packing.pack(leaves)))
 
 
@@ -34,15 +34,16 @@ class ForwardSolution:
     """What a forward solver found.
 
     Attributes:
-        state: the state of lowest residual, sample by sample; like the one that was given.
-        sampled: the best states after the evaluations that were asked for.
-        abs_lowest: ||F(h) - h|| of each sample, shape (B,).
-        rel_lowest: ||F(h) - h|| / ||F(h)|| of each sample, shape (B,).
-        abs_trace: the residual after each iteration, shape (B, N + 1); 1e8 before the first, and
-            that of the last look where there was none.
-        rel_trace: the same, relative.
+        state: the state of lowest residual, sample by sample. It has the structure, shapes and
+            dtypes of the initial state.
+        sampled: the best states after the evaluations that `sample_at` named.
+        abs_lowest: the residual ||F(h) - h|| per sample, shape (B,).
+        rel_lowest: ||F(h) - h|| / ||F(h)|| per sample, shape (B,).
+        abs_trace: the residual after each of N iterations, shape (B, N + 1). It begins with 1e8.
+            Where an iteration was not looked at, it repeats the last look.
+        rel_trace: the same of the relative residual.
         n_steps: the iteration in which the lowest residual was found, shape (B,).
-        inverse_jacobian: of a quasi-Newton solve that was asked to keep it.
+        inverse_jacobian: what a quasi-Newton solve with `keep_inverse` has learned; else None.
     """
 
     state: State

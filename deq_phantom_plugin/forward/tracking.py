@@ -19,14 +19,15 @@ from .solution import ForwardSolution, InverseJacobian
 
 STOP_MODES = ("abs", "rel")
 PATIENCE = 3
-"""Looks at a residual of rounded numbers that has stopped falling; Broyden's has such bumps."""
+"""Looks without a better state after which a solve of rounded numbers ends. Broyden's residual may
+rise for one or two looks and fall again."""
 
 
 class Rows:
-    """F on a matrix of a row a sample, for solvers that mix states by inner products.
+    """F on a matrix with one row per sample, for solvers that mix states by inner products.
 
     Attributes:
-        packing: between rows and leaves.
+        packing: turns leaves into rows, and back.
         start: the initial state, shape (B, D).
     """
 
@@ -39,21 +40,21 @@ class Rows:
         self.start = self.packing.pack(leaves)
 
     def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return F(h) as rows, for h as rows; perhaps in the memory that F returned.
+        """Return F(h) as rows, shape (B, D).
 
         Args:
-            rows: h.
-            out: where to write it, shape (B, D): F may return the same memory each time, as CUDA
-                graphs do.
+            rows: h, shape (B, D).
+            out: where to write F(h), shape (B, D). Without it the result may be the memory that F
+                returned, which is the same each time where F is a CUDA graph.
         """
         return self.packing.pack(flatten(self._func(self.state([rows])))[0], out)
 
     def state(self, rows: Sequence[Tensor]) -> State:
-        """Return rows, a matrix alone in a sequence, as a state."""
+        """Return rows as a state; they are the only tensor of a sequence."""
         return unflatten(self.packing.unpack(rows[0]), self._structure)
 
     def tracker(self, stopping: Stopping, first_step: int = 1) -> Tracker:
-        """Return what follows a solve on them."""
+        """Return a tracker for a solve on these rows."""
         return Tracker([self.start], 0, self.start, stopping, first_step=first_step)
 
 
@@ -61,14 +62,14 @@ class Stopping(NamedTuple):
     """When a solve stops.
 
     Attributes:
-        max_iter: the iterations that it may take; traces are filled up to it.
+        max_iter: the largest number of iterations. Traces are filled up to it.
         tol: the residual to reach in every sample.
-        mode: whether that is "abs", ||F(h) - h||, or "rel", that over ||F(h)||.
-        sample_at: evaluations after which the best state so far is kept as well.
+        mode: the residual that is meant: "abs", ||F(h) - h||, or "rel", that over ||F(h)||.
+        sample_at: numbers of evaluations after which the best state so far is kept as well.
         return_final: whether the last state is taken for the best, and nothing stops early.
         check_every: the iterations from one look at the residual to the next.
-        rounding: of F, relative. Where there is one, a sample stops at a relative residual of that,
-            too, and the solve where no sample has been better for `PATIENCE` looks.
+        rounding: the relative rounding of F; 0 for none. A sample also stops at a relative residual
+            of this, and the solve where no sample has been better for `PATIENCE` looks.
     """
 
     max_iter: int
@@ -81,25 +82,26 @@ class Stopping(NamedTuple):
 
 
 class Tracker:
-    """Follows a solve sample by sample, and remembers the best.
+    """Follows a solve sample by sample, and remembers the best state.
 
-    Samples that reach the tolerance stop, unless told otherwise, and so do those that became NaN or
-    infinite. All of that is decided by the host, from two norms a sample: the device computes
-    nothing for it as long as every iterate is the best so far. Where the host would have to wait
-    for the device it learns of them one check late, so that there is always work queued.
+    Samples that reach the tolerance stop, unless told otherwise. So do samples that became NaN or
+    infinite. The host decides all of that, from two norms per sample. The device computes nothing
+    for it as long as every iterate is the best so far. Where the host would have to wait for the
+    device, it reads the norms one check late, so that there is always work queued.
 
     Args:
         start: the tensors of the initial state.
-        batch_dim: the dimension of each that counts samples; None where they are coupled.
-        like: a tensor of the dtype and device of the norms, its first dimension samples.
+        batch_dim: the dimension of each tensor along which samples lie; None where they are
+            coupled.
+        like: a tensor of the dtype and device of the norms. Its first dimension counts samples.
         stopping: when the solve stops.
         first_step: the number of the first iteration.
         keep_going: whether samples go on for as long as others do.
 
     Attributes:
         moving: the samples that still move, shape (B,); None while all do.
-        held: indices of those that a solver's linear algebra works on; all if None.
-        best: the tensors of the best state of those that were looked at.
+        held: the indices of the samples that the solver's linear algebra works on; None for all.
+        best: the tensors of the best state that was looked at.
 
     Raises:
         ValueError: if the stop mode is unknown, no iteration allowed, or `check_every` below 1.
@@ -140,10 +142,10 @@ class Tracker:
         self.held: Tensor | None = None
 
     def looks(self, n_evaluations: int) -> bool:
-        """Whether the next iterate is one that is looked at.
+        """Whether the next iterate is looked at.
 
         Args:
-            n_evaluations: evaluations of F with it.
+            n_evaluations: the number of evaluations of F, that of this iterate included.
         """
         stop, count = self._stopping, len(self._norms) + 1
         if stop.check_every == 1 or count % stop.check_every == 0 or count == stop.max_iter:
@@ -163,9 +165,9 @@ class Tracker:
         """Take note of an iterate; return whether the solve is over.
 
         Args:
-            state: its tensors; not changed afterwards before `let_go`.
-            norms: ||F(h) - h|| of each sample, and below it ||F(h)||, shape (2, B).
-            n_evaluations: evaluations of F so far.
+            state: the tensors of the iterate. They must not be changed before `let_go`.
+            norms: ||F(h) - h|| and ||F(h)|| per sample, shape (2, B).
+            n_evaluations: the number of evaluations of F so far.
         """
         self._norms.append(norms)
         seen = self._late.read(norms)
@@ -178,7 +180,7 @@ class Tracker:
         return self._look(residual, image, state, n_evaluations)
 
     def let_go(self, state: list[Tensor]) -> None:
-        """Copy a recorded state whose memory is to be overwritten, if it may be wanted yet."""
+        """Copy a recorded state before its memory is overwritten, if it may still be wanted."""
         if self.best is state:
             self.best = [tensor.clone() for tensor in state]
         for index, (other, number, n_evaluations) in enumerate(self._unseen):
@@ -187,7 +189,7 @@ class Tracker:
                 self._unseen[index] = copied, number, n_evaluations
 
     def _look(self, residual: Any, image: Any, state: list[Tensor], n_evaluations: int) -> bool:
-        """Take note of what was read of an iterate; return whether the solve is over."""
+        """Take note of the norms of an iterate; return whether the solve is over."""
         stop = self._stopping
         if self._few and not stop.rounding:
             over = self._compare_few(residual, image, state)
@@ -200,7 +202,7 @@ class Tracker:
         return over
 
     def _compare_few(self, residual: list[float], image: list[float], state: list[Tensor]) -> bool:
-        """Compare an iterate with the best; of few samples Python's numbers are the quickest."""
+        """Compare an iterate with the best. For few samples Python's numbers are the quickest."""
         in_relation, tol = self._stopping.mode == "rel", self._stopping.tol
         better, lowest, goes_on = list[bool](), list[float](), list[bool]()
         for norm, size, before in zip(residual, image, self._lowest, strict=True):
@@ -243,7 +245,7 @@ class Tracker:
         """Return whether the solve is over.
 
         Args:
-            goes_on: of each sample, whether it has more to find.
+            goes_on: for each sample, whether it has more to find.
         """
         if self._keep_going:
             return not goes_on.any()
@@ -314,7 +316,7 @@ class Tracker:
         )
 
     def _compare_unseen(self, values: Tensor) -> None:
-        """Compare what the host has not read with the best, on the device: it does not wait."""
+        """Compare what the host has not read with the best, on the device, without a wait."""
         if not self._unseen:
             return
         stop = self._stopping
@@ -336,20 +338,20 @@ class Tracker:
 
 
 def relative(residual: Any, image: Any) -> Any:
-    """Return ||F(h) - h|| / ||F(h)||, of the two norms; as TorchDEQ has it."""
+    """Return ||F(h) - h|| / ||F(h)|| from the two norms, as TorchDEQ does."""
     return residual / (image + _TINY)
 
 
 def chosen(
     better: Tensor, new: Sequence[Tensor], old: Sequence[Tensor], batch_dim: int | None
 ) -> list[Tensor]:
-    """Return a state with the samples of another that are better.
+    """Return a state that is `new` in the samples that are better, and `old` in the others.
 
     Args:
-        better: which, shape (B,).
-        new: the leaves of the other.
-        old: the leaves of the one.
-        batch_dim: the dimension of each that counts samples; None where they are coupled.
+        better: the samples that are better, shape (B,).
+        new: the leaves of one state.
+        old: the leaves of the other.
+        batch_dim: the dimension of each leaf along which samples lie; None where they are coupled.
     """
     found = []
     for leaf, before in zip(new, old, strict=True):

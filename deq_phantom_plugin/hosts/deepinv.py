@@ -78,13 +78,17 @@ def _hook_config(host: DeepInv) -> Callable[[Any], Any]:
     def hook(original: Callable[..., None]) -> Callable[..., None]:
         def __init__(self: Any, *args: Any, grad: Any = None, **kwargs: Any) -> None:
             if grad is not None and not host.is_enabled:
-                raise TypeError("DEQConfig takes a grad while the host deepinv is enabled")
+                raise TypeError(
+                    "DEQConfig takes a grad only while the host deepinv is enabled: call "
+                    "dpp.enable('deepinv') before"
+                )
             original(self, *args, **kwargs)
             if grad is None:
                 return
             if self.jacobian_free:
                 raise ValueError(
-                    f"grad={grad!r} beside jacobian_free=True: a name says all; pass grad='jfb'"
+                    f"grad={grad!r} beside jacobian_free=True: both choose the gradient; pass "
+                    "grad alone, which is 'jfb' for jacobian_free=True"
                 )
             self.grad = get_strategy(grad, _defaults(self))
 
@@ -138,7 +142,8 @@ def _hook_step(host: DeepInv) -> Callable[[Any], Any]:
             acting = strategy.resolve(context)
             if acting.owns_solve:
                 raise ValueError(
-                    f"{acting!r} owns the solve, and deepinv has solved already; use upg or ift"
+                    f"{acting!r} finds the equilibrium itself, and deepinv has solved already; use "
+                    "upg or ift"
                 )
             return attach_observed(observers, func, found, acting, context, self.max_iter)[0]
 

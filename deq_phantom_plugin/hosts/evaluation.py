@@ -21,7 +21,7 @@ IN_EVAL = (
     "inputs of F require grad: what lies before it, F included, gets none. Call model.train() to "
     "train. For a gradient in evaluation mode (forces, saliency, attacks) pass grad_in_eval=True "
     "where the model is made, or dpp.set_grad(model, spec, in_eval=True). Where none is wanted, "
-    "evaluate under torch.no_grad(). Said once for each equilibrium."
+    "evaluate under torch.no_grad(). This is said once per equilibrium."
 )
 
 _SAID = "_said_of_eval"

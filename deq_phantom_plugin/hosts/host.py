@@ -24,14 +24,14 @@ class Host(ABC):
     easiest as a `PatchingHost`.
 
     Attributes:
-        name: its name in `dpp.enable(name)`.
-        package: the package it hooks.
+        name: the host's name in `dpp.enable(name)`.
+        package: the package that the host hooks.
         pip: what to install where the package is missing.
-        distribution: the name that the package's version is known under, where it is another.
-        known_versions: beginnings of the versions that it was tested with, such as "0.1"; empty
-            where there is no framework but our own.
-        in_eval: whether its equilibria attach in evaluation mode too: "always" where the framework
-            does not look at the mode, "told" where each has a `grad_in_eval`, see `attaches`.
+        distribution: the name under which the package's version is known, if it is another name.
+        known_versions: the beginnings of the versions that the host was tested with, such as "0.1".
+            It is empty where there is no framework but our own.
+        in_eval: whether equilibria attach in evaluation mode too. "always": the framework does not
+            look at the mode. "told": each equilibrium has a `grad_in_eval`, see `attaches`.
     """
 
     name: ClassVar[str]
@@ -71,11 +71,11 @@ class Host(ABC):
 
     @abstractmethod
     def enable(self) -> None:
-        """Put the hook in force, also for references to the framework taken before; idempotent."""
+        """Put the hook in force, also for what was imported before. Twice is as good as once."""
 
     @abstractmethod
     def disable(self) -> None:
-        """Restore the framework exactly; idempotent."""
+        """Restore the framework exactly. Twice is as good as once."""
 
     @abstractmethod
     def is_equilibrium(self, module: nn.Module) -> bool:
@@ -90,10 +90,10 @@ class Host(ABC):
         """
 
     def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
-        """Check whether an equilibrium is to attach in evaluation mode, return what switches that.
+        """Return a function that switches whether an equilibrium attaches in evaluation mode.
 
         Raises:
-            ValueError: if the equilibrium cannot, or cannot but do so; see `in_eval`.
+            ValueError: if the host never attaches there, or always does, see `in_eval`.
         """
         if self.in_eval == "told":
             return functools.partial(setattr, module, "grad_in_eval", in_eval)
@@ -111,9 +111,9 @@ class Host(ABC):
 
     @abstractmethod
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-        """Call back after each solve of an equilibrium in training; nothing else changes.
+        """Call `callback` after each solve of an equilibrium in training. Nothing else changes.
 
-        Needs no `enable`, and outlives a switch of the equilibrium's `grad`.
+        It works without `enable`, and goes on after a switch of the equilibrium's `grad`.
 
         Returns:
             A function that ends the observation.
@@ -134,7 +134,7 @@ class PatchingHost(Host):
 
     @abstractmethod
     def patch(self, patches: Patches) -> None:
-        """Make all changes, through `patches`; with none of them in use nothing may differ."""
+        """Make all changes, through `patches`. They must change nothing where no name is used."""
 
     @property
     def is_enabled(self) -> bool:
@@ -167,11 +167,11 @@ class PatchingHost(Host):
         return end
 
     def observers(self, module: nn.Module) -> list[Callable[[Solve], None]]:
-        """Return what is to be called after a solve of a module."""
+        """Return the callbacks to call after a solve of a module."""
         return [callback for (callback,) in self._observed.get(module, ())]
 
     def hold(self) -> Callable[[], None]:
-        """Keep the changes in place, for an observation; return what lets go of them."""
+        """Keep the changes in place for an observation; return a function that ends that."""
         with self._lock:
             self._apply()
             self._observations += 1

@@ -187,7 +187,8 @@ def _hook_forward(host: HrmText) -> Callable[[Any], Any]:
             if any(cache is not None for cache in [*caches, kwargs.get("past_key_values")]):
                 raise ValueError(
                     "a cache in training: a strategy evaluates the low-level module again and "
-                    "would fill it twice; pass none, or call model.set_grad(None)"
+                    "would fill the cache twice; pass no cache (use_cache=False), or call "
+                    "model.set_grad(None)"
                 )
             kwargs["use_cache"] = False
             with _Recurrence(self, strategies or _own(self), observers).active():
@@ -218,7 +219,7 @@ def _say_own(model: Any) -> None:
         f"{type(model).__name__} in evaluation mode has its own gradient, that of L_bp_cycles, and "
         f"not grad={model.config.grad!r}. Call model.train() to train; for the named gradient in "
         "evaluation mode dpp.set_grad(model, spec, in_eval=True). Where none is wanted, evaluate "
-        "under torch.no_grad(). Said once for each model.",
+        "under torch.no_grad(). This is said once per model.",
         AssumptionWarning,
         stacklevel=3,
     )

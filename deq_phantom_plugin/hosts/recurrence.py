@@ -56,6 +56,6 @@ def refuse_cache(cache: Any, named: bool) -> None:
     """
     if cache is not None and named and torch.is_grad_enabled():
         raise ValueError(
-            "a cache in training: a strategy evaluates the recurrent block again and would fill it "
-            "twice; pass none (use_cache=False), or call dpp.set_grad(model, None)"
+            "a cache in training: a strategy evaluates the recurrent block again and would fill "
+            "the cache twice; pass no cache (use_cache=False), or call dpp.set_grad(model, None)"
         )

@@ -30,15 +30,16 @@ class Solve:
     Attributes:
         func: F, from a state to a state of the same structure; valid until the parameters change.
         initial_state: where the solve began.
-        equilibrium: the state it ended in, the last if several were sampled; detached.
-        attached: the same state in the autograd graph, as the model goes on with it.
+        equilibrium: the state where the solve ended, detached; the last one if several were
+            sampled.
+        attached: the same state with its graph, as the model goes on with it.
         strategy: the method behind that graph, also where it is the host's own.
         step: the training step, None where nobody has told it.
-        nfe: evaluations of F that the solve took, 0 where the host cannot know.
+        nfe: the evaluations of F that the solve took, 0 where the host cannot know.
         batch_dim: see `Context.batch_dim`.
         solver_result: see `Context.solver_result`.
-        index: which of the equilibria that the module finds in one forward pass, from 0.
-        known_residual: the residual, where the host's own solver has it.
+        index: the number of the solve among those of the module in one forward pass, from 0.
+        known_residual: the residual, if the host's own solver has it.
         total: the length of training in steps, None where nobody has told it.
         place: see `Context.place`.
     """
@@ -72,10 +73,10 @@ class Solve:
         nfe: int,
         **known: Any,
     ) -> Solve:
-        """Return a solve from what a host has at hand.
+        """Return a solve, from what a host has at hand.
 
-        A strategy that owns its solve was given the initial state as what was found; what it did
-        find is what it returned.
+        A strategy that owns its solve gets the initial state as `found`. The equilibrium is then
+        what the strategy returned.
 
         Args:
             func: F.
@@ -83,7 +84,7 @@ class Solve:
             attached: the state that it returned.
             strategy: the strategy.
             context: its context.
-            nfe: evaluations of F until then.
+            nfe: the evaluations of F until then.
             **known: `index` and `known_residual`.
         """
         if strategy.resolve(context).owns_solve:
@@ -105,10 +106,10 @@ class Solve:
 
     @functools.cached_property
     def residual(self) -> Tensor:
-        """||F(h) - h|| / ||F(h)|| of each sample, shape (B,); (1,) where they are coupled.
+        """||F(h) - h|| / ||F(h)|| per sample, shape (B,); (1,) where samples are coupled.
 
-        Where the host does not know it, one evaluation of F when it is first asked for, which
-        leaves no trace: valid until the parameters change.
+        Where the host does not know it, the first question evaluates F once, without a trace. It is
+        valid until the parameters change.
         """
         if self.known_residual is not None:
             return self.known_residual
@@ -117,7 +118,7 @@ class Solve:
 
     @property
     def context(self) -> Context:
-        """What a strategy may know of it."""
+        """The context of this solve, as a strategy gets it."""
         return Context(
             self.batch_dim,
             self.initial_state,
@@ -135,11 +136,11 @@ class Solve:
 
 
 Observers: TypeAlias = list[tuple[Callable[[Solve], None]]]
-"""Callbacks, each in a tuple of its own, which tells it from an equal one."""
+"""Callbacks, each in a tuple of its own, so that equal callbacks can be told apart."""
 
 
 def add_observer(observers: Observers, callback: Callable[[Solve], None]) -> Callable[[], None]:
-    """Add a callback to a list; return what takes it out again."""
+    """Add a callback to a list; return a function that takes it out again."""
     observation = (callback,)
     observers.append(observation)
 
@@ -180,16 +181,16 @@ def attach_observed(
     """Attach a strategy to what a host found, as `dpp.attach` does, and tell observers.
 
     Args:
-        observers: what to call with the solve.
+        observers: the callbacks, which get the solve.
         func: F.
-        found: the state that the host's solve ended in, detached; for a strategy that owns the
-            solve, where that begins.
+        found: the state where the host's solve ended, detached; for a strategy that owns the solve,
+            the state where it begins.
         strategy: the strategy, resolved.
         context: its context, with the initial state.
-        nfe: evaluations of F that the host's solve took; those of a strategy that owns the solve
-            are counted.
+        nfe: the evaluations of F that the host's solve took. Those of a strategy that owns the
+            solve are counted here.
         index: see `Solve`.
-        known_residual: of what was found, where the host's solver has it.
+        known_residual: the residual of `found`, if the host's solver has it.
     """
     if not observers or not torch.is_grad_enabled():
         return attach(func, found, strategy, context)
@@ -214,9 +215,9 @@ def loop_observed(
     """Evaluate a loop as `dpp.loop` does, and tell observers of the state at its end.
 
     Args:
-        observers: what to call with the solve.
+        observers: the callbacks, which get the solve.
         func: F.
-        start: where the loop begins; the context's initial state.
+        start: the state where the loop begins, which is the context's initial state.
         steps: the number of evaluations.
         strategy: the strategy, resolved.
         context: its context.
@@ -236,7 +237,7 @@ def loop_observed(
 
 
 def relative_residual(state: State, image: State, batch_dim: BatchDim) -> Tensor:
-    """Return ||F(h) - h|| / ||F(h)|| of each sample, shape (B,), or (1,) where they are coupled.
+    """Return ||F(h) - h|| / ||F(h)|| per sample, shape (B,); (1,) where samples are coupled.
 
     Args:
         state: h.

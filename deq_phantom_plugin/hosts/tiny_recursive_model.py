@@ -74,7 +74,10 @@ def _hook_init(host: TinyRecursive) -> Callable[[Any], Any]:
     def hook(original: Callable[..., None]) -> Callable[..., None]:
         def __init__(self: Any, *args: Any, grad: Any = None, **kwargs: Any) -> None:
             if grad is not None and not host.is_enabled:
-                raise TypeError(f"a grad is taken while the host {host.name} is enabled")
+                raise TypeError(
+                    f"a grad is taken only while the host {host.name} is enabled: call "
+                    f"dpp.enable({host.name!r}) before"
+                )
             original(self, *args, **kwargs)
             if grad is not None:
                 _install(self, _strategy(self, grad))

@@ -71,7 +71,10 @@ class Equilibrium(Attaching):
         if spec is not None:
             return super().strategy_of(spec)
         if self._models_own is None:
-            raise ValueError("grad=None; expected a spec, such as 'npg': the patch left no other")
+            raise ValueError(
+                "grad=None; expected a spec such as 'npg': the patch replaced the repository's own "
+                "gradient. `deq-phantom patch --revert` brings that back"
+            )
         return self._models_own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -198,5 +201,7 @@ def steps(grad: int | Spec) -> int:
     acting = get_strategy(grad).resolve(Context(memory=Memory().eval(), step=0, total=1))
     k = getattr(getattr(acting, "grad", acting), "k", 1)  # of a guard, that inside
     if isinstance(k, str):
-        raise ValueError(f"{acting!r} has no number of steps here; expected k to be one")
+        raise ValueError(
+            f"k={k!r} of {acting!r}: the script needs a number of steps here; expected a number"
+        )
     return int(k)

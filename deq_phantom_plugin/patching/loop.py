@@ -11,7 +11,8 @@ from torch import nn
 from .._plumbing.compilation import never_compiled
 from ..contract.state import State
 from ..contract.strategy import BatchDim, GradStrategy
-from ..equilibrium import Equilibrium, LastSolve
+from ..equilibrium import Equilibrium
+from ..forward import LastSolve
 from ..hosts.evaluation import attaches
 from ..hosts.recurrence import Recurrence, refuse_cache
 from ..hosts.solve import loop_observed
@@ -75,7 +76,7 @@ class Loop(Equilibrium):
         """Return the strategy that a spec names here, the model's own for None."""
         return self._models_own if spec is None else super().strategy_of(spec)
 
-    def forward(
+    def forward(  # type: ignore[override]  # a loop has no warm start
         self,
         func: Callable[[State], State],
         start: State,

@@ -1,4 +1,4 @@
-"""Backward-pass strategies, one file a method; importing this registers them."""
+"""Backward-pass strategies, one file per method; importing this module registers them."""
 
 from torch.serialization import add_safe_globals
 

@@ -84,8 +84,8 @@ def relaxation(value: Any) -> float:
     number = _as_float(value)
     if number is None or not 0 < number < 2 or number == 1:
         raise ValueError(
-            f"beta={value!r}; expected a number in (0, 1) or (1, 2). At 1 a step forgets where it "
-            "came from and cannot be undone: use bptt"
+            f"beta={value!r}; expected a number in (0, 1) or (1, 2). At 1 a step forgets the state "
+            "that it came from, and cannot be undone: use bptt"
         )
     return number
 

@@ -21,15 +21,16 @@ from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_int
 from .candidates import Runs
-from .choice import Log, Rule, shared
+from .choice import Rule, shared
 from .ift import IFT, stats_of
 from .measurement import Reference, reference
+from .noted import Log
 from .registry import Spec, get_strategy, register_strategy
 from .rescue import Rescue
 from .told import not_resolved
 
 _FIRST = 8  # the part of `every` after which it looks again at first, and then twice as long
-_SOONER = 10  # times as often it looks where the state is not at its equilibrium
+_SOONER = 10  # times as often it looks where the state is off, but after so many steps at least
 
 
 @register_strategy("auto")
@@ -37,21 +38,27 @@ _SOONER = 10  # times as often it looks where the state is not at its equilibriu
 class Auto(GradStrategy):
     """The cheapest strategy whose gradient is good enough, measured anew every `every` steps.
 
-    At the first step, after an eighth, a quarter and half of `every`, since a model changes most at
-    first, and every `every` steps the backward pass takes the gradient v that came in
-    and solves (I - J^T) g = v by GMRES to 1e-4, or to 1e-3 where that takes more than 50 products:
-    that step's gradient, and the reference. Its Krylov space holds what `npg` and `upg` of up to 50
-    terms with lam 1.0, 0.9, ... 0.1 and looser solves would have got, so that all of them are
-    judged without another product. Of those whose g has a cosine of at least `cosine` to the
-    reference's in at least 90 % of the samples (of more than 128, of 128 that are drawn) the
-    cheapest acts from the next step on; where there is none `ift`, which is said once. What acts
-    goes on until it falls below `cosine`, or one that costs at most 0.9 as much is above it by a
-    third of what is missing to 1: at a border nothing flutters.
+    It measures at training step 0, at an eighth, a quarter and half of `every`, since a model
+    changes most at first, and then every `every` steps. Where it begins at a later step n, it does
+    so again at 2 n, 4 n, ..., but each time after an eighth of `every` at least and `every` at
+    most. There the backward pass takes the gradient v that came in and solves (I - J^T) g = v by
+    GMRES to 1e-4, or to 1e-3 where that takes more than 50 products: that step's gradient, and the
+    reference. Its Krylov space holds what `npg` and `upg` of up to 50 terms with lam 1.0, 0.9, ...
+    0.1 and looser solves would have got, so that all of them are judged without another product. Of
+    those whose g has a cosine of at least `cosine` to the reference's in at least 90 % of the
+    samples (of more than 128, of 128 that are drawn) the cheapest acts from the next step on; where
+    there is none `ift`, which is said once. What acts goes on until it falls below `cosine`, or one
+    that costs at most 0.9 as much is above it by a third of what is missing to 1: at a border
+    nothing flutters.
 
     A series of more than one term is taken only where the map damped by its lam contracts, also if
-    every 1 - mu, mu an eigenvalue of J, were 1.2 times as large. With B = lam J + (1 - lam) I the
-    sum of k terms is (I - B^k) g*, which elsewhere may point against g* in a direction that the
-    cosine hardly sees and that training then feeds.
+    every 1 - mu, mu an eigenvalue of J, were 1.2 times as large: in 90 % of the samples (of more
+    than 32, of 32), and of the eigenvalues that v sees. With B = lam J + (1 - lam) I the sum of k
+    terms is (I - B^k) g*, which elsewhere may point against g* in a direction that the cosine
+    hardly sees and that training then feeds. Nor is one taken that is more than twice as long as
+    the reference in any sample, since |1 - b^k| <= 2 where |b| <= 1: the few in which it grows
+    would drown the others. Where the series that acted does not contract any more, the next
+    measurement says so, once.
 
     Costs are counted: an evaluation of F as one, a backward pass through it as two. So `npg` is
     taken rather than `upg`, which is the same at an equilibrium (eq. A-14) for k - 1 evaluations
@@ -64,23 +71,27 @@ class Auto(GradStrategy):
     are far from it learned nothing by a Neumann series where unrolling trained (TRM, 4x4 Sudoku).
     Where more than 10 % of the samples are not, `upg` acts, with k = `budget`, else 5, and the
     least damping for which its steps contract. Whether that has changed is looked at ten times as
-    often, for ten products; the gradient of such a step is v itself, that of one step. Where no
-    damping brings the radius of lam J + (1 - lam) I below 1, steps lead away from the equilibrium:
-    `upg` too, the cheapest that is good enough if there is one.
+    often, but at most every tenth step (every `every` if that is less, and 2), for ten products;
+    the gradient of such a step is v itself, that of one step. Where no damping brings the radius of
+    lam J + (1 - lam) I below 1, steps lead away from the equilibrium: `upg` too, the cheapest that
+    is good enough if there is one.
 
     The step is told by `dpp.set_step(model, step)`; what was chosen, when and why is kept in the
     equilibrium's memory (`dpp.memory_state_dict`) and told by `dpp.report_choice(model)`. Several
     calls in one step measure once; all of them have the reference's gradient in that step. Several
     processes decide on numbers that they exchange once a measurement, in the default group, and
     must all measure: load a memory in all of them or in none. Without a memory nothing could be
-    kept, and the gradient is the reference's each time.
+    kept, and the gradient is the reference's each time. A measurement holds the vectors of its
+    solve: up to 50, as `ift` does, and up to 98 where it takes more products.
 
     Args:
         cosine: in (0, 1], what 90 % of the samples are to reach.
         every: steps from one measurement to the next, but for the first ones.
         methods: specs of strategies to choose among in place of these, also your own. Each is run
-            in the measuring step, with the same v. None of them may own its solve or change with
-            the step.
+            in the measuring step, with the same v, and judged by its cosine alone; one that draws
+            in backward, as `npg_rr`, by one draw. Where `upg` would act, it is the one of them that
+            unrolls furthest; if none does, that of the highest cosine, or of the fewest products
+            where there is no reference. None of them may own its solve or change with the step.
         budget: the most products, backward passes through F with the one to the parameters: then
             the strategy of the highest cosine within it is taken, whatever `cosine` is. That may
             be `ift` with so many, which says once that it stops short of its `tol`.
@@ -112,7 +123,7 @@ class Auto(GradStrategy):
             if not Trial.depth():
                 _say_without_memory(self)
             return Measuring(self)
-        if step is None and not Trial.depth():
+        if step is None and memory.training and not Trial.depth():
             _say_untold(self)
         log = Log(memory, repr(self))
         if memory.training and self._is_due(log, step):
@@ -125,9 +136,10 @@ class Auto(GradStrategy):
         measured = log.measured
         if measured is None:
             return True
-        every = max(1, self.every // _SOONER) if log.is_off else self.every
-        if not log.is_off:  # what training changes most in its first steps
-            every = min(every, max(measured, math.ceil(every / _FIRST)))
+        if log.is_off:  # steps that look have one step's gradient, so that others are to be many
+            every = max(2, self.every // _SOONER, min(self.every, _SOONER))
+        else:  # what training changes most in its first steps
+            every = min(self.every, max(measured, math.ceil(self.every / _FIRST)))
         return step is not None and not measured < step < measured + every
 
     @property
@@ -251,8 +263,18 @@ class _Measurement:
         numbers = shared(own, found.v[0].device)
         if numbers.broken or not numbers.rows:
             return
-        choice, wanting = auto.rule.decide(numbers, self._log.last, step)
+        last = self._log.last
+        choice, wanting = auto.rule.decide(numbers, last, step)
         self._log.note(choice)
+        if last is not None and numbers.has_left(last):
+            warn_once(
+                "auto too late",
+                f"{auto!r}, step {step}: {last.spec}, as chosen in step {last.step}, does not "
+                "contract everywhere any more: gradients since then may have been wrong. "
+                f"{choice.spec} acts. Look more often, by a smaller `every`, or regularise the "
+                "Jacobian (dpp.jacobian_reg). Said once.",
+                ConvergenceWarning,
+            )
         if wanting:
             warn_once(
                 f"auto {choice.trouble}",

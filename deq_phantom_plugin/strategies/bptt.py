@@ -17,12 +17,13 @@ from .registry import register_strategy
 class BPTT(GradStrategy):
     """Autograd through `steps` iterations h <- F(h) from the initial state.
 
-    Owns the solve: hosts skip theirs, and the equilibrium given to `dpp.attach` is where it starts,
-    unless the context has an initial state. With few steps this is the unrolled pretraining that
-    the source's experiments begin with (supplement 4.2); with many it is the exact gradient.
-    Differentiable to any order. The value is the last iterate.
+    The strategy owns the solve: hosts skip theirs. It begins at the context's initial state, or,
+    where there is none, at the equilibrium that `dpp.attach` is given. With few steps this is the
+    unrolled pretraining with which the experiments of "On Training Implicit Models" begin
+    (supplement 4.2). With many steps it is the exact gradient. It can be differentiated to any
+    order. The value is the last iterate.
 
-    Costs `steps` evaluations of F with their backward passes; memory holds `steps` graphs.
+    Costs `steps` evaluations of F with their backward passes. Memory holds `steps` graphs.
 
     Args:
         steps: the number of iterations, or a distribution of it, see `Depth`.

@@ -28,6 +28,10 @@ MARGIN = 1.2
 """What 1 - mu of each eigenvalue mu of J may grow by until the map damped by a candidate's factor
 no longer contracts: spectra move from one measurement to the next."""
 
+LONGEST = 2.0
+"""Times the reference's length that a series may have in any sample: g = (I - B^k) g*, and where an
+eigenvalue b of B is inside the unit circle, |1 - b^k| is at most 2."""
+
 BACKWARD = 2
 """Evaluations of F that a backward pass through F counts as: it multiplies with the weights twice,
 for the state and for the weights, where an evaluation does once."""
@@ -78,10 +82,17 @@ class Candidate:
 
 
 class Judged(NamedTuple):
-    """Numbers of methods, a row a method: low cosine, evaluations, products; shape (n, 3)."""
+    """What was found of methods.
+
+    Attributes:
+        methods: the methods.
+        numbers: a row a method: low cosine, evaluations, products; shape (n, 3).
+        most: the terms with each of `LAMS` up to which a series is within `LONGEST`.
+    """
 
     methods: Sequence[Method]
     numbers: Tensor
+    most: Tensor = torch.full((len(LAMS),), LENGTH, dtype=torch.float64, device="cpu")
 
 
 def low(cosines: Tensor) -> Tensor:
@@ -124,7 +135,10 @@ def from_space(space: KrylovSpace, tol: float, budget: int | None) -> Judged:
         tol: of the reference.
         budget: see `built_in`.
     """
-    series = low(space.series_cosines(LAMS, LENGTH))
+    cosines, lengths = space.series(LAMS, LENGTH)
+    series = low(cosines)
+    bounded = (lengths[:, 1:] <= LONGEST).all(dim=-1)  # one term is v, whatever J is
+    most = 1 + bounded.cumprod(dim=1).sum(dim=1).double()
     terms = torch.arange(2, LENGTH + 1, dtype=torch.float64, device="cpu").repeat(len(LAMS))
     one = torch.ones(1, dtype=torch.float64, device="cpu")
     rows = [
@@ -134,7 +148,8 @@ def from_space(space: KrylovSpace, tol: float, budget: int | None) -> Judged:
         (series[:, 1:].flatten(), terms, terms),
     ]
     head = torch.cat([torch.stack(columns, dim=1) for columns in rows])
-    return Judged(built_in(budget), torch.cat([head, _solves(space, [*_TOLS, tol], budget)]))
+    numbers = torch.cat([head, _solves(space, [*_TOLS, tol], budget)])
+    return Judged(built_in(budget), numbers, most)
 
 
 def _solves(space: KrylovSpace, tols: Sequence[float], budget: int | None) -> Tensor:

@@ -1,16 +1,13 @@
-"""What `auto` decides on numbers that all processes share, and what it remembers of that."""
+"""What `auto` decides on numbers that all processes share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from types import NoneType
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..contract.memory import Memory
 from .candidates import LAMS, Candidate, Judged, Method
 
 DEFAULT_STEPS = 5
@@ -26,13 +23,12 @@ _CHEAPER = 0.9  # of the cost
 _BETTER = 0.8  # of what is missing to a cosine of 1
 _LEFT = 0.98  # the radius below which that is no trouble any more
 
-_OFF = "not at its equilibrium"
+OFF = "not at its equilibrium"
+"""The trouble of states that are not."""
+
 _OUTSIDE = "no damping brings the radius below 1"
 _POOR = "the reference was not solved"
 _NONE = "no method has"
-
-NOTED = "auto"
-"""Its name in a memory's histories."""
 
 _HEAD = 5  # numbers before the radii, see `Numbers.row`
 
@@ -60,7 +56,7 @@ class Choice:
     @property
     def trouble(self) -> str:
         """The kind of trouble in which it was made, nothing if there was none."""
-        kinds = (_OFF, _OUTSIDE, _POOR, _NONE)
+        kinds = (OFF, _OUTSIDE, _POOR, _NONE)
         return next((kind for kind in kinds if self.why.startswith(kind)), "")
 
 
@@ -93,6 +89,7 @@ class Numbers:
         parts = [
             torch.tensor(head, dtype=torch.float64, device="cpu"),
             self.radii,
+            self.judged.most,
             self.judged.numbers.flatten(),
         ]
         return torch.nan_to_num(torch.cat(parts), posinf=torch.finfo(torch.float64).max)
@@ -109,6 +106,7 @@ class Shared:
         supported: the share whose reference is good enough.
         radii: of the map damped by each of `LAMS`, the mean of the processes.
         steeper: by `MARGIN` times each.
+        most: terms with each of `LAMS` that are not too long in any sample of any process.
         broken: whether in one of them a gradient was not finite.
     """
 
@@ -118,11 +116,40 @@ class Shared:
     supported: float
     radii: Sequence[float]
     steeper: Sequence[float]
+    most: Sequence[float]
     broken: bool
 
-    def contracts(self, lam: float, in_force: bool) -> bool:
-        """Whether the map damped by one of `LAMS` does, with a margin if it is not in force."""
-        return (self.radii if in_force else self.steeper)[LAMS.index(lam)] < 1
+    def contracts(self, method: Candidate, in_force: bool = False) -> bool:
+        """Whether a series shortens what it sees in every direction, and reverses none.
+
+        With B = lam J + (1 - lam) I, k terms make g = (I - B^k) g*: where an eigenvalue of B is
+        beyond the unit circle, g may point against g* in its direction. That hardly shows in the
+        cosine as long as v has little of it, and training then feeds it.
+
+        Args:
+            method: what may be one; others need not.
+            in_force: whether it acts, and is to contract without a margin.
+        """
+        if method.lam is None:
+            return True
+        return (self.radii if in_force else self.steeper)[LAMS.index(method.lam)] < 1
+
+    def is_bounded(self, method: Candidate) -> bool:
+        """Whether no sample's g is so long that it could drown the others.
+
+        Low quantiles of cosines and radii do not see the tenth in which a series grows.
+        """
+        return method.lam is None or method.products <= self.most[LAMS.index(method.lam)]
+
+    def became(self, last: Choice | None) -> Candidate | None:
+        """Return what was chosen, as it is now; None if that was for want of a better."""
+        known = self.candidates if last is not None and not last.trouble else ()
+        return next((c for c in known if last is not None and c.spec == last.spec), None)
+
+    def has_left(self, last: Choice | None) -> bool:
+        """Whether what was chosen is a series that does not contract any more, or not in all."""
+        now = self.became(last)
+        return now is not None and not (self.contracts(now, in_force=True) and self.is_bounded(now))
 
 
 def shared(own: Numbers, device: torch.device) -> Shared:
@@ -145,11 +172,12 @@ def together(methods: Sequence[Method], table: Tensor) -> Shared:
         table: a row of each measurement, see `Numbers.row`.
     """
     rows, settled, compared, supported, broken = table[:, :_HEAD].T
-    at = _HEAD + 2 * len(LAMS)
+    bounds = _HEAD + 2 * len(LAMS)
+    at = bounds + len(LAMS)
     most = table[:, at:].amax(dim=0).view(-1, 3)
     cosines = (_weights(compared) @ table[:, at:]).view(-1, 3)[:, 0]
     judged = zip(methods, cosines.tolist(), most[:, 1].tolist(), most[:, 2].tolist(), strict=True)
-    radii = (_weights(rows) @ table[:, _HEAD:at]).tolist()
+    radii = (_weights(rows) @ table[:, _HEAD:bounds]).tolist()
     return Shared(
         [Candidate(m.spec, m.unrolls, c, e, p, m.lam) for m, c, e, p in judged],
         int(rows.sum()),
@@ -157,6 +185,7 @@ def together(methods: Sequence[Method], table: Tensor) -> Shared:
         float(supported.sum() / compared.sum().clamp(min=1)),
         radii[: len(LAMS)],
         radii[len(LAMS) :],
+        table[:, bounds:at].amin(dim=0).tolist(),
         bool(broken.any()),
     )
 
@@ -200,28 +229,32 @@ class Rule:
             step: the training step.
         """
         trouble = self._trouble(found, last)
-        candidates = [c for c in found.candidates if c.unrolls or not trouble]
-        if not trouble:
-            candidates = [c for c in candidates if _contracts(c, found, last)]
-        judged = found.supported >= SHARE and not trouble.startswith(_OFF)
+        acting = None if last is None else last.spec
+        candidates = [
+            c
+            for c in found.candidates
+            if (c.unrolls if trouble else found.contracts(c, c.spec == acting))
+            and found.is_bounded(c)
+        ]
+        judged = found.supported >= SHARE and not trouble.startswith(OFF)
         chosen = self._chosen(candidates, last) if judged else None
         if chosen is not None:
-            reason = self._reason(chosen, last)
+            reason = self._reason(chosen, last) + self._before(found, last)
             why = f"{trouble}; {reason}" if trouble else reason
             return Choice(step, chosen.spec, chosen.cosine, chosen.cost, why), False
         if not trouble:
             share = f"{1 - found.supported:.0%} of the samples"
             trouble = f"{_NONE} {self._wish()}" if judged else f"{_POOR} in {share}"
-        other = self._otherwise(found, trouble, last)
+        other = self._otherwise(found, trouble, last, judged)
         cosine = other.cosine if judged and other.cosine >= -1 else None
         return Choice(step, other.spec, cosine, other.cost, trouble), True
 
     def _trouble(self, found: Shared, last: Choice | None) -> str:
         """Return why only methods that go on from the state are right here, or nothing."""
         before = "" if last is None else last.trouble
-        share = (1 + SHARE) / 2 if before == _OFF else SHARE
+        share = (1 + SHARE) / 2 if before == OFF else SHARE
         if found.settled < share:
-            return f"{_OFF} in {1 - found.settled:.0%} of the samples"
+            return f"{OFF} in {1 - found.settled:.0%} of the samples"
         radius = min(found.radii)
         if radius >= (_LEFT if before == _OUTSIDE else 1):
             return f"{_OUTSIDE}, {radius:.3g}"
@@ -245,9 +278,11 @@ class Rule:
             enough = enough or [now]
         return min(enough, key=lambda c: (c.cost, -c.cosine)) if enough else None
 
-    def _otherwise(self, found: Shared, trouble: str, last: Choice | None) -> Candidate:
+    def _otherwise(
+        self, found: Shared, trouble: str, last: Choice | None, judged: bool
+    ) -> Candidate:
         """Return what is taken where the rule has nothing to take."""
-        unrolling = trouble.startswith((_OFF, _OUTSIDE))
+        unrolling = trouble.startswith((OFF, _OUTSIDE))
         if self.free:
             if unrolling:
                 return _unrolled(found, self.budget, last)
@@ -257,7 +292,7 @@ class Rule:
         further = [c for c in within if c.unrolls]
         if unrolling and further:  # the further it goes, the nearer it gets
             return max(further, key=lambda c: c.evaluations)
-        if unrolling or not within:
+        if not within or (unrolling and not judged):
             return min(known, key=lambda c: c.products)
         return max(within, key=lambda c: c.cosine)
 
@@ -267,22 +302,19 @@ class Rule:
             return f"{kept}the best with {self._wish()}"
         return f"{kept}the cheapest with {self._wish()}"
 
+    def _before(self, found: Shared, last: Choice | None) -> str:
+        """Return what has become of the choice before, where that is too little."""
+        now = found.became(last)
+        if now is not None and found.has_left(last):
+            return f"; {now.spec} does not contract everywhere any more"
+        if now is None or self.budget is not None or not -1 < now.cosine < self.cosine:
+            return ""
+        return f"; {now.spec} is at {now.cosine:.3f}"
+
     def _wish(self) -> str:
         if self.budget is not None:
             return f"at most {self.budget} products"
         return f"a cosine of at least {self.cosine:g}"
-
-
-def _contracts(candidate: Candidate, found: Shared, last: Choice | None) -> bool:
-    """Whether a series shortens what it sees in every direction, and reverses none.
-
-    With B = lam J + (1 - lam) I, k terms make g = (I - B^k) g*: where an eigenvalue of B is beyond
-    the unit circle, g may point against g* in its direction. That hardly shows in the cosine as
-    long as v has little of it, and training then feeds it.
-    """
-    if candidate.lam is None:
-        return True
-    return found.contracts(candidate.lam, last is not None and candidate.spec == last.spec)
 
 
 def _unrolled(found: Shared, budget: int | None, last: Choice | None) -> Candidate:
@@ -299,85 +331,3 @@ def _unrolled(found: Shared, budget: int | None, last: Choice | None) -> Candida
     spec = last.spec if last is not None and last.spec in specs else specs[0]
     known = [c.cosine for c in found.candidates if c.spec == spec]
     return Candidate(spec, True, known[0] if known else -1.0, k, k)
-
-
-class Log:
-    """What a memory keeps of one `auto`: when it was measured, and what was chosen.
-
-    Args:
-        memory: of the equilibrium.
-        of: the strategy, as its spec; what another one chose is not in force.
-
-    Attributes:
-        memory: the memory.
-    """
-
-    def __init__(self, memory: Memory, of: str) -> None:
-        self.memory, self._of = memory, of
-
-    @property
-    def _kept(self) -> dict[str, Any]:
-        kept: dict[str, Any] = self.memory.histories.get(NOTED, {})
-        return kept
-
-    @property
-    def measured(self) -> int | None:
-        """The step of the last measurement, None before the first."""
-        return self._kept["measured"] if self._kept.get("of") == self._of else None
-
-    @property
-    def last(self) -> Choice | None:
-        """The choice that is in force, None before the first."""
-        return None if self.measured is None else Choice(**self._kept["choices"][-1])
-
-    @property
-    def is_off(self) -> bool:
-        """Whether it is one for states that are not at their equilibrium."""
-        return self.last is not None and self.last.trouble == _OFF
-
-    def note(self, choice: Choice) -> None:
-        """Keep a choice; of those in a row that are the same, the first and the last."""
-        known = list(self._kept.get("choices", []))
-        if [c["spec"] for c in known[-2:]] == [choice.spec] * 2 and self.measured is not None:
-            known.pop()
-        kept = {"of": self._of, "measured": choice.step, "choices": [*known, asdict(choice)]}
-        self.memory.histories[NOTED] = kept
-
-
-def check_kept(key: str, kept: Any) -> None:
-    """Refuse what is no log of `auto`, of whatever one.
-
-    Args:
-        key: of what is to be loaded.
-        kept: what it holds.
-
-    Raises:
-        ValueError: if it is none; names the key and what is accepted.
-    """
-    made = kept.get("choices") if isinstance(kept, dict) else None
-    if not (
-        isinstance(made, list)
-        and made
-        and all(map(_is_choice, made))
-        and type(kept.get("of")) is str
-        and kept.get("measured") == made[-1]["step"]
-    ):
-        raise ValueError(
-            f"{key} is {kept!r:.60}; expected what auto keeps: the spec that it is 'of', the step "
-            "at which it 'measured' last, and its 'choices'"
-        )
-
-
-def _is_choice(kept: Any) -> bool:
-    numbers = (int, float, NoneType)
-    kinds = {"step": (int,), "spec": (str,), "cosine": numbers, "cost": numbers, "why": (str,)}
-    return (
-        isinstance(kept, dict)
-        and kept.keys() == kinds.keys()
-        and all(type(kept[name]) in kind for name, kind in kinds.items())
-    )
-
-
-def choices(memory: Memory) -> list[Choice]:
-    """Return what was chosen at an equilibrium, in the order of the steps."""
-    return [Choice(**kept) for kept in memory.histories.get(NOTED, {}).get("choices", [])]

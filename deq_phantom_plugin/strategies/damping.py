@@ -10,25 +10,28 @@ from .._plumbing.transforms import as_constants
 from ..adjoint import Linearization, Packing
 from ..adjoint.spectrum import leading_eigenvalue, random_start
 
-# One Krylov space from a fixed random start. The last step's eigenvectors are a worse one wherever
-# the batch changes: nearly blind to its leading eigenvalues, they let rho come out far too low.
+# Products of one Krylov space, from a fixed random start. The eigenvectors of the last step would
+# be a worse start wherever the batch changes: they hardly contain the leading eigenvectors of the
+# new batch, so that rho comes out far too low.
 N_VJP = 10
 
 
 def damping(graph: Linearization, batch_dim: int | None) -> list[Tensor]:
-    """Return lam = min(1, 1/rho(J)) for each sample (supplement, section 4.3).
+    """Return lam = min(1, 1/rho(J)) per sample.
+
+    Source: "On Training Implicit Models", supplement, section 4.3.
 
     Args:
         graph: F at the equilibrium.
         batch_dim: see `Context.batch_dim`.
 
     Returns:
-        A tensor a leaf that broadcasts over it.
+        One tensor per leaf, which broadcasts over the leaf.
     """
     packing = Packing(graph.inputs, batch_dim)
 
     def apply(x: Tensor) -> Tensor:
-        # Forward mode would follow the products, and take the factor for a function of F.
+        # Otherwise forward mode would follow the products, and differentiate the factor too.
         return packing.pack(as_constants(graph.vjp(packing.unpack(x))))
 
     if packing.columns == 0:

@@ -5,9 +5,9 @@
     'lognormal_poisson(mean=32, sigma=0.5)'     Huginn's: 1 + Poisson(r), where r is log-normal of
                                                 mean 32, log r of deviation sigma
 
-What is drawn depends on nothing but the seed, the training step, the equilibrium's place in its
-model and the argument that it is for: all calls in a step have one draw, so have all processes, and
-a run that was resumed goes on with the same. In evaluation mode nothing is drawn.
+A draw depends on four things alone: the seed, the training step, the equilibrium's place in its
+model, and the argument that it is for. So all calls in a step have the same draw, and so have all
+processes. A run that was resumed goes on with the same draws. In evaluation mode nothing is drawn.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ _ARGUMENTS = {
 
 @dataclass(frozen=True, repr=False)
 class Depth:
-    """A distribution of numbers of evaluations, at least 1.
+    """A distribution of the number of evaluations, which is at least 1.
 
     Attributes:
-        kind: its name.
-        arguments: in the order of the name's.
-        seed: of the draws.
-        per_call: whether each call of a step draws for itself; not under activation checkpointing.
-        per_process: whether each process does.
+        kind: the name of the distribution: "uniform", "poisson" or "lognormal_poisson".
+        arguments: its arguments, in the order in which the string has them.
+        seed: the seed of the draws.
+        per_call: whether each call of a step draws a number of its own. It is refused under
+            activation checkpointing.
+        per_process: whether each process draws a number of its own.
 
     Raises:
         ValueError: if there is no such distribution, or an argument is out of range.
@@ -65,12 +66,12 @@ class Depth:
             raise ValueError(f"no distribution {self.kind!r}{near}; there are {listed(_ARGUMENTS)}")
         names = _ARGUMENTS[self.kind]
         if len(self.arguments) != len(names):
-            raise ValueError(f"{self.kind} takes {', '.join(names)}")
+            raise ValueError(f"{self.kind} takes {', '.join(names)}, and nothing else by position")
         check: Callable[[str, Any], float]
         check = positive_int if self.kind == "uniform" else positive_float
         numbers = tuple(check(*named) for named in zip(names, self.arguments, strict=True))
         if self.kind == "uniform" and numbers[1] < numbers[0]:
-            raise ValueError(f"high={numbers[1]} is below low={numbers[0]}")
+            raise ValueError(f"high={numbers[1]} is below low={numbers[0]}; expected low <= high")
         if self.kind != "uniform" and numbers[0] > _LARGEST_MEAN:
             raise ValueError(f"mean={numbers[0]!r}; expected at most {_LARGEST_MEAN}")
         if self.kind == "lognormal_poisson" and numbers[1] > _LARGEST_SIGMA:
@@ -82,26 +83,26 @@ class Depth:
 
     @property
     def typical(self) -> int:
-        """The depth of evaluation: the mean as it is named, rounded, between `low` and `high`."""
+        """The number that evaluation takes: the mean, rounded, as the string names it."""
         if self.kind == "uniform":
             return max(1, round(sum(self.arguments) / 2))
         return max(1, round(self.arguments[0]))
 
     @never_compiled  # or for each step anew
     def draw(self, context: Context, name: str = "steps") -> int:
-        """Return the number of the current step; in evaluation mode `typical`, which has no step.
+        """Return the number of the current step; in evaluation mode `typical`.
 
         Args:
-            context: with a memory, which knows the step and the equilibrium's place.
-            name: the argument that it is for. A loop that draws its length and its k draws twice.
+            context: the context, with a memory that knows the step and the equilibrium's place.
+            name: the argument that the number is for. A loop draws its length and its k apart.
 
         Warns:
-            ConvergenceWarning: once, if nobody has told the step, which is taken to be 0; or the
-                place, where the step is known.
+            ConvergenceWarning: once, if nobody has told the step, which is then taken to be 0; or
+                if the step is known, and the place is not.
 
         Raises:
             RuntimeError: with `per_call`, if a backward pass calls again (activation
-                checkpointing): which of the calls it repeats nobody knows.
+                checkpointing): nobody knows which of the calls it repeats.
         """
         if context.memory is not None and not context.memory.training:
             return self.typical
@@ -114,10 +115,12 @@ class Depth:
         return self.of(_uniform(" ".join(map(str, key))))
 
     def of(self, uniform: Iterator[float]) -> int:
-        """Return the number that numbers in (0, 1) make.
+        """Return the number that draws from (0, 1) make.
+
+        It is found by inversion of the distribution, so that all processors find the same.
 
         Args:
-            uniform: independent draws; by inversion, so that one processor draws as another.
+            uniform: independent draws from (0, 1).
         """
         if self.kind == "uniform":
             low, high = map(int, self.arguments)
@@ -165,19 +168,23 @@ def number_or_depth(name: str, value: Any) -> int | Depth:
 
 
 def drawn(name: str, value: int | Depth | str) -> int:
-    """Return a number, if it is one.
+    """Return `value` if it is a number.
 
     Raises:
-        ValueError: of a distribution, of which nothing has been drawn.
+        ValueError: if it is a distribution, from which nothing has been drawn.
     """
     if not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} is drawn in `resolve(context)`, which nobody called")
+        raise ValueError(
+            f"{name}={value!r} has no number until `resolve(context)` draws one, and nobody called "
+            "that: call dpp.attach, or use the strategy that resolve returns"
+        )
     return value
 
 
 def _parsed(text: str) -> Depth:
     if not text.strip().partition("(")[0].isidentifier():
-        raise ValueError("no name of one" + ("; leave out the quotes" if text.isdecimal() else ""))
+        quotes = "; leave out the quotes" if text.isdecimal() else ""
+        raise ValueError(f"it does not begin with the name of a distribution{quotes}")
     try:
         ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -200,7 +207,7 @@ def _parsed(text: str) -> Depth:
 
 
 def _uniform(key: str) -> Iterator[float]:
-    """Yield numbers in (0, 1) that depend on the key alone, on every machine the same."""
+    """Yield numbers in (0, 1) that depend on the key alone. They are the same on every machine."""
     number = 0
     while True:
         digest = hashlib.blake2b(f"{key} {number}".encode(), digest_size=8).digest()
@@ -210,13 +217,13 @@ def _uniform(key: str) -> Iterator[float]:
 
 def _poisson(mean: float, u: float) -> int:
     """Return the u-quantile of the Poisson distribution."""
-    if mean > 500:  # where a sum is slow, and Cornish and Fisher's quantile 1 off in 1 of 500
+    if mean > 500:  # a sum would be slow. The Cornish-Fisher quantile is off by 1, in 1 of 500
         z = NormalDist().inv_cdf(u)
         return max(0, math.ceil(mean + z * math.sqrt(mean) + (z * z - 1) / 6 - 0.5))
     total, n, term = 0.0, 0, math.exp(-mean)
     while True:
         total += term
-        # Past the mean, terms that change nothing any more: rounding holds the sum below u.
+        # Past the mean a term that changes nothing ends it: rounding may hold the sum below u.
         if total >= u or (n > mean and total + term == total):
             return n
         n += 1

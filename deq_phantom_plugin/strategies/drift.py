@@ -1,4 +1,4 @@
-"""What a gradient lost because states were recovered and not kept."""
+"""How far a gradient is off because states were recovered, and not kept."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ _FLOOR = 1e-6  # a leaf smaller than this, against the whole state, counts as th
 
 
 class Loss(NamedTuple):
-    """What is known of a backward pass when it has come to the start.
+    """What is known about a backward pass when it has come to the start.
 
     Attributes:
-        error: of the gradient, relative to its norm: an estimate.
-        changed: the relative difference between two images of the very same state.
-        finite: whether the recovered states are.
+        error: an estimate of the gradient's error, relative to the norm of the gradient.
+        changed: the largest relative difference between two images of the very same state. It is
+            zero where F is deterministic.
+        finite: whether all recovered states are finite.
     """
 
     error: float
@@ -28,21 +29,25 @@ class Loss(NamedTuple):
 
 
 class Drift:
-    """Follows how far recovered states are off, and estimates the gradient's error from it.
+    """Follows how far recovered states are off, and estimates the gradient's error from that.
 
-    With w_n = (1 - beta) w_(n-2) + beta F(w_(n-1)), evaluation n repeated at another state than
-    w_(n-1) contributes another share to the gradient, and hands on another cotangent. Where the
-    relative error of that state, or of its image, is d, both are off by about s(d) of their size:
-    sqrt(d), since a share d of F's kinks (relu, max, clamp) is passed, and d where d > 1. An error
-    of a cotangent stays in those that follow. So, with the cotangents of F's images as weights,
+    The iteration is w_n = (1 - beta) w_(n-2) + beta F(w_(n-1)). The estimate, step by step:
+
+    1. Backward repeats evaluation n at a recovered state in place of w_(n-1). Let d_n be the
+       relative error of that state, or of its image, whichever is larger.
+    2. The repeated evaluation contributes another share to the gradient, and passes on another
+       cotangent. Both are off by about s(d_n) of their size. Here s(d) = sqrt(d), since F passes a
+       share d of its kinks (relu, max, clamp) on the wrong side; and s(d) = d where d > 1.
+    3. The error of a cotangent stays in all evaluations that backward comes to later. So, with the
+       norms of the cotangents of F's images as weights,
 
         error  =  sum_n ||cotangent_n|| (s(d_n) + s(d_(n+1)) + ... + s(d_last)) / sum_n ||...||
 
-    A smooth F loses about d_n and not its root, and the estimate is then far above the truth; it is
-    meant to tell errors of percents. It reads the device once a backward pass.
+    A smooth F loses about d_n and not its root, so that the estimate is then far above the truth.
+    It is meant to find errors of percents. The device is read once per backward pass.
 
     Args:
-        start: leaves of w_0 = w_(-1).
+        start: the leaves of w_0 = w_(-1).
         beta: the relaxation factor.
     """
 
@@ -65,8 +70,8 @@ class Drift:
 
     @torch.no_grad()
     def weigh(self, number: int, cotangent: Tensor | None) -> None:
-        """Take note of the cotangent of a leaf of F's image in evaluation n; a hook."""
-        if cotangent is None:  # none came, and a custom function passed that on
+        """Take note of the cotangent of a leaf of F's image in evaluation n. It is a hook."""
+        if cotangent is None:  # no gradient came, and a custom function passed that on
             return
         # A norm in half precision would overflow where gradients are scaled.
         wide = torch.promote_types(cotangent.dtype, torch.float32)
@@ -114,7 +119,7 @@ class Drift:
         error = (weights * share).sum() / weights.sum().clamp(min=torch.finfo(zero.dtype).tiny)
         repeated = (state == 0) & (_norm(new - true[at + 1]) == 0).all(1)
         changed = torch.where(repeated, image, zero).amax()
-        # A cotangent that is infinite came in, unless states are: GradScaler is to see it.
+        # If all states are finite, an infinite cotangent came in. It passes, for GradScaler to see.
         finite, weighed = off.isfinite().all(), weights.isfinite().all()
         found = torch.stack([finite.to(zero), weighed.to(zero), error, changed]).tolist()
         self._repeated.clear()

@@ -22,14 +22,16 @@ _LIMIT = 2**30  # bytes that the dense Jacobians of a batch may take
 class Exact(GradStrategy):
     """The implicit gradient from dense Jacobians: g solves (I - J^T) g = v directly.
 
-    The reference for diagnostics and tests. The value is F(h*). Costs one evaluation of F, one
-    vector-Jacobian product for each of a sample's d elements, some more that tell whether samples
-    are independent (7 for 32), and d^2 memory a sample. Inside `torch.func` and in forward mode the
-    state is one system, and the context's monitor is told nothing.
+    This is the reference of diagnostics and tests. The value is F(h*).
+
+    With d elements per sample it costs one evaluation of F, d vector-Jacobian products, and some
+    more products that tell whether samples are independent (7 for 32 samples). Memory holds d^2
+    numbers per sample. Inside `torch.func` and in forward mode the state is one system, and the
+    context's monitor is told nothing.
 
     Raises:
-        ValueError: in backward, if the Jacobians would take more than 1 GiB, or samples that were
-            said to be independent are not.
+        ValueError: in backward, if the Jacobians would take more than 1 GiB, or if samples that
+            were said to be independent are not.
     """
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
@@ -46,8 +48,9 @@ class Exact(GradStrategy):
                     context.memory.findings.clear()
                 raise ValueError(
                     "exact: the samples depend on one another (a graph's nodes, batch norm inside "
-                    "F, a state without a batch dimension); pass batch_dim=None in the context. "
-                    "Where nobody said otherwise they have begun to: the next step asks anew"
+                    "F, a state without a batch dimension), so a Jacobian per sample would give a "
+                    "wrong gradient; pass batch_dim=None in the context. With batch_dim='auto' "
+                    "they were independent before: the next step finds out anew"
                 )
             transposed = _transposed_jacobians(graph, packing)
             rhs = packing.pack(v)
@@ -86,7 +89,7 @@ def _transposed_jacobians(graph: Linearization, packing: Packing) -> Tensor:
 
 
 def _check_size(packing: Packing) -> None:
-    """Refuse Jacobians that memory may not hold."""
+    """Refuse Jacobians of more than `_LIMIT` bytes."""
     rows, size = packing.rows, packing.columns
     needed = rows * size * size * packing.dtype.itemsize
     if needed > _LIMIT:

@@ -34,40 +34,45 @@ from .rescue import Rescue
 class IFT(GradStrategy):
     """The implicit gradient: g solves (I - J^T) g = v (implicit function theorem).
 
-    Bai, Kolter & Koltun 2019, "Deep Equilibrium Models", Theorem 1. F is linearised at h*; the
-    value is F(h*). Stopping short of `tol` warns once a run, with the residual; a NaN or an
-    infinity that the solve makes is an error, one that comes in passes through.
+    Source: Bai, Kolter & Koltun 2019, "Deep Equilibrium Models", Theorem 1. F is linearised at h*,
+    and the value is F(h*).
 
-    Costs one evaluation of F, and one vector-Jacobian product an iteration on the one graph that
-    memory holds, besides the solver's own vectors (gmres: one a product, at most 50).
+    A solve that stops short of `tol` warns once per run, with the residual that it reached. A NaN
+    or an infinity that the solve makes is an error. One that comes in with v passes through, so
+    that a gradient scaler sees it.
+
+    Costs one evaluation of F, and one vector-Jacobian product per iteration. Memory holds one
+    graph, and the vectors of the solver: `gmres` keeps one per product, at most 50.
 
     Args:
-        solver: "gmres", "bicgstab", "anderson", "broyden" or "fixed_point". The default
-            alone never makes the residual worse from one product to the next, which decides near
-            rho(J) = 1: on symmetric maps of radius 0.99 it took 44 products to 1e-4, the others
-            60 and more (benchmarks/adjoint_solvers.py, float32, restarted every 20).
-        tol: ||v - (I - J^T) g|| / ||v|| to reach in every sample. A solve also ends where products
-            do not improve the residual beyond the rounding of F, as in 16 bits; with a `tol` other
-            than the default that warns.
-        max_iter: the most vector-Jacobian products.
-        warm_start: whether to begin with the last step's g, for a product or two more and where
-            that is better than to begin without. For training on one and the same batch, such as a
-            single graph; needs a memory, as hosts have, which keeps g (`dpp.memory_state_dict`).
+        solver: "gmres", "bicgstab", "anderson", "broyden" or "fixed_point". Only the default never
+            makes the residual worse from one product to the next, which decides near rho(J) = 1.
+            Example: on symmetric maps of radius 0.99, restarted every 20 products in float32, it
+            took 44 products to 1e-4, and the others took 60 and more
+            (benchmarks/adjoint_solvers.py).
+        tol: the relative residual ||v - (I - J^T) g|| / ||v|| to reach in every sample. A solve
+            also ends where products do not improve the residual beyond the rounding of F, as in 16
+            bits. That warns only if `tol` is not the default.
+        max_iter: the largest number of vector-Jacobian products.
+        warm_start: whether to begin with the g of the last step. It costs a product or two, and is
+            used in the samples where it is better than to begin with zero. It is for training on
+            one and the same batch, such as a single graph. It needs a memory, which keeps g
+            (`dpp.memory_state_dict`); hosts have one.
         higher_order: whether the gradient can be differentiated again, to any order, for gradient
-            penalties and MAML. Memory then holds h* and what F captures, and no graph; backward
-            evaluates F once more, so F must do the same each time, and what it captures must be
-            used in ordinary operations of PyTorch.
-        clip: the longest product, off unless it is given: each J^T g of the fixed-point iteration
-            g <- v + J^T g that is longer than clip ||v|| is scaled down to that, for each sample
-            with the norm of all its leaves (of the batch, where samples are coupled). Where the
-            last one was, g solves g = v + c J^T g with a c < 1, another equation: the residual
-            stays that of the system above, at the cost of one product more, so that such samples
-            have not converged, which warns once and is a failure to `guard`. The monitor is told
-            how many were. Not for other solvers, a warm start or `higher_order`, which rely on a
-            product being linear.
+            penalties and MAML. Memory then holds h* and what F captures, and no graph. Backward
+            evaluates F once more, so F must do the same each time, and it must use what it
+            captures in ordinary operations of PyTorch.
+        clip: the largest length of a product J^T g, in multiples of ||v||; None, the default, does
+            not clip. In the fixed-point iteration g <- v + J^T g a longer product is scaled down to
+            clip ||v||. The norm is that of all leaves of a sample, or of the batch where samples
+            are coupled. Where the last product was clipped, g solves another equation,
+            g = v + c J^T g with a c < 1. The residual stays that of the system above, for one more
+            product. Such a sample has not converged: that warns once, and `guard` takes it for a
+            failure. The monitor is told how many products were clipped. Other solvers, a warm start
+            and `higher_order` need products that are linear in g, and refuse a clip.
 
     Raises:
-        ValueError: if an argument is out of range, or `clip` goes with what it is not for.
+        ValueError: if an argument is out of range, or if `clip` meets an argument that refuses it.
     """
 
     solver: str = "gmres"
@@ -88,19 +93,20 @@ class IFT(GradStrategy):
             self._check_clip()
 
     def _check_clip(self) -> None:
-        """Refuse a clip beside what relies on J^T g being linear in g."""
+        """Refuse a clip beside arguments that need J^T g to be linear in g."""
         only = {"solver": "fixed_point", "warm_start": False, "higher_order": False}
         for name, accepted in only.items():
             value = getattr(self, name)
             if value != accepted:
                 raise ValueError(
-                    f"clip={self.clip!r} with {name}={value!r}, which relies on products that are "
-                    f"linear, as clipped ones are not; expected {name}={accepted!r}, or clip=None"
+                    f"clip={self.clip!r} with {name}={value!r}: that needs products J^T g that are "
+                    "linear in g, and clipped products are not; expected "
+                    f"{name}={accepted!r}, or clip=None"
                 )
 
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
-        # Only what backward needs to know is kept until then.
+        # `adjoint` keeps these alive until backward, and not the whole context.
         batch_dim, memory, monitor = context.sample_dim, context.memory, context.monitor
         rescue = Rescue(func, equilibrium, context) if context.on_failure else None
 
@@ -125,22 +131,25 @@ class IFT(GradStrategy):
         rescue: Rescue | None = None,
         solver: AdjointSolver | None = None,
     ) -> tuple[list[Tensor], Solution]:
-        """Return g and what else the solve found; warns, or lets a rescue act, where it failed.
+        """Return g and the result of the solve.
+
+        Where the solve failed, `rescue` acts; without one, a warning is given.
 
         Args:
-            vjp: J^T.
+            vjp: from the leaves of a state g to the leaves of J^T g.
             v: the leaves of the gradient that came in.
             batch_dim: see `Context.batch_dim`.
-            memory: of the equilibrium, which keeps a warm start and hears of doubts.
+            memory: the equilibrium's. It keeps a warm start, and is told to ask again whether
+                samples are coupled where the solve failed.
             rescue: acts where the solve failed.
-            solver: takes the place of the one that is named.
+            solver: takes the place of `self.solver`.
 
         Raises:
             NonFiniteError: if the solve makes a NaN or an infinity.
         """
         named = self.solver if self.clip is None else partial(fixed_point, clip=self.clip)
         kept = memory if self.warm_start else None
-        # The solve relies on what was found of samples: where it fails, that is asked again.
+        # The solve relies on samples that were found independent. Where it fails, that is in doubt.
         doubted = memory if batch_dim is not None else None
         try:
             g, solution = solve(
@@ -158,7 +167,7 @@ class IFT(GradStrategy):
                 doubted.doubt()
             raise NonFiniteError(
                 f"{self!r}, adjoint solve: {error}. If samples depend on one another and batch_dim "
-                "says otherwise, pass batch_dim=None in the context"
+                "says that they do not, pass batch_dim=None in the context"
             ) from None
         if not solution.converged and doubted is not None:
             doubted.doubt()
@@ -172,7 +181,11 @@ class IFT(GradStrategy):
         return g, solution
 
     def _warn(self, solution: Solution, of_user: bool) -> None:
-        """Say where a solve stopped; at rounding only if the tolerance was a user's choice."""
+        """Warn where a solve stopped short.
+
+        A stop at F's rounding is mentioned only where a user chose `tol`: with the default nobody
+        asked for more digits than F has.
+        """
         above = solution.residual > self.tol
         short, rounded = int((above & ~solution.at_rounding).sum()), int(solution.at_rounding.sum())
         reached = (
@@ -182,34 +195,35 @@ class IFT(GradStrategy):
         if short and solution.n_clipped:
             warn_once(
                 "ift with clip",
-                f"{reached}; {short} of {above.numel()} samples are above tol, and "
-                f"{solution.n_clipped} products were clipped, each counted once a sample. Where "
-                "the last one was, g solves g = v + c J^T g with a c < 1 in place of the adjoint "
-                "system. Raise clip, or regularise the Jacobian (dpp.jacobian_reg). This warning "
-                "is given once.",
+                f"{reached}; {short} of {above.numel()} samples are above tol, so their gradient "
+                f"is not the exact one. {solution.n_clipped} products were clipped, each counted "
+                "once per sample. Where the last one was, g solves g = v + c J^T g with a c < 1 in "
+                "place of the adjoint system. Raise clip, or regularise the Jacobian "
+                "(dpp.jacobian_reg). This warning is given once.",
                 ConvergenceWarning,
             )
         elif short:
             warn_once(
                 "ift",
-                f"{reached}; {short} of {above.numel()} samples are above tol. Raise max_iter or "
-                "tol, try solver='gmres', or regularise the Jacobian (dpp.jacobian_reg). If "
-                "samples depend on one another (graphs, batch norm inside F) and batch_dim says "
-                "otherwise, pass batch_dim=None in the context. This warning is given once.",
+                f"{reached}; {short} of {above.numel()} samples are above tol, so their gradient "
+                "is less exact than you asked for. Raise max_iter or tol, try solver='gmres', or "
+                "regularise the Jacobian (dpp.jacobian_reg). If samples depend on one another "
+                "(graphs, batch norm inside F) and batch_dim says that they do not, pass "
+                "batch_dim=None in the context. This warning is given once.",
                 ConvergenceWarning,
             )
         elif rounded and of_user and self.tol != IFT.tol:
             warn_once(
                 "ift in low precision",
                 f"{reached}: in {rounded} of {above.numel()} samples that is the rounding of F's "
-                "own products, which more of them do not improve. Raise tol, or let F compute in "
+                "own products, and more products do not improve it. Raise tol, or let F compute in "
                 "a higher precision. This warning is given once.",
                 ConvergenceWarning,
             )
 
 
 def stats_of(strategy: GradStrategy, solution: Solution) -> BackwardStats:
-    """Return what a monitor is told of a solve."""
+    """Return what a monitor is told about a solve."""
     return BackwardStats(
         repr(strategy), solution.n_vjp, solution.residual, solution.trace, solution.n_clipped
     )
@@ -220,7 +234,7 @@ def _names(leaves: list[Tensor]) -> list[str]:
 
 
 def _last(memory: Memory, like: list[Tensor]) -> list[Tensor] | None:
-    """Return the g of the last step, None if there is none that fits."""
+    """Return the g of the last step; None if there is none of these shapes that is finite."""
     kept = [memory.warm_start(name, v) for name, v in zip(_names(like), like, strict=True)]
     found = [leaf for leaf in kept if leaf is not None and bool(torch.isfinite(leaf).all())]
     return found if len(found) == len(kept) else None

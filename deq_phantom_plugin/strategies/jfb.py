@@ -15,8 +15,9 @@ from .registry import register_strategy
 class JFB(GradStrategy):
     """One step of F from the detached h*: g = v, as if (I - J^T)^-1 were the identity.
 
-    Fung et al. 2022, "JFB: Jacobian-Free Backpropagation for Implicit Networks"; UPG and NPG with
-    k = 1 and lam = 1. The value is F(h*). Costs one evaluation of F and one backward pass.
+    Source: Fung et al. 2022, "JFB: Jacobian-Free Backpropagation for Implicit Networks". It equals
+    UPG and NPG with k = 1 and lam = 1. The value is F(h*). Costs one evaluation of F and one
+    backward pass. Memory holds one graph.
     """
 
     @property

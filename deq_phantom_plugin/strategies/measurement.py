@@ -100,7 +100,8 @@ def reference(
     packing = Packing(graph.inputs, batch_dim)
     counted = (packing.pack(v) != 0).any(dim=1)  # others have no gradient that could be off
     off = _off(graph, packing) & counted
-    if int(off.sum()) > (1 - SHARE) * int(counted.sum()):
+    rows, settled = int(counted.sum()), int((counted & ~off).sum())
+    if rows and settled / rows < SHARE:  # by the quotient that `Rule` looks at, to the bit
         space = KrylovSpace(_AIM, _LOOK, goes_on=False)
         _, solution = solve(
             graph.vjp, v, solver=space, tol=_AIM, max_vjp=_LOOK + 1, batch_dim=batch_dim

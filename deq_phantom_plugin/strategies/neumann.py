@@ -1,4 +1,14 @@
-"""The damped Neumann series, cut after some terms: what `npg` and `npg_rr` share."""
+"""The damped Neumann series, cut after some terms: what `npg` and `npg_rr` share.
+
+The exact g solves (I - J^T) g = v. With a damping factor lam and B = lam J^T + (1 - lam) I:
+
+1. I - B = lam (I - J^T). So g = lam (I - B)^-1 v.
+2. Where rho(B) < 1 that is the series g = lam (v + B v + B^2 v + ...).
+3. Its first k terms are k - 1 times g <- v + B g from g = v, and then lam g (Horner's rule). Each
+   needs one product, J^T g, since B g = lam J^T g + (1 - lam) g.
+
+v, g and each product have the shapes of the state, leaf by leaf. lam is a number, or per sample.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +29,11 @@ Product = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Neumann(GradStrategy):
-    """A strategy whose g is such a series; the value is the equilibrium itself.
+    """A strategy whose g is such a series. The value is the equilibrium itself.
 
     Attributes:
-        lam: the damping factor, "adaptive" to measure it.
-        clip: the longest J^T g, in multiples of ||v||, for each sample; None for any length.
+        lam: the damping factor; "adaptive" measures it.
+        clip: the largest length of J^T g per sample, in multiples of ||v||; None for any length.
     """
 
     lam: float | str
@@ -31,11 +41,11 @@ class Neumann(GradStrategy):
 
     @abstractmethod
     def terms(self) -> tuple[int, float]:
-        """Return the number of terms of one pass, and what each weighs relative to the last."""
+        """Return the number of terms of one pass, and the weight of a term over the one before."""
 
     @property
     def tells_samples_apart(self) -> bool:
-        """Only to measure a radius or to clip for each sample."""
+        """Only if a radius is measured, or a product is clipped, per sample."""
         return self.lam == "adaptive" or self.clip is not None
 
     @property
@@ -47,7 +57,7 @@ class Neumann(GradStrategy):
         """See `GradStrategy.attach`."""
         leaves = flatten(equilibrium)[0]
         batch_dim = context.sample_dim if self.tells_samples_apart else None
-        # What is clipped is not linear in v: there it is refused, as all that is not.
+        # A clipped product is not linear in v. `Linearization` below refuses it in a transform.
         if self.clip is None and in_transform():  # and in forward mode
             factors = (
                 damping(Linearization(func, equilibrium, self), batch_dim)
@@ -81,13 +91,14 @@ def clipped(
     batch_dim: int | None,
     limit: float,
 ) -> tuple[Product, Clip]:
-    """Return a product that is clipped, all leaves of a sample together, and what counts.
+    """Return a product that is clipped, and the object that clips it and counts.
 
     Args:
-        product: J^T.
-        v: the gradient that came in, a tensor a leaf.
+        product: g -> J^T g.
+        v: the gradient that came in, one tensor per leaf.
         batch_dim: see `Context.batch_dim`.
-        limit: the longest product, in multiples of ||v||.
+        limit: the largest length of a product, in multiples of ||v||. The norm is that of all
+            leaves of a sample.
     """
     packing = Packing(v, batch_dim)
     clip = Clip(packing.pack(v), limit)
@@ -104,11 +115,11 @@ def neumann(
     """Return lam * sum_{t<k} (weight * B)^t v with B = lam M + (1 - lam) I, by Horner's rule.
 
     Args:
-        product: M, J^T for gradients and J for changes.
-        v: what to begin with, a tensor a leaf.
-        factors: lam of each leaf.
+        product: x -> M x. M is J^T for gradients, and J for changes (see `Pushforward`).
+        v: the first term over lam, one tensor per leaf.
+        factors: lam, one per leaf.
         terms: k.
-        weight: what each term weighs relative to the one before.
+        weight: the weight of a term over that of the one before.
     """
     g = v
     for _ in range(terms - 1):

@@ -16,26 +16,28 @@ from .registry import register_strategy
 class NPG(Neumann):
     """The Neumann series cut after k terms: g = lam * sum_{t<k} (lam J^T + (1 - lam) I)^t v.
 
-    Algorithms 2 and 3 of the supplement of "On Training Implicit Models" (Geng et al., NeurIPS
-    2021), with lam counted once as in eq. A-14 (the algorithms' `lambda * grad(f, z, g)` holds it
-    twice, since f does already). At an equilibrium it equals UPG with the same k and lam. The value
-    is the equilibrium itself, in a tensor of its own.
+    Source: Geng et al., "On Training Implicit Models" (NeurIPS 2021), supplement, algorithms 2 and
+    3, with lam counted once, as in eq. A-14. (The algorithms' `lambda * grad(f, z, g)` counts it
+    twice, since their f is damped already.) At an equilibrium it equals UPG with the same k and
+    lam. The value is the equilibrium itself, in a tensor of its own.
 
-    Costs one evaluation of F, k - 1 vector-Jacobian products and one backward pass on the one
-    graph that memory holds, however large k. Inside `torch.func` and in forward mode k - 1 products
-    are taken at once, memory holds a graph of each, and the context's monitor is told nothing.
+    Costs one evaluation of F, k - 1 vector-Jacobian products and one backward pass. Memory holds
+    one graph, however large k is. Inside `torch.func` and in forward mode the k - 1 products are
+    taken in the forward pass, memory holds a graph of each, and the context's monitor is told
+    nothing.
 
     Args:
         k: the number of terms, or a distribution of it, see `Depth`.
-        lam: the damping factor in (0, 1], or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
-            measured for each sample in backward with 10 vector-Jacobian products.
-        clip: the longest product, off unless it is given: in each step g <- v + lam J^T g +
-            (1 - lam) g a J^T g with ||J^T g|| > clip ||v|| is scaled down to clip ||v||, before it
-            is damped, for each sample with the norm of all its leaves (of the batch, where samples
-            are coupled). So g stays bounded where rho(J) exceeds 1, and is another one there: the
-            context's monitor is told how often. `npg(k=2, lam=1.0, clip=1.0)` is the `onestep` of
-            github.com/jacobfa/Attractor (`_maybe_clip_jv`). What is clipped is not linear in v:
-            `torch.func` and forward mode refuse it.
+        lam: the damping factor in (0, 1]; or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
+            measured per sample in backward with 10 vector-Jacobian products.
+        clip: the largest length of a product J^T g, in multiples of ||v||; None, the default, does
+            not clip. In each step g <- v + lam J^T g + (1 - lam) g a longer J^T g is scaled down to
+            clip ||v||, before it is damped. The norm is that of all leaves of a sample, or of the
+            batch where samples are coupled. So g stays bounded where rho(J) exceeds 1. It is
+            another g there, and the context's monitor is told how many products were clipped.
+            `npg(k=2, lam=1.0, clip=1.0)` is the `onestep` of github.com/jacobfa/Attractor
+            (`_maybe_clip_jv`). A clipped product is not linear in v, so `torch.func` and forward
+            mode refuse it.
 
     Raises:
         ValueError: if an argument is out of range.

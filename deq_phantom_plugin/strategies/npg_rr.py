@@ -18,27 +18,34 @@ from .registry import register_strategy
 class NPGRR(Neumann):
     """The Neumann series cut at random and reweighted: g = lam * sum_{t<K} B^t v / p^t.
 
-    B = lam J^T + (1 - lam) I as in NPG, and P(K > t) = p^t: Russian roulette (Beatson &
-    Adams 2019, "Efficient optimization of loops and limits with randomized telescoping sums").
-    Where rho(B) < 1 the mean is (I - J^T)^-1 v, the exact gradient's, for every p. With
-    x_t = lam B^t v the variance, of all elements together, is
+    Here B = lam J^T + (1 - lam) I as in NPG, and K is drawn with P(K > t) = p^t.
 
-        sum_{s,t} <x_s, x_t> (p^-min(s,t) - 1),
+    Source: Russian roulette, Beatson & Adams 2019, "Efficient optimization of loops and limits with
+    randomized telescoping sums". Mean and variance, step by step:
 
-    finite where rho(B)^2 < p; beyond that rare passes with large K dominate the mean.
+    1. Let x_t = lam B^t v be term t of the series. It is in the sum with probability p^t, and then
+       it counts x_t / p^t.
+    2. So the mean of the sum is x_0 + x_1 + x_2 + ... Where rho(B) < 1 that is (I - J^T)^-1 v, the
+       exact g, for every p.
+    3. The terms s and t are both in the sum with probability p^max(s,t). So the variance, of all
+       elements together, is
 
-    One K is drawn for each backward pass and shared by the batch (one for each sample would cost
-    the largest of them), from PyTorch's CPU generator: `torch.manual_seed` reproduces it, and no
-    device is waited for. Processes whose F communicates take that of the first of them. The value
-    is the equilibrium itself, in a tensor of its own.
+        sum_{s,t} <x_s, x_t> (p^-min(s,t) - 1).
 
-    Costs one evaluation of F, K - 1 vector-Jacobian products, p / (1 - p) in the mean, and one
-    backward pass on the one graph that memory holds.
+       It is finite where rho(B)^2 < p. Beyond that, rare passes with a large K dominate the mean.
+
+    One K is drawn per backward pass, for the whole batch: with one per sample the batch would cost
+    the largest of them. It comes from PyTorch's CPU generator, so that `torch.manual_seed`
+    reproduces it and no device is waited for. Processes whose F communicates take the K of the
+    first of them. The value is the equilibrium itself, in a tensor of its own.
+
+    Costs one evaluation of F, K - 1 vector-Jacobian products (p / (1 - p) in the mean) and one
+    backward pass. Memory holds one graph.
 
     Args:
         p: the probability of going on after each term, in (0, 1).
-        lam: the damping factor in (0, 1], or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
-            measured for each sample in backward with 10 vector-Jacobian products.
+        lam: the damping factor in (0, 1]; or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
+            measured per sample in backward with 10 vector-Jacobian products.
 
     Raises:
         ValueError: if an argument is out of range.

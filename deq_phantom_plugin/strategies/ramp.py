@@ -19,23 +19,25 @@ from .told import in_steps, not_resolved, told_step
 @register_strategy("ramp")
 @dataclass(frozen=True, repr=False)
 class Ramp(GradStrategy):
-    """A strategy of which arguments go linearly from one value to another, and stay there.
+    """A strategy some of whose arguments change linearly with the training step, and then stay.
 
-    `"ramp('tbptt', {'k': (2, 5)}, until=0.2)"` begins with k=2 and has k=5 from a fifth of training
-    on, as HRM-Text's warm-up of its backpropagation. Whole numbers change when the next one is
-    reached, so that each before the last is held equally long. The step is told by
-    `dpp.set_step(model, step)`, the length of training, which a fraction needs, by
-    `dpp.set_step(model, step, total=...)`.
+    Example: `"ramp('tbptt', {'k': (2, 5)}, until=0.2)"` begins with k=2, and has k=5 after a fifth
+    of training, as HRM-Text's warm-up of its backpropagation. A whole number changes when the next
+    one is reached, so that each number before the last is held equally long.
+
+    `dpp.set_step(model, step)` tells the step. If `until` is a fraction, tell the length of
+    training too: `dpp.set_step(model, step, total=...)`.
 
     Args:
-        grad: the strategy's spec.
-        arguments: name -> (first, last) of each argument that changes. Kept as sorted pairs.
-        until: the step from which on they stay, or the fraction of training, in (0, 1].
+        grad: the spec of the strategy.
+        arguments: name -> (first, last), for each argument that changes. It is kept as sorted
+            pairs.
+        until: the step at which the last values are reached; or a fraction of training in (0, 1].
 
     Raises:
-        ValueError: if an argument is none of the strategy's, or is no number, or one of its values
-            is out of range; if `until` is neither. In `resolve`, if it is a fraction and nobody has
-            told the length of training.
+        ValueError: if the strategy has no such argument, if an argument is no number, if one of its
+            values is out of range, or if `until` is neither a step nor a fraction. In `resolve`, if
+            `until` is a fraction and nobody has told the length of training.
     """
 
     grad: Spec
@@ -53,7 +55,10 @@ class Ramp(GradStrategy):
         if not pairs:
             raise ValueError(f"arguments={self.arguments!r} has none; {expected}")
         if not dataclasses.is_dataclass(inner):
-            raise ValueError(f"{inner!r} is no dataclass, of which an argument could be replaced")
+            raise ValueError(
+                f"{inner!r} is no dataclass, and ramp changes an argument of one; expected a "
+                "strategy with arguments, such as 'tbptt(k=2)'"
+            )
         known = {f.name for f in dataclasses.fields(inner) if f.init}
         for name, ends in pairs:
             if name not in known:
@@ -64,11 +69,11 @@ class Ramp(GradStrategy):
                 raise ValueError(f"{name}={ends!r} in arguments; {expected}, of two numbers")
             if not _is_number(getattr(inner, name)):
                 raise ValueError(
-                    f"{name}={getattr(inner, name)!r} of {inner!r} is no number that could grow"
+                    f"{name}={getattr(inner, name)!r} of {inner!r} is no number, so it cannot grow"
                 )
         object.__setattr__(self, "arguments", tuple((name, tuple(ends)) for name, ends in pairs))
         object.__setattr__(self, "until", fraction_or_step("until", self.until))
-        for end in (0, 1):  # both are in range as they are given, so that the right one is named
+        for end in (0, 1):  # checked as they were given, so that an error names that value
             dataclasses.replace(inner, **{name: ends[end] for name, ends in self._pairs})
         for end in (0, 1):
             self._at(Fraction(end))
@@ -81,7 +86,7 @@ class Ramp(GradStrategy):
         return self._at(min(Fraction(1), Fraction(step, end))).resolve(context)
 
     def _at(self, progress: Fraction) -> GradStrategy:
-        """Return the strategy at a fraction of the way, exactly: no rounding leaves the range."""
+        """Return the strategy at a fraction of the way. Exact arithmetic keeps to the range."""
         values: dict[str, Any] = {}
         for name, (first, last) in self._pairs:
             way = progress * (Fraction(last) - Fraction(first))
@@ -121,7 +126,7 @@ class Ramp(GradStrategy):
 
     @property
     def steps_ahead(self) -> int:
-        """Not known before the step is.
+        """Not known: it depends on the step.
 
         Raises:
             ValueError: always.

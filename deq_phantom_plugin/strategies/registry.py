@@ -62,7 +62,9 @@ def register_strategy(name: str, *, replace: bool = False) -> Callable[[_S], _S]
         if not (isinstance(cls, type) and issubclass(cls, GradStrategy)):
             raise TypeError(f"{cls!r} is not a subclass of deq_phantom_plugin.GradStrategy")
         if inspect.isabstract(cls):
-            raise TypeError(f"{cls!r} has no method attach")
+            raise TypeError(
+                f"{cls!r} has no method attach; expected attach(self, func, equilibrium, context)"
+            )
         cls.name = name
         _registered[name] = cls
         add_safe_globals([cls])
@@ -134,7 +136,9 @@ def get_strategy(spec: Spec, defaults: Mapping[str, Any] | None = None) -> GradS
         pass
     finally:
         _depth.reset(token)
-    raise ValueError("the spec is nested too deeply")
+    raise ValueError(
+        f"the spec is nested too deeply; expected at most {_DEEPEST} specs inside one another"
+    )
 
 
 def _strategy(spec: Spec, defaults: Mapping[str, Any] | None) -> GradStrategy:

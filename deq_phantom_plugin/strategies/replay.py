@@ -1,4 +1,4 @@
-"""Evaluations of F that are done again find the buffers of the first time."""
+"""When an evaluation of F is done again, it finds the buffers of the first time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from .._plumbing.compilation import eager
 
 
 class Replay:
-    """Keeps the buffers that evaluations of F update as each evaluation found them.
+    """Keeps the buffers that evaluations of F update, as each evaluation found them.
 
-    The value of F may depend on them, as with spectral norm in training mode. What they hold after
-    the forward pass is left alone. What runs is found in the first evaluation, which F is to
-    repeat; as it was written, since modules inside compiled code are not seen.
+    The value of F may depend on such buffers, as with spectral norm in training mode. After the
+    backward pass they hold again what the forward pass left in them. The modules that run are
+    found in the first evaluation, and F must run the same ones each time. F runs as it was
+    written, since modules inside compiled code are not seen.
 
-    Running statistics of BatchNorm change in ways that PyTorch does not count; they are not
-    needed, for in training mode they are not read.
+    Running statistics of BatchNorm change in ways that PyTorch does not count, so that they are not
+    kept. They are not needed either: training mode does not read them.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class Replay:
 
     @contextmanager
     def again(self, number: int) -> Iterator[None]:
-        """Evaluate F inside a `with` block as in its evaluation of that number, from 1."""
+        """Evaluate F inside a `with` block with the buffers of evaluation `number`, from 1."""
         buffers = Buffers()
         for module, _ in self._now:
             buffers.note(module)
@@ -55,12 +56,12 @@ class Replay:
             buffers.put_back()
 
     def suspects(self) -> list[str]:
-        """Return the types of modules that ran and may not do the same each time."""
+        """Return the types of the modules that ran, and that draw at random or update buffers."""
         updated = {module for found in self._found for module, _ in found}
         return sorted({type(m).__name__ for m in self._ran if m in updated or _draws(m)})
 
     def _changes(self) -> dict[tuple[nn.Module, str], Seen]:
-        """Return the buffers that have changed as they were, and look at them anew."""
+        """Return the old values of the buffers that have changed since the last look."""
         changed = {}
         for (module, name), seen in self._now.items():
             buffer = module._buffers.get(name)

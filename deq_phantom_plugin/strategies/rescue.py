@@ -1,4 +1,4 @@
-"""What is left to do where an adjoint solve fails, as a policy says."""
+"""What is done where an adjoint solve fails, as a policy says."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..contract.strategy import Context
 
 
 class Rescue:
-    """Gives samples whose adjoint solve failed another strategy's g, or warns, or raises.
+    """Warns, raises, or gives the samples whose adjoint solve failed the g of another strategy.
 
     Args:
         func: F.
         equilibrium: h*, detached.
-        context: what is known; has a policy.
+        context: what else is known. Its `on_failure` is the policy.
     """
 
     def __init__(
@@ -35,20 +35,23 @@ class Rescue:
 
     @property
     def goes_on(self) -> bool:
-        """Whether samples that become NaN are not to stop the others."""
+        """Whether the other samples go on where one becomes NaN."""
         return self._policy.action != "raise"
 
     def __call__(
         self, strategy: str, tol: float, v: list[Tensor], g: list[Tensor], solution: Solution
     ) -> list[Tensor]:
-        """Return g, where the solve failed as the policy says.
+        """Return g, replaced as the policy says in the samples in which the solve failed.
 
         Args:
-            strategy: whose solve it is, for messages.
-            tol: the relative residual that it aimed at.
+            strategy: the spec of the strategy that solved, for messages.
+            tol: the relative residual that the solve aimed at.
             v: the leaves of the gradient that came in.
-            g: the solve's.
-            solution: what else it found.
+            g: the leaves of the g that the solve found.
+            solution: what else the solve found.
+
+        Raises:
+            ConvergenceError: if a sample failed, and that is the policy.
         """
         tol = max(tol, self._policy.tol)
         failed = ~(solution.residual <= tol)

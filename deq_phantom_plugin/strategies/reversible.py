@@ -30,7 +30,7 @@ from .replay import Replay
 
 _TOLERANCE = 1e-2  # the relative error of the gradient above which a warning is given
 _ADVICE = "F must be deterministic; take fewer steps, a beta nearer to 0.5, or F in float64"
-_STRETCHES = 3  # into which kept pairs of states divide the way back
+_STRETCHES = 3  # parts of the way back, each from a pair of states that was kept
 
 
 @register_strategy("reversible")
@@ -38,59 +38,65 @@ _STRETCHES = 3  # into which kept pairs of states divide the way back
 class Reversible(GradStrategy):
     """Backprop through a coupled iteration whose states backward recovers from the last two.
 
-    McCallum, Arora & Foster 2025, "Reversible Deep Equilibrium Models" (arXiv:2509.12917). From
-    y = z = the initial state, `steps` times
+    Source: McCallum, Arora & Foster 2025, "Reversible Deep Equilibrium Models" (arXiv:2509.12917).
+    From y = z = the initial state, the forward pass does `steps` times
 
-        y <- (1 - beta) y + beta F(z),    z <- (1 - beta) z + beta F(y),
+        y <- (1 - beta) y + beta F(z),    z <- (1 - beta) z + beta F(y).
 
-    where each update can be solved for the old value. Owns the solve, as bptt does. The value is
-    the last z and the gradient that of the iterates themselves, differentiable to any order.
+    Each update can be solved for the old value, so backward recovers the states and does not store
+    them. The strategy owns the solve, as bptt does. The value is the last z. The gradient is that
+    of the iterates themselves, and can be differentiated to any order.
 
     Costs 2 * steps evaluations of F and, in backward, as many again with their backward passes.
-    Memory holds the start, three pairs of states in float64 (those at the end, and after one and
-    two thirds of the evaluations, from where backward starts anew), one evaluation's graph at a
-    time, and per evaluation eight numbers a leaf and the buffers of F that it updates.
+    Memory holds the start, three pairs of states in float64, one evaluation's graph at a time, and
+    per evaluation eight numbers per leaf and the buffers of F that it updates. The pairs are those
+    at the end, and after one and two thirds of the evaluations. From each, backward starts anew.
 
     F must do the same each time: dropout masks are fixed during a solve. Buffers that F updates
     are given back to it as each evaluation found them, and are left as the forward pass left them.
-    F runs as it was written where it was compiled.
+    An F that was compiled runs as it was written.
 
     Running backwards multiplies rounding errors, which is why y and z are in float64 whatever F
-    computes in. Let F have Lipschitz constant L, w_n be the states in the order in which they are
-    made (y_1, z_1, y_2, ...), and e_n what the recovered w_n is off. From
-    w_(n-2) = (w_n - beta F(w_(n-1))) / (1 - beta),
+    computes in. The bound, step by step:
 
-        |e_(n-2)|  <=  a |e_n| + c |e_(n-1)| + rho,   a = 1 / |1 - beta|,   c = L beta / |1 - beta|,
+    1. Let w_n be the states in the order in which they are made (y_1, z_1, y_2, ...). Backward
+       recovers w_(n-2) = (w_n - beta F(w_(n-1))) / (1 - beta).
+    2. Let e_n be the error of the recovered w_n, and L the Lipschitz constant of F. Then
 
-    so that after k evaluations from a pair that was kept
+        |e_(n-2)|  <=  a |e_n| + c |e_(n-1)| + rho,   a = 1 / |1 - beta|,   c = L beta / |1 - beta|.
+
+    3. Here rho = a (8 eps + 2 beta (L eta + phi)) max_n |w_n| is the rounding of one step:
+       eps = 1.1e-16 rounds float64; eta rounds F's input to F's own dtype (0 for float64); phi is
+       the rounding inside F, relative to max |w|.
+    4. After k evaluations from a pair that was kept, by induction,
 
         |e|  <=  rho (r^k - 1) / (r - 1),   r = (c + sqrt(c^2 + 4 a)) / 2,
-        rho  =  a (8 eps + 2 beta (L eta + phi)) max_n |w_n|,
 
-    by induction, as r^2 = c r + a and r <= a + c. Here eps = 1.1e-16 rounds float64, eta rounds
-    F's input to F's own dtype (0 for float64), and phi is the rounding inside F against max |w|.
-    F(h) = -L h attains the growth for beta < 1. Where F's input is rounded to the very number of
-    the forward pass F repeats itself, so that in float32 errors are often far below the bound. A
-    contraction has L <= 1, and r = 1 / |1 - beta| at L = 1 and beta < 1:
+       since r^2 = c r + a and r <= a + c. F(h) = -L h attains the growth for beta < 1.
+
+    In float32 errors are often far below the bound: where F's input is rounded to the very number
+    of the forward pass, F repeats itself. A contraction has L <= 1. At L = 1 and beta < 1,
+    r = 1 / |1 - beta|:
 
         beta                                 0.3   0.5   0.7   0.8   0.9   1.2   1.5
         r at L = 1                           1.4   2.0   3.3   5.0   10.0  6.7   3.6
         steps until 1e-15 has grown to 1e-4  106   54    31    23    16    19    29
 
-    At 1e-4 a gradient loses up to percents where F has kinks, and 1e-4 where it is smooth; by how
-    much its cotangents have faded on their way, less. Normalisation at small states has large
-    Lipschitz constants, and allows for fewer steps. What counts is found out: the states that
-    backward recovers are compared with those of the forward pass (see `Drift`), and an estimated
-    error of the gradient above 1e-2 warns once a run.
+    States that are off by 1e-4 cost a gradient about 1e-4 where F is smooth, and up to percents
+    where F has kinks; less, where its cotangents have faded on their way. Normalisation at small
+    states has large Lipschitz constants, and allows for fewer steps. What really happens is found
+    out: backward compares the states that it recovers with those of the forward pass (see `Drift`).
+    An estimated error of the gradient above 1e-2 warns once per run.
 
     Args:
         steps: the number of iterations, or a distribution of it, see `Depth`.
-        beta: the relaxation factor, in (0, 1) or (1, 2). The nearer to 1, the faster states are
-            forgotten and the fewer steps can be undone.
+        beta: the relaxation factor, in (0, 1) or (1, 2). The nearer it is to 1, the faster states
+            are forgotten, and the fewer steps can be undone.
 
     Raises:
         ValueError: if an argument is out of range.
         RuntimeError: inside a transform of `torch.func`, and in backward under `torch.vmap`.
+        NonFiniteError: in backward, if the iteration or its way back makes a NaN or an infinity.
     """
 
     steps: int | Depth | str = 10
@@ -134,13 +140,13 @@ class Reversible(GradStrategy):
 
 
 class _Key(NamedTuple):
-    """What is saved in a tensor's place.
+    """What autograd saves in place of a tensor.
 
     Attributes:
-        number: of the evaluation.
-        place: of the tensor among those of the evaluation.
-        version: of the tensor then.
-        address: of its memory.
+        number: the number of the evaluation, from 1.
+        place: the position of the tensor among those that this evaluation saves.
+        version: the version of the tensor when it was saved.
+        address: what tells its memory apart.
     """
 
     number: int
@@ -153,8 +159,8 @@ class _Iterate(NamedTuple):
     """y or z.
 
     Attributes:
-        leaves: in float64.
-        sketch: see `Sketch`.
+        leaves: its leaves, in float64.
+        sketch: a projection of them, see `Sketch`.
     """
 
     leaves: list[Tensor]
@@ -166,15 +172,16 @@ class _Iterate(NamedTuple):
 
 
 _Pair = tuple[_Iterate, _Iterate]
-"""What F was given in an evaluation, and the state that was made from it."""
+"""The state that F was given in an evaluation, and the state that was made from its image."""
 
 
 class _Saved(NamedTuple):
-    """What autograd saves in an evaluation.
+    """A tensor that autograd saves in an evaluation.
 
     Attributes:
-        tensor: detached.
-        is_parameter: whether it is one, or a view of one, whose memory is the same each time.
+        tensor: the tensor, detached.
+        is_parameter: whether it is a parameter, or a view of one. Its memory is then the same in
+            each evaluation.
     """
 
     tensor: Tensor
@@ -182,7 +189,7 @@ class _Saved(NamedTuple):
 
 
 def _address(tensor: Tensor) -> int:
-    """Return what tells a tensor's memory apart, also where it is given back and had again."""
+    """Return what tells a tensor's memory apart, also where memory is freed and used again."""
     with contextlib.suppress(RuntimeError):  # a tangent that stands for zeros has no memory
         return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
     return 0
@@ -191,12 +198,12 @@ def _address(tensor: Tensor) -> int:
 class _Tape:
     """What autograd saves along the iteration, made again when backward asks for it.
 
-    Autograd builds the graph of all evaluations, so nothing need be known of what F captures; but
-    where a node would save a tensor, it gets the number of one. Asked for a tensor of evaluation
-    n, the tape runs the iteration back to there, which evaluates F once more.
+    Autograd builds the graph of all evaluations, so nobody has to know what F captures. But where
+    a node would save a tensor, it saves a `_Key`. When backward asks for a tensor of evaluation n,
+    the tape runs the iteration back to n, which evaluates F once more.
 
     Args:
-        strategy: whose iteration this is.
+        strategy: the strategy whose iteration this is.
         func: the map F.
         start: the state to begin at.
     """
@@ -221,12 +228,12 @@ class _Tape:
         self._restart()
 
     def widened(self, state: State) -> _Iterate:
-        """Return a state as y and z are held."""
+        """Return a state in the form and dtype that y and z have."""
         leaves = [leaf.to(_wide(leaf), copy=True) for leaf in flatten(state)[0]]
         return _Iterate(leaves, self._drift.true(0))
 
     def narrowed(self, iterate: _Iterate) -> State:
-        """Return y or z as a state of the dtypes it began with, in tensors of its own."""
+        """Return y or z as a state of the initial state's dtypes, in tensors of its own."""
         narrow = [
             leaf.to(dtype, copy=True)
             for leaf, dtype in zip(iterate.leaves, self._dtypes, strict=True)
@@ -245,7 +252,7 @@ class _Tape:
         for leaf, f in zip(old.leaves, image, strict=True):
             if f.requires_grad:
                 f.register_hook(functools.partial(self._weigh, number))
-            # beta F is rounded by itself, as on the way back, where a zero is then a zero again.
+            # beta F is rounded by itself, as on the way back: a zero then comes back as a zero.
             leaves.append(torch.add(beta * f.to(leaf.dtype), leaf, alpha=1 - beta))
         new = _Iterate(leaves, self._drift.keep(leaves))
         self._end = (other.detach(), new.detach())
@@ -259,7 +266,7 @@ class _Tape:
         self._drift.weigh(number, cotangent)
 
     def _evaluate(self, number: int, leaves: list[Tensor]) -> list[Tensor]:
-        """Return F's leaves; its saved tensors stay at hand until the tape moves on."""
+        """Return F's leaves. The tensors that it saves stay in `_saved` until the tape moves on."""
         self._saved.clear()  # the graph holds `pack`, and through it the list
         self._number, self._saved = number, (saved := [])
 
@@ -279,26 +286,29 @@ class _Tape:
 
     def _found(self, key: _Key) -> Tensor:
         number, place, version, address = key
-        if number > self._number:  # a second backward pass
+        if number > self._number:  # a second backward pass begins at the end again
             self._restart()
         while number < self._number:
             self._step_back()
         if place >= len(self._saved):
             raise RuntimeError(
-                f"{self._strategy!r}: func saved fewer tensors when evaluated again in backward; "
-                "it must do the same each time"
+                f"{self._strategy!r}: func did something else when it was evaluated again in "
+                "backward: it saved fewer tensors. It must do the same each time, or the gradient "
+                "is wrong. Take out of func what depends on the call, or take bptt"
             )
         tensor, is_parameter = self._saved[place]
         if is_parameter and _address(tensor) != address:
             raise RuntimeError(
                 f"{self._strategy!r}: func uses other parameters in backward than in the forward "
                 "pass; it must do the same each time. Under torch.func.functional_call take a "
-                "strategy that evaluates it in the forward pass only"
+                "strategy that evaluates it in the forward pass only, such as upg, npg or ift"
             )
         if tensor._version != version:
             raise RuntimeError(
                 f"{self._strategy!r}: a tensor that the gradient of func needs, of shape "
-                f"{tuple(tensor.shape)}, was changed in place since the forward pass"
+                f"{tuple(tensor.shape)}, was changed in place since the forward pass, so that "
+                "backward cannot evaluate func as it was. Change it after backward, or change a "
+                "copy of it"
             )
         return tensor
 
@@ -309,7 +319,7 @@ class _Tape:
         self._pair = self._end
 
     def _step_back(self) -> None:
-        """Undo the update before, whose saved tensors are then at hand."""
+        """Undo the update before the current one. `_saved` then has the tensors of that one."""
         number, beta = self._number - 1, self._strategy.beta
         kept = self._kept.get(number) or self._pair
         assert kept is not None
@@ -334,14 +344,14 @@ class _Tape:
             self._check()
 
     def _check(self) -> None:
-        """Say what the gradient has lost, where that is more than a little."""
+        """Warn where the gradient has lost more than `_TOLERANCE`; raise where it is not finite."""
         loss = self._drift.loss()
         if loss is None:
             return
         if not loss.finite:
             raise NonFiniteError(
                 f"{self._strategy!r}: the iteration, or running it backwards, made a NaN or an "
-                f"infinity. {_ADVICE}."
+                f"infinity, so there is no gradient. {_ADVICE}."
             )
         if loss.changed > _TOLERANCE:
             suspects = ", ".join(self._replay.suspects())
@@ -353,23 +363,23 @@ class _Tape:
                 + (f"Modules in it that draw or update: {suspects}. " if suspects else "")
                 + "A variable that func reads may have been given another value since, as in "
                 "x = deq(lambda h: f(h, x), h0). "
-                "Draw dropout masks and noise once a solve, outside func, or take bptt. "
+                "Draw dropout masks and noise once per solve, outside func, or take bptt. "
                 "This warning is given once.",
                 ConvergenceWarning,
             )
         elif not loss.error <= _TOLERANCE:
             warn_once(
                 "reversible",
-                f"{self._strategy!r}: running the iteration backwards missed states that it went "
-                f"through, and the gradient by an estimated {loss.error:.1e} of its norm. "
-                f"{_ADVICE}. "
+                f"{self._strategy!r}: running the iteration backwards did not come back to the "
+                "states of the forward pass, because it multiplies rounding errors. The gradient "
+                f"is off by an estimated {loss.error:.1e} of its norm. {_ADVICE}. "
                 "This warning is given once.",
                 ConvergenceWarning,
             )
 
 
 def _wide(leaf: Tensor) -> torch.dtype:
-    """Return the dtype in which to hold y and z."""
+    """Return the dtype of y and z for a leaf of the state."""
     if leaf.device.type == "mps":  # which has no float64
         return leaf.dtype
     return torch.promote_types(leaf.dtype, torch.float64)

@@ -17,18 +17,22 @@ from .told import in_steps, not_resolved, told_step
 class Schedule(GradStrategy):
     """Switches strategy by training step, such as from unrolled pretraining to phantom gradients.
 
-    `"schedule({0: 'bptt(steps=5)', 20000: 'upg(k=5, lam=0.6)'})"` is the transition of the
-    supplement's section 4.3. The step is told by `dpp.set_step(model, step)` or the host, never
-    counted from calls, so it is right under gradient accumulation; it is saved and resumed with
-    the model. Until it is told, it is taken to be 0, with a warning.
+    Example: `"schedule({0: 'bptt(steps=5)', 20000: 'upg(k=5, lam=0.6)'})"` is the transition in
+    section 4.3 of the supplement of "On Training Implicit Models".
+
+    `dpp.set_step(model, step)`, or the host, tells the step. It is not counted from calls, so it is
+    right under gradient accumulation. It is saved and resumed with the model. Until somebody tells
+    it, it is taken to be 0, with a warning.
 
     Args:
-        stages: from the step at which a stage begins to the spec of its strategy; one begins at 0.
-            A float between 0 and 1 is a fraction of training, whose length `dpp.set_step(model,
-            step, total=...)` tells. Kept as pairs, sorted.
+        stages: from the step at which a stage begins to the spec of its strategy. One stage begins
+            at 0. A float between 0 and 1 is a fraction of training, whose length
+            `dpp.set_step(model, step, total=...)` tells. They are kept as sorted pairs.
 
     Raises:
-        ValueError: if a step is no whole number of at least 0, none is 0, or a spec is invalid.
+        ValueError: if a step is neither a whole number of at least 0 nor such a fraction, if no
+            stage begins at 0, or if a spec is invalid. In `resolve`, if a stage begins at a
+            fraction and nobody has told the length of training.
     """
 
     stages: Mapping[int | float, Spec] | tuple[tuple[int | float, GradStrategy], ...]
@@ -69,7 +73,7 @@ class Schedule(GradStrategy):
 
     @property
     def steps_ahead(self) -> int:
-        """Not known before the step is.
+        """Not known: it depends on the step.
 
         Raises:
             ValueError: always.

@@ -22,27 +22,28 @@ from .registry import register_strategy
 class SHINE(GradStrategy):
     """g = B v, with the estimate B of (I - J^T)^-1 that the forward solve already has.
 
-    Ramzi et al. 2022, "SHINE: SHaring the INverse Estimate from the forward pass for bi-level
-    optimization and implicit models". Needs a quasi-Newton forward solve that hands out its
-    estimate: TorchDEQ's `f_solver="broyden_fast"`, or `context.solver_result` from
+    Source: Ramzi et al. 2022, "SHINE: SHaring the INverse Estimate from the forward pass for
+    bi-level optimization and implicit models". It needs a quasi-Newton forward solve that hands out
+    its estimate: TorchDEQ's `f_solver="broyden_fast"`, or `context.solver_result` from
     `deq_phantom_plugin.forward.broyden(..., keep_inverse=True)`. The value is F(h*).
 
-    Where the estimate is poor, which shows in a g much longer than v, a sample falls back to g = v
-    (their section 3, "fallback"); refinement begins from either (their "refine"). Where samples
-    depend on one another, the solver's estimates of each are taken as the diagonal blocks of that
-    of the whole batch, which is trusted, refined and judged as one system.
+    Where the estimate is poor, g is much longer than v. Such a sample falls back to g = v (their
+    section 3, "fallback"). Refinement begins from either g (their "refine"). Where samples depend
+    on one another, the estimates of the samples are the diagonal blocks of the estimate for the
+    batch. The batch is then trusted, refined and judged as one system.
 
-    Costs one evaluation of F, one backward pass and, where refined, `refine` + 1 vector-Jacobian
-    products; memory holds one graph and the solver's steps, a vector an iteration, or up to twice
-    as much where the solve stopped early.
+    Costs one evaluation of F, one backward pass and, with `refine`, `refine` + 1 vector-Jacobian
+    products. Memory holds one graph and the steps of the solver: one vector per iteration, or up to
+    twice as many where the solve stopped early.
 
     Args:
-        refine: Broyden iterations on (I - J^T) g = v that begin with that g and that estimate.
-        fallback: the largest ||g|| / ||v|| of a sample that is trusted; None trusts all.
+        refine: the number of Broyden iterations on (I - J^T) g = v. They begin with that g and that
+            estimate.
+        fallback: the largest ||g|| / ||v|| of a sample that is trusted; None trusts all samples.
 
     Raises:
-        ValueError: if an argument is out of range; in `attach`, if the forward solve has no
-            estimate to share, or took another dimension for that of the samples.
+        ValueError: if an argument is out of range. In `attach`, if the forward solve has no
+            estimate to share, or if its samples lie along another dimension.
     """
 
     refine: int = 0
@@ -74,7 +75,8 @@ class SHINE(GradStrategy):
         ):
             raise ValueError(
                 f"{self!r} in a context with batch_dim={context.sample_dim}: the forward solver's "
-                f"estimate is of samples along dimension {inverse.packing.batch_dim}"
+                f"estimate is of samples along dimension {inverse.packing.batch_dim}. Pass that as "
+                "batch_dim, or solve along the other"
             )
         graph = Linearization(func, equilibrium, self)
         monitor, blocks, estimate = context.monitor, inverse.packing, inverse.estimate
@@ -116,7 +118,7 @@ class SHINE(GradStrategy):
         return graph.attach(graph.outputs, adjoint)
 
     def _trusted(self, v: Tensor, g: Tensor) -> Tensor:
-        """Return which samples' g to trust, shape (B,); never one that is not finite."""
+        """Return the samples whose g is trusted, shape (B,). A g that is not finite never is."""
         length = torch.linalg.vector_norm(g, dim=1)
         trusted = torch.isfinite(length)
         if self.fallback is not None:

@@ -17,19 +17,21 @@ from .registry import register_strategy
 class TBPTT(GradStrategy):
     """Truncated backpropagation: the last k evaluations h <- F(h) carry the graph.
 
-    The name that recurrent and recursive models know it by (Williams & Peng 1990). In a `dpp.loop`
-    the value is the plain loop's and the first state's graph is cut, unless all evaluations carry
-    one. At an equilibrium it is `upg(k, lam=1.0)`: g = sum_{t<k} (J^T)^t v, the Neumann series cut
-    after k terms, which comes near the implicit gradient only where rho(J) < 1.
+    Source: Williams & Peng 1990, "An efficient gradient-based algorithm for on-line training of
+    recurrent network trajectories". Recurrent and recursive models know the method by this name. In
+    a `dpp.loop` the value is that of the plain loop. The graph of the first state is cut, unless
+    all evaluations carry a graph. At an equilibrium it is `upg(k, lam=1.0)`:
+    g = sum_{t<k} (J^T)^t v, the Neumann series cut after k terms. That comes near the implicit
+    gradient only where rho(J) < 1.
 
-    Costs k evaluations of F with their backward passes; memory holds k graphs.
+    Costs k evaluations of F with their backward passes. Memory holds k graphs.
 
     Args:
-        k: the number of evaluations, or a distribution of it, see `Depth`; "all", in a loop of a
-            fixed number of steps alone, for backpropagation through the whole loop.
+        k: the number of evaluations, or a distribution of it, see `Depth`; or "all" for
+            backpropagation through the whole loop, in loops of a fixed number of steps only.
 
     Raises:
-        ValueError: if `k` is neither; in `attach` of "all" outside a loop.
+        ValueError: if `k` is none of these. In `attach`, if `k` is "all" and there is no loop.
     """
 
     k: int | Depth | str = 1
@@ -76,7 +78,7 @@ class TBPTT(GradStrategy):
     def _number(self) -> int:
         if self.k == "all":
             raise ValueError(
-                f"{self!r} is all of a loop, and there is none here: use dpp.loop, or give k a "
-                "number"
+                f"{self!r} goes through all evaluations of a loop, and here is no loop: use "
+                "dpp.loop, or give k a number"
             )
         return drawn("k", self.k)

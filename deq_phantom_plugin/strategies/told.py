@@ -1,4 +1,4 @@
-"""What a strategy goes by: the training step, the length of training, which equilibrium it is."""
+"""What a strategy is told: the training step, the length of training, which equilibrium it is."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from ..contract.strategy import Context, GradStrategy
 
 
 def told_step(context: Context, who: str) -> int:
-    """Return the training step; 0 where nobody has told it, with a warning that is said once.
+    """Return the training step; 0 where nobody has told it.
 
     Args:
-        context: of the strategy.
-        who: needs it, as a spec.
+        context: the context of the strategy.
+        who: the spec of the strategy that needs the step, for the warning.
+
+    Warns:
+        ConvergenceWarning: once, if nobody has told the step.
     """
     step = context.current_step
     if step is None:
@@ -32,19 +35,19 @@ def told_step(context: Context, who: str) -> int:
 
 
 def not_resolved(strategy: GradStrategy) -> ValueError:
-    """Return the error of what a strategy made of others knows of the step's alone."""
+    """Return the error for a question that only the strategy of the step can answer."""
     return ValueError(
-        f"{strategy!r} evaluates F as often as the strategy of the step does, which is what "
-        "`resolve(context)` returns: ask that one"
+        f"{strategy!r}: how often it evaluates F depends on the training step. Ask the strategy "
+        "that `resolve(context)` returns"
     )
 
 
 def told_place(context: Context, who: str) -> int:
-    """Return which of its model's equilibria this is; 0 where nobody knows.
+    """Return which of its model's equilibria this is, from 0; 0 where nobody knows.
 
     Args:
-        context: of the strategy.
-        who: needs it, as a spec.
+        context: the context of the strategy.
+        who: the spec of the strategy that needs the place, for the warning.
 
     Warns:
         ConvergenceWarning: once, if the step is known and the place is not, as after the
@@ -54,7 +57,7 @@ def told_place(context: Context, who: str) -> int:
     if place is None and context.memory is not None and context.current_step is not None:
         warn_once(
             "place",
-            f"{who} was not told which of its model's equilibria it is in and takes it to be the "
+            f"{who} was not told in which of its model's equilibria it is, and takes it to be the "
             "first, so that all of them draw the same; call dpp.set_step(model, step) on the whole "
             "model before the forward pass",
             ConvergenceWarning,
@@ -63,11 +66,11 @@ def told_place(context: Context, who: str) -> int:
 
 
 def told_call(context: Context, who: str) -> int:
-    """Return which call of its step an equilibrium is in; 0 where there is no memory that counts.
+    """Return which call of its step an equilibrium is in, from 0; 0 without a memory that counts.
 
     Args:
-        context: of the strategy.
-        who: needs it, as a spec.
+        context: the context of the strategy.
+        who: the spec of the strategy that needs the call, for messages.
 
     Warns:
         ConvergenceWarning: once, if the context has no memory.
@@ -77,15 +80,15 @@ def told_call(context: Context, who: str) -> int:
     """
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            f"{who} draws for each call of a step, and a backward pass calls again (activation "
-            "checkpointing, or an F that is evaluated anew): which call that was is not known. "
-            "Take one draw for each step, per_call=False"
+            f"{who} draws a number per call of a step, and here a backward pass calls again "
+            "(activation checkpointing, or an F that is evaluated anew). Nobody knows which call "
+            "it repeats, so the number could be another one. Draw once per step: per_call=False"
         )
     if context.memory is None:
         warn_once(
             "calls",
-            f"{who} draws for each call of a step, and nobody counts them: all calls draw the "
-            "same. Put a dpp.Memory into the context",
+            f"{who} draws a number per call of a step, and nobody counts the calls: all of them "
+            "draw the same. Put a dpp.Memory into the context, which counts them",
             ConvergenceWarning,
         )
         return 0
@@ -93,12 +96,12 @@ def told_call(context: Context, who: str) -> int:
 
 
 def in_steps(when: int | float, context: Context, who: str) -> int:
-    """Return a point of training in steps; a float is a fraction of all of them.
+    """Return a point of training as a number of steps.
 
     Args:
-        when: a number of steps, or a fraction in (0, 1].
-        context: of the strategy.
-        who: asks, as a spec.
+        when: a number of steps; or a float, a fraction of training in (0, 1].
+        context: the context of the strategy.
+        who: the spec of the strategy that asks, for the error.
 
     Raises:
         ValueError: if it is a fraction, and nobody has told the length of training.

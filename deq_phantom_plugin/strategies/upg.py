@@ -27,19 +27,20 @@ from .registry import register_strategy
 class UPG(GradStrategy):
     """Autograd through k damped steps h <- (1 - lam) h + lam F(h) from the detached h*.
 
-    Algorithm 1 of the supplement of "On Training Implicit Models" (Geng et al., NeurIPS 2021).
-    At an equilibrium the gradient is lam * sum_{t<k} v^T (lam J + (1 - lam) I)^t dF/dz, eq. A-14.
-    The value is the k-th step.
+    Source: Geng et al., "On Training Implicit Models" (NeurIPS 2021), supplement, algorithm 1. At
+    an equilibrium the gradient is lam * sum_{t<k} v^T (lam J + (1 - lam) I)^t dF/dz, eq. A-14. The
+    value is the k-th step.
 
-    Costs k evaluations of F with their k backward passes. Memory holds k graphs; with
-    `checkpoint` k states and, in backward, one graph at a time, for k more evaluations (k graphs
-    inside `torch.func`, which has no checkpoints).
+    Costs k evaluations of F with their k backward passes. Memory holds k graphs. With `checkpoint`
+    memory holds k states and, in backward, one graph at a time, for k more evaluations. (Inside
+    `torch.func`, which has no checkpoints, memory holds k graphs all the same.)
 
     Args:
         k: the number of steps, or a distribution of it, see `Depth`.
-        lam: the damping factor in (0, 1], or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
-            measured for each sample: one more evaluation of F and 10 vector-Jacobian products.
-        checkpoint: whether to recompute each step's graph in backward.
+        lam: the damping factor in (0, 1]; or "adaptive" for min(1, 1/rho(J)) (supplement 4.3),
+            measured per sample, for one more evaluation of F and 10 vector-Jacobian products.
+        checkpoint: whether backward makes the graph of each step again. F must then do the same
+            each time, and a warning says so if it does not.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -56,7 +57,7 @@ class UPG(GradStrategy):
 
     @property
     def tells_samples_apart(self) -> bool:
-        """Only to measure a radius for each sample."""
+        """Only if a radius is measured per sample."""
         return self.lam == "adaptive"
 
     @property
@@ -101,7 +102,7 @@ def _checkpointed(
     lam: float | list[Tensor],
     see: Callable[[Sequence[Tensor]], None],
 ) -> State:
-    """Return the next state, of which backward makes the graph; both times it is seen."""
+    """Return the next state, whose graph backward makes. `see` gets the state both times."""
     leaves, structure = flatten(state)
 
     def step(*leaves: Tensor) -> list[Tensor]:

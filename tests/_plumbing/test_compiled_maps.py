@@ -429,7 +429,7 @@ def test_a_monitor_of_a_compiled_model_sees_what_that_of_the_model_sees(way, see
         return log, got
 
     want, gradient = run("as it is")
-    said = pytest.warns(dpp.AssumptionWarning, match="built from what compiled code returned")
+    said = pytest.warns(dpp.AssumptionWarning, match="F captures what compiled code returned")
     with contextlib.nullcontext() if way == "F" else said:
         got, compiled = run(way)
     torch.testing.assert_close(compiled, gradient)

@@ -38,6 +38,19 @@ def test_a_closed_pipe_ends_it_quietly(monkeypatch, capfd, arguments):
     assert capfd.readouterr().err == ""
 
 
+def test_the_list_fits_into_100_columns_and_keeps_every_word(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    words = " ".join(printed.split())
+    for name in dpp.list_strategies():
+        assert f"{name}(" in words
+    guard = " ".join(repr(dpp.get_strategy("guard")).split())
+    assert len(guard) > 100  # so it is wrapped
+    assert guard in words
+    assert dpp.UPG.__doc__.strip().partition("\n")[0] in words
+
+
 # --- optional packages ------------------------------------------------------------------------
 
 FOLDERS = ("deq_phantom_plugin", "adapters", "examples", "benchmarks")

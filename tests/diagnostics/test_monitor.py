@@ -453,7 +453,7 @@ def test_behind_compiled_code_nothing_is_differentiated_and_the_training_is_the_
         return model.state_dict(), log
 
     plain, _ = run(None)
-    with pytest.warns(dpp.AssumptionWarning, match="built from what compiled code") as given:
+    with pytest.warns(dpp.AssumptionWarning, match="F captures what compiled code") as given:
         watched, log = run(2)
     assert len(given) == 1
     assert_same(plain, watched)

@@ -99,6 +99,19 @@ def test_of_several_batches_the_cosine_is_their_mean_weighted_by_samples():
     assert cosine_of(data) == pytest.approx(want, abs=1e-6)
 
 
+def test_what_may_not_be_taken_is_not_shown():
+    """Undamped steps lead away from an eigenvalue of -1.4, whatever their cosine is."""
+    model = Net()
+    with torch.no_grad():
+        model.inner.weight.copy_(-1.4 * torch.eye(12))
+    model.equilibrium = dpp.Equilibrium("anderson", "upg", tol=1e-5, max_iter=200, batch_dim=0)
+    (found,) = dpp.tune(model, batches(), F.cross_entropy).equilibria
+    shown = [candidate.spec for candidate in found.candidates]
+    assert found.spec in shown
+    assert "npg(k=3, lam=0.6)" in shown
+    assert not any(re.fullmatch(r"[nu]pg\(k=([2-9]|..), lam=(1.0|0.9)\)", spec) for spec in shown)
+
+
 def test_it_leaves_no_trace():
     model = Net("auto").eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -497,6 +497,94 @@ def test_graphs_of_nodes_come_in_another_order_in_each_epoch(monkeypatch, harnes
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
+# --- other libraries -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("silva", "layer='silva'; expected torchdeq, or one of phantom_grad, silva-phantom"),
+        ("phantom_grad", "layer='phantom_grad': no checkout of Gsunshine/phantom_grad in .hosts"),
+    ],
+)
+def test_a_layer_that_cannot_be_had_is_one_line(layer, message, tmp_path, harness, monkeypatch):
+    monkeypatch.setenv("DEQ_PHANTOM_HOSTS", str(tmp_path))
+    command = ["--runs", "torchdeq-ift", "upg", "--out", str(tmp_path), "--set", f"layer={layer}"]
+    with pytest.raises(SystemExit, match=f"time_to_accuracy, torchdeq-ift: {message}"):
+        harness("command").main(experiment("time_to_accuracy"), command)
+
+
+def test_a_layer_of_others_trains_the_network_and_tells_its_residuals(harness):
+    from torchdeq import get_deq
+
+    model = harness("vision").MDEQ.from_preset("tiny")
+
+    class Others(nn.Module):  # TorchDEQ's own phantom gradient, in the place of another library's
+        def __init__(self):
+            super().__init__()
+            self.deq = [get_deq(grad=2, f_max_iter=6)]
+
+        def forward(self, func, start):
+            return self.deq[0].train(self.training)(func, start)[0], {"rel_lowest": torch.zeros(1)}
+
+    model.deq, images = harness("peers").Layer(Others()), torch.randn(2, 3, 16, 16)
+    model(images).sum().backward()
+    assert all(p.grad.count_nonzero() > 0 for p in model.layer.parameters())
+    assert torch.equal(model.last.residual, torch.zeros(1))  # training is timed: nothing is added
+    with torch.no_grad():
+        model.eval()(images)
+    state = model.last.equilibrium
+    with torch.no_grad():
+        images = model.equilibrium_func(model.last.injection, model.last.shared)(state)
+    h, image = (torch.cat([x.flatten(1) for x in s], dim=1) for s in (state, images))
+    torch.testing.assert_close(model.last.residual, (image - h).norm(dim=1) / image.norm(dim=1))
+
+
+def test_training_that_begins_warm_tells_the_model_which_images_it_sees(harness):
+    plan = harness("plan").load_plan(
+        FOLDER / "time_to_accuracy.yaml",
+        "smoke",
+        harness("vision").VisionSettings,
+        runs=["npg-warm"],
+    )
+    task = harness("vision").VisionTask(plan.runs["npg-warm"], 0, None, torch.device("cpu"))
+    task.step(0)
+    order = harness("processes").epoch_order(0, 0, 64)
+    assert sorted(task.model.starts._rows) == sorted(order[:32].tolist())
+    task.step(1)
+    assert len(task.model.starts) == 64
+    task.evaluate(2)
+    assert len(task.model.starts) == 64
+
+
+@pytest.mark.slow
+def test_cosines_along_training_are_those_of_a_report(harness):
+    """Of a model that begins warm too: test images are not taken for training images."""
+    from torch.nn import functional as F
+
+    changes = {"report_grads": ["npg(k=2)"], "report_every": 4, "report_images": 2}
+    kind = harness("vision").VisionSettings
+    plan = harness("plan").load_plan(
+        FOLDER / "time_to_accuracy.yaml", "smoke", kind, changes, runs=["npg-warm"]
+    )
+    task = harness("vision").VisionTask(plan.runs["npg-warm"], 0, None, torch.device("cpu"))
+    assert "cosine of npg(k=2)" not in task.evaluate(2)
+    task.step(0)
+    kept = len(task.model.starts)
+    found = task.evaluate(4)
+    assert len(task.model.starts) == kept
+    images, labels = task.test_set.batch(torch.arange(2)), task.test_set.labels[:2]
+    (report,) = dpp.model_report(
+        task.model,
+        {"x": images.contiguous(memory_format=torch.channels_last), "samples": [900, 901]},
+        lambda logits: F.cross_entropy(logits, labels),
+        ["npg(k=2)"],
+        repeats=1,
+    ).reports
+    assert found["report_rho"] == pytest.approx(report.radius, rel=1e-3)
+    assert found["cosine of npg(k=2)"] == pytest.approx(report.results[-1].cosine, abs=1e-3)
+
+
 # --- training ------------------------------------------------------------------------------------
 
 SMALL = {

@@ -327,11 +327,30 @@ def test_it_measures_at_the_first_step_soon_after_and_then_every_so_many(first, 
 def test_a_choice_that_goes_stale_in_the_first_steps_is_found_out_soon():
     """The spectrum of an untrained model is not what it is a few steps later."""
     model = Linear(SPECTRA["0.5"])
-    for step in range(30):
-        if step == 10:
-            model.matrix = SPECTRA["-1.4"]
-        g = model.at(step)
+    words = r"step 25: npg\(k=2, lam=1.0\), as chosen in step 0, does not contract everywhere any"
+    with pytest.warns(dpp.ConvergenceWarning, match=words) as seen:
+        for step in range(30):
+            if step == 10:
+                model.matrix = SPECTRA["-1.4"]
+            g = model.at(step)
+    assert len(seen) == 1
+    assert model.chosen.why.endswith("; npg(k=2, lam=1.0) does not contract everywhere any more")
     assert low(model.cosines(g)) >= 0.95 - 1e-3
+
+
+def test_what_the_choice_before_has_come_to_is_told():
+    model = Linear(SPECTRA["0.5"], "auto(every=1)")
+    model.at(0)
+    before = model.chosen.spec
+    model.matrix = SPECTRA["0.99"]
+    model.at(1)
+    cosine = cost(before, model)[1]
+    assert cosine < 0.9
+    said, told = model.chosen.why.rsplit(" ", 1)
+    assert said.endswith(f"; {before} is at")
+    assert float(told) == pytest.approx(cosine, abs=2e-3)
+    model.at(2)  # nothing changes
+    assert model.chosen.why == "kept, the cheapest with a cosine of at least 0.95"
 
 
 def test_a_step_that_stands_still_is_said_once():
@@ -378,6 +397,7 @@ def candidate(spec, cosine, price):
 def found(*candidates, **numbers):
     known = {"rows": 8, "settled": 1.0, "supported": 1.0, "radii": [0.5] * 10, "broken": False}
     known["steeper"] = numbers.get("radii", known["radii"])
+    known["most"] = [50.0] * 10
     return Shared(candidates, **{**known, **numbers})
 
 
@@ -456,6 +476,16 @@ def test_away_from_the_equilibrium_it_looks_ten_times_as_often_for_ten_products(
     assert model.chosen.cosine >= 0.95
 
 
+@pytest.mark.filterwarnings("ignore:auto.*not at its equilibrium")
+@pytest.mark.parametrize(("every", "looks"), [(1, 20), (5, 8), (10, 4), (100, 4), (400, 1)])
+def test_away_from_the_equilibrium_most_steps_unroll_whatever_every_is(every, looks):
+    model = Linear(SPECTRA["0.5"], f"auto(every={every})")
+    far, measured = model.solved(model.inject.detach()) + 5, 0
+    for step in range(40):
+        measured += torch.equal(model.at(step, state=far), model.v)
+    assert measured == looks
+
+
 def test_the_damping_of_unrolled_steps_stays_while_they_contract():
     rule, first = Rule(0.95, None, True), None
     for radii, want in [
@@ -483,6 +513,42 @@ def test_a_series_that_may_reverse_a_direction_is_not_taken():
     assert (exact * (weak * model.gradient("npg(k=2, lam=1.0)")).sum(1) < 0).all()
 
 
+def disc(radius, samples, size=60, seed=0):
+    """Matrices whose eigenvalues fill a disc, as those of independent weights do; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(samples, size, size, generator=generator, dtype=torch.float64)
+    return radius * drawn / size**0.5
+
+
+@pytest.mark.filterwarnings("ignore:ift.*the adjoint solve stopped after")
+def test_a_series_that_grows_in_a_tenth_of_the_samples_is_not_taken():
+    """Their g would drown the other samples', whose cosines are good."""
+    hard = spectrum([-2.2, -2.0, *torch.linspace(-0.5, 0.5, 58).tolist()], samples=2)
+    model = Linear(torch.cat([disc(0.85, 18), hard]), "auto(cosine=0.9)")
+    model.at(0)
+    lengths = lambda spec: model.gradient(spec).norm(dim=1) / model.exact.norm(dim=1)  # noqa: E731
+    grows = "npg(k=21, lam=0.8)"
+    assert cost(grows, model)[1] >= 0.9
+    assert lengths(grows)[18:].min() > 10
+    assert lengths(grows)[:18].max() < 1.5
+    price, quality = cost(model.chosen.spec, model)
+    assert (price, quality) == (model.chosen.cost, pytest.approx(model.chosen.cosine, abs=1e-3))
+    assert quality >= 0.9
+    assert lengths(model.chosen.spec).max() <= 2
+
+
+@pytest.mark.parametrize("samples", [10, 20, 30, 70])
+def test_where_a_tenth_of_the_samples_is_off_the_others_are_judged(samples):
+    """A tenth is not more than a tenth, in floating-point numbers too."""
+    model = Linear(spectrum([0.5, 0.2, -0.4], samples=samples))
+    state = model.solved(model.inject.detach())
+    state[: samples // 10] += 5
+    g = model.at(0, state=state)
+    assert model.chosen.why == "the cheapest with a cosine of at least 0.95"
+    others = slice(samples // 10, None)
+    torch.testing.assert_close(g[others], model.exact[others], rtol=1e-3, atol=1e-3)
+
+
 def test_samples_that_are_off_get_one_step_and_the_others_the_reference():
     model = Linear(spectrum([0.5, 0.2, -0.4], samples=20))
     state = model.solved(model.inject.detach())
@@ -500,6 +566,20 @@ def test_where_no_damping_contracts_it_unrolls():
         g = model.at(0)
     torch.testing.assert_close(g, model.exact, rtol=1e-2, atol=1e-2)
     assert model.chosen.spec == "upg(k=5, lam=0.5)"
+
+
+@pytest.mark.filterwarnings("ignore:auto.*no damping brings the radius below 1")
+@pytest.mark.parametrize(("budget", "want"), [("", "ift("), (", budget=3", "npg(k=2")])
+def test_where_no_damping_contracts_and_no_method_unrolls_the_best_acts(budget, want):
+    """A long series leads away there, and the reference still tells."""
+    model = Linear(
+        spectrum([1.4, *torch.linspace(-0.5, 0.5, 11).tolist()]),
+        f"auto(methods=['npg(k=9)', 'npg(k=2)', 'ift']{budget})",
+    )
+    model.at(0)
+    assert model.chosen.spec.startswith(want)
+    assert model.chosen.cosine == pytest.approx(cost(model.chosen.spec, model)[1], abs=1e-3)
+    assert cost("npg(k=9)", model)[1] < 0
 
 
 def test_the_radius_that_is_told_is_that_of_the_damped_map():
@@ -744,6 +824,7 @@ def test_without_a_memory_it_is_the_reference_and_says_so():
 
 def test_evaluation_measures_nothing():
     model = Net("auto", grad_in_eval=True).eval()
+    model.loss(0).backward()  # no step is told, and none is needed: a warning would be an error
     dpp.set_step(model, 0)
     model.loss(0).backward()
     assert not dpp.report_choice(model)

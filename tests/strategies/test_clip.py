@@ -450,7 +450,7 @@ def test_a_guard_and_a_ramp_take_it():
     assert torch.equal(problem.g("guard('npg(k=3, clip=0.5)')"), problem.g("npg(k=3, clip=0.5)"))
     ramp = dpp.get_strategy("ramp('npg(clip=2.0)', {'clip': (2.0, 1.0)}, until=4)")
     assert [ramp.resolve(dpp.Context(step=step)).clip for step in (0, 2, 9)] == [2.0, 1.5, 1.0]
-    with pytest.raises(ValueError, match=r"clip=None of npg.* is no number that could grow"):
+    with pytest.raises(ValueError, match=r"clip=None of npg.* is no number, so it cannot grow"):
         dpp.get_strategy("ramp('npg', {'clip': (2.0, 1.0)})")
     with pytest.raises(ValueError, match=r"clip=0\.0; expected a finite number above 0"):
         dpp.get_strategy("ramp('npg(clip=2.0)', {'clip': (2.0, 0.0)})")

@@ -92,7 +92,7 @@ def _tokens(mask: Tensor, x: Tensor, past: Past | None) -> tuple[Tensor | None, 
     if mask.shape[0] != batch or not fits:
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)}; expected ({batch}, {before + length}), "
-            "one number a token, or a prepared one of four dimensions"
+            "one number per token, or a prepared one of four dimensions"
         )
     if bool(mask.all()):
         return None, None

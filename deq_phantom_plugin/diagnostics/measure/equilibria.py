@@ -120,7 +120,8 @@ def _cotangents(loss: Tensor, solves: list[tuple[str, Solve]]) -> list[list[Tens
         grads = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
     if all(grad is None for grad in grads):
         raise ValueError(
-            f"the loss depends on none of the {len(solves)} equilibria that the model solved"
+            f"the loss depends on none of the {len(solves)} equilibria that the model solved, so "
+            "there is no gradient to measure; compute the loss from the output of this call"
         )
     found: list[list[Tensor] | None] = []
     remaining = iter(zip(grads, leaves, strict=True))

@@ -63,7 +63,7 @@ class Problem:
         return Packing(flatten(self.equilibrium)[0], self.context.sample_dim)
 
     def cotangent(self, state: State) -> list[Tensor]:
-        """Return v = dL/dh at a state, a tensor a leaf.
+        """Return v = dL/dh at a state, one tensor per leaf.
 
         Raises:
             ValueError: if the loss is not a scalar that depends on the state.
@@ -73,7 +73,10 @@ class Problem:
             inputs = [leaf.detach().requires_grad_() for leaf in leaves]
             loss = check_scalar(self.loss(unflatten(inputs, structure)))
             if not loss.requires_grad:
-                raise ValueError("the loss does not depend on the state, so it has no gradient")
+                raise ValueError(
+                    "the loss does not depend on the state, so it has no gradient; compute it from "
+                    "the state that it is given, not from one captured before"
+                )
             return list(
                 torch.autograd.grad(
                     loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -174,7 +177,7 @@ class Problem:
 
         Args:
             lams: damping factors.
-            max_iter: the most products a factor.
+            max_iter: the largest number of products per factor.
         """
         found = spectral_radius(
             self.func,

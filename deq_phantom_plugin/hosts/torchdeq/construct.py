@@ -55,8 +55,8 @@ def hook_init(original: Callable[..., None]) -> Callable[..., None]:
         specs = _as_list(effective["grad"])
         if effective["ift"] or effective["hook_ift"]:
             raise ValueError(
-                f"grad={effective['grad']!r} beside ift=True or hook_ift=True: a name says all; "
-                "pass grad='ift' for implicit differentiation"
+                f"grad={effective['grad']!r} beside ift=True or hook_ift=True: both choose the "
+                "gradient; pass grad alone, which is 'ift' for implicit differentiation"
             )
         _check_names(specs, effective)
         from torchdeq.utils.config import DEQConfig
@@ -111,14 +111,16 @@ def _check_names(specs: list[Any], args: Mapping[str, Any]) -> list[GradStrategy
     for spec in specs:
         if _is_steps(spec):
             if spec < 1:
-                raise ValueError(f"grad={spec!r}; expected steps of at least 1, or a spec")
+                raise ValueError(
+                    f"grad={spec!r}; expected at least 1 step, or the spec of a strategy, as 'upg'"
+                )
             strategies.append(spec)
             continue
         strategy = get_strategy(spec, defaults(args.get, _SETTINGS, _SOLVERS))
         if sampling and not strategy.hands_out_states:
             raise ValueError(
-                f"{sampling[0]} samples the states that a strategy passes through, and "
-                f"{strategy!r} hands out none; upg and bptt do"
+                f"{sampling[0]} asks for states on the way, and {strategy!r} has none, since it "
+                "makes its value at once; take upg or bptt, which step"
             )
         strategies.append(strategy)
     return strategies
@@ -134,7 +136,7 @@ def strategies_of(grad: Any, args: Mapping[str, Any], n: int) -> list[GradStrate
 
     specs = _as_list(grad)
     if len(specs) not in (1, n):
-        wanted = "1" if n == 1 else f"1 or {n}, one a state"
+        wanted = "1" if n == 1 else f"1 or {n}, one per state"
         raise ValueError(f"grad={grad!r} has {len(specs)} entries; expected {wanted}")
     return list(make_pair(range(n), _check_names(specs, args)))
 

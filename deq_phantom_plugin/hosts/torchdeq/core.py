@@ -39,7 +39,7 @@ def func_and_start(args: Any, kwargs: Any) -> tuple[Callable[..., Any], State]:
     """Return F and the initial state, the first two arguments of a core's `forward`."""
     given = [*args, *(kwargs[name] for name in ("func", "z_init", "z_star") if name in kwargs)]
     if len(given) < 2:
-        raise TypeError("expected func and an initial state")
+        raise TypeError("expected func and an initial state, as in deq(func, z_init)")
     return given[0], given[1]
 
 

@@ -99,9 +99,9 @@ def _say_own_ift() -> None:
     warn_once(
         "TorchDEQ's own ift in several processes",
         "F communicates with other processes, and TorchDEQ's own implicit gradient (ift=True, "
-        "hook_ift=True) takes as many products in each as that needs: where they are not equally "
-        "many the processes wait for one another until a timeout. grad='ift' solves in lockstep. "
-        "Said once.",
+        "hook_ift=True) takes in each process as many products as that one needs: where the "
+        "numbers differ, the processes wait for one another until a timeout. Take grad='ift', "
+        "which solves in lockstep. This is said once.",
         AssumptionWarning,
     )
 

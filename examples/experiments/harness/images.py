@@ -110,7 +110,7 @@ class FolderImages(ImageSet):
         self._numpy = require("numpy", "vision")
         names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
         if len(names) < 2:
-            raise ValueError(f"{folder} has {len(names)} subfolders; expected one a class")
+            raise ValueError(f"{folder} has {len(names)} subfolders; expected one per class")
         self.files: list[Path] = []
         labels: list[int] = []
         for label, name in enumerate(names):

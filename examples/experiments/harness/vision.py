@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.adapters.mdeq import MDEQ
 
-from . import processes
+from . import peers, processes
 from .images import load_images
 from .schedule import after_pretraining, cosine
 from .training import Task
@@ -34,10 +35,18 @@ class VisionSettings:
         grad: the gradient: a spec, or TorchDEQ's own number of steps.
         lam: TorchDEQ's `tau`, for its own methods.
         implicit: whether TorchDEQ's own implicit differentiation is used, in place of `grad`.
+        layer: who solves and attaches: "torchdeq", with this package in it, or another library's
+            layer, see `peers.LAYERS`, for which `grad`, `lam` and `f_solver` mean nothing.
+        compile: whether f is compiled.
+        solve_dtype: of most of the forward solve, such as "bfloat16"; "" for the model's.
+        warm_start: whether solves in training begin at the last equilibria of the same images. A
+            run that is resumed begins an epoch cold, and its numbers differ by that.
         pretrain_steps: steps in which backpropagation goes through a few evaluations of f.
         pretrain_layers: how many.
         f_solver: forward solver.
         f_max_iter: its most evaluations of f; 0 for the preset's.
+        eval_f_max_iter: those in evaluation; 0 for the same.
+        f_tol: relative residual at which a solve stops; 0 for the published one.
         epochs: passes over the training images.
         batch_size: images a step, of all processes together.
         optimizer: "adam" or "sgd".
@@ -54,6 +63,10 @@ class VisionSettings:
         radius_images: test images whose spectral radii are measured; 0 for none.
         radius_lam: damping of the damped map's radius.
         radius_every: steps between measurements of the radii; 0 for those of accuracy alone.
+        report_grads: gradients whose cosines are measured, see `dpp.model_report`; none for none.
+        report_images: test images that they are measured on.
+        report_every: steps between these measurements, as many as between evaluations or a
+            multiple of that.
         same_time_as: a run whose time this one takes, in as many steps as that allows.
     """
 
@@ -79,13 +92,22 @@ class VisionSettings:
     radius_every: int = 0
     lam: float = 1.0
     implicit: bool = False
+    layer: str = "torchdeq"
+    compile: bool = False
+    solve_dtype: str = ""
+    warm_start: bool = False
     f_max_iter: int = 0
+    eval_f_max_iter: int = 0
+    f_tol: float = 0.0
     momentum: float = 0.9
     nesterov: bool = False
     eval_every: int = 0
     eval_batch: int = 250
     eval_steps: tuple[int, ...] = ()
     eval_lam: float = 0.5
+    report_grads: tuple[str, ...] = ()
+    report_images: int = 16
+    report_every: int = 0
     same_time_as: str = ""
     anneal: bool = True
 
@@ -124,33 +146,42 @@ class VisionTask(Task):
         if s.eval_every:
             self._accuracy_every = self.eval_every = s.eval_every
         torch.manual_seed(seed)
-        deq = {"f_solver": s.f_solver, **({"f_max_iter": s.f_max_iter} if s.f_max_iter else {})}
+        deq: dict[str, Any] = {"f_solver": s.f_solver}
+        for name in ("f_max_iter", "eval_f_max_iter", "f_tol"):
+            deq |= {name: getattr(s, name)} if getattr(s, name) else {}
         deq |= {"ift": True, "b_solver": "broyden", "b_max_iter": 24} if s.implicit else {}
         deq |= {"tau": s.lam} if isinstance(s.grad, int) else {}
+        deq |= {"solve_dtype": s.solve_dtype} if s.solve_dtype else {}
         model = MDEQ.from_preset(
             s.preset,
             num_classes=self.train_set.classes,
             grad=after_pretraining(s.grad, s.pretrain_steps, s.pretrain_layers, self.steps),
             dropout=s.dropout,
+            compile=s.compile,
+            warm_start="sample" if s.warm_start else None,
             **deq,
         )
+        if s.layer != "torchdeq":
+            model.deq = peers.layer(s.layer, s.f_max_iter or model.config.f_max_iter, model.layer)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.parallel = processes.parallel(self.model)
         self.optimizer = _optimizer(self.model, s)
         self._reader = ThreadPoolExecutor(1)
-        self._next: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+        self._next: tuple[int, Future[tuple[Tensor, Tensor, Tensor]]] | None = None
 
     def step(self, number: int) -> Tensor:
         """Take a step."""
-        images, labels = self._batch(number)
+        images, labels, indices = self._batch(number)
         torch.manual_seed(processes.seed(self.seed, number))
-        dpp.set_step(self.model, number)
+        if self.settings.layer == "torchdeq":
+            dpp.set_step(self.model, number)
         if self.settings.anneal:
             for group in self.optimizer.param_groups:
                 group["lr"] = cosine(number, self.steps, self.settings.lr, lowest=1e-6)
         self.model.train()
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.parallel(images), labels)
+        told = {"samples": indices} if self.settings.warm_start else {}
+        loss = F.cross_entropy(self.parallel(images, **told), labels)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
@@ -181,7 +212,36 @@ class VisionTask(Task):
             damped = self.model.spectral_radius(s.radius_lam, **options)
             found |= {"rho": float(radii.mean()), "rho_max": float(radii.max())}
             found["rho_damped"] = float(damped.mean())
+        if s.report_grads and (
+            step % (s.report_every or self.eval_every) == 0 or step == self.steps
+        ):
+            found |= self._report()
         return found
+
+    def _report(self) -> dict[str, float]:
+        """Return the cosine of each gradient of `report_grads`, by its name, and what it rests on.
+
+        `report_rho` is the largest spectral radius, `report_residual` that of the reference.
+        """
+        s = self.settings
+        indices = torch.arange(min(s.report_images, len(self.test_set.labels)))
+        labels = self.test_set.labels[indices].to(self.device)
+        # Numbers that no training image has, so that these begin cold.
+        told = {"samples": indices + len(self.train_set.labels)} if s.warm_start else {}
+        (report,) = dpp.model_report(
+            self.model,
+            {"x": self._to_device(self.test_set.batch(indices)), **told},
+            lambda logits: F.cross_entropy(logits, labels),
+            s.report_grads,
+            repeats=1,
+        ).reports
+        found = {"report_rho": report.radius, "report_residual": report.reference_residual}
+        named = dict(zip(s.report_grads, report.results[-len(s.report_grads) :], strict=True))
+        return found | {
+            f"cosine of {grad}": result.cosine
+            for grad, result in named.items()
+            if result.cosine is not None
+        }
 
     @torch.no_grad()
     def _accuracy(self, extra: int) -> dict[str, float]:
@@ -202,23 +262,23 @@ class VisionTask(Task):
         right, loss, residual = (processes.total(sums) / count).tolist()
         return {"accuracy": right, "loss": loss, "residual": residual}
 
-    def _batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the images of a step, and begin to read those of the next one."""
+    def _batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a step's images, labels and indices, and begin to read those of the next one."""
         if self._next is not None and self._next[0] == number:
-            images, labels = self._next[1].result()
+            images, labels, indices = self._next[1].result()
         else:
-            images, labels = self._read(number)
+            images, labels, indices = self._read(number)
         self._next = (number + 1, self._reader.submit(self._read, number + 1))
-        return self._to_device(images), labels.to(self.device)
+        return self._to_device(images), labels.to(self.device), indices
 
-    def _read(self, number: int) -> tuple[Tensor, Tensor]:
+    def _read(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, place = divmod(number, self.epoch_steps)
         order = processes.epoch_order(self.seed, epoch, len(self.train_set.labels))
         size = self.settings.batch_size
         indices = processes.share(order[place * size : (place + 1) * size])
         generator = torch.Generator().manual_seed(processes.seed(self.seed, number))
         images = self.train_set.batch(indices, generator if self.settings.augment else None)
-        return images, self.train_set.labels[indices]
+        return images, self.train_set.labels[indices], indices
 
     def _to_device(self, images: Tensor) -> Tensor:
         return images.to(self.device).contiguous(memory_format=torch.channels_last)
