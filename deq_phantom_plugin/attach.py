@@ -69,7 +69,7 @@ def attach(
             return _attached(func, equilibrium, strategy, context)
     start = context.initial_state
     told = replace(context, initial_state=None if start is None else sharded.whole(start))
-    with in_lockstep(sharded.group(context.process_group)):
+    with in_lockstep(context.process_group, sharded.holders):
         whole = sharded.whole(equilibrium)
         return sharded.parts(_attached(sharded.on_whole(func), whole, strategy, told))
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from ._plumbing.cached_weights import made_anew
 from ._plumbing.calls import Calls, Counted
 from ._plumbing.compilation import check_compile, compiled, never_compiled
-from ._plumbing.lockstep import active, evaluated, in_lockstep, in_turn
+from ._plumbing.lockstep import active, evaluated, in_lockstep, in_turn, part
 from ._plumbing.trial import Trial
 from ._plumbing.whole import Sharded
 from .attach import count
@@ -216,8 +216,7 @@ class Equilibrium(Attaching):
         if (sharded := Sharded.of(start)) is not None:
             func, begin = sharded.on_whole(func), sharded.whole(begin)
             start = sharded.whole(start)
-        group = self.process_group if sharded is None else sharded.group(self.process_group)
-        with in_lockstep(group):
+        with in_lockstep(self.process_group, () if sharded is None else sharded.holders):
             found = self._solved(func, begin, start)
         return found if sharded is None else sharded.parts(found)
 
@@ -303,9 +302,11 @@ class Equilibrium(Attaching):
             return begin, leaves[0].abs().new_zeros(0), context
         batch_dim = self._samples()
         solution = self._solution(in_solve, begin, context, batch_dim)
-        if attaches(self) and self._may_ask(solution):
-            # At the equilibrium: where the solve begins, J may be zero.
-            context = settled(context, CheckedFunc(func, begin), solution.state)
+        if attaches(self):
+            with part():
+                if self._may_ask(solution):
+                    # At the equilibrium: where the solve begins, J may be zero.
+                    context = settled(context, CheckedFunc(func, begin), solution.state)
             if context.batch_dim is None and solution.rel_lowest.numel() > 1:
                 solution = self._solution(in_solve, begin, context, None)
         context = replace(context, solver_result=solution)

@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
 )
 
 from ._plumbing.compilation import never_compiled
-from ._plumbing.lockstep import active
+from ._plumbing.lockstep import active, part
 from ._plumbing.once import warn_once
 from ._plumbing.random_state import forked_rng, is_same, random_state
 from ._plumbing.transforms import in_torch_func
@@ -126,11 +126,17 @@ def settled(
     n_samples = batch_size(leaves, 0)
     if n_samples is None:  # leaves have no dimension of samples in common
         return replace(context, batch_dim=None)
-    if not cares or n_samples == 0 or all(leaf.numel() == 0 for leaf in leaves):
+    if not cares:
         return replace(context, batch_dim=0)
+    is_empty = n_samples == 0 or all(leaf.numel() == 0 for leaf in leaves)
     if in_torch_func():  # numbers are hidden there; one system is right for any map
-        return replace(context, batch_dim=None)
-    found = _found(context, func, equilibrium, f"{structure}", n_samples)
+        return replace(context, batch_dim=0 if is_empty else None)
+    with part():
+        if is_empty:
+            if (around := active()) is not None:  # others have samples
+                around.look(func, equilibrium)
+            return replace(context, batch_dim=0)
+        found = _found(context, func, equilibrium, f"{structure}", n_samples)
     return replace(context, batch_dim=None if found.coupled else 0)
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ._plumbing.cached_weights import CachedWeights
 from ._plumbing.compilation import compiled
+from ._plumbing.lockstep import evaluated, in_lockstep
 from ._plumbing.transforms import in_forward_mode
+from ._plumbing.whole import Sharded
 from .attach import attach, count
 from .contract.state import CheckedFunc, State, flatten, unflatten
 from .contract.strategy import Context, GradStrategy
@@ -118,11 +120,25 @@ def looped(
         return repeated(growing, cut, getattr(strategy, "steps", steps - free))
     unrolls = (strategy.hands_out_states and not strategy.owns_solve) or isinstance(strategy, BPTT)
     if free == 0 and unrolls and at is None:
-        # An unrolled graph of all evaluations, which may go on into the first state's.
-        context = settled(context, growing, _detached(state), strategy.tells_samples_apart)
-        count(context)
-        return strategy.attach(growing, state, context)
+        return _unrolled(growing, state, strategy, context)
     return attach(func, _without_graph(growing, state, free), strategy, context)
+
+
+def _unrolled(
+    func: Callable[[State], State], state: State, strategy: GradStrategy, context: Context
+) -> State:
+    """Return a graph of all evaluations, which may go on into the first state's."""
+    if not strategy.tells_samples_apart:  # then all processes evaluate F equally often
+        count(context)
+        return strategy.attach(func, state, settled(context, func, _detached(state), False))
+    sharded = Sharded.of(state)
+    if sharded is not None:
+        func, state = sharded.on_whole(func), sharded.whole(state)
+    with in_lockstep(context.process_group, () if sharded is None else sharded.holders):
+        context = settled(context, func, _detached(state))
+        count(context)
+        attached = strategy.attach(func, state, context)
+        return attached if sharded is None else sharded.parts(attached)
 
 
 def evaluations(func: Callable[[State], State], at: At | None = None) -> Callable[[State], State]:
@@ -193,7 +209,7 @@ class Growing:
         if self._checked is not None:
             return self._checked(state)
         self._weights.prepare()
-        image = self.func(state)
+        image = evaluated(self.func, state)
         self._checked = CheckedFunc(self.func, _grown(state, image), self._weights)
         return image
 

@@ -55,10 +55,10 @@ COMPARED = [
 ]
 
 
-def launched(out, processes, names=()):
+def launched(out, processes, names=(), driver=DRIVER):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     ended = subprocess.run(
-        [*command, "--nproc-per-node", str(processes), str(DRIVER), str(out), *names],
+        [*command, "--nproc-per-node", str(processes), str(driver), str(out), *names],
         capture_output=True,
         text=True,
         timeout=600,

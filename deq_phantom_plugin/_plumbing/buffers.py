@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
-from .compilation import may_be_compiled
-from .once import ignored
+from .compilation import hooks_unsaid
 
 
 class Seen(NamedTuple):
@@ -85,7 +84,7 @@ class Buffers:
 
         handle = register_module_forward_pre_hook(note)
         try:
-            with _unsaid() if may_be_compiled() else nullcontext():
+            with hooks_unsaid():
                 yield
         finally:
             handle.remove()
@@ -99,8 +98,3 @@ class Buffers:
         """Give the modules their buffers back."""
         for (module, name), seen in self.seen.items():
             seen.put_back(module, name)
-
-
-def _unsaid() -> AbstractContextManager[None]:
-    """Keep PyTorch from warning of our hook where a compiled module runs: nobody can act on it."""
-    return ignored(r"Using `torch.compile\(module\)` when there are global hooks", UserWarning)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .compilation import hooks_unsaid
 from .sharding import is_sharded, meshes
 
 
@@ -23,15 +24,21 @@ class Communication(AbstractContextManager["Communication"]):
     without such parameters are known by their type: FSDP's, and batch normalisation over processes.
     A collective that F calls by itself is not seen.
 
+    Args:
+        holders: processes that communicate anyway, by global ranks.
+
     Attributes:
         ranks: the processes among whom modules communicate, by global ranks; all where they do so
             in several groups, none where they do not.
         sharded: those that FSDP2 shards, in groups of their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, holders: Sequence[tuple[int, ...]] = ()) -> None:
         self.ranks: tuple[int, ...] = ()
         self.sharded: list[nn.Module] = []
+        self._stack = ExitStack()
+        for ranks in holders:
+            self._note(ranks)
 
     def __enter__(self) -> Communication:
         thread = threading.get_ident()
@@ -43,11 +50,12 @@ class Communication(AbstractContextManager["Communication"]):
                 for ranks in map(tuple, map(sorted, _ranks(module))):
                     self._note(ranks)
 
-        self._handle = register_module_forward_pre_hook(look)
+        self._stack.enter_context(hooks_unsaid())
+        self._stack.callback(register_module_forward_pre_hook(look).remove)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._handle.remove()
+        self._stack.close()
 
     def _note(self, ranks: tuple[int, ...]) -> None:
         if set(ranks) <= set(self.ranks) or len(ranks) < 2:

@@ -9,11 +9,12 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 
+from .once import ignored
 from .trees import State
 
 R = TypeVar("R")
@@ -164,6 +165,16 @@ _eager = _Eager()
 def may_be_compiled() -> bool:
     """Whether anything that runs here may be compiled code; false before the first compilation."""
     return torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
+
+
+def hooks_unsaid() -> AbstractContextManager[None]:
+    """Keep PyTorch from warning of a hook of ours where a compiled module runs.
+
+    Nobody can act on it.
+    """
+    if not may_be_compiled():
+        return nullcontext()
+    return ignored(r"Using `torch.compile\(module\)` when there are global hooks", UserWarning)
 
 
 def eager() -> AbstractContextManager[None]:

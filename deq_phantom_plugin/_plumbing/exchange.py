@@ -59,19 +59,29 @@ def known_hosts(ranks: tuple[int, ...]) -> Hosts | None:
 
 
 def hosts_of(ranks: tuple[int, ...]) -> Hosts | None:
-    """Return the hosts of processes, None of fewer than two."""
+    """Return the hosts of processes, None of fewer than two.
+
+    Raises:
+        RuntimeError: if not all of them come.
+    """
     if len(ranks) < 2:
         return None
     made = _known.setdefault(dist.group.WORLD, {})
     if ranks not in made:
-        made[ranks] = Hosts(ranks)
+        try:
+            made[ranks] = Hosts(ranks)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"F communicates, and of the processes {ranks} that were to solve together some "
+                "have ended, or have not come in time. Where F's modules communicate in several "
+                "groups that is all of the run: process_group=... in the context or of the "
+                "equilibrium says which processes run the model"
+            ) from error
     return made[ranks]
 
 
 def ranks_of(group: Any) -> tuple[int, ...]:
-    """Return the global ranks of a process group, or what is such ranks."""
-    if isinstance(group, tuple):
-        return group
+    """Return the global ranks of a process group."""
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
 

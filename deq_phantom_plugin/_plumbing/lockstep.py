@@ -22,11 +22,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from .communication import Communication
 from .compilation import eager, may_be_compiled
 from .exchange import Hosts, hosts_of, known_hosts, ranks_of
-from .sharding import Unfinished
+from .sharding import Unfinished, may_be_sharded
 from .transforms import in_torch_func
 from .trees import State, flatten, unflatten
 from .trial import Trial
@@ -64,12 +65,15 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     communicates, and among whom. Where it does not, nothing else is done.
 
     Args:
-        told: the process group, or its global ranks; None to find it out.
+        told: the process group among which F communicates; None if it does not, "auto" to find out.
+        holders: the global ranks of processes that hold a state, each a group among which F
+            communicates besides.
     """
 
-    def __init__(self, told: Any = None) -> None:
-        self._hosts: Hosts | None = None if told is None else hosts_of(ranks_of(told))
-        self._known = False
+    def __init__(self, told: Any = "auto", holders: Sequence[tuple[int, ...]] = ()) -> None:
+        named = told is not None and not isinstance(told, str)
+        self._hosts: Hosts | None = hosts_of(ranks_of(told)) if named else None
+        self._known, self._holders = told is None, holders
         self._sharded: list[nn.Module] = []
         self._depth = 0  # how often it was entered
         self._over = False  # an exception has ended it
@@ -97,8 +101,12 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     @property
     def is_on(self) -> bool:
-        """Whether operations are to go through it: F communicates, or nobody knows yet."""
-        return self._depth > 0 and not (self._known and self._hosts is None)
+        """Whether operations are to go through it: F communicates, or nobody knows yet.
+
+        Products of an F that FSDP2 shards do, also where it is sharded over one process.
+        """
+        alone = self._known and self._hosts is None and not self._sharded
+        return self._depth > 0 and not alone
 
     @property
     def communicates(self) -> bool:
@@ -166,7 +174,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     def _first(self, func: Callable[[State], State], state: State) -> State:
         """Evaluate F, and find out whether it communicates."""
         # A hook that comes and goes would have compiled code compiled again.
-        with Communication() as found, eager() if may_be_compiled() else nullcontext():
+        communication = Communication(self._holders)
+        with communication as found, eager() if may_be_compiled() else nullcontext():
             try:
                 image = self._done(lambda: func(state))
             except BaseException:
@@ -181,12 +190,13 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     def _wait_for(self, wanted: int) -> int:
         """Stand in for what others do, until it is the turn for what is wanted."""
-        while True:
+        while self._hosts is not None:
             turn = self._agreed(wanted)
             if turn == wanted or (turn >= Turn.MEET and turn // 2 == wanted // 2):
                 return turn
             if turn < Turn.MEET:
                 self._stand_in(Turn(turn))
+        return wanted
 
     def _agreed(self, wanted: int) -> int:
         """Return what is done next."""
@@ -246,9 +256,14 @@ class Lockstep(AbstractContextManager["Lockstep"]):
                 return
             leaves, structure = flatten(state)
             inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-            with torch.enable_grad():
+            # Not by the hooks around: a checkpoint would repeat its whole region for a product.
+            with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
                 outputs = flatten(func(unflatten(list(inputs), structure)))[0]
         self._product = lambda: product_of_zeros(outputs, inputs)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def product_of_zeros(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
@@ -273,23 +288,35 @@ class _Entered(threading.local):
 _entered = _Entered()
 
 
-def in_lockstep(told: Any = "auto") -> AbstractContextManager[Any]:
-    """Return what to enter for a solve: nothing where there is one process, or it is compiled.
+def in_lockstep(
+    told: Any = "auto", holders: Sequence[tuple[int, ...]] = ()
+) -> AbstractContextManager[Any]:
+    """Return what to enter for a solve: nothing where one process is alone, or it is compiled.
 
     Args:
-        told: the process group among which F communicates, or its global ranks; None if it does
-            not, "auto" to find out.
+        told: see `Lockstep`.
+        holders: likewise.
     """
-    if told is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return nullcontext()
     if not (dist.is_available() and dist.is_initialized()) or in_torch_func():
         return nullcontext()
-    if dist.get_world_size() == 1:
+    if dist.get_world_size() == 1 and not may_be_sharded():
         return nullcontext()
     around = _entered.stack[-1] if _entered.stack else None
     if around is not None and not around.busy:
-        return around
-    return Lockstep(None if isinstance(told, str) else told)
+        named = told is not None and not isinstance(told, str)
+        if around.communicates or not named:
+            return around
+    return Lockstep(told, holders)
+
+
+def part() -> AbstractContextManager[Any]:
+    """Return what to enter for a part of a solve in which only some processes may evaluate F.
+
+    At its end all of them are done with it.
+    """
+    return active() or nullcontext()
 
 
 def active() -> Lockstep | None:

@@ -14,8 +14,9 @@ class Unfinished(AbstractContextManager["Unfinished"]):
     """Take a product inside a `with` block, in whose middle the forward pass of the model may be.
 
     For FSDP2 a backward pass through any of its modules ends that of the whole model: the weights
-    of modules that still run are freed, and what they do next fails. That is kept off here, and
-    modules are left as they were found. PyTorch has no public names for it.
+    of modules that still run are freed, and what they do next fails. That is kept off here. And
+    modules are left as they were found, or a forward pass that a reentrant checkpoint repeats in
+    backward would lose the gradient of their weights. PyTorch has no public names for it.
 
     Args:
         modules: what runs in F.
@@ -23,21 +24,22 @@ class Unfinished(AbstractContextManager["Unfinished"]):
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
-        self._kept: list[tuple[Any, list[tuple[Any, Any]]]] = []
+        self._kept: list[tuple[Any, bool, list[tuple[Any, Any]]]] = []
 
     def __enter__(self) -> Unfinished:
         for context in _contexts(self._modules):
-            # In a backward pass its end is one.
-            if context.iter_forward_root is None or context.post_backward_final_callback_queued:
-                continue
             parts = [p for state in context.all_states for p in (state, *_groups(state))]
-            self._kept.append((context, [(part, part._training_state) for part in parts]))
-            context.post_backward_final_callback_queued = True
+            # In a backward pass its end is one.
+            ends = context.iter_forward_root is None or context.post_backward_final_callback_queued
+            self._kept.append((context, ends, [(part, part._training_state) for part in parts]))
+            if not ends:
+                context.post_backward_final_callback_queued = True
         return self
 
     def __exit__(self, *error: object) -> None:
-        for context, before in self._kept:
-            context.post_backward_final_callback_queued = False
+        for context, ends, before in self._kept:
+            if not ends:
+                context.post_backward_final_callback_queued = False
             for part, state in before:
                 # Of an input without a gradient nobody says that its backward pass is over.
                 left = part._training_state.name == "PRE_BACKWARD" != state.name
@@ -45,6 +47,11 @@ class Unfinished(AbstractContextManager["Unfinished"]):
                     part.post_backward()
                 part._training_state = state
         self._kept.clear()
+
+
+def may_be_sharded() -> bool:
+    """Whether any module may be, in a process that is perhaps the only one."""
+    return "torch.distributed.fsdp" in sys.modules
 
 
 def is_sharded(module: nn.Module) -> bool:

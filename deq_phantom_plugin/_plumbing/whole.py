@@ -42,13 +42,10 @@ class Sharded:
             return None
         return cls(leaves)
 
-    def group(self, told: Any) -> Any:
-        """Return the processes that hold the state, unless something was told; see `in_lockstep`.
-
-        F need not have a module that says that it communicates.
-        """
-        ranks = {tuple(sorted(spec[0].mesh.flatten().tolist())) for spec in self._specs if spec}
-        return ranks.pop() if told == "auto" and len(ranks) == 1 else told
+    @property
+    def holders(self) -> list[tuple[int, ...]]:
+        """The processes that hold the leaves; F need have no module that says so."""
+        return sorted({tuple(sorted(s[0].mesh.flatten().tolist())) for s in self._specs if s})
 
     def whole(self, state: State) -> State:
         """Return a state, sharded in whatever way, as a whole one."""

@@ -65,6 +65,8 @@ class Linearization:
             self.inputs: list[Tensor] = list(_Input.apply(anchor, *leaves))
             self.outputs, _ = flatten(func(unflatten(self.inputs, self.structure)))
         self._differentiable = [i for i, out in enumerate(self.outputs) if out.requires_grad]
+        if self._together is not None:
+            self._together.stands_in_by(self._of_zeros())
 
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """Return the leaves of J^T v, with J = dF/dh at h*. The graph stays.
@@ -106,11 +108,12 @@ class Linearization:
             adjoint: from the leaves of v to the leaves of g. It is called once per backward pass;
                 where a pass brings several v, once for each of them.
         """
-        inputs, together, of_zeros = self.inputs, self._together, self._of_zeros()
+        inputs, together = self.inputs, self._together
+        of_zeros = None if together is None else self._of_zeros()
 
         def formatted(v: list[Tensor]) -> list[Tensor]:
             with full_precision(inputs[0].device), together or contextlib.nullcontext():
-                if together is not None:
+                if together is not None and of_zeros is not None:
                     together.stands_in_by(of_zeros)
                 return adjoint([in_format(vi, leaf) for vi, leaf in zip(v, inputs, strict=True)])
 

@@ -180,6 +180,8 @@ class GradStrategy(ABC):
         accepts_nonfinite: whether the strategy can begin at a state that holds NaN or infinity.
         tells_samples_apart: whether the gradient depends on `context.batch_dim`. Where it does not,
             nobody has to find out whether samples are coupled.
+        exchanges: whether the backward pass exchanges numbers with other processes, so that all of
+            them have to reach it.
         hands_out_states: whether the strategy has `states`.
         steps_ahead: the number of evaluations of F between the equilibrium that `attach` gets and
             the value that it returns: 1 where the value is F(h*). A host whose solve has a fixed
@@ -208,6 +210,11 @@ class GradStrategy(ABC):
     def tells_samples_apart(self) -> bool:
         """Whether the gradient depends on which samples are independent; yes by default."""
         return True
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether its backward pass has to be reached in all processes."""
+        return False
 
     @property
     def hands_out_states(self) -> bool:

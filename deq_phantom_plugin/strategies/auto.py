@@ -200,6 +200,11 @@ class Measuring(GradStrategy):
         """See `Auto`."""
         return self.auto.wants_inverse_jacobian
 
+    @property
+    def exchanges(self) -> bool:
+        """Yes: what all processes have measured."""
+        return True
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         graph = Linearization(func, equilibrium, self.auto)
@@ -253,8 +258,9 @@ class _Measurement:
         if measured is not None and (self._step is None or measured == step):
             self._count_again(measured)
             return  # by another call of this step
-        any_of(False)  # all processes have their reference: what follows they do alike
-        numbers = shared(found.numbers(auto.budget, self._runs), found.v[0].device)
+        own = found.numbers(auto.budget, self._runs)
+        any_of(False)  # all processes have theirs: what follows they do alike
+        numbers = shared(own, found.v[0].device)
         if numbers.broken or not numbers.rows:
             return
         last = self._log.last

@@ -16,7 +16,6 @@ from ..contract.failure import FailurePolicy
 from ..contract.state import State, flatten, unflatten
 from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_float
-from .auto import Measuring
 from .registry import Spec, get_strategy, parse_spec, register_strategy
 
 
@@ -92,6 +91,11 @@ class Guard(GradStrategy):
         """Whether a fallback has samples that are not finite begin again."""
         return self._policy.fallback is not None
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether the strategy inside does."""
+        return self._strategy.exchanges
+
     def within(self, steps: int) -> GradStrategy:
         """Return the guard of the strategy inside, for a loop of so many evaluations."""
         inner = self._strategy.within(steps)
@@ -118,9 +122,9 @@ class Guard(GradStrategy):
         if policy.fallback is None or not any_of(any_failed):
             return self._strategy.attach(func, equilibrium, told)
         fallback = policy.fallback.resolve(context).attach(func, equilibrium, context)
-        # Where `auto` measures, processes wait for one another: one without a good sample takes
-        # part, with a gradient of zero.
-        if not any_of(not _is_true(failed.all())) and not isinstance(self._strategy, Measuring):
+        # Where processes wait for one another, as where `auto` measures, one without a good sample
+        # takes part, with a gradient of zero.
+        if not any_of(not _is_true(failed.all())) and not self._strategy.exchanges:
             return fallback
         attached, structure = flatten(self._strategy.attach(func, equilibrium, told))
         chosen = [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._plumbing.lockstep import any_of
 from ..adjoint import KrylovSpace, Linearization, Packing, Solution, relative_norm, solve
 from ..contract.memory import Memory
 from .candidates import LAMS, MARGIN, Judged, Runs, built_in, described, from_space, low
@@ -62,7 +63,7 @@ class Reference:
         radii = torch.zeros(len(lams), dtype=torch.float64, device="cpu")
         if rows:
             radii = -low(-self.space.radii(lams))
-        if rows and runs is not None:
+        if runs is not None and any_of(rows > 0):  # others may have samples
             judged = runs(self.v, self.g, usable)
         elif rows and self.solved:
             judged = from_space(self.space, _AIM, budget)

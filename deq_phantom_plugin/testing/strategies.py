@@ -34,6 +34,7 @@ CAPABILITIES = (
     "wants_inverse_jacobian",
     "accepts_nonfinite",
     "tells_samples_apart",
+    "exchanges",
     "hands_out_states",
 )
 

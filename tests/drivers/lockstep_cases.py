@@ -146,14 +146,14 @@ def part(rank=None):
     return slice(rank * size, (rank + 1) * size)
 
 
-def sharded(model, names=("inner", "")):
+def sharded(model, names=("inner", ""), **options):
     """Shard modules of a model by FSDP2, each in a group of its own."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for name in names:
-        fully_shard(model.get_submodule(name), mesh=mesh)
+        fully_shard(model.get_submodule(name), mesh=mesh, **options)
     return model
 
 

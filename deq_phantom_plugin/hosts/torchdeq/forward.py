@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._plumbing.lockstep import in_lockstep, in_turn
+from ..._plumbing.lockstep import Lockstep, in_lockstep, in_turn
 from ..._plumbing.once import warn_once
 from ...attach import attach
 from ...contract.errors import AssumptionWarning
@@ -23,6 +23,7 @@ from .core import (
     batch_dim,
     calls,
     func_and_start,
+    n_equilibria,
     process_group,
     solves_at_once,
     with_func,
@@ -42,6 +43,8 @@ def hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             found = solved(self, *args, **kwargs)
             if around.communicates and any(map(is_own_ift, self.produce_grad)):
                 _say_own_ift()
+            if solves_at_once(self) and n_equilibria(self) > 1:
+                _check_equally_many(around, len(found[0]))
             return found
 
     def solved(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,6 +71,20 @@ def hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 by_deq[key] = before
 
     return forward
+
+
+def _check_equally_many(around: Lockstep, n_states: int) -> None:
+    """Refuse states of which processes have unequally many, each a backward pass of its own.
+
+    Raises:
+        RuntimeError: in all of them.
+    """
+    if around.any_of(around.first_of(n_states) != n_states):
+        raise RuntimeError(
+            f"F communicates, and the solve of a DEQIndexing handed out {n_states} states here and "
+            "another number in another process: where it stops early it leaves some out. Let all "
+            "processes go through all steps (f_tol=0), or take core='sliced'"
+        )
 
 
 def _in_turn(func: Any) -> Any:
