@@ -74,7 +74,7 @@ class Auto(GradStrategy):
     often, but at most every tenth step (every `every` if that is less, and 2), for ten products;
     the gradient of such a step is v itself, that of one step. Where no damping brings the radius of
     lam J + (1 - lam) I below 1, steps lead away from the equilibrium: `upg` too, the cheapest that
-    is good enough if there is one.
+    is good enough if there is one that costs no more than `ift`.
 
     The step is told by `dpp.set_step(model, step)`; what was chosen, when and why is kept in the
     equilibrium's memory (`dpp.memory_state_dict`) and told by `dpp.report_choice(model)`. Several

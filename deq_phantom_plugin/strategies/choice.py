@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -229,13 +230,7 @@ class Rule:
             step: the training step.
         """
         trouble = self._trouble(found, last)
-        acting = None if last is None else last.spec
-        candidates = [
-            c
-            for c in found.candidates
-            if (c.unrolls if trouble else found.contracts(c, c.spec == acting))
-            and found.is_bounded(c)
-        ]
+        candidates = self._possible(found, trouble, last)
         judged = found.supported >= SHARE and not trouble.startswith(OFF)
         chosen = self._chosen(candidates, last) if judged else None
         if chosen is not None:
@@ -248,6 +243,16 @@ class Rule:
         other = self._otherwise(found, trouble, last, judged)
         cosine = other.cosine if judged and other.cosine >= -1 else None
         return Choice(step, other.spec, cosine, other.cost, trouble), True
+
+    def _possible(self, found: Shared, trouble: str, last: Choice | None) -> list[Candidate]:
+        """Return the candidates that may be taken at all."""
+        bounded = [c for c in found.candidates if found.is_bounded(c)]
+        if trouble:
+            # Of many steps the graphs are kept: for more than a solve costs nobody wants them.
+            most = found.candidates[-1].cost if self.free and found.candidates else math.inf
+            return [c for c in bounded if c.unrolls and c.cost <= most]
+        acting = None if last is None else last.spec
+        return [c for c in bounded if found.contracts(c, in_force=c.spec == acting)]
 
     def _trouble(self, found: Shared, last: Choice | None) -> str:
         """Return why only methods that go on from the state are right here, or nothing."""

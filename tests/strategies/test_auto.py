@@ -568,6 +568,23 @@ def test_where_no_damping_contracts_it_unrolls():
     assert model.chosen.spec == "upg(k=5, lam=0.5)"
 
 
+def test_no_unrolling_is_taken_that_costs_more_than_a_solve():
+    """Its graphs would be kept, all of them: seen on CIFAR-10, 45 steps where `ift` was cheaper."""
+    short, long = (
+        candidate("upg(k=9, lam=0.9)", 0.96, 27),
+        candidate("upg(k=45, lam=0.9)", 0.97, 91),
+    )
+    solve = candidate("ift", 0.9, 90)
+    outside = {"radii": [1.01] * 10}
+    rule = Rule(0.95, None, True)
+    choice, wanting = rule.decide(found(short, long, solve, **outside), None, 0)
+    assert (choice.spec, wanting) == (short.spec, False)
+    choice, wanting = rule.decide(found(long, solve, **outside), None, 0)
+    assert (choice.spec, wanting) == ("upg(k=5, lam=0.5)", True)
+    mine = Rule(0.95, None, False)  # of a user's own methods the last is no solve
+    assert mine.decide(found(long, solve, **outside), None, 0)[0].spec == long.spec
+
+
 @pytest.mark.filterwarnings("ignore:auto.*no damping brings the radius below 1")
 @pytest.mark.parametrize(("budget", "want"), [("", "ift("), (", budget=3", "npg(k=2")])
 def test_where_no_damping_contracts_and_no_method_unrolls_the_best_acts(budget, want):
