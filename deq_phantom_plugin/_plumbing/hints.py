@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 def hint(name: object, valid: Iterable[str]) -> str:
     """Return " (did you mean 'upg'?)", or nothing where no valid name is near."""
-    near = difflib.get_close_matches(str(name), list(valid), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    names = {known.lower(): known for known in valid}
+    near = difflib.get_close_matches(str(name).lower(), list(names), n=1)
+    return f" (did you mean {names[near[0]]!r}?)" if near else ""
 
 
 def listed(names: Iterable[str]) -> str:

@@ -262,7 +262,7 @@ class Rule:
             return f"{OFF} in {1 - found.settled:.0%} of the samples"
         radius = min(found.radii)
         if radius >= (_LEFT if before == _OUTSIDE else 1):
-            return f"{_OUTSIDE}, {radius:.3g}"
+            return f"{_OUTSIDE}, the lowest is {radius:.3g}"
         return ""
 
     def _chosen(self, candidates: Sequence[Candidate], last: Choice | None) -> Candidate | None:

@@ -234,7 +234,8 @@ def _build(
     defaults: Mapping[str, Any] | None,
 ) -> GradStrategy:
     signature = inspect.signature(cls)
-    shown = str(signature).partition(" ->")[0].strip("()") or "no arguments"
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    shown = ", ".join(map(str, parameters)) or "no arguments"
     name = cls.name or cls.__name__
     for key in kwargs:
         if key not in signature.parameters:

@@ -140,9 +140,9 @@ def test_a_callable_is_a_spec():
     ("spec", "match"),
     [
         ("upq", "unknown strategy 'upq' .did you mean 'upg'.*'bptt', 'exact', 'guard', 'ift'"),
-        ("UPG", "unknown strategy 'UPG'"),
+        ("UPG", "unknown strategy 'UPG' .did you mean 'upg'"),
         ("nothing_like_it", "there are 'auto'"),
-        ("upg(kk=3)", "upg has no argument 'kk' .did you mean 'k'.*it takes k:.*lam:"),
+        ("upg(kk=3)", "upg has no argument 'kk' .did you mean 'k'.*it takes k=5, lam=0.5"),
         ("upg(5, 0.5, False, 3)", "too many positional"),
         ("upg(3, k=4)", "multiple values"),
         ("upg(k=3, k=4)", "gives 'k' twice"),
