@@ -62,9 +62,9 @@ class Repeats:
             "repeats",
             f"{self._user!r}: F was evaluated again in backward at the same state, and returned "
             f"something else than in the forward pass (by {difference:.1e} of its norm), so the "
-            "gradient is wrong. A variable that F reads may have got another value since, as in "
-            "x = deq(lambda h: f(h, x), h0), or F may draw at random or update its buffers. Give "
-            "the variable another name, or take a strategy that does not evaluate again: upg, npg, "
-            "ift. This warning is given once.",
+            "gradient is wrong. A variable that F reads may have been given another value since, "
+            "as in x = deq(lambda h: f(h, x), h0), or F may draw at random or update its buffers. "
+            "Give the variable another name, or take a strategy that does not evaluate again: upg, "
+            "npg, ift. This warning is given once.",
             AssumptionWarning,
         )

@@ -1026,7 +1026,7 @@ def test_steps_and_arguments():
     assert steps("tbptt(k='poisson(8)')") == 8  # the mean, as in evaluation
     assert steps("ramp('upg', {'k': (2, 5)}, until=0.2)") == 2
     assert steps("schedule({0: \"guard('npg(k=4)')\", 0.5: 'upg'})") == 4
-    with pytest.raises(ValueError, match=r"tbptt\(k='all'\) has no number of steps"):
+    with pytest.raises(ValueError, match=r"k='all' of tbptt\(k='all'\): the script needs a number"):
         steps("tbptt('all')")
     assert grad_argument("upg(k=3)") == "upg(k=3)"
     with pytest.raises(Exception, match="unknown strategy"):
