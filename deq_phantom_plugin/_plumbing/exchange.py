@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 class Hosts:
@@ -23,6 +24,9 @@ class Hosts:
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
         self.ranks = ranks
+        # The tensor of the last exchange. The group's thread lets go of it some time later, and if
+        # that was the last reference it needs Python, which may have ended by then: an abort.
+        self._kept: Tensor | None = None
         options: dict[str, Any] = {"backend": "gloo", "timeout": _timeout()}
         if len(ranks) == dist.get_world_size():
             self._group = dist.new_group(**options)
@@ -36,7 +40,7 @@ class Hosts:
             number: of this one.
             seconds: how long to wait at most; as long as the group does if None.
         """
-        numbers = torch.tensor([number], device="cpu")
+        numbers = self._kept = torch.tensor([number], device="cpu")
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
         work = self._group.allreduce([numbers], options)
@@ -45,7 +49,7 @@ class Hosts:
 
     def first_of(self, number: int) -> int:
         """Return the number of the first process."""
-        numbers = torch.tensor([number], device="cpu")
+        numbers = self._kept = torch.tensor([number], device="cpu")
         dist.broadcast(numbers, self.ranks[0], group=self._group)
         return int(numbers)
 
