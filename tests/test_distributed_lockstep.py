@@ -108,6 +108,7 @@ def test_where_f_does_not_communicate_they_do(found):
     assert few < many
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FOUR if not name.startswith("fails")])
 def test_four_processes_are_one(of_four, name):
     assert_one(of_four[name])
@@ -152,6 +153,7 @@ def test_an_exception_in_one_process_ends_all(found, name, rank):
     assert_ended(found[name], rank)
 
 
+@pytest.mark.slow
 def test_an_exception_in_one_of_four_ends_all(of_four):
     assert_ended(of_four["fails in the solve"], 1)
 

@@ -99,6 +99,7 @@ def test_all_cases_of_the_driver_are_looked_at(found):
     assert set(found) == set(cases()) - {IN_FOUR}
 
 
+@pytest.mark.slow
 def test_a_split_state_beside_weights_that_are_split_over_other_processes(tmp_path):
     """Sequence parallel within data parallel: neither group alone is enough."""
     case = launched(tmp_path / "four.json", 4, [IN_FOUR], driver=DRIVER)[IN_FOUR]
