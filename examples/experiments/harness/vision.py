@@ -161,6 +161,8 @@ class VisionTask(Task):
             warm_start="sample" if s.warm_start else None,
             **deq,
         )
+        if s.layer != "torchdeq" and s.report_grads:
+            raise ValueError(f"report_grads beside layer={s.layer!r}; expected layer='torchdeq'")
         if s.layer != "torchdeq":
             model.deq = peers.layer(s.layer, s.f_max_iter or model.config.f_max_iter, model.layer)
         self.model = model.to(device, memory_format=torch.channels_last)
