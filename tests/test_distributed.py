@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 
 import pytest
-import torch.distributed
 
+import processes
 from conftest import DRIVERS
 
 DRIVER = DRIVERS / "distributed.py"
@@ -17,10 +15,7 @@ sys.path.append(str(DRIVER.parent))
 from distributed import CASES, HOSTED, HOSTS, SPECS, STEPS  # noqa: E402
 
 pytestmark = [
-    pytest.mark.skipif(
-        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-        reason="this PyTorch has no gloo",
-    ),
+    processes.needs_gloo,
     pytest.mark.slow,
 ]
 MODELS = [(host, spec) for host in HOSTS for spec in (SPECS if host == "own" else HOSTED)]
@@ -29,16 +24,7 @@ MODELS = [(host, spec) for host in HOSTS for spec in (SPECS if host == "own" els
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("distributed") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ended = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(DRIVER), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return json.loads(out.read_text())
+    return processes.found(DRIVER, out)
 
 
 def assert_same(apart):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 
 import pytest
-import torch.distributed
 
 import deq_phantom_plugin as dpp
+import processes
 from conftest import DRIVERS
 
 DRIVER = DRIVERS / "choices.py"
@@ -17,25 +15,13 @@ sys.path.append(str(DRIVER.parent))
 
 from choices import CASES, EVERY, ROWS, Net, choices_of, data  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this PyTorch has no gloo",
-)
+pytestmark = processes.needs_gloo
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("choices") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ended = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(DRIVER), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr  # its end is the launcher's, which knows no reason
-    return json.loads(out.read_text())
+    return processes.found(DRIVER, out)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 
 import pytest
-import torch.distributed
 
+import processes
 from conftest import DRIVERS
 
 pytest.importorskip("lightning")
@@ -20,10 +18,7 @@ from lightning_trainer import SPECS, STEPS  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-        reason="this PyTorch has no gloo",
-    ),
+    processes.needs_gloo,
 ]
 
 
@@ -31,16 +26,7 @@ pytestmark = [
 def found(tmp_path_factory):
     """What each process found, by case."""
     out = tmp_path_factory.mktemp("lightning") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ended = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(DRIVER), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return json.loads(out.read_text())
+    return processes.found(DRIVER, out)
 
 
 def assert_same(found, case, accumulate=1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed
 
+import processes
 from conftest import DRIVERS
 
 DRIVER = DRIVERS / "lockstep_cases.py"
@@ -22,10 +22,7 @@ from lockstep_cases import HOSTED, SOLVERS, SPECS, SPLIT, Net, cases  # noqa: E4
 from deq_phantom_plugin._plumbing.communication import Communication  # noqa: E402
 from deq_phantom_plugin._plumbing.lockstep import NOTICE  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this PyTorch has no gloo",
-)
+pytestmark = processes.needs_gloo
 FOUR = [
     "ift(tol=1e-10) | fixed_point",
     "npg_rr | fixed_point",
@@ -55,27 +52,16 @@ COMPARED = [
 ]
 
 
-def launched(out, processes, names=(), driver=DRIVER):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ended = subprocess.run(
-        [*command, "--nproc-per-node", str(processes), str(driver), str(out), *names],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return json.loads(out.read_text())
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("lockstep") / "two.json", 2)
+    return processes.found(DRIVER, tmp_path_factory.mktemp("lockstep") / "two.json")
 
 
 @pytest.fixture(scope="module")
 def of_four(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("lockstep") / "four.json", 4, FOUR)
+    return processes.found(
+        DRIVER, tmp_path_factory.mktemp("lockstep") / "four.json", *FOUR, processes=4
+    )
 
 
 def assert_one(case):
@@ -91,7 +77,16 @@ def test_two_processes_are_one(found, name):
 
 
 def test_all_cases_of_the_driver_are_looked_at(found):
-    others = {"split | refused", "told", "not finite", "auto", "spectral_radius", "apart"}
+    others = {
+        "alike",
+        "shorter at last",
+        "split | refused",
+        "told",
+        "not finite",
+        "auto",
+        "spectral_radius",
+        "apart",
+    }
     fails = {name for name in found if name.startswith("fails")}
     assert set(found) == {*COMPARED, *others, *fails} == set(cases())
 
@@ -106,6 +101,20 @@ def test_alone_they_would_evaluate_f_unequally_often(found, solver):
 def test_where_f_does_not_communicate_they_do(found):
     few, many = found["apart"]["calls"]
     assert few < many
+
+
+def test_they_agree_once_on_what_is_always_the_same(found):
+    """On all evaluations of a solve, on its graph and its products; and at the end of each part."""
+    case = found["alike"]
+    assert_one(case)
+    assert case["calls"][0] == case["needed"] > 20
+    assert case["exchanges"] <= 8
+
+
+def test_a_solve_that_is_shorter_for_once_is_right(found):
+    case = found["shorter at last"]
+    assert_one(case)
+    assert case["calls"][0] > case["needed"]  # or nothing was agreed on
 
 
 @pytest.mark.slow
@@ -144,6 +153,7 @@ def test_spectral_radius(found):
     ("name", "rank"),
     [
         ("fails in the solve", 1),
+        ("fails in what was agreed", 1),
         ("fails at first", 1),
         ("fails in strategy", 0),
         ("fails where it stands in", 0),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
+import processes
 from conftest import DRIVERS
 
 pytest.importorskip("torchdeq")
@@ -21,10 +21,7 @@ from trainer import RUNNERS, SPECS  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-        reason="this PyTorch has no gloo",
-    ),
+    processes.needs_gloo,
 ]
 
 
@@ -32,19 +29,12 @@ pytestmark = [
 def found(tmp_path_factory):
     """By number of processes and case: the parameters after 0, 1 and 10 steps."""
     folder = tmp_path_factory.mktemp("trainer")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     states = {}
-    for processes, launcher in ((1, []), (2, launch)):
-        out = folder / f"{processes}.pt"
-        ended = subprocess.run(
-            [sys.executable, *launcher, str(DRIVER), str(out)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+    for count in (1, 2):
+        out = folder / f"{count}.pt"
+        ended = processes.run(DRIVER, out, processes=None if count == 1 else count)
         assert ended.returncode == 0, ended.stderr[-3000:]
-        states[processes] = torch.load(out)
+        states[count] = torch.load(out)
     return states
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 
 import pytest
-import torch.distributed
 
+import processes
 from conftest import DRIVERS
 
 pytest.importorskip("torchdeq")
@@ -22,10 +20,7 @@ from sharded_transformer import TRAINED  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-        reason="this PyTorch has no gloo",
-    ),
+    processes.needs_gloo,
 ]
 MODELS = [*(f"{spec} | tied={tied}" for spec, tied in TRAINED), "converted layer"]
 
@@ -34,16 +29,7 @@ MODELS = [*(f"{spec} | tied={tied}" for spec, tied in TRAINED), "converted layer
 def found(tmp_path_factory):
     """What each process found, by case."""
     out = tmp_path_factory.mktemp("sharded") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ended = subprocess.run(
-        [*command, "--nproc-per-node", "2", str(DRIVER), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return json.loads(out.read_text())
+    return processes.found(DRIVER, out)
 
 
 @pytest.mark.parametrize("case", MODELS)

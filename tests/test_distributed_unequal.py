@@ -8,9 +8,10 @@ import warnings
 import pytest
 import torch
 import torch.distributed
-from test_distributed_lockstep import assert_one, launched
+from test_distributed_lockstep import assert_one
 
 import deq_phantom_plugin._plumbing.exchange as exchange
+import processes
 from conftest import DRIVERS
 from deq_phantom_plugin._plumbing.communication import Communication
 from deq_phantom_plugin._plumbing.compilation import eager
@@ -20,16 +21,13 @@ sys.path.append(str(DRIVER.parent))
 
 from lockstep_unequal import EMPTY, LOOPS, METHODS, REPEATED, cases  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this PyTorch has no gloo",
-)
+pytestmark = processes.needs_gloo
 IN_FOUR = "sequence and data"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("unequal") / "two.json", 2, driver=DRIVER)
+    return processes.found(DRIVER, tmp_path_factory.mktemp("unequal") / "two.json")
 
 
 @pytest.mark.parametrize("grad", REPEATED)
@@ -66,7 +64,8 @@ def test_an_error_that_all_processes_catch_leaves_nothing_behind(found):
 
 def test_weights_that_are_sharded_over_one_process(tmp_path):
     """Products in the middle of its forward pass leave them there."""
-    assert_one(launched(tmp_path / "one.json", 1, ["adaptive"], driver=DRIVER)["adaptive"])
+    found = processes.found(DRIVER, tmp_path / "one.json", "adaptive", processes=1)
+    assert_one(found["adaptive"])
 
 
 @pytest.mark.parametrize("name", ["split loop | batch", "three states", "all states"])
@@ -102,7 +101,7 @@ def test_all_cases_of_the_driver_are_looked_at(found):
 @pytest.mark.slow
 def test_a_split_state_beside_weights_that_are_split_over_other_processes(tmp_path):
     """Sequence parallel within data parallel: neither group alone is enough."""
-    case = launched(tmp_path / "four.json", 4, [IN_FOUR], driver=DRIVER)[IN_FOUR]
+    case = processes.found(DRIVER, tmp_path / "four.json", IN_FOUR, processes=4)[IN_FOUR]
     assert_one(case)
     assert len(set(case["needed"])) > 1
 

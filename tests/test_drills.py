@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch.distributed
 
+import processes
 from conftest import DRIVERS
 
 pytest.importorskip("torchdeq")
@@ -19,10 +19,7 @@ from drills import FAULTS, MORE, STEPS
 from peers import CASES, GOES_ON, TIMEOUT, VICTIM
 
 pytestmark = [
-    pytest.mark.skipif(
-        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-        reason="this PyTorch has no gloo",
-    ),
+    processes.needs_gloo,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="signals and fork are those of Unix"),
     pytest.mark.slow,
 ]
@@ -48,35 +45,32 @@ FEWER = {
 }
 
 
-def launch(folder, processes, faults):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "--monitor-interval", "0.1"]
-    command += ["--max-restarts", str(len(faults)), str(DRIVERS / "drills.py"), str(folder)]
-    # Without it PyTorch's processes may find the addresses of those before the restart.
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.run(
-        [*command, *faults],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-        env=environment,
+def launch(folder, count, faults):
+    return processes.run(
+        DRIVERS / "drills.py",
+        folder,
+        *faults,
+        processes=count,
+        options=["--monitor-interval", "0.1", "--max-restarts", str(len(faults))],
+        seconds=900,
+        # Without it PyTorch's processes may find the addresses of those before the restart.
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
     )
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def drilled(request, tmp_path_factory):
     """The steps of each process, by attempt, and the attempts that there should have been."""
-    folder, processes = tmp_path_factory.mktemp("drills"), request.param
-    spans = SPANS if processes == 2 else FEWER
+    folder, count = tmp_path_factory.mktemp("drills"), request.param
+    spans = SPANS if count == 2 else FEWER
     *faults, _ = spans
-    ended = launch(folder, processes, faults)
+    ended = launch(folder, count, faults)
     if "the launcher terminated" in spans:
         assert ended.returncode != 0
-        ended = launch(folder, processes, [])  # by hand, as a scheduler's next job
+        ended = launch(folder, count, [])  # by hand, as a scheduler's next job
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = []
-    for rank in range(processes):
+    for rank in range(count):
         runs = {}
         for line in (folder / f"rank_{rank}.jsonl").read_text().splitlines():
             record = json.loads(line)
@@ -139,20 +133,19 @@ ENDING = [pair for pair in PAIRS if pair[1] not in GOES_ON]
 def seen(tmp_path_factory):
     """What each process saw, and where one process on the joint batch ended, by case."""
     found = {}
-    for processes in (2, 4):
+    for count in (2, 4):
         out = tmp_path_factory.mktemp("peers") / "found.json"
-        names = [case for number, case in PAIRS if number == processes]
-        command = [sys.executable, str(DRIVERS / "peers.py"), str(processes), str(out), *names]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        found[processes] = json.loads(out.read_text())
+        names = [case for number, case in PAIRS if number == count]
+        found[count] = processes.found(
+            DRIVERS / "peers.py", out, count, *names, processes=None, seconds=900
+        )
     return found
 
 
-@pytest.mark.parametrize(("processes", "case"), ENDING)
-def test_where_one_ends_the_others_end_with_an_error(seen, processes, case):
+@pytest.mark.parametrize(("count", "case"), ENDING)
+def test_where_one_ends_the_others_end_with_an_error(seen, count, case):
     """At once, since its connections close; where it only stops, after the group's timeout."""
-    for rank, saw in enumerate(seen[processes]["found"][case]):
+    for rank, saw in enumerate(seen[count]["found"][case]):
         if rank == VICTIM:
             continue
         assert saw["error"].startswith(("RuntimeError", "DistBackendError"))
@@ -177,13 +170,13 @@ def test_the_one_says_why(seen, case, error):
     assert seen[2]["found"][case][VICTIM]["error"].startswith(error)
 
 
-@pytest.mark.parametrize(("processes", "case"), [pair for pair in PAIRS if pair not in ENDING])
-def test_under_guard_all_go_on_as_one_process_on_the_joint_batch(seen, processes, case):
-    first, *others = seen[processes]["found"][case]
+@pytest.mark.parametrize(("count", "case"), [pair for pair in PAIRS if pair not in ENDING])
+def test_under_guard_all_go_on_as_one_process_on_the_joint_batch(seen, count, case):
+    first, *others = seen[count]["found"][case]
     for other in others:
         assert other["parameters"] == first["parameters"]  # every bit
         assert other["chosen"] == first["chosen"]
     counts = [saw["failures"]["forward"] for saw in (first, *others)]
     assert [rank for rank, count in enumerate(counts) if count] == [VICTIM]
-    for got, want in zip(first["parameters"], seen[processes]["joint"][case], strict=True):
+    for got, want in zip(first["parameters"], seen[count]["joint"][case], strict=True):
         torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-6, atol=1e-9)

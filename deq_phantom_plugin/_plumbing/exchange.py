@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -11,19 +12,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .streaks import Lengths
+
 
 class Hosts:
-    """The hosts of some processes, which exchange one number at a time.
+    """The hosts of some processes, which exchange a few numbers at a time.
 
     By a group of their own on gloo: no device is waited for, and a process that has raised in the
     middle of F does not answer a collective of F's with another one.
 
     Attributes:
         ranks: the processes, by their global ranks.
+        lengths: how often they did the same in a row.
     """
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
-        self.ranks = ranks
+        self.ranks, self.lengths = ranks, Lengths()
         # The tensor of the last exchange. The group's thread lets go of it some time later, and if
         # that was the last reference it needs Python, which may have ended by then: an abort.
         self._kept: Tensor | None = None
@@ -33,19 +37,20 @@ class Hosts:
         else:
             self._group = dist.new_group(list(ranks), **options, use_local_synchronization=True)
 
-    def least(self, number: int, seconds: float | None = None) -> int:
-        """Return the least of the processes' numbers.
+    def least(self, numbers: Sequence[int], seconds: float | None = None) -> list[int]:
+        """Return the least that a process has of each of some numbers.
 
         Args:
-            number: of this one.
+            numbers: of this one.
             seconds: how long to wait at most; as long as the group does if None.
         """
-        numbers = self._kept = torch.tensor([number], device="cpu")
+        tensor = self._kept = torch.tensor(numbers, device="cpu")
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
-        work = self._group.allreduce([numbers], options)
+        work = self._group.allreduce([tensor], options)
         work.wait() if seconds is None else work.wait(timedelta(seconds=seconds))
-        return int(numbers)
+        found: list[int] = tensor.tolist()
+        return found
 
     def first_of(self, number: int) -> int:
         """Return the number of the first process."""

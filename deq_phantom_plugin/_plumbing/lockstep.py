@@ -4,19 +4,20 @@ Where F communicates, as with weights that are gathered for each evaluation, eve
 evaluate it as often as the others do, and take as many products; or they wait for one another until
 a timeout. Solvers that stop at a tolerance do not.
 
-So before each operation the processes tell one another which kind they want next, and all do the
-first kind that any of them wants. Who does not want it *stands in*: does it once more and drops the
-result. What a solve computes is what it would have computed alone, to the bit; one that is done
-goes along until all are. No solver and no strategy need know of it.
+So before an operation the processes tell one another which kind they want next, and all do the
+first kind that any of them wants, as many times as earlier solves let expect (`streaks`). Who does
+not want it *stands in*: does it once more and drops the result. What a solve computes is what it
+would have computed alone, to the bit; one that is done goes along until all are. No solver and no
+strategy need know of it.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from .communication import Communication
 from .compilation import eager, may_be_compiled
 from .exchange import Hosts, hosts_of, known_hosts, ranks_of
 from .sharding import Unfinished, may_be_sharded
+from .streaks import OPERATIONS, Streak, Turn
 from .transforms import in_torch_func
 from .trees import State, flatten, unflatten
 from .trial import Trial
@@ -36,19 +38,6 @@ R = TypeVar("R")
 
 NOTICE = 10
 """Seconds in which a process that has raised waits for the others to hear of it."""
-
-
-class Turn(IntEnum):
-    """What a process wants to do next; of different ones the first in this order is done.
-
-    Numbers from `MEET` on are for who waits: with an answer, yes or no, at a depth. Who is deeper
-    inside comes first, so that a process that has left a part out meets the others at its end.
-    """
-
-    EVALUATE = 0
-    LINEARIZE = 1  # an evaluation with a graph
-    MULTIPLY = 2  # a product on such a graph
-    MEET = 4
 
 
 _DEEPEST = 1000
@@ -79,6 +68,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         self._over = False  # an exception has ended it
         self._last: tuple[Callable[[State], State], State] | None = None  # evaluation
         self._product: Callable[[], object] | None = None  # of zeros
+        self._streak = Streak(0, int(Turn.MEET))
         self.busy = False  # with an operation: what F holds inside is in lockstep by itself
 
     def __enter__(self) -> Lockstep:
@@ -92,7 +82,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
             if error is None or type(error).__name__ == "_StopRecomputationError":
                 self.any_of(False)
             elif self._depth == 1:  # further inside somebody may have an answer to it
-                self._fail()
+                self._fail(error)
         finally:
             _entered.stack.pop()
             self._depth -= 1
@@ -200,31 +190,62 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     def _agreed(self, wanted: int) -> int:
         """Return what is done next."""
-        assert self._hosts is not None
         if self._over:
             raise RuntimeError("this solve has ended by an exception in one of its processes")
+        if not self._streak.agreed:
+            self._agree(wanted)
+        return self._streak.next(wanted)
+
+    def _agree(self, wanted: int) -> None:
+        """Agree with the others on what is done next, and how often."""
+        assert self._hosts is not None
+        streak, lengths = self._streak, self._hosts.lengths
+        level = len(set(map(id, _entered.stack)))  # solves inside of an F have lengths of their own
+        expected = [
+            lengths.more((level, *streak.place(turn)), streak.done if turn == streak.turn else 0)
+            for turn in OPERATIONS
+        ]
         try:
-            first = self._hosts.least(wanted)
+            first, needed, *agreed = self._hosts.least([wanted, -streak.needed, *expected])
         except RuntimeError as error:
             self._over = True
-            raise RuntimeError(
-                f"a process of {self._hosts.ranks} has ended, or has not come to the next "
-                "evaluation of F in time: where F communicates, all of them solve in lockstep"
-            ) from error
+            raise RuntimeError(self._gone()) from error
         if first < 0:
             self._over = True
             raise RuntimeError(
                 f"process {-1 - first} has raised an exception in this solve, in which F "
                 "communicates, so that it ends in all processes; that one's says why"
             )
-        return first
+        if first != streak.turn:
+            if streak.turn in OPERATIONS:
+                lengths.ended((level, *streak.place(streak.turn)), -needed)
+            self._streak = streak = Streak(streak.index + 1, first)
+        streak.agreed = agreed[first] if first in OPERATIONS else 1
 
-    def _fail(self) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Let the others know of an exception, as far as they listen."""
-        if self._hosts is not None and not self._over:
-            self._over = True
-            with suppress(RuntimeError):
-                self._hosts.least(-1 - dist.get_rank(), NOTICE)
+        if self._hosts is None or self._over:
+            return
+        # They do what was agreed on, and listen then.
+        start = time.monotonic()
+        while self._streak.agreed and time.monotonic() < start + NOTICE:
+            with suppress(Exception):
+                self._stand_in(Turn(self._streak.next(Turn.MEET)))
+        self._over = True
+        start = time.monotonic()
+        try:
+            self._hosts.least([-1 - dist.get_rank(), 0, 0, 0, 0], NOTICE)
+        except RuntimeError:
+            at_once = time.monotonic() < start + NOTICE / 2
+            if at_once and isinstance(error, RuntimeError):  # perhaps of a collective of F
+                raise RuntimeError(self._gone()) from error
+
+    def _gone(self) -> str:
+        assert self._hosts is not None
+        return (
+            f"a process of {self._hosts.ranks} has ended, or has not come to the next "
+            "evaluation of F in time: where F communicates, all of them solve in lockstep"
+        )
 
     def _done(self, operation: Callable[[], R]) -> R:
         self.busy = True
@@ -307,7 +328,7 @@ def in_lockstep(
     if around is not None and not around.busy:
         named = told is not None and not isinstance(told, str)
         if around.communicates or not named:
-            return around
+            return nullcontext(around)
     return Lockstep(told, holders)
 
 

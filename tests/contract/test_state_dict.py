@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import json
-import os
 import pickle
-import subprocess
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -19,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_flatten
 
 import deq_phantom_plugin as dpp
+import processes
 from conftest import DRIVERS
 from deq_phantom_plugin._plumbing.extras import why_not
 from host_cases import CASES
@@ -639,25 +636,13 @@ def test_a_registered_strategy_loads_too(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this PyTorch has no gloo",
-)
-@pytest.mark.parametrize("processes", [1, 2])
-def test_distributed_checkpoints_take_every_model(processes, tmp_path):
+@processes.needs_gloo
+@pytest.mark.parametrize("count", [1, 2])
+def test_distributed_checkpoints_take_every_model(count, tmp_path):
     out = tmp_path / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    ended = subprocess.run(
-        [*command, "--nproc-per-node", str(processes), str(DRIVER), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(DRIVER.parents[1])},
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found = json.loads(out.read_text())
-    assert len(found) == processes
+    path = str(DRIVER.parents[1])
+    found = processes.found(DRIVER, out, processes=count, PYTHONPATH=path)
+    assert len(found) == count
     for of_one in found:
         assert {"own | fsdp2", "patched | ddp", "torchdeq | compiled"} <= {
             " | ".join(name.split(" | ")[1:3]) for name in of_one

@@ -3,12 +3,7 @@
 torchrun --standalone --nproc-per-node 2 choices.py OUT.json
 """
 
-import datetime
-import gc
 import io
-import json
-import sys
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -16,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import deq_phantom_plugin as dpp
+from in_processes import together, write
 
 EVERY, STEPS, ROWS = 4, 10, (8, 4)
 GRAD = f"auto(cosine=0.97, every={EVERY})"
@@ -108,15 +104,8 @@ def resume(model, grad):
 
 
 def main():
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
-    found = {name: train(**case) for name, case in CASES.items()}
-    if dist.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
-            json.dump(found, file)
-    gc.collect()  # DDP is in a circle; what is left of it at exit aborts the process now and then
-    dist.destroy_process_group()
+    with together(120):
+        write({name: train(**case) for name, case in CASES.items()})
 
 
 if __name__ == "__main__":

@@ -4,10 +4,6 @@ torchrun --standalone --nproc-per-node 2 distributed.py OUT.json
 """
 
 import copy
-import datetime
-import json
-import sys
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -18,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchdeq import get_deq
 
 import deq_phantom_plugin as dpp
+from in_processes import together, write
 
 SPECS = [
     "bptt(steps=6)",
@@ -190,25 +187,20 @@ def guarded(function, *args, **kwargs):
 
 
 def main():
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
-    dpp.enable("torchdeq")
-    found = {"ddp": {}, "fsdp": {}, "reductions": {}}
-    for host in HOSTS:
-        for spec in SPECS if host == "own" else HOSTED:
-            for name, options in CASES.items():
-                key = f"{host} | {spec} | {name}"
-                found["ddp"][key] = guarded(compare, spec, host, **options)
-            found["fsdp"][f"{host} | {spec} | whole"] = guarded(sharded, spec, host, ())
-    for spec in SPECS:
-        found["reductions"][spec] = guarded(reductions, spec)
-        # Each evaluation gathers the weights anew, so that all processes have to take as many.
-        found["fsdp"][f"own | {spec} | F apart"] = guarded(sharded, spec, "own", ("inner",))
-    if dist.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
-            json.dump(found, file, indent=1)
-    dist.destroy_process_group()
+    with together(20):
+        dpp.enable("torchdeq")
+        found = {"ddp": {}, "fsdp": {}, "reductions": {}}
+        for host in HOSTS:
+            for spec in SPECS if host == "own" else HOSTED:
+                for name, options in CASES.items():
+                    key = f"{host} | {spec} | {name}"
+                    found["ddp"][key] = guarded(compare, spec, host, **options)
+                found["fsdp"][f"{host} | {spec} | whole"] = guarded(sharded, spec, host, ())
+        for spec in SPECS:
+            found["reductions"][spec] = guarded(reductions, spec)
+            # Each evaluation gathers the weights anew, so that all processes have to take as many.
+            found["fsdp"][f"own | {spec} | F apart"] = guarded(sharded, spec, "own", ("inner",))
+        write(found)
 
 
 if __name__ == "__main__":

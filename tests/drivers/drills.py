@@ -7,15 +7,12 @@ then once more from the beginning, undisturbed, to be compared with. Every step 
 FOLDER/rank_R.jsonl.
 """
 
-import datetime
-import gc
 import io
 import json
 import os
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +27,8 @@ import deq_phantom_plugin as dpp
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 from train_ddp import Checkpoints
+
+from in_processes import together
 
 STEPS, SAVE_EVERY, MORE, WIDTH, ROWS = 24, 4, 3, 8, 4
 AUTO = "auto(cosine=0.9, every=5)"
@@ -202,13 +201,10 @@ class Training:
 
 def main():
     folder, faults = Path(sys.argv[1]), sys.argv[2:]
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     dpp.enable("torchdeq")
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     fault = faults[attempt] if attempt < len(faults) else None
-    with open(folder / f"rank_{dist.get_rank()}.jsonl", "a") as log:
+    with together(), open(folder / f"rank_{dist.get_rank()}.jsonl", "a") as log:
 
         def note(of, records):
             for record in records:
@@ -222,8 +218,6 @@ def main():
         note("undisturbed", undisturbed.until(STEPS + MORE))
         forgetful = Training(folder / "undisturbed", forgets=True)
         note("forgetful", forgetful.until(STEPS + MORE))
-    gc.collect()  # DDP is in a circle; what is left of it at exit aborts the process now and then
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

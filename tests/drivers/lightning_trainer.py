@@ -4,11 +4,8 @@ torchrun --standalone --nproc-per-node 2 lightning_trainer.py OUT.json
 """
 
 import datetime
-import json
 import logging
-import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import lightning
@@ -22,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin.integrations.lightning import SetStep
+from in_processes import everywhere, together, write
 
 WORLD, BATCH, STEPS, RATE = 2, 8, 6, 0.2  # two epochs
 SCHEDULE = "schedule({0: 'jfb', 0.5: 'npg'})"
@@ -188,25 +186,19 @@ def monitored():
 
 
 def main():
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    shared = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(shared)
-    folder, found = Path(shared[0]), {}
-    for grad in SPECS:
-        for accumulate in (1, 2):
-            found[f"ddp | {grad} | {accumulate}"] = data_parallel(grad, accumulate)
-        found[f"sharded | {grad}"] = sharded(grad)
-        found[f"resumed | {grad}"] = resumed(grad, folder)
-        found[f"resumed, sharded | {grad}"] = resumed(grad, folder, shard=True)
-    found["monitored"] = monitored()
-    every = [None] * WORLD
-    dist.all_gather_object(every, found)
-    if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(every, indent=1))
-    dist.destroy_process_group()
+    with together(TIMEOUT.seconds):
+        shared = [tempfile.mkdtemp()]
+        dist.broadcast_object_list(shared)
+        folder, found = Path(shared[0]), {}
+        for grad in SPECS:
+            for accumulate in (1, 2):
+                found[f"ddp | {grad} | {accumulate}"] = data_parallel(grad, accumulate)
+            found[f"sharded | {grad}"] = sharded(grad)
+            found[f"resumed | {grad}"] = resumed(grad, folder)
+            found[f"resumed, sharded | {grad}"] = resumed(grad, folder, shard=True)
+        found["monitored"] = monitored()
+        write(everywhere(found))
 
 
 if __name__ == "__main__":

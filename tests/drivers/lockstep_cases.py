@@ -7,14 +7,11 @@ evaluations and products.
 """
 
 import copy
-import datetime
 import functools
-import json
 import os
 import signal
 import sys
 import time
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -23,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from torchdeq import get_deq
 
 import deq_phantom_plugin as dpp
+from deq_phantom_plugin._plumbing.exchange import Hosts
+from in_processes import everywhere, together, write
 
 WIDTH, BATCH, STEPS = 6, 8, 3
 SECONDS = 60  # until the group gives up
@@ -190,12 +189,6 @@ def compared(**options):
     return {**found, "calls": everywhere(both.calls), "needed": everywhere(needed)}
 
 
-def everywhere(value):
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def inner_alone():
     """Only F is sharded: the gradient of its own weight, after one pass."""
     model = Net("ift(tol=1e-10)")
@@ -244,10 +237,14 @@ def without(what):
     return {"error": distance(got, want), "calls": everywhere(both.calls)}
 
 
-def failing(at, spec="ift(tol=1e-10)", rank=1):
-    """F raises in one process: what each of them says, and after how many seconds."""
+def failing(at, spec="ift(tol=1e-10)", rank=1, before=1):
+    """F raises in one process: what each of them says, and after how many seconds.
+
+    After some alike steps it is in the middle of evaluations that were agreed on.
+    """
     both = sharded(Net(spec))
-    train(both, part(), steps=1)
+    for _ in range(before):
+        train(both, part(), steps=1)
     both.calls, both.fails_at = 0, at if dist.get_rank() == rank else None
     start = time.perf_counter()
     try:
@@ -256,6 +253,36 @@ def failing(at, spec="ift(tol=1e-10)", rank=1):
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
     return {"said": everywhere(said), "seconds": everywhere(time.perf_counter() - start)}
+
+
+def alike(shrinks):
+    """Steps that take equally many evaluations, and perhaps one at last that takes fewer.
+
+    The error as above; evaluations and exchanges of the last step.
+    """
+    alone = Net("ift(tol=1e-10)")
+    both = sharded(copy.deepcopy(alone))
+    exchanges, least = [0], Hosts.least
+
+    def counted(*args):
+        exchanges[0] += 1
+        return least(*args)
+
+    ends = []
+    for net, at in ((alone, slice(None)), (both, part())):
+        optimizer = torch.optim.SGD(net.parameters(), 0.0)
+        for step in range(6):
+            x, y = data(0)
+            if step == 5:
+                x = 1e3 * x if shrinks else x  # tanh is flat there
+                net.calls, Hosts.least = 0, counted
+            optimizer.zero_grad()
+            (net(x[at]) - y[at]).square().mean().backward()
+            optimizer.step()
+        Hosts.least = least
+        ends.append([whole(p.grad) for p in net.parameters()])
+    found = {"error": distance(ends[1], ends[0]), "calls": everywhere(both.calls)}
+    return {**found, "needed": alone.calls, "exchanges": exchanges[0]}
 
 
 def dying(at, is_killed=False):
@@ -415,6 +442,9 @@ def cases():
         "spectral_radius": measured,
         "tensor parallel": tensor_parallel,
         "apart": apart,
+        "alike": functools.partial(alike, shrinks=False),
+        "shorter at last": functools.partial(alike, shrinks=True),
+        "fails in what was agreed": functools.partial(failing, 5, before=5),
         "fails in the solve": functools.partial(failing, 5),
         "fails at first": functools.partial(failing, 1),
         "fails where it stands in": functools.partial(failing, 30, rank=0),
@@ -438,25 +468,20 @@ def guarded(function):
 
 
 def main():
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
-    dpp.enable("torchdeq")
-    names, known = sys.argv[2:], cases()
-    if names == ["raises"]:
-        dying(-5)
-    if names == ["is killed"]:
-        dying(5, is_killed=True)
-    found = {}
-    for name in names or known:
-        start = time.perf_counter()
-        found[name] = guarded(known[name])
-        if dist.get_rank() == 0:
-            print(name, found[name], f"{time.perf_counter() - start:.1f} s", flush=True)
-    if dist.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
-            json.dump(found, file, indent=1)
-    dist.destroy_process_group()
+    with together(SECONDS):
+        dpp.enable("torchdeq")
+        names, known = sys.argv[2:], cases()
+        if names == ["raises"]:
+            dying(-5)
+        if names == ["is killed"]:
+            dying(5, is_killed=True)
+        found = {}
+        for name in names or known:
+            start = time.perf_counter()
+            found[name] = guarded(known[name])
+            if dist.get_rank() == 0:
+                print(name, found[name], f"{time.perf_counter() - start:.1f} s", flush=True)
+        write(found)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,8 @@ torchrun --standalone --nproc-per-node 2 lockstep_unequal.py OUT.json [NAME ...]
 """
 
 import copy
-import datetime
 import functools
-import json
 import sys
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -31,6 +28,7 @@ from torchdeq import get_deq
 
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.communication import Communication
+from in_processes import together, write
 
 FALLBACK = "guard('ift(max_iter=4)', on_failure=\"fallback('upg(k=3)')\", adjoint_tol=1e-3)"
 REPEATED = ["ift(tol=1e-10)", "jfb", "npg(lam='adaptive')", "upg", "upg(checkpoint=True)", FALLBACK]
@@ -287,17 +285,11 @@ def cases():
 
 
 def main():
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
-    dpp.enable("torchdeq")
-    known = cases()
-    names = sys.argv[2:] or [name for name in known if name != "sequence and data"]
-    found = {name: guarded(known[name]) for name in names}
-    if dist.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
-            json.dump(found, file, indent=1)
-    dist.destroy_process_group()
+    with together(SECONDS):
+        dpp.enable("torchdeq")
+        known = cases()
+        names = sys.argv[2:] or [name for name in known if name != "sequence and data"]
+        write({name: guarded(known[name]) for name in names})
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def alone(case, processes):
 
 
 def main():
-    processes, out = int(sys.argv[1]), Path(sys.argv[2])
+    out, processes = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     names = sys.argv[3:] or CASES

@@ -4,10 +4,6 @@ torchrun --standalone --nproc-per-node 2 sharded_transformer.py OUT.json
 """
 
 import copy
-import datetime
-import json
-import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -23,6 +19,7 @@ from deq_phantom_plugin.adapters.transformer import (
     DEQTransformerForCausalLM,
     deq_from_layer,
 )
+from in_processes import everywhere, together, write
 
 VOCAB, STEPS = 17, 3
 LENGTHS = (4, 13)  # of the two processes: their solves take differently many evaluations
@@ -187,20 +184,8 @@ def cases():
 
 
 def main():
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
-    found = {}
-    for name, case in cases():
-        found[name] = case()
-    every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, found)
-    if dist.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
-            json.dump(every, file, indent=1)
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # a thread of gloo that outlives its group may abort an exit in order
+    with together(20):
+        write(everywhere({name: case() for name, case in cases()}))
 
 
 if __name__ == "__main__":

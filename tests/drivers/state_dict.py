@@ -4,12 +4,8 @@ torchrun --standalone --nproc-per-node 2 state_dict.py OUT.json
 """
 
 import copy
-import datetime
-import json
 import shutil
-import sys
 import tempfile
-import warnings
 from types import SimpleNamespace
 
 import torch
@@ -29,6 +25,7 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.extras import why_not
 from deq_phantom_plugin.hosts.hrm_text import HrmText
 from deq_phantom_plugin.patching import Equilibrium
+from in_processes import everywhere, together, write
 
 STEP = 7
 
@@ -330,15 +327,8 @@ def results():
 
 
 def main():
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, results())
-    if dist.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
-            json.dump(found, file, indent=1)
-    dist.destroy_process_group()
+    with together():
+        write(everywhere(results()))
 
 
 if __name__ == "__main__":

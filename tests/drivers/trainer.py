@@ -20,6 +20,7 @@ from deq_phantom_plugin.adapters.transformer import (
     DEQTransformerForCausalLM,
     SetStep,
 )
+from in_processes import leave
 
 SPECS = ["ift", "jfb", "npg", "schedule({0: 'jfb', 5: 'npg'})", "upg", "upg(k=3, checkpoint=True)"]
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -138,8 +139,7 @@ def main():
                     found[name, spec, accumulate] = [states[i] for i in (0, 1, STEPS)]
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(found, sys.argv[1])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
