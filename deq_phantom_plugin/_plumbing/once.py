@@ -1,12 +1,26 @@
-"""Warnings that are given once per run."""
+"""Warnings that are given once per run, and name the user's line."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _given: dict[str, object] = {}
+_BETWEEN = (__name__.partition(".")[0], "torch", "torchdeq")
+"""Packages whose lines lie between the user's line and a warning of ours."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Give a warning that names the user's line: the innermost one outside of `_BETWEEN`."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        if frame.f_back is None:  # a thread of autograd's: there is no line of the user's
+            level = 2
+            break
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def warn_once(key: str, message: str, category: type[RuntimeWarning]) -> None:
@@ -18,7 +32,7 @@ def warn_once(key: str, message: str, category: type[RuntimeWarning]) -> None:
     """
     if _given.get(key) is not warnings.filters:
         _given[key] = warnings.filters
-        warnings.warn(message, category, stacklevel=2)
+        warn(message, category)
 
 
 @contextmanager
