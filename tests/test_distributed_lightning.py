@@ -42,10 +42,11 @@ def test_data_parallel(found, grad, accumulate):
     assert_same(found, f"ddp | {grad} | {accumulate}", accumulate)
 
 
+@pytest.mark.parametrize("how", ["sharded", "F apart"])
 @pytest.mark.parametrize("grad", SPECS)
-def test_sharded_as_a_whole(found, grad):
-    assert_same(found, f"sharded | {grad}")
-    assert all(process[f"sharded | {grad}"]["sharded"] for process in found)
+def test_sharded_as_a_whole_and_with_f_apart(found, grad, how):
+    assert_same(found, f"{how} | {grad}")
+    assert all(process[f"{how} | {grad}"]["sharded"] for process in found)
 
 
 @pytest.mark.parametrize("how", ["resumed", "resumed, sharded"])

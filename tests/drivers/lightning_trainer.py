@@ -60,7 +60,10 @@ def loss_of(net, x, y):
 
 
 class Lit(lightning.LightningModule):
-    """The same in Lightning; every process sees its rows of each joint batch."""
+    """The same in Lightning; every process sees its rows of each joint batch.
+
+    `sharded` is False, True, or "F apart" with F in a group of its own.
+    """
 
     def __init__(self, grad, accumulate=1, sharded=False):
         super().__init__()
@@ -68,8 +71,11 @@ class Lit(lightning.LightningModule):
         self.told = []
 
     def configure_model(self):
+        mesh = self.device_mesh["data_parallel"] if self.sharded else None
+        if self.sharded == "F apart":
+            fully_shard(self.net.inner, mesh=mesh)
         if self.sharded:
-            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=mesh)
             self.sharded = False
 
     def training_step(self, batch, index):
@@ -156,8 +162,8 @@ def model_parallel():
     )
 
 
-def sharded(grad):
-    model = Lit(grad, sharded=True)
+def sharded(grad, how=True):
+    model = Lit(grad, sharded=how)
     trainer(strategy=model_parallel()).fit(model)
     inside = all(isinstance(p, DTensor) for p in model.net.parameters())
     return {"apart": distance(model.net, by_hand(grad)), "told": model.told, "sharded": inside}
@@ -195,6 +201,7 @@ def main():
             for accumulate in (1, 2):
                 found[f"ddp | {grad} | {accumulate}"] = data_parallel(grad, accumulate)
             found[f"sharded | {grad}"] = sharded(grad)
+            found[f"F apart | {grad}"] = sharded(grad, "F apart")
             found[f"resumed | {grad}"] = resumed(grad, folder)
             found[f"resumed, sharded | {grad}"] = resumed(grad, folder, shard=True)
         found["monitored"] = monitored()
