@@ -27,8 +27,9 @@ def told_step(context: Context, who: str) -> int:
         warn_once(
             "schedule",
             f"{who} was not told the training step and takes it to be 0; call dpp.set_step(model, "
-            "step) in the training loop. A call of dpp.attach or dpp.loop is told it only through "
-            "a dpp.Memory that is in the model and in its context. Said once.",
+            "step) in the training loop, with total=... if fractions of training are meant. A call "
+            "of dpp.attach or dpp.loop is told it only through a dpp.Memory that is in the model "
+            "and in its context. Said once.",
             ConvergenceWarning,
         )
         return 0
