@@ -1,1 +1,1 @@
-"""What the rest stands on; nothing here is for users."""
+"""Services that know nothing of equilibria, one per file. They are private to this package."""

@@ -1,4 +1,9 @@
-"""The buffers of modules that run inside F, as they were."""
+"""Remembers the buffers of modules that run inside F, and puts them back.
+
+An evaluation of F changes buffers such as the running statistics of a batch normalisation. Some
+evaluations must leave no trace: those of a trial (`trial.py`). They note the buffers of each
+module before it runs, and restore them at the end.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +21,12 @@ from .compilation import hooks_unsaid
 
 
 class Seen(NamedTuple):
-    """A buffer as it was when it was looked at.
+    """A buffer as it was at one moment.
 
     Attributes:
-        buffer: the tensor; None where a module has none of that name.
-        version: how often PyTorch counts that it was changed in place.
-        value: a copy; None where it is not known.
+        buffer: the tensor itself; None if the module's buffer of that name is None.
+        version: PyTorch's count of changes in place.
+        value: a copy of the values; None if they are not known.
     """
 
     buffer: Tensor | None
@@ -30,34 +35,34 @@ class Seen(NamedTuple):
 
     @classmethod
     def now(cls, buffer: Tensor | None) -> Seen:
-        """Look at a buffer."""
+        """Return a buffer as it is at this moment."""
         return cls(buffer, version(buffer), None if buffer is None else buffer.detach().clone())
 
     def is_still(self, module: nn.Module, name: str) -> bool:
-        """Whether a module has this buffer with this value."""
+        """Whether the module's buffer of that name still has this value."""
         buffer = module._buffers.get(name)
         if buffer is None or self.value is None:
             return buffer is self.buffer
         return buffer.shape == self.value.shape and torch.equal(buffer, self.value)
 
     def put_back(self, module: nn.Module, name: str) -> None:
-        """Give a module this buffer with this value."""
+        """Give the module this buffer and this value again."""
         if self.buffer is not None and self.value is not None:
-            # `.data`: graphs that hold the buffer are not to take it for changed.
+            # `.data` does not count as a change, so graphs that have saved the buffer stay valid.
             self.buffer.data.copy_(self.value)
         module._buffers[name] = self.buffer
 
 
 def version(buffer: Tensor | None) -> int:
-    """Return how often a buffer was changed in place, as far as PyTorch counts."""
+    """Return PyTorch's count of a buffer's changes in place; -1 where PyTorch does not count."""
     return -1 if buffer is None or buffer.is_inference() else buffer._version
 
 
 class Buffers:
-    """The buffers of modules as they were: running statistics, vectors of power iterations.
+    """The buffers of modules, as they were when each module was first noted.
 
     Attributes:
-        modules: those that were noted, in order; each once.
+        modules: the modules that were noted, each once, in the order of their first run.
         seen: their buffers, by module and name.
     """
 
@@ -66,11 +71,11 @@ class Buffers:
         self.seen: dict[tuple[nn.Module, str], Seen] = {}
 
     def note(self, module: nn.Module) -> None:
-        """Keep the buffers of a module as they are, if it is not known yet."""
+        """Remember the buffers of a module as they are now, unless it was noted before."""
         if module not in self.modules:
             self.modules[module] = None
             for name, buffer in module._buffers.items():
-                if buffer is None or not is_lazy(buffer):  # or its first evaluation makes it
+                if buffer is None or not is_lazy(buffer):  # a lazy one has no value yet
                     self.seen[module, name] = Seen.now(buffer)
 
     @contextmanager
@@ -91,10 +96,10 @@ class Buffers:
 
     @property
     def have_changed(self) -> bool:
-        """Whether a module that was noted has other buffers now."""
+        """Whether a buffer of a noted module has another value now."""
         return any(not seen.is_still(module, name) for (module, name), seen in self.seen.items())
 
     def put_back(self) -> None:
-        """Give the modules their buffers back."""
+        """Give all noted modules their buffers back."""
         for (module, name), seen in self.seen.items():
             seen.put_back(module, name)

@@ -1,4 +1,10 @@
-"""Weights that PyTorch keeps between evaluations of F, some of them made without autograd."""
+"""Keeps weights that PyTorch cached without autograd out of evaluations that need gradients.
+
+PyTorch caches weights in two places: `parametrize.cached()` keeps parametrized weights, and
+autocast keeps weights that it has cast. If a solve under `torch.no_grad` fills these caches, later
+evaluations with autograd would use weights without a graph, and the parameters would get no
+gradient. This file drops such entries, so that PyTorch computes them again.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +17,30 @@ from torch.nn.utils import parametrize
 
 
 class CachedWeights:
-    """Keeps evaluations with autograd from weights that a solve under `torch.no_grad` left behind.
+    """Drops cached weights without a graph before an evaluation of F with autograd.
 
-    Inside `parametrize.cached()` a weight is made from its originals once, and under autocast cast
-    once; if the solve did that, no gradient would get past it. Such weights are made anew, once,
-    and then kept as before.
+    PyTorch then computes these weights once more, with a graph, and caches them as before.
     """
 
     def __init__(self) -> None:
-        self._evaluated = False  # with autograd, since it was last without
+        self._evaluated = False  # whether the latest evaluation was one with autograd
 
     def prepare(self) -> None:
-        """Be told that F is about to be evaluated."""
-        if torch.compiler.is_compiling():  # which casts by itself, and knows of no such cache
+        """Drop what the next evaluation of F must not use; to be called before each of them."""
+        if torch.compiler.is_compiling():  # compiled code has casts of its own, without a cache
             return
         if not torch.is_grad_enabled():
             self._evaluated = False
             return
         _forget_constants()
-        # PyTorch's own casts without autograd are not kept in all of its versions.
+        # Some versions of PyTorch also cache casts that were made without autograd.
         if not self._evaluated and torch.is_autocast_cache_enabled() and _under_autocast():
             torch.clear_autocast_cache()
         self._evaluated = True
 
 
 def _forget_constants() -> None:
-    """Drop what `parametrize.cached()` holds that was made without autograd."""
+    """Drop the weights without a graph from the cache of `parametrize.cached()`."""
     for key, weight in list(parametrize._cache.items()):
         if isinstance(weight, Tensor) and not weight.requires_grad:
             del parametrize._cache[key]
@@ -48,15 +52,15 @@ def _under_autocast() -> bool:
 
 @contextmanager
 def made_anew() -> Iterator[None]:
-    """Make weights anew in evaluations inside a `with` block, in spite of `parametrize.cached()`.
+    """Compute parametrized weights again inside a `with` block, in spite of a cache around it.
 
-    For evaluations that are done again in backward, when the cache holds something else.
+    This is for evaluations that backward repeats: the cache may hold other weights by then.
     """
     before = parametrize._cache_enabled
     if not before:
         yield
         return
-    if torch.is_grad_enabled():  # what comes after the equilibrium may use the same weights
+    if torch.is_grad_enabled():  # layers after the equilibrium may use the same weights
         _forget_constants()
     parametrize._cache_enabled = 0
     try:

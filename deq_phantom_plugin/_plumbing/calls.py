@@ -1,4 +1,4 @@
-"""How often a map is called in a solve."""
+"""Counts how often a solve calls its map F, also where F or the solver is compiled."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .trial import Trial
 
 
 class Calls:
-    """How often a map was called, counted outside of compiled code.
+    """How often a map was called; calls in trials inside the solve do not count.
 
-    A number that changes with every call is a constant to the compiler, which compiles anew for
-    each until it gives up. Trials inside the solve do not count.
+    The counting is never compiled. The compiler takes a Python number for a constant, and would
+    compile again for each new count.
     """
 
     def __init__(self) -> None:
-        self._made = {False: 0, True: 0}  # without and with autograd
-        self._depth = Trial.depth()  # a report may run the whole model in one
+        self._made = {False: 0, True: 0}  # calls without and with autograd
+        self._depth = Trial.depth()  # not always 0: a report runs a whole model inside a trial
 
     @never_compiled
     def note(self) -> None:
@@ -31,15 +31,18 @@ class Calls:
 
     @never_compiled
     def by_solver(self) -> bool:
-        """Whether a solver called it.
+        """Whether a solver has called the map, rather than only a strategy.
 
-        Solvers run without autograd; strategies with, and alone where they own the solve.
+        Solvers call it without autograd. A strategy that owns the solve calls it with autograd.
         """
         return self._made[False] > 0
 
     @never_compiled
     def of_solve(self) -> Tensor:
-        """Return how many calls the solve took, an integer tensor of shape ()."""
+        """Return how many calls the solve took, an integer tensor of shape ().
+
+        These are the calls without autograd, or, if there are none, the calls with autograd.
+        """
         return torch.tensor(self._made[False] or self._made[True])
 
 
@@ -50,7 +53,7 @@ class Counted:
         func: the map.
 
     Attributes:
-        func: as it was given.
+        func: the map, as given.
         calls: how often it was called.
     """
 
@@ -66,5 +69,5 @@ class Counted:
     @property
     @never_compiled
     def nfe(self) -> int:
-        """Evaluations of the solve: solvers run without autograd, strategies that own it with."""
+        """The number of evaluations that the solve took, see `Calls.of_solve`."""
         return int(self.calls.of_solve())

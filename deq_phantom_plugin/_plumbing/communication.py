@@ -1,4 +1,9 @@
-"""Whether modules that run communicate with other processes, and with which."""
+"""Finds out whether F communicates with other processes, and with which ones.
+
+A hook looks at each module that runs in an evaluation of F. Sharded parameters (`DTensor`s) tell
+the processes among which they are sharded. Some modules communicate without such parameters, and
+are known by their type. If F communicates, the processes solve in lockstep (`lockstep.py`).
+"""
 
 from __future__ import annotations
 
@@ -19,18 +24,19 @@ from .sharding import is_sharded, meshes
 class Communication(AbstractContextManager["Communication"]):
     """Looks at the modules that this thread runs inside a `with` block.
 
-    Parameters that are `DTensor`s say among whom: those of tensor parallel, and those of FSDP2
-    before their module gathers them, which is after this looks. Modules that gather or reduce
-    without such parameters are known by their type: FSDP's, and batch normalisation over processes.
-    A collective that F calls by itself is not seen.
+    - Parameters that are `DTensor`s tell their processes: those of tensor parallel, and those of
+      FSDP2. FSDP2 gathers them when the module runs, and the hook looks just before that.
+    - FSDP 1 and `SyncBatchNorm` in training are known by their type.
+    - A collective that F calls by itself is not seen.
 
     Args:
-        holders: processes that communicate anyway, by global ranks.
+        holders: groups of processes that communicate in any case, by their global ranks.
 
     Attributes:
-        ranks: the processes among whom modules communicate, by global ranks; all where they do so
-            in several groups, none where they do not.
-        sharded: those that FSDP2 shards, in groups of their own.
+        ranks: the processes among which modules communicate, by their global ranks. It is empty if
+            no module communicates. It holds all processes of the run if modules communicate in
+            groups of which none contains the others.
+        sharded: the modules that FSDP2 shards in groups of their own.
     """
 
     def __init__(self, holders: Sequence[tuple[int, ...]] = ()) -> None:
@@ -58,6 +64,7 @@ class Communication(AbstractContextManager["Communication"]):
         self._stack.close()
 
     def _note(self, ranks: tuple[int, ...]) -> None:
+        """Add a group of processes to those known; see `ranks` for groups that differ."""
         if set(ranks) <= set(self.ranks) or len(ranks) < 2:
             return
         if not set(self.ranks) <= set(ranks):
@@ -66,14 +73,14 @@ class Communication(AbstractContextManager["Communication"]):
 
 
 def _ranks(module: nn.Module) -> Iterator[list[int]]:
-    """Yield the processes that a module communicates with, for each way in which it does."""
+    """Yield the global ranks of each group in which a module communicates."""
     tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
     kind = getattr(tensors, "DTensor", ())
     shards = is_sharded(module)
     for parameter in module.parameters() if shards else module._parameters.values():
         if isinstance(parameter, kind):
             yield _of_mesh(parameter.device_mesh)
-    if shards:  # whose weights may be gathered already
+    if shards:  # its weights may be gathered already, and are no `DTensor`s then
         yield from map(_of_mesh, meshes(module))
     elif isinstance(module, getattr(fsdp, "FullyShardedDataParallel", ())):
         group: Any = module.process_group
@@ -83,5 +90,6 @@ def _ranks(module: nn.Module) -> Iterator[list[int]]:
 
 
 def _of_mesh(mesh: Any) -> list[int]:
+    """Return the global ranks of a `DeviceMesh`."""
     ranks: list[int] = mesh.mesh.flatten().tolist()
     return ranks

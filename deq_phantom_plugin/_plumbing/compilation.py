@@ -1,4 +1,9 @@
-"""torch.compile: solvers whose F is compiled, and code that must not be."""
+"""torch.compile: compiles F for a solver, and keeps other code out of compilation.
+
+`compiled` compiles F, and finds code that was compiled before. `never_compiled` marks functions
+that must run as plain Python even inside a compiled model. `eager` runs compiled code as it was
+written.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def may_compile(solver: Callable[..., R]) -> Callable[..., R]:
-    """Let a solver of (func, start, ...) take `compile` as well, see `compiled`."""
+    """Decorate a solver of (func, start, ...), so that it takes `compile=` too, see `compiled`."""
 
     @functools.wraps(solver)
     def solve(
@@ -34,10 +39,10 @@ def may_compile(solver: Callable[..., R]) -> Callable[..., R]:
 
 
 def check_compile(compile: Any) -> bool | str:
-    """Return whether to compile, or a mode of `torch.compile`.
+    """Return `compile` if it is a bool or a mode of `torch.compile`.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if `compile` is neither.
     """
     if isinstance(compile, bool) or (isinstance(compile, str) and compile):
         return compile
@@ -50,25 +55,27 @@ def check_compile(compile: Any) -> bool | str:
 def compiled(
     func: _F, compile: bool | str, owner: object = None, *, dynamic: bool | None = False
 ) -> _F:
-    """Return F compiled, if that is asked for.
+    """Return F, compiled if `compile` asks for it.
 
     Args:
-        func: F. What was compiled is found again by its code: a closure made anew each training
-            step does not compile anew.
-        compile: see `check_compile`.
-        owner: whose F it is, a model or a layer. The compiler keeps no more than a few versions of
-            one code: of a code that many models share it would soon have enough.
-        dynamic: as `torch.compile` has it: None for a second compilation, for any size, where a
-            size has changed.
+        func: F. The compiler finds earlier results by the code object of F. So a closure that is
+            made in each training step is compiled once.
+        compile: whether to compile, or a mode of `torch.compile`.
+        owner: the model or layer that F belongs to. F gets a code object for each owner. The
+            compiler keeps only a few versions of one code object, and models that share one would
+            exceed that limit.
+        dynamic: as in `torch.compile`. None compiles a second time, for any size, when a size has
+            changed.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if `compile` is invalid.
     """
     wanted = check_compile(compile)
-    if not wanted or torch.compiler.is_compiling():  # by the whole model's compiler
+    if not wanted or torch.compiler.is_compiling():  # F is compiled with the whole model then
         return func
     mode = wanted if isinstance(wanted, str) else None
-    lives = owner is not None and not getattr(owner, "_is_replica", False)  # DataParallel's do not
+    # Replicas of DataParallel live for one forward pass only.
+    lives = owner is not None and not getattr(owner, "_is_replica", False)
     if lives and isinstance(func, types.FunctionType):
         func = cast(_F, _with_code_of(owner, func))
     made = torch.compile(func, mode=mode, dynamic=dynamic)
@@ -77,10 +84,10 @@ def compiled(
 
 
 def _keep_one_backend() -> None:
-    """Forget the backend of the last call of `torch.compile`, if one that is equal is kept.
+    """Drop the backend of the last call of `torch.compile`, if PyTorch keeps an equal one.
 
-    PyTorch keeps that of every call, to reset it: a closure made anew in each training step would
-    take a little more memory each time.
+    PyTorch keeps the backend of every call, to be able to reset them. A closure that is compiled in
+    each training step would thus leak a little memory in each step.
     """
     frames = sys.modules.get("torch._dynamo.eval_frame")
     kept: dict[int, Any] = getattr(frames, "cached_backends", {})
@@ -89,16 +96,16 @@ def _keep_one_backend() -> None:
         kept.pop(last[0], None)
 
 
-# Kept for as long as an owner lives, and what was compiled of them with them.
+# Copies of code objects by owner. They, and what was compiled from them, live as long as the owner.
 _codes: weakref.WeakKeyDictionary[object, dict[types.CodeType, types.CodeType]]
 _codes = weakref.WeakKeyDictionary()
 _numbers = itertools.count()
 
 
 def _with_code_of(owner: object, func: types.FunctionType) -> types.FunctionType:
-    """Return the same function with a copy of its code that is the owner's."""
+    """Return the same function with a copy of its code object that belongs to the owner."""
     codes, code = _codes.setdefault(owner, {}), func.__code__
-    if code not in codes:  # under a name of its own: by that the compiler notes changing sizes
+    if code not in codes:  # the name is new, too: the compiler notes changed sizes by the name
         codes[code] = code.replace(co_name=f"{code.co_name}_{next(_numbers)}")
     own = types.FunctionType(
         codes[code], func.__globals__, func.__name__, func.__defaults__, func.__closure__
@@ -108,11 +115,11 @@ def _with_code_of(owner: object, func: types.FunctionType) -> types.FunctionType
 
 
 def never_compiled(function: _F) -> _F:
-    """Run a function as it is also inside a compiled model, with all that it calls.
+    """Decorate a function, so that it and all that it calls stay uncompiled in a compiled model.
 
-    For code on hooks of saved tensors and modes, of which compiled graphs know nothing, and for
-    what changes with every call. Unlike `torch.compiler.disable` it costs nothing where nothing is
-    compiled, the import of the compiler included.
+    This is for code that uses hooks of saved tensors or modes, which compiled graphs ignore, and
+    for code with numbers that change in every call. Unlike `torch.compiler.disable` it does not
+    import the compiler, and so costs nothing where nothing is compiled.
     """
     disabled: list[Callable[..., Any]] = []
 
@@ -120,22 +127,23 @@ def never_compiled(function: _F) -> _F:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return torch.compiler.disable(function)(*args, **kwargs)
-        if may_be_compiled():  # the compiler may have given up on our caller, but not on us
+        if may_be_compiled():  # the compiler may skip our caller, and still try to compile us
             if not disabled:
                 disabled.append(torch.compiler.disable(function))
             return disabled[0](*args, **kwargs)
         return function(*args, **kwargs)
 
-    # The compiler counts by code: of one that all functions share it would soon have enough.
+    # The compiler limits the versions of one code object. So each function gets a copy of its own.
     code: Any = call
     code.__code__ = code.__code__.replace(co_name=function.__name__)
     return cast(_F, call)
 
 
 class _Eager(AbstractContextManager[None]):
-    """`torch.compiler.set_stance("force_eager")`, for as long as any thread is inside.
+    """Keeps `torch.compiler.set_stance("force_eager")` for as long as any thread is inside.
 
-    The stance is one for all threads, and each would put back what it found.
+    PyTorch has one stance for all threads. The first thread that enters sets it, and the last one
+    that leaves restores it.
     """
 
     def __init__(self) -> None:
@@ -145,7 +153,7 @@ class _Eager(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         with self._lock:
-            # Where nothing is compiled yet, the import would take seconds.
+            # If nothing is compiled yet, there is nothing to do; the import would take seconds.
             if self._stance is None and may_be_compiled():
                 self._stance = torch.compiler.set_stance("force_eager")
                 self._stance.__enter__()
@@ -163,14 +171,14 @@ _eager = _Eager()
 
 
 def may_be_compiled() -> bool:
-    """Whether anything that runs here may be compiled code; false before the first compilation."""
+    """Whether code that runs here may be compiled; False as long as the compiler is not loaded."""
     return torch.compiler.is_compiling() or "torch._dynamo" in sys.modules
 
 
 def hooks_unsaid() -> AbstractContextManager[None]:
-    """Keep PyTorch from warning of a hook of ours where a compiled module runs.
+    """Ignore PyTorch's warning of global hooks, which it gives where a compiled module runs.
 
-    Nobody can act on it.
+    The hook is this package's own, so that users cannot act on the warning.
     """
     if not may_be_compiled():
         return nullcontext()
@@ -178,21 +186,21 @@ def hooks_unsaid() -> AbstractContextManager[None]:
 
 
 def eager() -> AbstractContextManager[None]:
-    """Run what was compiled as it was written, inside a `with` block.
+    """Run compiled functions uncompiled, as they were written, inside a `with` block.
 
-    A backward pass that was compiled where no graph was to be kept may overwrite what was saved
-    for it; on such a graph the second product is refused or, from a cache on disk that another
-    process has filled, silently wrong (PyTorch 2.13.0 and 2.14.1). An eager graph is good for any
-    number of products, and for second derivatives, which compiled code has none of.
+    A compiled backward pass may overwrite its saved tensors, if it was compiled for a graph that is
+    used once. A second product on such a graph is refused. With a cache on disk that another
+    process has filled, it is even silently wrong (PyTorch 2.13.0 and 2.14.1). An uncompiled graph
+    allows any number of products, and second derivatives, which compiled code does not have.
 
-    What goes on in other threads meanwhile is not compiled either. For functions that are
-    `never_compiled`: the compiler refuses to change its ways in the middle of its own code.
+    Other threads do not run compiled code during the block either. Use it in functions that are
+    `never_compiled` only: PyTorch refuses to change its stance inside of compiled code.
     """
     return _eager
 
 
 def as_written(func: Callable[..., R]) -> Callable[..., R]:
-    """Return a function that runs what was compiled as it was written, see `eager`."""
+    """Return a function that runs `func` uncompiled, see `eager`."""
 
     @never_compiled
     def evaluate(*args: Any, **kwargs: Any) -> R:

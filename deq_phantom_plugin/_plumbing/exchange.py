@@ -1,4 +1,8 @@
-"""Numbers that the hosts of several processes exchange, apart from what their devices do."""
+"""Lets processes exchange a few integers through their CPUs, while their GPUs go on working.
+
+Processes in lockstep (`lockstep.py`) agree by such numbers on what they do next. They use a process
+group of their own on the gloo backend.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,25 @@ from .streaks import Lengths
 
 
 class Hosts:
-    """The hosts of some processes, which exchange a few numbers at a time.
+    """The CPUs ("hosts") of some processes, which exchange a few integers at a time.
 
-    By a group of their own on gloo: no device is waited for, and a process that has raised in the
-    middle of F does not answer a collective of F's with another one.
+    They have a process group of their own on gloo, for two reasons. No device is waited for. And
+    if a process raises in the middle of F, its message cannot be taken for its part in a collective
+    of F.
+
+    Args:
+        ranks: the processes, by their global ranks, in ascending order.
 
     Attributes:
-        ranks: the processes, by their global ranks.
-        lengths: how often they did the same in a row.
+        ranks: as given.
+        lengths: how many operations of one kind the processes did in a row, see `streaks.py`.
     """
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
         self.ranks, self.lengths = ranks, Lengths()
-        # The tensor of the last exchange. The group's thread lets go of it some time later, and if
-        # that was the last reference it needs Python, which may have ended by then: an abort.
+        # The tensor of the last exchange is kept alive here. The group's thread drops its own
+        # reference some time later. If that were the last one, the thread would need the Python
+        # interpreter, which may have ended by then, and the process would abort.
         self._kept: Tensor | None = None
         options: dict[str, Any] = {"backend": "gloo", "timeout": _timeout()}
         if len(ranks) == dist.get_world_size():
@@ -38,11 +47,14 @@ class Hosts:
             self._group = dist.new_group(list(ranks), **options, use_local_synchronization=True)
 
     def least(self, numbers: Sequence[int], seconds: float | None = None) -> list[int]:
-        """Return the least that a process has of each of some numbers.
+        """Return the least of each number over all processes.
 
         Args:
-            numbers: of this one.
-            seconds: how long to wait at most; as long as the group does if None.
+            numbers: the numbers of this process, equally many in each process.
+            seconds: how long to wait for the others at most; None for the group's timeout.
+
+        Raises:
+            RuntimeError: if another process has ended, or does not come in time.
         """
         tensor = self._kept = torch.tensor(numbers, device="cpu")
         options: Any = dist.AllreduceOptions()
@@ -53,25 +65,26 @@ class Hosts:
         return found
 
     def first_of(self, number: int) -> int:
-        """Return the number of the first process."""
+        """Return the number that the process of the lowest rank gives."""
         numbers = self._kept = torch.tensor([number], device="cpu")
         dist.broadcast(numbers, self.ranks[0], group=self._group)
         return int(numbers)
 
 
-_known = weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Hosts]]()  # by default group
+# By default process group: a new `init_process_group` needs new groups.
+_known = weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Hosts]]()
 
 
 def known_hosts(ranks: tuple[int, ...]) -> Hosts | None:
-    """Return the hosts of processes, if they have met before."""
+    """Return the hosts of some processes if they have been made before, else None."""
     return _known.get(dist.group.WORLD, {}).get(ranks)
 
 
 def hosts_of(ranks: tuple[int, ...]) -> Hosts | None:
-    """Return the hosts of processes, None of fewer than two.
+    """Return the hosts of some processes, made if need be; None for fewer than two processes.
 
     Raises:
-        RuntimeError: if not all of them come.
+        RuntimeError: if one of the processes does not come to make the group.
     """
     if len(ranks) < 2:
         return None
@@ -81,21 +94,21 @@ def hosts_of(ranks: tuple[int, ...]) -> Hosts | None:
             made[ranks] = Hosts(ranks)
         except RuntimeError as error:
             raise RuntimeError(
-                f"F communicates, and of the processes {ranks} that were to solve together some "
-                "have ended, or have not come in time. Where F's modules communicate in several "
-                "groups that is all of the run: process_group=... in the context or of the "
-                "equilibrium says which processes run the model"
+                f"F communicates, so the processes {ranks} have to solve together, and some of "
+                "them have ended, or have not come in time. If only some of them run the model, "
+                "name these: pass process_group=... to the equilibrium or the context. Where F's "
+                "modules communicate in several groups, all processes of the run are waited for"
             ) from error
     return made[ranks]
 
 
 def ranks_of(group: Any) -> tuple[int, ...]:
-    """Return the global ranks of a process group."""
+    """Return the global ranks of a process group, in ascending order."""
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
 def _timeout() -> timedelta | None:
-    """Return that of the default group; what a new group has by default is not that."""
+    """Return the timeout of the default group, None if unknown; a new group does not inherit it."""
     world: Any = dist.group.WORLD
     for device in world._device_types:
         with suppress(Exception):

@@ -1,4 +1,8 @@
-"""Optional packages: imported when first needed, and if missing or broken, said so."""
+"""Imports optional packages when they are first needed.
+
+If one is missing, the error gives the pip command that installs it. If one is installed but broken,
+the error gives the reason.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +17,19 @@ _DISTRIBUTION = "deq-phantom-plugin"
 
 
 def require(module: str, extra: str) -> Any:
-    """Import an optional module.
+    """Import an optional module and return it.
 
     Args:
-        module: its name.
-        extra: the extra of this package that installs it.
+        module: the module's full name.
+        extra: the extra of this package that installs the module.
 
     Raises:
-        ImportError: if it is missing, and then gives the pip command, or broken.
+        ImportError: if the module is missing or broken. If it is missing, the message gives the pip
+            command that installs it.
     """
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a RuntimeError too, such as of what it has in C++
+    except Exception as error:  # not only ImportError: C++ extensions raise a RuntimeError
         package = module.partition(".")[0]
         missing = isinstance(error, ModuleNotFoundError) and error.name == module
         if is_there(package) and not missing:
@@ -34,14 +39,14 @@ def require(module: str, extra: str) -> Any:
 
 
 def pip_line(extra: str) -> str:
-    """Return the command that installs an extra."""
+    """Return the pip command that installs an extra."""
     return f'pip install "{_DISTRIBUTION}[{extra}]"'
 
 
 def extras() -> dict[str, list[str]]:
-    """Return the packages of each extra, from the metadata of this package itself.
+    """Return the packages of each extra, from this package's metadata.
 
-    An extra that is made of others has their packages.
+    An extra that consists of other extras has all their packages.
     """
     own: dict[str, list[str]] = {}
     parts: dict[str, list[str]] = {}
@@ -64,15 +69,15 @@ def extras() -> dict[str, list[str]]:
 
 
 def is_there(package: str) -> bool:
-    """Whether a package is installed; it may be broken all the same. Imports nothing."""
+    """Whether a package is installed, working or broken; nothing is imported."""
     try:
         return find_spec(package) is not None
-    except ValueError:  # somebody made the module by hand
+    except ValueError:  # a module in `sys.modules` that was made by hand has no spec
         return sys.modules.get(package) is not None
 
 
 def why_not(module: str) -> str:
-    """Import a module; return in words why that fails, nothing where it does not."""
+    """Import a module; return the reason in words if that fails, else an empty text."""
     if not is_there(module.partition(".")[0]):
         return f"{module} is not installed"
     try:
@@ -83,14 +88,14 @@ def why_not(module: str) -> str:
 
 
 def _broken(module: str, error: Exception) -> str:
-    """Say that a module is there and cannot be imported."""
+    """Return the text that a module is installed and cannot be imported, with the reason."""
     reasons: list[BaseException] = [error]
     while (cause := reasons[-1].__cause__) is not None:
         reasons.append(cause)
     text = f"{module} cannot be imported: {type(reasons[-1]).__name__}: {reasons[-1]}"
     if any("torchvision" in str(reason) for reason in reasons):
         text += (
-            "; a torchvision that was built with another PyTorch breaks what imports it: install "
-            "the two together from one index, or uninstall torchvision"
+            "; a torchvision that was built for another PyTorch breaks every package that imports "
+            "torchvision: install the two together from one index, or uninstall torchvision"
         )
     return text

@@ -1,4 +1,8 @@
-"""What tells versions of a function apart, from its source."""
+"""Fingerprints of functions in foreign code, by which known versions are recognised.
+
+A fingerprint is a hash of a function's syntax tree. Comments, spacing and line endings do not
+change it.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,11 @@ from typing import Any
 
 
 def fingerprint(source: bytes, function: str) -> str | None:
-    """Return what tells versions of a function apart, None if no such function can be read.
-
-    Comments, spacing and line endings do not count.
+    """Return the fingerprint of a function, 16 hexadecimal digits; None if it cannot be read.
 
     Args:
-        source: a file's bytes.
-        function: its qualified name, such as "Net.forward".
+        source: the bytes of a source file.
+        function: the function's qualified name in that file, such as "Net.forward".
     """
     try:
         node: Any = ast.parse(source)

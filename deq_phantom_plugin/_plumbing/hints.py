@@ -1,4 +1,4 @@
-"""Names that nobody knows: the one that was perhaps meant."""
+"""Parts of error messages about unknown names: the name that was perhaps meant, the valid names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 
 def hint(name: object, valid: Iterable[str]) -> str:
-    """Return " (did you mean 'upg'?)", or nothing where no valid name is near."""
+    """Return " (did you mean 'upg'?)", or an empty text if no valid name is similar."""
     names = {known.lower(): known for known in valid}
     near = difflib.get_close_matches(str(name).lower(), list(names), n=1)
     return f" (did you mean {names[near[0]]!r}?)" if near else ""
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names as they are accepted, in quotes."""
+    """Return names in quotes, separated by commas."""
     return ", ".join(map(repr, names))

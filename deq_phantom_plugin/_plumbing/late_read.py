@@ -1,4 +1,8 @@
-"""Small tensors read by the host without waiting for the latest."""
+"""Reads small tensors on the CPU without waiting for the GPU.
+
+A solver reads residuals to know when to stop. If it read the latest ones, the CPU would wait until
+the GPU has done all queued work. So on a GPU it reads those of the iteration before.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 class LateRead:
-    """Numbers that decide whether an iteration goes on.
+    """Reads the numbers by which an iteration decides whether to go on.
 
-    On an accelerator the host would wait for all that is queued; it reads the numbers of the
-    iteration before instead, so that there is always work queued.
+    On a GPU each call returns the numbers of the call before. So the GPU always has work queued.
 
     Args:
-        device: where the numbers are.
-        convert: from a tensor of the host's to what is returned; lists if None.
+        device: the device of the numbers.
+        convert: turns a tensor on the CPU into what is returned; by default `Tensor.tolist`.
     """
 
     def __init__(
@@ -32,11 +35,11 @@ class LateRead:
 
     @staticmethod
     def is_late(device: torch.device) -> bool:
-        """Whether reading costs so much that it is done late."""
+        """Whether numbers of this device are read one call late."""
         return device.type == "cuda"
 
     def read(self, numbers: Tensor) -> Any:
-        """Return numbers; those of the call before where that is late, None in the first."""
+        """Return the numbers. If reads are late: those of the call before, None in the first."""
         if self._waiting is None:
             return self._convert(numbers)
         on_device = numbers.is_cuda
@@ -50,7 +53,7 @@ class LateRead:
         return None if len(self._waiting) < 2 else self.last()
 
     def last(self) -> Any:
-        """Return the numbers of a call that were not returned yet, None if there are none."""
+        """Return the oldest numbers that were not returned yet, None if there are none."""
         if not self._waiting:
             return None
         copy, event = self._waiting.popleft()
@@ -60,8 +63,8 @@ class LateRead:
 
 
 def as_array(numbers: Tensor) -> NDArray[Any]:
-    """Return the numbers of a tensor as the host's, in the same memory if they lie there."""
-    if is_functorch_wrapped_tensor(numbers):  # whose memory is not to be had
+    """Return a tensor as a NumPy array; a tensor on the CPU shares its memory with the array."""
+    if is_functorch_wrapped_tensor(numbers):  # the memory of a wrapped tensor is not accessible
         dtype = np.dtype(str(numbers.dtype).removeprefix("torch."))
         return np.asarray(numbers.tolist(), dtype).reshape(numbers.shape)
     return numbers.numpy(force=True)

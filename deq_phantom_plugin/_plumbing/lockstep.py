@@ -1,14 +1,15 @@
-"""Processes that evaluate F equally often, whatever each of them needs.
+"""Makes all processes evaluate F equally often, although each of them needs its own number.
 
-Where F communicates, as with weights that are gathered for each evaluation, every process has to
-evaluate it as often as the others do, and take as many products; or they wait for one another until
-a timeout. Solvers that stop at a tolerance do not.
+Some maps F communicate: with FSDP2, for example, each evaluation gathers weights from all
+processes. Then each process has to evaluate F as often as the others, and take as many products
+with its Jacobian. Otherwise they wait for one another until a timeout. Solvers that stop at a
+tolerance take a different number in each process.
 
-So before an operation the processes tell one another which kind they want next, and all do the
-first kind that any of them wants, as many times as earlier solves let expect (`streaks`). Who does
-not want it *stands in*: does it once more and drops the result. What a solve computes is what it
-would have computed alone, to the bit; one that is done goes along until all are. No solver and no
-strategy need know of it.
+So before an operation the processes tell one another which kind each wants next. All of them do
+the first kind (in the order of `Turn`) that any process wants. They agree on several at once, as
+many as earlier solves took (`streaks.py`). A process that does not want the operation *stands in*:
+it does the operation once more and drops the result. So each process computes what it would
+compute alone, to the bit. Solvers and strategies need not know of this.
 """
 
 from __future__ import annotations
@@ -37,26 +38,26 @@ from .trial import Trial
 R = TypeVar("R")
 
 NOTICE = 10
-"""Seconds in which a process that has raised waits for the others to hear of it."""
+"""Seconds that a process which has raised an exception waits for the others to hear of it."""
 
-
-_DEEPEST = 1000
+_DEEPEST = 1000  # entries of one `Lockstep` inside of itself; meetings are numbered up to it
 
 
 class Lockstep(AbstractContextManager["Lockstep"]):
     """A part of a model's forward or backward pass in which processes do operations in lockstep.
 
-    To be entered in all of them, again and again and inside of itself; each end waits for all to
-    get there. An exception in one of them ends it in all: the others raise a `RuntimeError` at
-    their next operation, or at the end.
+    All processes enter it. It may be entered several times, also inside of itself. Each exit waits
+    until all processes have reached it. An exception in one process ends the solve in all: the
+    others raise a `RuntimeError` at their next operation, or at the exit.
 
-    In its first evaluation, which all processes make, the modules that run tell whether F
-    communicates, and among whom. Where it does not, nothing else is done.
+    All processes make the first evaluation. During it the modules that run show whether F
+    communicates, and among which processes. If F does not, nothing else is done.
 
     Args:
-        told: the process group among which F communicates; None if it does not, "auto" to find out.
-        holders: the global ranks of processes that hold a state, each a group among which F
-            communicates besides.
+        told: the process group among which F communicates; None if F does not communicate; "auto"
+            to find out.
+        holders: groups of processes that hold a sharded state, by their global ranks. F is taken
+            to communicate among each of them, too.
     """
 
     def __init__(self, told: Any = "auto", holders: Sequence[tuple[int, ...]] = ()) -> None:
@@ -64,12 +65,14 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         self._hosts: Hosts | None = hosts_of(ranks_of(told)) if named else None
         self._known, self._holders = told is None, holders
         self._sharded: list[nn.Module] = []
-        self._depth = 0  # how often it was entered
-        self._over = False  # an exception has ended it
-        self._last: tuple[Callable[[State], State], State] | None = None  # evaluation
-        self._product: Callable[[], object] | None = None  # of zeros
+        self._depth = 0  # entries without an exit yet
+        self._over = False  # whether an exception has ended the solve
+        # What this process stands in with: F and the last state, and a product of zeros.
+        self._last: tuple[Callable[[State], State], State] | None = None
+        self._product: Callable[[], object] | None = None
         self._streak = Streak(0, int(Turn.MEET))
-        self.busy = False  # with an operation: what F holds inside is in lockstep by itself
+        # True during an operation. A solve inside of F then takes a `Lockstep` of its own.
+        self.busy = False
 
     def __enter__(self) -> Lockstep:
         _entered.stack.append(self)
@@ -78,10 +81,10 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
-            # Checkpoints end a forward pass that they repeat by an exception, all at one place.
+            # Checkpointing ends a repeated forward pass by an exception, at one place in all.
             if error is None or type(error).__name__ == "_StopRecomputationError":
                 self.any_of(False)
-            elif self._depth == 1:  # further inside somebody may have an answer to it
+            elif self._depth == 1:  # deeper, a caller in this solve may still catch the exception
                 self._fail(error)
         finally:
             _entered.stack.pop()
@@ -91,9 +94,9 @@ class Lockstep(AbstractContextManager["Lockstep"]):
 
     @property
     def is_on(self) -> bool:
-        """Whether operations are to go through it: F communicates, or nobody knows yet.
+        """Whether operations go through this object: F communicates, or that is not known yet.
 
-        Products of an F that FSDP2 shards do, also where it is sharded over one process.
+        Products of an F that FSDP2 shards do so even in a single process, see `Unfinished`.
         """
         alone = self._known and self._hosts is None and not self._sharded
         return self._depth > 0 and not alone
@@ -104,18 +107,18 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         return self._hosts is not None
 
     def evaluate(self, func: Callable[[State], State], state: State) -> State:
-        """Return F(h), once it is the turn for that."""
+        """Wait for the turn of an evaluation; return F(h), the same structure as the state h."""
         self._last = func, state
         if self._hosts is not None:
             self._wait_for(Turn.LINEARIZE if torch.is_grad_enabled() else Turn.EVALUATE)
         return self._done(lambda: func(state)) if self._known else self._first(func, state)
 
     def look(self, func: Callable[[State], State], state: State) -> None:
-        """Find out whether F communicates in a process that has no need to evaluate it.
+        """Find out whether F communicates, in a process that does not need to evaluate F itself.
 
         Args:
             func: F.
-            state: any state, perhaps of no samples, which F may not be able to take.
+            state: any state. It may have no samples, and F may then raise.
         """
         if not self._known:
             self._last = func, state
@@ -127,11 +130,12 @@ class Lockstep(AbstractContextManager["Lockstep"]):
                     raise
 
     def multiply(self, product: Callable[[], R], of_zeros: Callable[[], object]) -> R:
-        """Return a product on a graph of F, once it is the turn for that.
+        """Wait for the turn of a product; return a product with the Jacobian of F.
 
         Args:
-            product: computes it.
-            of_zeros: computes one like it, for which others may ask from now on.
+            product: computes the product.
+            of_zeros: computes a product of zeros on the same graph. This process stands in with it
+                from now on.
         """
         self._product = of_zeros
         self._wait_for(Turn.MULTIPLY)
@@ -142,18 +146,19 @@ class Lockstep(AbstractContextManager["Lockstep"]):
             return self._done(product)
 
     def stands_in_by(self, of_zeros: Callable[[], object]) -> None:
-        """Be told how to compute a product that only others need."""
+        """Note how to compute a product of zeros, where only other processes need products."""
         self._product = of_zeros
 
     def any_of(self, flag: bool) -> bool:
-        """Return whether a flag is set in any process; what they did differently ends here."""
+        """Return whether a flag is set in any process; all processes meet here, and wait."""
         if self._hosts is None or self._over:
             return flag
+        # The least number of all decides: yes is below no, and inner meetings are below outer ones.
         yes = Turn.MEET + 2 * (_DEEPEST - self._depth)
         return self._wait_for(yes if flag else yes + 1) == yes
 
     def first_of(self, number: int) -> int:
-        """Return a number of the first process."""
+        """Return the number that the first process gives."""
         self.any_of(False)
         if self._hosts is None or self._over:
             return number
@@ -162,14 +167,14 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     # --- turns ------------------------------------------------------------------------------------
 
     def _first(self, func: Callable[[State], State], state: State) -> State:
-        """Evaluate F, and find out whether it communicates."""
-        # A hook that comes and goes would have compiled code compiled again.
+        """Evaluate F, and find out whether F communicates."""
+        # F runs uncompiled here: a hook that is added and removed would make it compile again.
         communication = Communication(self._holders)
         with communication as found, eager() if may_be_compiled() else nullcontext():
             try:
                 image = self._done(lambda: func(state))
             except BaseException:
-                # Others may not get as far as to make a group with us; one that is there will do.
+                # The others may not come to make a new group. So only one that exists is told.
                 self._hosts, self._known = self._hosts or known_hosts(found.ranks), True
                 raise
         self._hosts, self._known = self._hosts or hosts_of(found.ranks), True
@@ -179,7 +184,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         return image
 
     def _wait_for(self, wanted: int) -> int:
-        """Stand in for what others do, until it is the turn for what is wanted."""
+        """Stand in for operations of others until this process's turn comes; return the turn."""
         while self._hosts is not None:
             turn = self._agreed(wanted)
             if turn == wanted or (turn >= Turn.MEET and turn // 2 == wanted // 2):
@@ -189,18 +194,20 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         return wanted
 
     def _agreed(self, wanted: int) -> int:
-        """Return what is done next."""
+        """Return which kind of operation all processes do next."""
         if self._over:
-            raise RuntimeError("this solve has ended by an exception in one of its processes")
+            raise RuntimeError(
+                "this solve has ended by an exception in one of its processes; start a new one"
+            )
         if not self._streak.agreed:
             self._agree(wanted)
         return self._streak.next(wanted)
 
     def _agree(self, wanted: int) -> None:
-        """Agree with the others on what is done next, and how often."""
+        """Agree with the other processes on what is done next, and how often."""
         assert self._hosts is not None
         streak, lengths = self._streak, self._hosts.lengths
-        level = len(set(map(id, _entered.stack)))  # solves inside of an F have lengths of their own
+        level = len(set(map(id, _entered.stack)))  # a solve inside of F has lengths of its own
         expected = [
             lengths.more((level, *streak.place(turn)), streak.done if turn == streak.turn else 0)
             for turn in OPERATIONS
@@ -213,8 +220,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         if first < 0:
             self._over = True
             raise RuntimeError(
-                f"process {-1 - first} has raised an exception in this solve, in which F "
-                "communicates, so that it ends in all processes; that one's says why"
+                f"process {-1 - first} has raised an exception in this solve. F communicates, so "
+                "the solve ends in all processes. The cause is in that process's own traceback"
             )
         if first != streak.turn:
             if streak.turn in OPERATIONS:
@@ -223,10 +230,10 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         streak.agreed = agreed[first] if first in OPERATIONS else 1
 
     def _fail(self, error: BaseException) -> None:
-        """Let the others know of an exception, as far as they listen."""
+        """Tell the other processes of an exception, if they listen in time."""
         if self._hosts is None or self._over:
             return
-        # They do what was agreed on, and listen then.
+        # The others first do all that was agreed on. They listen after that.
         start = time.monotonic()
         while self._streak.agreed and time.monotonic() < start + NOTICE:
             with suppress(Exception):
@@ -237,14 +244,15 @@ class Lockstep(AbstractContextManager["Lockstep"]):
             self._hosts.least([-1 - dist.get_rank(), 0, 0, 0, 0], NOTICE)
         except RuntimeError:
             at_once = time.monotonic() < start + NOTICE / 2
-            if at_once and isinstance(error, RuntimeError):  # perhaps of a collective of F
+            if at_once and isinstance(error, RuntimeError):  # perhaps of a collective inside of F
                 raise RuntimeError(self._gone()) from error
 
     def _gone(self) -> str:
         assert self._hosts is not None
         return (
-            f"a process of {self._hosts.ranks} has ended, or has not come to the next "
-            "evaluation of F in time: where F communicates, all of them solve in lockstep"
+            f"a process of {self._hosts.ranks} has ended, or has not come to the next evaluation "
+            "of F in time. F communicates, so all of them have to take part in each solve. Look "
+            "for an exception in the output of the other processes"
         )
 
     def _done(self, operation: Callable[[], R]) -> R:
@@ -255,19 +263,20 @@ class Lockstep(AbstractContextManager["Lockstep"]):
             self.busy = False
 
     def _stand_in(self, turn: Turn) -> None:
-        """Do what others do, and drop the result."""
+        """Do an operation that only other processes want, and drop the result."""
         if turn is Turn.MULTIPLY and self._product is not None:
             self._multiplied(self._product)
         elif turn < Turn.MULTIPLY and self._last is not None:
             self._done(lambda: self._again(turn))
         else:
             raise RuntimeError(
-                f"other processes of this solve {turn.name.lower()}, and this one has nothing to "
-                "do that with: all of them have to take the same strategy and solver"
+                f"other processes of this solve {turn.name.lower()} next, and this process cannot: "
+                "it has no evaluation or graph of F for that yet. Give all processes the same "
+                "strategy and the same solver"
             )
 
     def _again(self, turn: Turn) -> None:
-        """Evaluate F at the last state, and leave no trace."""
+        """Evaluate F at the last state once more, and leave no trace of that."""
         assert self._last is not None
         func, state = self._last
         with Trial(state):
@@ -277,7 +286,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
                 return
             leaves, structure = flatten(state)
             inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-            # Not by the hooks around: a checkpoint would repeat its whole region for a product.
+            # Hooks around this solve are kept off: with those of activation checkpointing, a
+            # product on this graph would repeat the whole checkpointed region.
             with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
                 outputs = flatten(func(unflatten(list(inputs), structure)))[0]
         self._product = lambda: product_of_zeros(outputs, inputs)
@@ -288,7 +298,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def product_of_zeros(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Go backwards through a graph of F for the sake of those who do."""
+    """Take a product of zeros with the Jacobian of F, so that other processes can take theirs."""
     ends = [out for out in outputs if out.requires_grad]
     if ends:
         zeros = [torch.zeros_like(out) for out in ends]
@@ -300,7 +310,7 @@ def product_of_zeros(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Non
 
 
 class _Entered(threading.local):
-    """What this thread is inside of."""
+    """Every `Lockstep` that this thread is inside of, the innermost last."""
 
     def __init__(self) -> None:
         self.stack: list[Lockstep] = []
@@ -312,11 +322,9 @@ _entered = _Entered()
 def in_lockstep(
     told: Any = "auto", holders: Sequence[tuple[int, ...]] = ()
 ) -> AbstractContextManager[Any]:
-    """Return what to enter for a solve: nothing where one process is alone, or it is compiled.
+    """Return the `Lockstep` to enter for a solve; for the arguments see there.
 
-    Args:
-        told: see `Lockstep`.
-        holders: likewise.
+    For a single process, in compiled code and inside `torch.func` it is a null context.
     """
     if torch.compiler.is_compiling():
         return nullcontext()
@@ -333,15 +341,12 @@ def in_lockstep(
 
 
 def part() -> AbstractContextManager[Any]:
-    """Return what to enter for a part of a solve in which only some processes may evaluate F.
-
-    At its end all of them are done with it.
-    """
+    """Return what to enter for a part that perhaps only some processes need; its exit waits."""
     return active() or nullcontext()
 
 
 def active() -> Lockstep | None:
-    """Return what operations of this thread are to go through, None in most cases."""
+    """Return the `Lockstep` that operations of this thread have to go through, or None."""
     if torch.compiler.is_compiling() or not _entered.stack:
         return None
     around = _entered.stack[-1]
@@ -349,13 +354,13 @@ def active() -> Lockstep | None:
 
 
 def evaluated(func: Callable[[State], State], state: State) -> State:
-    """Return F(h), in lockstep where that is."""
+    """Return F(h); evaluate in lockstep if that is active."""
     together = active()
     return func(state) if together is None else together.evaluate(func, state)
 
 
 def together(solver: Callable[..., R]) -> Callable[..., R]:
-    """Let a solver of (func, start, ...) run in lockstep, where that is."""
+    """Decorate a solver of (func, start, ...), so that it runs in lockstep where F communicates."""
 
     @functools.wraps(solver)
     def solve(func: Callable[[State], State], start: State, **options: Any) -> R:
@@ -366,7 +371,7 @@ def together(solver: Callable[..., R]) -> Callable[..., R]:
 
 
 def in_turn(func: Callable[..., State]) -> Callable[..., State]:
-    """Return F, whose evaluations are in lockstep where that is."""
+    """Return F with its evaluations in lockstep, whenever that is active."""
 
     def evaluate(*state: State) -> State:
         around = active()
@@ -377,12 +382,12 @@ def in_turn(func: Callable[..., State]) -> Callable[..., State]:
 
 
 def any_of(flag: bool) -> bool:
-    """Return whether a flag is set in any process of the solve; as it is where there is one."""
+    """Return whether a flag is set in any process of the solve; outside of lockstep, the flag."""
     together = active()
     return flag if together is None else together.any_of(flag)
 
 
 def first_of(number: int) -> int:
-    """Return a number as the first process of the solve has it."""
+    """Return the number that the first process gives; outside of lockstep, `number` itself."""
     together = active()
     return number if together is None else together.first_of(number)

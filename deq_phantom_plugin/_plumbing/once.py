@@ -1,4 +1,8 @@
-"""Warnings that are given once per run, and name the user's line."""
+"""Gives warnings once per run that name the user's line, and silences warnings.
+
+Python's `warnings` module recognises a warning by its text. Texts here hold numbers that change, so
+this file recognises a warning by a key.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +30,8 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 def warn_once(key: str, message: str, category: type[RuntimeWarning]) -> None:
     """Give a warning once per run and `key`.
 
-    Python's own registry tells warnings apart by their text, and a text that holds a residual
-    is new every time. Like that registry, this one starts anew inside
-    `warnings.catch_warnings`, which swaps the list of filters.
+    Inside `warnings.catch_warnings` each warning is given once more, as Python does with its own
+    registry. A new list of filters shows that such a block was entered.
     """
     if _given.get(key) is not warnings.filters:
         _given[key] = warnings.filters
@@ -37,7 +40,7 @@ def warn_once(key: str, message: str, category: type[RuntimeWarning]) -> None:
 
 @contextmanager
 def muted(category: type[Warning]) -> Iterator[None]:
-    """Give no warning of a category inside a `with` block; one given before is not given again."""
+    """Silence a category inside a `with` block; warnings given before it are not given again."""
     given = dict(_given)
     try:
         with warnings.catch_warnings():
@@ -49,7 +52,12 @@ def muted(category: type[Warning]) -> Iterator[None]:
 
 @contextmanager
 def ignored(message: str, category: type[Warning]) -> Iterator[None]:
-    """Give no warning of a kind inside a `with` block; others once per run, as outside."""
+    """Silence one warning inside a `with` block; others are still given once per run.
+
+    Args:
+        message: a regular expression for the beginning of the warning's text.
+        category: the category of the warning.
+    """
     outside = warnings.filters
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message, category)
@@ -62,5 +70,6 @@ def ignored(message: str, category: type[Warning]) -> Iterator[None]:
 
 
 def _rename(old: object, new: object) -> None:
+    """Let the warnings that were given under one list of filters count as given under another."""
     for key in [key for key, filters in _given.items() if filters is old]:
         _given[key] = new

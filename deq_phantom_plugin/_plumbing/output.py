@@ -1,4 +1,4 @@
-"""What commands leave behind: text tables, and files that are written whole or not at all."""
+"""Output of the commands: text tables, and files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows under a header in aligned columns, the first to the left, numbers to the right.
+    """Return a table with aligned columns: the first column to the left, the others to the right.
 
     Args:
-        header: names of the columns.
-        rows: one string a column.
+        header: the names of the columns.
+        rows: the rows, with one string per column.
     """
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return "\n".join(
@@ -25,11 +25,11 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file so that it is there whole or as it was before.
+    """Write a file completely, or leave it as it was if writing fails.
 
     Args:
         path: the file; its folder is made if missing.
-        content: all of it.
+        content: the whole new content.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,8 @@
-"""Solvers work in the dtype of their matrices; only F sees the caller's autocast."""
+"""Autocast: F runs under the caller's autocast, and a solver's own arithmetic without it.
+
+Under autocast a solver would take inner products in 16 bits. So solvers work in the dtype of the
+state, and what F returns is cast back to that dtype.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +20,23 @@ R = TypeVar("R")
 
 
 def autocasts(kind: str) -> bool:
-    """Whether the caller is under autocast of a kind of device."""
-    # The meta device has none, and says so by an error.
+    """Whether autocast is on for a type of device, such as "cuda"."""
+    # `is_autocast_enabled` raises for devices without autocast, such as "meta".
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Switch autocast off, which would take inner products in 16 bits."""
+    """Switch autocast off inside a `with` block: inner products must not be taken in 16 bits."""
     if not autocasts(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 class AutocastState:
-    """Autocast as it is now, for evaluations of F later.
+    """Remembers the autocast settings of now, for later evaluations of F.
 
     Args:
-        leaves: of a state; the settings of their devices are kept, and the CPU's.
+        leaves: the leaves of a state. The settings of their devices and of the CPU are kept.
     """
 
     def __init__(self, leaves: Iterable[Tensor]) -> None:
@@ -44,7 +48,7 @@ class AutocastState:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Go back to it inside a `with` block."""
+        """Restore the settings inside a `with` block."""
         with contextlib.ExitStack() as stack:
             for device, dtype, enabled in self._settings:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
@@ -54,12 +58,12 @@ class AutocastState:
 def under_autocast(
     func: Callable[[State], State], like: Sequence[Tensor], dtype: torch.dtype
 ) -> Callable[[State], State]:
-    """Return F under autocast, with what it returns cast back to the dtypes of a state.
+    """Return F under autocast; its results are cast back to the dtypes of the state.
 
     Args:
         func: F.
-        like: the leaves of a state.
-        dtype: what autocast casts to.
+        like: the leaves of a state, for their dtypes and their device.
+        dtype: the dtype to which autocast casts.
     """
     kind, own = like[0].device.type, [leaf.dtype for leaf in like]
 
@@ -73,9 +77,9 @@ def under_autocast(
 
 
 def in_full_precision(solver: Callable[..., R]) -> Callable[..., R]:
-    """Let a solver of (func, start, ...) work without autocast, and its func with the caller's.
+    """Decorate a solver of (func, start, ...): it works without autocast, `func` with the caller's.
 
-    Under autocast F may return another dtype; it is cast back to the state's.
+    Under autocast `func` may return another dtype. The result is cast back to the state's dtype.
     """
 
     @functools.wraps(solver)

@@ -1,4 +1,4 @@
-"""The random state of PyTorch's generators: read, compared and put back."""
+"""Reads, compares and restores the random state of PyTorch's default generators."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 
 def random_state(leaves: Iterable[Tensor]) -> list[Tensor]:
-    """Return the random state of the CPU and of the leaves' devices."""
+    """Return the random state of the CPU, then that of each of the leaves' other devices."""
     others = [module.get_rng_state(*of) for module, of in _generators(leaves)]
     return [torch.get_rng_state(), *others]
 
 
 def is_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether nothing was drawn between two random states."""
+    """Whether two random states are equal, so that nothing was drawn between them."""
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @contextmanager
 def forked_rng(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """Put the random state back after a `with` block: the CPU's and that of the leaves' devices."""
+    """Restore the random state of the CPU and of the leaves' devices after a `with` block."""
     leaves = list(leaves)
     before = random_state(leaves)
     try:
@@ -33,14 +33,15 @@ def forked_rng(leaves: Iterable[Tensor]) -> Iterator[None]:
 
 
 def set_random_state(leaves: Iterable[Tensor], states: Sequence[Tensor]) -> None:
+    """Set the random state to what `random_state` returned for the same leaves."""
     torch.set_rng_state(states[0])
     for (module, of), state in zip(_generators(leaves), states[1:], strict=True):
         module.set_rng_state(state, *of)
 
 
 def _generators(leaves: Iterable[Tensor]) -> Iterator[tuple[Any, tuple[torch.device, ...]]]:
-    """Yield PyTorch's module of each of the leaves' devices but the CPU, and which device."""
+    """Yield, for each of the leaves' devices but the CPU, PyTorch's module and its arguments."""
     for device in sorted({leaf.device for leaf in leaves}, key=str):
         if device.type not in ("cpu", "meta"):
-            # There is one generator for all of Apple's.
+            # Apple's devices ("mps") share one generator, and their functions take no device.
             yield torch.get_device_module(device), () if device.type == "mps" else (device,)

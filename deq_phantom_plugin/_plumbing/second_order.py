@@ -1,4 +1,9 @@
-"""Second derivatives of F: the kernel of attention that has them, and what has none."""
+"""Second derivatives of F: takes kernels that have them, and refuses operations that have none.
+
+Most operations of PyTorch can be differentiated twice. The exceptions are fused kernels of
+attention and some custom functions. `DoubleBackward` selects attention's MATH kernel, which can. It
+finds what still cannot, and lets the second backward pass end with a clear error.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class _Math(AbstractContextManager[None]):
-    """`sdpa_kernel(SDPBackend.MATH)`, for as long as any thread is inside.
+    """Keeps `sdpa_kernel(SDPBackend.MATH)` for as long as any thread is inside.
 
-    The choice is one for all threads, and each would put back what it found.
+    PyTorch has one choice for all threads. The first thread that enters makes it, and the last one
+    that leaves restores it.
     """
 
     def __init__(self) -> None:
@@ -43,17 +49,17 @@ _math = _Math()
 
 
 class DoubleBackward(AbstractContextManager["DoubleBackward"]):
-    """A backward pass of F that is differentiated again later.
+    """A backward pass of F that will be differentiated once more.
 
-    Evaluate F inside a `with` block, where kernels are taken that can be differentiated twice: the
-    fused ones of `scaled_dot_product_attention` cannot. For code that is never compiled.
+    Evaluate F inside the `with` block. There `scaled_dot_product_attention` takes its MATH kernel,
+    since its fused kernels cannot be differentiated twice. Use it in code that is never compiled.
 
-    What cannot all the same fails in the second backward pass, in words that do not say what to do,
-    and a custom function whose backward calls a kernel of its own is silently taken for a constant
-    there. In place of both that pass gives an error.
+    If F holds an operation without a second derivative, the second backward pass raises an error
+    that says what to do. PyTorch alone would raise an unclear error, or silently take the backward
+    of a custom function for a constant.
 
     Args:
-        method: what differentiates twice, for the error.
+        method: the name of what differentiates twice, for the error.
     """
 
     def __init__(self, method: str) -> None:
@@ -76,15 +82,26 @@ class DoubleBackward(AbstractContextManager["DoubleBackward"]):
         cotangents: Sequence[Tensor],
         **options: Any,
     ) -> list[Tensor]:
-        """Return `torch.autograd.grad` of F's outputs, with a graph that is right or refuses."""
+        """Return `torch.autograd.grad` of F's outputs, to be differentiated once more.
+
+        Args:
+            outputs: the outputs of F.
+            inputs: what to differentiate with respect to.
+            cotangents: the incoming gradients, in the shapes of the outputs.
+            **options: further options of `torch.autograd.grad`.
+
+        Returns:
+            One gradient per input. If F has an operation without a second derivative, a backward
+            pass through these gradients raises a `RuntimeError`.
+        """
         custom = [
             node
             for node in graph_nodes(outputs)
             if isinstance(node, BackwardCFunction) and node._sequence_nr() >= self._start
         ]
         if custom:
-            # A backward is linear in these. Where they require grad, and what a function makes of
-            # them does not, that function has dropped its own derivative.
+            # A backward function is linear in the cotangents. So if a cotangent requires grad and
+            # the result of a function does not, that function has dropped its derivative.
             cotangents = [v if v.requires_grad else v.detach().requires_grad_() for v in cotangents]
         lost: list[str] = []
         handles = [node.register_hook(_watch(node, lost)) for node in custom]
@@ -98,11 +115,11 @@ class DoubleBackward(AbstractContextManager["DoubleBackward"]):
             return list(found)
         message = (
             f"{self._method} differentiates F twice, and F has {obstacle}. For attention take a "
-            "kernel that has one: attn_implementation='eager' in Transformers, or "
-            "scaled_dot_product_attention with its MATH kernel, which is taken by itself unless F "
-            "chooses another (torch.nn.attention.sdpa_kernel)"
+            "kernel that has one: attn_implementation='eager' in Transformers, or the MATH kernel "
+            "of scaled_dot_product_attention, which is the default here unless F chooses another "
+            "kernel (torch.nn.attention.sdpa_kernel)"
         )
-        # What has lost its graph altogether would be a constant in a loss.
+        # A gradient without any graph would count as a constant, so it gets a graph that raises.
         return [None if x is None else _Refused.apply(message, _with_graph(x)) for x in found]
 
 
@@ -113,7 +130,7 @@ def _watch(node: Any, lost: list[str]) -> Any:
         if not any(v is not None and v.requires_grad for v in outputs):
             return
         dropped = (v for v in inputs if v is not None and not v.requires_grad)
-        if any(bool(v.any()) for v in dropped):  # zeros have none
+        if any(bool(v.any()) for v in dropped):  # for zeros nothing is lost
             name = node.name().removesuffix("Backward")
             lost.append(f"{name}, a custom function whose backward is not differentiable")
 
@@ -121,11 +138,12 @@ def _watch(node: Any, lost: list[str]) -> Any:
 
 
 def _with_graph(x: Tensor) -> Tensor:
+    """Return a tensor that requires grad."""
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
 class _Refused(torch.autograd.Function):
-    """A number whose gradient is an error."""
+    """The identity, whose backward pass raises an error."""
 
     @staticmethod
     def forward(ctx: Any, message: str, x: Tensor) -> Tensor:
@@ -138,9 +156,9 @@ class _Refused(torch.autograd.Function):
 
 
 def _without_derivative(products: Iterable[Tensor | None]) -> str | None:
-    """Say what in the graph of a backward pass has no derivative."""
+    """Name an operation without a derivative in the graph of a backward pass; None if all have."""
     for node in graph_nodes([product for product in products if product is not None]):
-        # What PyTorch puts where it has none; the error is raised when that is reached.
+        # PyTorch puts nodes of these names where there is no derivative. They raise when reached.
         if type(node).__name__ == "NotImplemented":
             return "a kernel that has no second derivative"
         if type(node).__name__ == "Error":

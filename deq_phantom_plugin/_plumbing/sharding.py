@@ -1,4 +1,9 @@
-"""Products through modules that FSDP2 shards, within a forward pass that goes on after them."""
+"""FSDP2 modules inside of F: which ones there are, and backward passes in mid forward pass.
+
+FSDP2 expects one forward pass of a model and then one backward pass. Strategies take products with
+the Jacobian of F, which are backward passes, while the forward pass of the model still goes on.
+`Unfinished` makes this possible. It uses private names of PyTorch, since there are no public ones.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +16,17 @@ from torch import nn
 
 
 class Unfinished(AbstractContextManager["Unfinished"]):
-    """Take a product inside a `with` block, in whose middle the forward pass of the model may be.
+    """Take a product inside a `with` block, while the model's forward pass may still go on.
 
-    For FSDP2 a backward pass through any of its modules ends that of the whole model: the weights
-    of modules that still run are freed, and what they do next fails. That is kept off here. And
-    modules are left as they were found, or a forward pass that a reentrant checkpoint repeats in
-    backward would lose the gradient of their weights. PyTorch has no public names for it.
+    At the end of a backward pass through any of its modules FSDP2 takes the backward pass of the
+    whole model for finished. It would free the weights of modules that still run, and these would
+    fail. The block keeps FSDP2 from that.
+
+    After the block all modules are in the state in which they were before. Otherwise a forward pass
+    that reentrant checkpointing repeats in backward would lose the gradients of their weights.
 
     Args:
-        modules: what runs in F.
+        modules: the modules inside of F that FSDP2 shards.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -29,7 +36,8 @@ class Unfinished(AbstractContextManager["Unfinished"]):
     def __enter__(self) -> Unfinished:
         for context in _contexts(self._modules):
             parts = [p for state in context.all_states for p in (state, *_groups(state))]
-            # In a backward pass its end is one.
+            # Without a forward pass that goes on, or within the model's own backward pass, FSDP2
+            # is right to end it.
             ends = context.iter_forward_root is None or context.post_backward_final_callback_queued
             self._kept.append((context, ends, [(part, part._training_state) for part in parts]))
             if not ends:
@@ -41,7 +49,8 @@ class Unfinished(AbstractContextManager["Unfinished"]):
             if not ends:
                 context.post_backward_final_callback_queued = False
             for part, state in before:
-                # Of an input without a gradient nobody says that its backward pass is over.
+                # FSDP2 does not notice the end of a module's backward pass if the module's inputs
+                # need no gradient. So this ends it.
                 left = part._training_state.name == "PRE_BACKWARD" != state.name
                 if left and hasattr(part, "post_backward"):
                     part.post_backward()
@@ -50,7 +59,7 @@ class Unfinished(AbstractContextManager["Unfinished"]):
 
 
 def may_be_sharded() -> bool:
-    """Whether any module may be, in a process that is perhaps the only one."""
+    """Whether FSDP2 is loaded, so that modules may be sharded, even over a single process."""
     return "torch.distributed.fsdp" in sys.modules
 
 
@@ -66,17 +75,20 @@ def meshes(module: nn.Module) -> list[Any]:
 
 
 def _state(module: Any) -> Any:
+    """Return FSDP2's state of a module."""
     return module._get_fsdp_state()
 
 
 def _groups(state: Any) -> list[Any]:
+    """Return the groups of parameters that FSDP2 gathers together."""
     groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # before PyTorch 2.12 there is at most one
+    if groups is None:  # before PyTorch 2.12 a module has at most one group
         groups = [state._fsdp_param_group]
     return [group for group in groups if group is not None]
 
 
 def _contexts(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return what FSDP2 knows of the models that the modules belong to, once for each model."""
     found = {}
     for module in modules:
         context = _state(module)._state_ctx

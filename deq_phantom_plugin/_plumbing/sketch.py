@@ -1,4 +1,7 @@
-"""A few numbers that tell how far two states are apart, without keeping either."""
+"""Sketches of states: a few numbers by which the distance of two states is estimated.
+
+A sketch is a random projection. It is kept in place of the state, and needs far less memory.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SEEDED = 0  # signs are drawn apart from the random state of the run
-_PROJECTIONS = 8
+_SEEDED = 0  # the seed of the signs' own generator, so that the run's random state is not used
+_PROJECTIONS = 8  # numbers per leaf
 
 
 class Sketch:
-    """Random projections of a state, a few numbers that tell how far two states are apart.
+    """Projects states onto random signs, with 8 numbers per leaf.
 
-    The mean square of the projections of x is ||x||^2 on average over the signs, whatever x is.
-    The sign of element (i, j) of a leaf, seen as a matrix that is about square, is one of row i
-    times one of column j: what is kept grows as the root of the state.
+    For any fixed x the mean square of its projections equals ||x||^2 in expectation over the signs.
+    Projections are linear. So the difference of two sketches estimates the distance of two states.
+
+    Each leaf is seen as a matrix that is about square. The sign of its element (i, j) is a sign of
+    row i times a sign of column j. So the memory for signs grows as the square root of the leaf's
+    size.
 
     Args:
-        leaves: of a state like those to come.
+        leaves: the leaves of a state, for the shapes, dtypes and devices of those to come.
     """
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
@@ -28,27 +34,30 @@ class Sketch:
 
     @torch.no_grad()
     def __call__(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Return the projections of each leaf, shape (leaves, 8)."""
+        """Return the projections of each leaf, shape (number of leaves, 8)."""
         projected = []
         for leaf, (rows, columns) in zip(leaves, self._signs, strict=True):
-            flat, width = _flat(leaf), columns.shape[1]
-            whole = rows.shape[1] * width
-            sums = rows @ flat[:whole].view(-1, width)
-            if whole < len(flat):
+            flat, width = _flat(leaf), columns.shape[1]  # rows: (8, height), columns: (8, width)
+            whole = rows.shape[1] * width  # elements in full rows
+            sums = rows @ flat[:whole].view(-1, width)  # (8, width)
+            if whole < len(flat):  # the last row is not full; its signs of rows are 1
                 sums[:, : len(flat) - whole] += flat[whole:]
-            projected.append((sums * columns).sum(1))
+            projected.append((sums * columns).sum(1))  # (8,)
         if len(projected) == 1:
             return projected[0][None]
         return torch.stack([p.to(projected[0].device) for p in projected])
 
 
 def _flat(leaf: Tensor) -> Tensor:
+    """Return a leaf as a real vector; a complex number gives two elements."""
     leaf = leaf.detach()
     return (torch.view_as_real(leaf) if leaf.is_complex() else leaf).flatten()
 
 
 def _signs(flat: Tensor) -> tuple[Tensor, Tensor]:
-    # The products of few signs are too much alike: small leaves have a sign an element.
+    """Return the signs of the rows, shape (8, height), and of the columns, shape (8, width)."""
+    # With few rows and columns the products of signs repeat too much. So leaves of at most 64
+    # elements have one row, and one sign per element.
     width = max(1, min(len(flat), 64), math.isqrt(len(flat)))
     generator = torch.Generator().manual_seed(_SEEDED)
 

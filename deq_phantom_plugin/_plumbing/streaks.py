@@ -1,4 +1,10 @@
-"""How often processes in lockstep do the same in a row, so that they agree on several at once."""
+"""How many operations of one kind processes in lockstep may agree on at once.
+
+Processes in lockstep (`lockstep.py`) exchange a few numbers before they do an operation. A *streak*
+is a row of operations of one kind, such as the evaluations of one forward solve. This file counts
+the operations of a streak and remembers how long earlier streaks were. So the processes agree on
+most of a streak at once, and exchange numbers less often.
+"""
 
 from __future__ import annotations
 
@@ -7,45 +13,51 @@ from collections.abc import Hashable
 from enum import IntEnum
 
 REMEMBERED = 4
-"""Of how many streaks at a place the length is remembered."""
+"""How many streak lengths are remembered for each place."""
 
 SHARE = 0.75
-"""How much of what is left of a streak is agreed on at once, where its length differs by solve."""
+"""The share of a streak's expected rest that is agreed on at once, if the lengths have differed."""
 
 
 class Turn(IntEnum):
-    """What a process wants to do next; of different ones the first in this order is done.
+    """What a process wants to do next. If wishes differ, the smallest number is done first.
 
-    Numbers from `MEET` on are for who waits: with an answer, yes or no, at a depth. Who is deeper
-    inside comes first, so that a process that has left a part out meets the others at its end.
+    Numbers from `MEET` on are meetings: a process waits there for all others. Each number stands
+    for a depth and an answer, yes or no. Deeper meetings have smaller numbers. So a process that
+    has left a part out waits until the others have met at the end of that part.
     """
 
-    EVALUATE = 0
-    LINEARIZE = 1  # an evaluation with a graph
+    EVALUATE = 0  # F(h) without a graph
+    LINEARIZE = 1  # F(h) with a graph
     MULTIPLY = 2  # a product on such a graph
-    MEET = 4
+    MEET = 4  # even, so that halving a number gives the same for both answers
 
 
 OPERATIONS = (Turn.EVALUATE, Turn.LINEARIZE, Turn.MULTIPLY)
 
 
 class Lengths:
-    """Lengths of earlier streaks by place, of which the shortest says what to expect.
+    """Lengths of earlier streaks, by their place in a solve.
 
-    A solve takes about as many evaluations as the last one at its place did. So processes that have
-    agreed on an evaluation agree on most of those to come as well. A solve that is shorter this
-    time does the rest of them for nothing; what it computes is the same.
+    A solve takes about as many evaluations as the last solves took at this place. So the shortest
+    of them tells how many evaluations to expect. Where a solve needs fewer this time, the processes
+    do the rest for nothing, and the result of the solve is the same.
     """
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, deque[int]] = {}
 
     def ended(self, place: Hashable, length: int) -> None:
-        """Remember that a streak had a length."""
+        """Remember the length of a streak that has ended."""
         self._seen.setdefault(place, deque(maxlen=REMEMBERED)).append(length)
 
     def more(self, place: Hashable, done: int) -> int:
-        """Return how many operations to agree on at once, one or more, after those done."""
+        """Return how many operations to agree on next, at least 1.
+
+        Args:
+            place: the streak's place.
+            done: how many operations of the streak have been done already.
+        """
         seen = self._seen.get(place, (0,))
         left = min(seen) - done
         always = len(seen) == REMEMBERED and min(seen) == max(seen)
@@ -53,14 +65,14 @@ class Lengths:
 
 
 class Streak:
-    """Operations of one kind in a row.
+    """A row of operations of one kind, as one process counts them.
 
     Attributes:
-        index: the how-manieth streak of a solve it is.
-        turn: the kind.
-        agreed: how many more are agreed on.
-        done: how many have been done.
-        needed: how many of them until the last that this process wanted.
+        index: the number of the streak in its solve, from 0.
+        turn: the kind of operation.
+        agreed: how many more operations the processes have agreed on.
+        done: how many operations have been done.
+        needed: how many had been done with the last one that this process itself wanted.
     """
 
     def __init__(self, index: int, turn: int) -> None:
@@ -68,11 +80,11 @@ class Streak:
         self.agreed = self.done = self.needed = 0
 
     def place(self, turn: int) -> tuple[int, int]:
-        """Return where operations of a kind are that come next."""
+        """Return the place of operations of a kind, if they come next."""
         return self.index + (turn != self.turn), turn
 
     def next(self, wanted: int) -> int:
-        """Count one operation, wanted or not, and return its kind."""
+        """Count one operation, which this process may want or not; return its kind."""
         self.agreed -= 1
         self.done += 1
         if wanted == self.turn:

@@ -1,4 +1,8 @@
-"""Trees of tensors: taken apart into leaves and a structure, and put together again."""
+"""Takes nested states apart into leaves and a structure, and puts them together again.
+
+It does what PyTorch's pytree functions do. A single tensor and short tuples and lists of tensors,
+the most frequent states, take a shorter way.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,22 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 State: TypeAlias = Any
 """A tensor, or any nesting of tuples, lists and dicts of tensors."""
 
-_LEAF = tree_flatten(0)[1]  # the structure of a tensor alone
+_LEAF = tree_flatten(0)[1]  # the structure of a single tensor
+# The structures of tuples and lists of up to 8 tensors, and the other way round.
 _ROWS = {(kind, n): tree_flatten(kind([0] * n))[1] for kind in (tuple, list) for n in range(1, 9)}
 _KINDS = {id(structure): kind for (kind, _), structure in _ROWS.items()}
 
 
 def flatten(state: State) -> tuple[list[Tensor], TreeSpec]:
-    """Take a state apart into its leaves and its structure."""
-    if type(state) is Tensor:  # the common cases, at a fraction of the time
+    """Return the leaves of a state, and its structure."""
+    if type(state) is Tensor:  # the frequent cases first: PyTorch's function takes longer
         return [state], _LEAF
     structure = None if torch.compiler.is_compiling() else _row(state)
     return tree_flatten(state) if structure is None else (list(state), structure)
 
 
 def _row(state: State) -> TreeSpec | None:
-    """Return the structure of a few tensors side by side, None of what is anything else."""
+    """Return the structure of a tuple or list of 1 to 8 tensors, None for any other state."""
     kind = type(state)
     if kind is not tuple and kind is not list:
         return None
@@ -36,7 +41,7 @@ def _row(state: State) -> TreeSpec | None:
 
 
 def unflatten(leaves: list[Tensor], structure: TreeSpec) -> State:
-    """Put a state together again."""
+    """Return the state that has these leaves and this structure; the inverse of `flatten`."""
     if structure is _LEAF:
         (state,) = leaves
         return state
@@ -46,6 +51,6 @@ def unflatten(leaves: list[Tensor], structure: TreeSpec) -> State:
 
 
 def ordinary(x: Tensor) -> Tensor:
-    """Return a tensor that autograd can save: a copy of one that inference mode has made."""
-    # The compiler does not know of inference mode.
+    """Return a tensor that autograd can save: a tensor made in inference mode is copied."""
+    # Compiled code does not know of inference mode.
     return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x

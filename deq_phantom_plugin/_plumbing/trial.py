@@ -1,4 +1,8 @@
-"""Evaluations of F that leave no trace: what probes, reports and monitors do."""
+"""Evaluations of F that leave no trace in the model or in the random state.
+
+Probes, reports and monitors evaluate F in the middle of training. They do so in a `Trial`, so that
+the training goes on as if they had not.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from .trees import State, flatten
 
 
 class _Running(threading.local):
-    """How many trials this thread is in."""
+    """How many trials this thread is inside of."""
 
     depth = 0
 
@@ -24,20 +28,20 @@ _running = _Running()
 
 
 class Trial(AbstractContextManager["Trial"]):
-    """Evaluate F inside a `with` block that leaves the world as it was.
+    """Evaluate F inside a `with` block that leaves no trace.
 
-    Random state is forked, on the CPU and on the devices of the state. Modules that run are
-    noted, and their buffers (running statistics, vectors of power iterations) are put back. What
-    was compiled runs as it was written, or none of its modules would be seen.
+    - The random state of the CPU and of the state's devices is restored at the end.
+    - Buffers of modules that run in this thread (running statistics, vectors of power iterations)
+      are restored at the end.
+    - Compiled code runs uncompiled, since hooks do not see the modules inside of compiled code.
 
-    Only modules that this thread runs are looked after. State that F keeps elsewhere, in a list
-    or a global, is not.
+    What F keeps elsewhere, such as in a list or a global variable, is not restored.
 
     Args:
         state: any state of the equilibrium, for its devices.
 
     Attributes:
-        modules: what ran, in order of their first run; each once.
+        modules: the modules that ran, each once, in the order of their first run.
     """
 
     def __init__(self, state: State) -> None:
@@ -47,7 +51,7 @@ class Trial(AbstractContextManager["Trial"]):
 
     @staticmethod
     def depth() -> int:
-        """How many trials this thread is in; what is logged of training is outside of all."""
+        """Return how many trials this thread is inside of; 0 in training itself."""
         return _running.depth
 
     @property
@@ -57,7 +61,7 @@ class Trial(AbstractContextManager["Trial"]):
 
     @property
     def has_changed_buffers(self) -> bool:
-        """Whether a module that ran has other buffers than before it first ran."""
+        """Whether a buffer of a module that ran has changed since before its first run."""
         return self._buffers.have_changed
 
     def __enter__(self) -> Trial:

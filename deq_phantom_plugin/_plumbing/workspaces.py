@@ -1,4 +1,7 @@
-"""Memory of small solves, kept for the next one of the same shape."""
+"""Keeps the buffers of small solves for the next solve of the same shape.
+
+For small states it takes as long to make buffers and views of them as to do the arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,15 @@ from torch import Tensor
 
 from .transforms import in_transform
 
-_SMALL = 2**18  # numbers; beyond, the arithmetic takes longer than what is saved
-_MOST = 16  # workspaces that wait
+_SMALL = 2**18  # numbers in a buffer; for larger buffers the arithmetic takes most of the time
+_MOST = 16  # how many workspaces are kept
 
 
 class Workspace:
-    """Tensors that a solve works in, and views of them.
+    """The tensors that a solve works in, and views of them.
 
     Attributes:
-        kind: what solves have in common that can use it; None if it is used once.
+        kind: the key of the solves that can use the workspace; None if it is used only once.
     """
 
     kind: Any = None
@@ -30,15 +33,15 @@ W = TypeVar("W", bound=Workspace)
 class Workspaces(Generic[W]):
     """Hands out workspaces, and takes them back.
 
-    Where states are small, to make buffers and views of them takes as long as the arithmetic. Each
-    solve has a workspace for itself, so that F may hold a solve of its own, and threads may solve
-    at once. One that is not given back, since F raised or the result lives in it, is lost.
+    Each solve has a workspace for itself, so that F may contain a solve of its own, and threads may
+    solve at the same time. A workspace that is not given back is not used again. That is so if F
+    raises, or if the result lives in the workspace.
 
-    On CUDA each stream has its own, as with PyTorch's memory: what is given back may not have been
-    computed yet.
+    On CUDA each stream has its own workspaces. Work on a workspace that was given back may still be
+    queued, and only later work on the same stream is sure to come after it.
 
     Args:
-        make: makes one, from a tensor of the dtype and device and some sizes.
+        make: makes a workspace from a tensor, for its dtype and device, and some sizes.
     """
 
     def __init__(self, make: Callable[..., W]) -> None:
@@ -46,12 +49,12 @@ class Workspaces(Generic[W]):
         self._waiting: dict[Any, list[W]] = {}
 
     def take(self, like: Tensor, *sizes: int) -> W:
-        """Return a workspace; what it holds is left over, and not to be read.
+        """Return a workspace, whose values are left over from other solves.
 
         Args:
-            like: a matrix of the dtype and device.
-            sizes: what `make` needs to know besides. For each row a workspace holds no more than
-                such a number of rows, and of rows so long.
+            like: a matrix of the dtype and device, shape (B, D).
+            *sizes: the other arguments of `make`. Per row of `like` a workspace holds at most
+                max(sizes) rows of length D, and as many of length max(sizes).
         """
         kind = _kind(like, sizes)
         waiting = self._waiting.get(kind)
@@ -65,7 +68,7 @@ class Workspaces(Generic[W]):
         return work
 
     def give_back(self, work: W) -> None:
-        """Take a workspace back, which nobody reads or writes any more."""
+        """Take a workspace back that the caller does not read or write any more."""
         if work.kind is None:
             return
         if sum(map(len, list(self._waiting.values()))) >= _MOST:
@@ -74,17 +77,18 @@ class Workspaces(Generic[W]):
 
 
 def _kind(like: Tensor, sizes: tuple[int, ...]) -> Any:
+    """Return the key of a workspace; None if the workspace must not be kept."""
     most = max(sizes)
     if type(like) is not Tensor or max(like.numel(), len(like) * most) * most > _SMALL:
         return None
     if in_transform() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return None  # what is made there may be no ordinary tensor
+        return None  # tensors that are made here may be special ones
     stream = None
     if like.is_cuda:
-        if torch.cuda.is_current_stream_capturing():  # a graph writes to its memory ever after
+        if torch.cuda.is_current_stream_capturing():  # replays of a CUDA graph reuse its memory
             return None
         stream = torch.cuda.current_stream(like.device).cuda_stream
     elif like.device.type != "cpu":
         return None
-    # What is made in inference mode cannot be written elsewhere.
+    # A tensor that is made in inference mode cannot be written outside of it.
     return like.shape, like.dtype, like.device, stream, sizes, torch.is_inference_mode_enabled()

@@ -1,4 +1,8 @@
-"""Hooks into installed frameworks: the contract, the registry, and a file or folder for each."""
+"""Hosts: hooks by which frameworks take strategies by name.
+
+`host.py` has the contract of a host, and `registry.py` finds and enables hosts. Each framework has
+a file or a folder of its own.
+"""
 
 from .._plumbing.calls import Counted
 from .host import Host, PatchingHost

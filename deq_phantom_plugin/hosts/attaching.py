@@ -1,4 +1,8 @@
-"""What equilibria have in common whose gradient is this package's own: no framework is hooked."""
+"""The base class of this package's own equilibrium modules, which need no hook.
+
+Such a module solves, or takes a state that was solved for. It then attaches its strategy's gradient
+and tells observers of the solve.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +29,25 @@ from .solve import Observers, Solve, attach_observed, loop_observed
 
 
 class Attaching(nn.Module):
-    """A module without parameters that attaches one equilibrium of a model by name.
+    """A module without parameters that attaches the gradient of one equilibrium of a model.
 
-    It adds one number to the model's `state_dict`, the step of its memory, the same all through
-    training; checkpoints without it load.
+    It adds one number to the model's `state_dict`: the step that its memory holds. The size of the
+    `state_dict` does not change during training. Checkpoints without the number load, too.
 
     Args:
         grad: the strategy's spec, see `get_strategy`.
         batch_dim: see `Context.batch_dim`.
-        grad_in_eval: whether it attaches in evaluation mode too.
+        grad_in_eval: whether the gradient is attached in evaluation mode too.
         process_group: see `Context.process_group`.
 
     Attributes:
         grad: the strategy.
-        batch_dim: as it was given.
-        grad_in_eval: as it was given.
-        process_group: as it was given; a group is not copied or saved.
+        batch_dim: as given.
+        grad_in_eval: as given.
+        process_group: as given. A group is not copied or saved.
         memory: see `Memory`.
-        observers: what is called with each `Solve` in training; not copied or saved.
-        host: the name of the host that finds it.
+        observers: callbacks that get each `Solve` in training. They are not copied or saved.
+        host: the name of the host that finds the module.
 
     Raises:
         ValueError: if an argument is invalid.
@@ -72,15 +76,15 @@ class Attaching(nn.Module):
         super().__setattr__(name, new)
 
     def strategy_of(self, spec: Spec) -> GradStrategy:
-        """Return the strategy that a spec names here."""
+        """Return the strategy of a spec; subclasses may add defaults."""
         return get_strategy(spec)
 
     def context(self, start: State, step: int | None = None) -> Context:
-        """Return what a strategy is told.
+        """Return the context for a strategy.
 
         Args:
-            start: where the solve begins.
-            step: the training step, where the memory does not have it.
+            start: the state where the solve begins.
+            step: the training step, if the memory does not know it.
         """
         return Context(
             batch_dim=self.batch_dim,
@@ -91,7 +95,7 @@ class Attaching(nn.Module):
         )
 
     def solving(self, context: Context) -> GradStrategy | None:
-        """Return the strategy of the current step if it is to find the equilibrium itself."""
+        """Return the strategy of the current step if it owns the solve, else None."""
         strategy = self.grad.resolve(context) if attaches(self) else None
         return strategy if strategy is not None and strategy.owns_solve else None
 
@@ -103,15 +107,15 @@ class Attaching(nn.Module):
         nfe: int,
         residual: Tensor | None = None,
     ) -> State:
-        """Attach the strategy to what was found, and tell observers; see `attach_observed`.
+        """Return a state with its gradient attached, and tell observers; see `attach_observed`.
 
         Args:
             func: F.
-            found: the state that a solve ended in, detached; not looked at by a strategy that owns
-                the solve, which begins at the context's initial state.
-            context: of `context`.
-            nfe: evaluations of F that the solve took.
-            residual: of what was found, where it is known.
+            found: the state where a solve ended, detached. A strategy that owns the solve begins at
+                the context's initial state instead.
+            context: what `context` returned.
+            nfe: how many evaluations of F the solve took.
+            residual: the relative residual of `found`, shape (B,), if it is known.
         """
         strategy = self.grad.resolve(context)
         if strategy.owns_solve:
@@ -123,11 +127,11 @@ class Attaching(nn.Module):
     def looped(
         self, func: Callable[[State], State], start: State, steps: int, at: At | None = None
     ) -> State:
-        """Return the state after a loop of evaluations, attached, and tell observers of it.
+        """Return the state after a loop of evaluations, with its gradient, and tell observers.
 
         Args:
             func: F.
-            start: where the loop begins.
+            start: the state where the loop begins.
             steps: the number of evaluations.
             at: see `deq_phantom_plugin.loop.looped`.
         """
@@ -136,19 +140,17 @@ class Attaching(nn.Module):
         return loop_observed(self._watching(), func, start, steps, strategy, context, at=at)
 
     def _watching(self) -> list[Callable[[Solve], None]]:
+        """Return the callbacks to call now: none in evaluation mode."""
         return [callback for (callback,) in self.observers] if self.training else []
 
     def __getstate__(self) -> dict[str, Any]:
-        # Groups are of this run; a copy finds its own out, or is told.
+        # A process group is valid in this run only. A copy finds its own, or is given one.
         group = None if self.process_group is None else "auto"
         return {**self.__dict__, "observers": [], "process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        new = {
-            "grad_in_eval": False,
-            "observers": [],
-            "process_group": "auto",
-        }  # pickles of 0.1 lack them
+        # Pickles of version 0.1 lack these.
+        new = {"grad_in_eval": False, "observers": [], "process_group": "auto"}
         super().__setstate__({**new, **state})
 
     def extra_repr(self) -> str:

@@ -1,8 +1,9 @@
-"""deepinv: `DEQConfig(grad="upg")` beside `jacobian_free`, for its equilibrium reconstructions.
+"""The host of deepinv: `DEQConfig(grad="upg")` for its equilibrium reconstructions.
 
-deepinv solves without autograd and then takes one more iteration, or hangs a hook on it, in
-`BaseOptim.DEQ_additional_step`. A config with a `grad` gives that place to a strategy, on all that
-an iteration carries on: the primal iterate, and a dual one where an algorithm has it.
+deepinv solves without autograd. Then `BaseOptim.DEQ_additional_step` makes one more iteration for
+the gradient, with a hook on it for implicit differentiation. If the config has a `grad`, the
+strategy replaces that step. The state is all that an iteration passes on: the primal iterate, and
+the dual iterate if the algorithm has one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .settings import defaults, memory_of
 from .solve import attach_observed, tell
 
 _MODULE = "deepinv.optim.optimizers"
-# A setting of its config -> our argument, and the value at which it says nothing.
+# Maps settings of the config to our argument, and the setting's default; see `defaults`.
 _SETTINGS = {
     "anderson_acceleration_backward": ("solver", False),
     "max_iter_backward": ("max_iter", 50),
@@ -62,7 +63,7 @@ class DeepInv(PatchingHost):
         strategy = get_strategy(spec, _defaults(module.DEQ_config))
 
         def switch() -> None:
-            module.DEQ_config = copy.copy(module.DEQ_config)  # others may share it
+            module.DEQ_config = copy.copy(module.DEQ_config)  # other modules may share the config
             module.DEQ_config.grad = strategy  # type: ignore[union-attr, assignment]
             memory_of(module)
 
@@ -70,25 +71,27 @@ class DeepInv(PatchingHost):
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    """Return what a config says of its own backward solve, where that is not the default."""
+    """Return the config's settings of the backward solve that are not the defaults."""
     return defaults(functools.partial(getattr, config), _SETTINGS, {"True": "anderson"})
 
 
 def _hook_config(host: DeepInv) -> Callable[[Any], Any]:
+    """Return the hook that lets a config take a `grad`."""
+
     def hook(original: Callable[..., None]) -> Callable[..., None]:
         def __init__(self: Any, *args: Any, grad: Any = None, **kwargs: Any) -> None:
             if grad is not None and not host.is_enabled:
                 raise TypeError(
-                    "DEQConfig takes a grad only while the host deepinv is enabled: call "
-                    "dpp.enable('deepinv') before"
+                    f"grad={grad!r}: DEQConfig takes a grad only while the host deepinv is "
+                    "enabled. Call dpp.enable('deepinv') before"
                 )
             original(self, *args, **kwargs)
             if grad is None:
                 return
             if self.jacobian_free:
                 raise ValueError(
-                    f"grad={grad!r} beside jacobian_free=True: both choose the gradient; pass "
-                    "grad alone, which is 'jfb' for jacobian_free=True"
+                    f"grad={grad!r} beside jacobian_free=True: both choose the gradient. Pass "
+                    "grad alone; grad='jfb' does what jacobian_free=True does"
                 )
             self.grad = get_strategy(grad, _defaults(self))
 
@@ -101,6 +104,8 @@ def _hook_config(host: DeepInv) -> Callable[[Any], Any]:
 
 
 def _hook_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Give an algorithm a memory if its config has a `grad`."""
+
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if getattr(self.DEQ_config, "grad", None) is not None:
@@ -110,6 +115,8 @@ def _hook_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _hook_step(host: DeepInv) -> Callable[[Any], Any]:
+    """Return the hook that attaches the strategy in place of deepinv's additional step."""
+
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         def DEQ_additional_step(self: Any, X: Any, y: Any, physics: Any, **kwargs: Any) -> Any:
             strategy = getattr(self.DEQ_config, "grad", None) if host.is_enabled else None
@@ -142,8 +149,8 @@ def _hook_step(host: DeepInv) -> Callable[[Any], Any]:
             acting = strategy.resolve(context)
             if acting.owns_solve:
                 raise ValueError(
-                    f"{acting!r} finds the equilibrium itself, and deepinv has solved already; use "
-                    "upg or ift"
+                    f"{acting!r} finds the equilibrium itself, but deepinv has solved already. "
+                    "Take a strategy that attaches to a solved state, such as upg or ift"
                 )
             return attach_observed(observers, func, found, acting, context, self.max_iter)[0]
 
@@ -153,6 +160,6 @@ def _hook_step(host: DeepInv) -> Callable[[Any], Any]:
 
 
 def _put(est: Any, leaves: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Return an iterate with other tensors in it."""
+    """Return an iterate with its tensors replaced, in order; what is no tensor stays."""
     rest = iter(leaves)
     return tuple(next(rest) if isinstance(leaf, Tensor) else leaf for leaf in est)

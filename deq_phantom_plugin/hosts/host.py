@@ -1,4 +1,9 @@
-"""The contract of a host hook: what makes a framework take strategies by name."""
+"""The contract of a host, by which a framework takes strategies by name.
+
+A subclass of `Host` hooks one framework. It says which modules are equilibria, switches their
+strategies, and lets observers see their solves. `PatchingHost` is for frameworks whose classes or
+functions have to be changed.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +23,21 @@ from .solve import Observers, Solve, add_observer
 
 
 class Host(ABC):
-    """A hook into an installed framework; one object for each framework and process.
+    """A hook into an installed framework. Each process has one object for each framework.
 
-    `docs/howto/host.md` writes one. A host that changes classes or functions of its framework is
-    easiest as a `PatchingHost`.
+    `docs/howto/host.md` shows how to write one. A host that changes classes or functions of its
+    framework is easiest as a `PatchingHost`.
 
     Attributes:
         name: the host's name in `dpp.enable(name)`.
         package: the package that the host hooks.
-        pip: what to install where the package is missing.
-        distribution: the name under which the package's version is known, if it is another name.
+        pip: the arguments of `pip install` that install the package.
+        distribution: the name under which the package's version is known, if that is another name.
         known_versions: the beginnings of the versions that the host was tested with, such as "0.1".
-            It is empty where there is no framework but our own.
-        in_eval: whether equilibria attach in evaluation mode too. "always": the framework does not
-            look at the mode. "told": each equilibrium has a `grad_in_eval`, see `attaches`.
+            It is empty if there is no foreign framework.
+        in_eval: whether equilibria attach a gradient in evaluation mode too. "never": they do not.
+            "always": they do, since the framework does not look at the mode. "told": each
+            equilibrium has a `grad_in_eval`, see `attaches`.
     """
 
     name: ClassVar[str]
@@ -42,15 +48,15 @@ class Host(ABC):
     in_eval: ClassVar[Literal["never", "always", "told"]] = "never"
 
     def installed(self) -> bool:
-        """Whether the framework is there; it may be broken all the same. Imports nothing."""
+        """Whether the framework is installed, working or broken; nothing is imported."""
         return is_there(self.package)
 
     def why_broken(self) -> str:
-        """Import the framework; return in words why that fails, nothing where it does not."""
+        """Import the framework; return the reason in words if that fails, else an empty text."""
         return why_not(self.package)
 
     def version(self) -> str | None:
-        """Return the framework's version, None where nothing tells it."""
+        """Return the framework's version, None if it is unknown."""
         try:
             return metadata.version(self.distribution or self.package)
         except metadata.PackageNotFoundError:
@@ -71,49 +77,63 @@ class Host(ABC):
 
     @abstractmethod
     def enable(self) -> None:
-        """Put the hook in force, also for what was imported before. Twice is as good as once."""
+        """Put the hook in force, also for what was imported before. A second call does nothing."""
 
     @abstractmethod
     def disable(self) -> None:
-        """Restore the framework exactly. Twice is as good as once."""
+        """Restore the framework exactly. A second call does nothing."""
 
     @abstractmethod
     def is_equilibrium(self, module: nn.Module) -> bool:
-        """Whether a module is one of this framework's equilibria; imports nothing slow."""
+        """Whether a module is one of this framework's equilibria; it should import nothing slow.
+
+        If the framework is not imported yet, no module can be one of its equilibria.
+        """
 
     @abstractmethod
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
-        """Check a new `grad` for an equilibrium and return a function that switches to it.
+        """Check a new spec for an equilibrium, and return a function that switches to it.
+
+        The check is separate, so that `dpp.set_grad` switches all equilibria of a model or none.
+
+        Args:
+            module: the equilibrium.
+            spec: the new `grad`, see `get_strategy`; the framework's own values may be valid too.
 
         Raises:
-            ValueError: if the equilibrium cannot take it.
+            ValueError: if the equilibrium cannot take the spec.
         """
 
     def prepare_in_eval(self, module: nn.Module, in_eval: bool) -> Callable[[], None]:
         """Return a function that switches whether an equilibrium attaches in evaluation mode.
 
+        Args:
+            module: the equilibrium.
+            in_eval: whether it is to attach a gradient in evaluation mode.
+
         Raises:
-            ValueError: if the host never attaches there, or always does, see `in_eval`.
+            ValueError: if the host never attaches there and `in_eval` is True, or if it always does
+                and `in_eval` is False.
         """
         if self.in_eval == "told":
             return functools.partial(setattr, module, "grad_in_eval", in_eval)
         if in_eval and self.in_eval == "never":
             raise ValueError(
-                f"in_eval=True: the host {self.name} attaches in training mode only; call "
-                "model.train(), with dropout and the like in evaluation mode where need be"
+                f"in_eval=True: the host {self.name} attaches in training mode only. Call "
+                "model.train(), and .eval() on layers such as dropout that must not act"
             )
         if not in_eval and self.in_eval == "always":
             raise ValueError(
-                f"in_eval=False: {self.name} attaches in evaluation mode too; evaluate under "
-                "torch.no_grad()"
+                f"in_eval=False: {self.name} attaches in evaluation mode too, and cannot be told "
+                "not to. Evaluate under torch.no_grad()"
             )
         return lambda: None
 
     @abstractmethod
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-        """Call `callback` after each solve of an equilibrium in training. Nothing else changes.
+        """Call `callback` after each solve of an equilibrium in training; change nothing else.
 
-        It works without `enable`, and goes on after a switch of the equilibrium's `grad`.
+        This works without `enable`, and goes on after a switch of the equilibrium's `grad`.
 
         Returns:
             A function that ends the observation.
@@ -121,12 +141,12 @@ class Host(ABC):
 
 
 class PatchingHost(Host):
-    """A host that changes its framework's code, for as long as it is enabled or observes."""
+    """A host that changes its framework's code, as long as it is enabled or observes a module."""
 
     def __init__(self) -> None:
         self._patches = Patches()
         self._enabled = False
-        # Not on the modules: copies and pickles of these are not observed.
+        # Observers are not kept on the modules, so that copies and pickles are not observed.
         self._observed: weakref.WeakKeyDictionary[nn.Module, Observers]
         self._observed = weakref.WeakKeyDictionary()
         self._observations = 0
@@ -134,11 +154,14 @@ class PatchingHost(Host):
 
     @abstractmethod
     def patch(self, patches: Patches) -> None:
-        """Make all changes, through `patches`. They must change nothing where no name is used."""
+        """Make all changes through `patches`.
+
+        A model without a name must compute the same as before, to the bit.
+        """
 
     @property
     def is_enabled(self) -> bool:
-        """Whether names are taken."""
+        """Whether the framework takes names now."""
         return self._enabled
 
     def enable(self) -> None:
@@ -154,7 +177,7 @@ class PatchingHost(Host):
             self._restore()
 
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-        """See `Host.observe`; hooks then call `observers(module)`."""
+        """See `Host.observe`. Hooks get the callbacks by `observers(module)`."""
         release = self.hold()
         with self._lock:
             forget = add_observer(self._observed.setdefault(module, []), callback)
@@ -171,7 +194,7 @@ class PatchingHost(Host):
         return [callback for (callback,) in self._observed.get(module, ())]
 
     def hold(self) -> Callable[[], None]:
-        """Keep the changes in place for an observation; return a function that ends that."""
+        """Keep the changes in place for an observation; return a function that ends this."""
         with self._lock:
             self._apply()
             self._observations += 1
@@ -187,13 +210,15 @@ class PatchingHost(Host):
         return release
 
     def _apply(self) -> None:
+        """Make the changes, unless they are made already."""
         if not self._patches:
             try:
                 self.patch(self._patches)
-            except BaseException:  # KeyboardInterrupt too: all of it or nothing
+            except BaseException:  # KeyboardInterrupt too: make all changes or none
                 self._patches.undo()
                 raise
 
     def _restore(self) -> None:
+        """Take the changes back, unless the host is enabled or observes a module."""
         if not self._enabled and self._observations == 0:
             self._patches.undo()

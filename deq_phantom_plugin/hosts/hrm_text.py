@@ -1,13 +1,13 @@
-"""Transformers' hierarchical recurrent language models (`hrm_text`): `config.grad = "npg"`.
+"""The host of Transformers' hierarchical recurrent models (`hrm_text`): `config.grad = "npg"`.
 
-`HrmTextModel` runs `L_cycles` evaluations of its low-level module in each of `H_cycles` high-level
-cycles, and cuts the gradient by hand: of those evaluations the last `L_bp_cycles` carry it. While
-this host is enabled, a model with a `grad` gives each such recurrence to a strategy, as the
-equilibrium z = F(z) = L_module(z + z_H) that its last iterate is taken for:
+`HrmTextModel` runs `H_cycles` high-level cycles. In each it evaluates its low-level module
+`L_cycles` times, and only the last `L_bp_cycles` of these evaluations carry the gradient. If this
+host is enabled and the model has a `grad`, a strategy gets each such recurrence. Its last iterate
+is taken for the equilibrium of z = F(z) = L_module(z + z_H), with the high-level state z_H.
 
-- Outside training, and without a `grad`, Transformers' own code runs.
-- It is a `dpp.loop` of `L_cycles` evaluations: `tbptt(k)` is what `L_bp_cycles=[k]` does, bit for
-  bit, and the value is that of evaluation wherever that page says so.
+- In evaluation mode, and without a `grad`, Transformers' own code runs.
+- The recurrence is a `dpp.loop` of `L_cycles` evaluations. `tbptt(k)` is the same as
+  `L_bp_cycles=[k]`, to the bit. Which strategies keep the value of the loop, see `dpp.loop`.
 - A list has one spec for each high-level cycle. The default, `L_bp_cycles=[2]` with two of them, is
   `["tbptt(k=1)", "tbptt(k=2)"]`.
 """
@@ -50,16 +50,16 @@ class HrmText(PatchingHost):
     package = "transformers"
     known_versions = ("5",)
     pip = '"deq-phantom-plugin[text]"'
-    in_eval = "told"  # otherwise evaluation has the model's own gradient
+    in_eval = "told"  # if not told, evaluation mode has the model's own gradient
 
     def installed(self) -> bool:
-        """Whether there is a Transformers that has the model; does not import it."""
+        """Whether a Transformers is installed that has the model; nothing is imported."""
         spec = find_spec(self.package) if is_there(self.package) else None
         folders = spec.submodule_search_locations if spec is not None else None
         return any((Path(folder) / "models" / "hrm_text").is_dir() for folder in folders or ())
 
     def why_broken(self) -> str:
-        """See `Host.why_broken`; Transformers imports its models when they are asked for."""
+        """See `Host.why_broken`. The model's own module is imported: Transformers loads it late."""
         return why_not(_MODULE)
 
     def patch(self, patches: Patches) -> None:
@@ -71,7 +71,7 @@ class HrmText(PatchingHost):
             patches.replace(module.HrmTextStack, "forward", _hook_part)
             patches.replace(module.HrmTextRotaryEmbedding, "forward", _hook_part)
             patches.add(module.HrmTextPreTrainedModel, "set_grad", _set_grad)
-            # A saved training step is no weight that a loader has to place.
+            # A checkpoint may have or lack the saved step; Transformers must not warn of that.
             for ignored in ("unexpected", "missing"):
                 name = f"_keys_to_ignore_on_load_{ignored}"
                 patches.add(module.HrmTextPreTrainedModel, name, ["grad_memory"])
@@ -84,12 +84,15 @@ class HrmText(PatchingHost):
         return loaded is not None and isinstance(module, loaded.HrmTextModel)
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
-        """See `Host.prepare_grad`; a list has one spec a high-level cycle, None ends it."""
+        """See `Host.prepare_grad`. A list has one spec per high-level cycle.
+
+        None stands for the model's own gradient.
+        """
         strategies = _strategies(module, spec)
         as_text = [repr(s) for s in strategies] if strategies else None
         saved = as_text[0] if as_text and len(set(as_text)) == 1 else as_text
         if any(isinstance(s, FunctionStrategy) for s in strategies):
-            saved = getattr(module.config, "grad", None)  # a function has no name to be saved
+            saved = getattr(module.config, "grad", None)  # a function has no spec to save
 
         def switch() -> None:
             _install(module, strategies, saved)
@@ -103,11 +106,11 @@ def _set_grad(self: nn.Module, spec: Any) -> None:
 
     Args:
         self: a model of the `hrm_text` family.
-        spec: a spec of `dpp.get_strategy`, or a list of them, one a high-level cycle; None for the
-            model's own `L_bp_cycles`.
+        spec: a spec of `dpp.get_strategy`, or a list with one spec per high-level cycle; None for
+            the model's own `L_bp_cycles`.
 
     Raises:
-        ValueError: on an invalid spec or a list of another length; then nothing is switched.
+        ValueError: if a spec is invalid, or the list has another length. Then nothing is switched.
     """
     host = HrmText()
     switches = [host.prepare_grad(m, spec) for m in self.modules() if host.is_equilibrium(m)]
@@ -116,27 +119,28 @@ def _set_grad(self: nn.Module, spec: Any) -> None:
 
 
 def _strategies(model: Any, spec: Any) -> tuple[GradStrategy, ...]:
-    """Return a strategy for each high-level cycle, or none for a spec of None."""
+    """Return a strategy for each high-level cycle; an empty tuple for a spec of None."""
     if spec is None:
         return ()
     cycles = model.config.H_cycles
     specs = list(spec) if isinstance(spec, list | tuple) else [spec] * cycles
     if len(specs) != cycles:
         raise ValueError(
-            f"grad={spec!r} has {len(specs)} entries; expected one, or H_cycles={cycles}"
+            f"grad={spec!r} has {len(specs)} entries; expected one, or H_cycles={cycles}: one spec "
+            "per high-level cycle"
         )
     return tuple(get_strategy(each, {"steps": model.config.L_cycles}) for each in specs)
 
 
 def _install(model: Any, strategies: tuple[GradStrategy, ...], of: Any) -> None:
-    """Give a model its strategies, those of the `grad` in its config."""
+    """Give a model its strategies; `of` is the `grad` of the config that they were made from."""
     model.__dict__["_deq_phantom_grad"] = (of, strategies)
     if strategies:
         remember_each(model, len(strategies))
 
 
 def _current(model: Any) -> tuple[GradStrategy, ...]:
-    """Return a model's strategies: those of its config, whenever that was written."""
+    """Return a model's strategies; make new ones if the `grad` of its config has changed."""
     grad = getattr(model.config, "grad", None)
     strategies: tuple[GradStrategy, ...]
     of, strategies = model.__dict__.get("_deq_phantom_grad", (None, ()))
@@ -147,7 +151,7 @@ def _current(model: Any) -> tuple[GradStrategy, ...]:
 
 
 def _own(model: Any) -> tuple[GradStrategy, ...]:
-    """Return what the model's `L_bp_cycles` do, as strategies."""
+    """Return the strategies that do the same as the model's own `L_bp_cycles`."""
     config, padded = model.config, model.L_bp_cycles_padded
     counts = [padded[i] if i < len(padded) else 1 for i in range(config.H_cycles)]
     return tuple(TBPTT(k=min(k, config.L_cycles)) for k in counts)
@@ -157,12 +161,14 @@ def _own(model: Any) -> tuple[GradStrategy, ...]:
 
 
 def _hook_init(host: HrmText) -> Callable[[Any], Any]:
+    """Return the hook that reads the config's `grad`, and gives the model its memories."""
+
     def hook(original: Callable[..., None]) -> Callable[..., None]:
         def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             original(self, config, *args, **kwargs)
             if host.is_enabled:
                 _current(self)
-                remember_each(self, self.config.H_cycles)  # before anybody tells the step
+                remember_each(self, self.config.H_cycles)  # `set_step` needs them
 
         return __init__
 
@@ -170,6 +176,8 @@ def _hook_init(host: HrmText) -> Callable[[Any], Any]:
 
 
 def _hook_forward(host: HrmText) -> Callable[[Any], Any]:
+    """Return the hook that gives the recurrences of a forward pass to strategies."""
+
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if not attaches(self):
@@ -187,8 +195,8 @@ def _hook_forward(host: HrmText) -> Callable[[Any], Any]:
             if any(cache is not None for cache in [*caches, kwargs.get("past_key_values")]):
                 raise ValueError(
                     "a cache in training: a strategy evaluates the low-level module again and "
-                    "would fill the cache twice; pass no cache (use_cache=False), or call "
-                    "model.set_grad(None)"
+                    "would fill the cache twice. Pass no cache (use_cache=False), or call "
+                    "model.set_grad(None) for the model's own gradient"
                 )
             kwargs["use_cache"] = False
             with _Recurrence(self, strategies or _own(self), observers).active():
@@ -200,7 +208,7 @@ def _hook_forward(host: HrmText) -> Callable[[Any], Any]:
 
 
 class _Parts(threading.local):
-    """What this thread's forward passes do in place of the forwards of their modules."""
+    """The functions that replace modules' forwards in this thread, by the id of the module."""
 
     def __init__(self) -> None:
         self.by_module: dict[int, Callable[..., Any]] = {}
@@ -211,21 +219,23 @@ _parts = _Parts()
 
 @never_compiled
 def _say_own(model: Any) -> None:
-    """Say once that the gradient in evaluation mode is not the one that was named."""
+    """Warn once that the gradient in evaluation mode is the model's own, not the named one."""
     if Trial.depth() or model.__dict__.get("_said_of_eval") or not _current(model):
         return
     model.__dict__["_said_of_eval"] = True
     warnings.warn(
         f"{type(model).__name__} in evaluation mode has its own gradient, that of L_bp_cycles, and "
-        f"not grad={model.config.grad!r}. Call model.train() to train; for the named gradient in "
-        "evaluation mode dpp.set_grad(model, spec, in_eval=True). Where none is wanted, evaluate "
-        "under torch.no_grad(). This is said once per model.",
+        f"not grad={model.config.grad!r}. To train, call model.train(). For the named gradient in "
+        "evaluation mode, call dpp.set_grad(model, spec, in_eval=True). If you want no gradient, "
+        "evaluate under torch.no_grad(). This is said once per model.",
         AssumptionWarning,
         stacklevel=3,
     )
 
 
 def _hook_part(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a module's forward be replaced during an active `_Recurrence` of its model."""
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         part = _parts.by_module.get(id(self))
         if part is None:
@@ -236,10 +246,16 @@ def _hook_part(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Recurrence:
-    """One forward pass of a model, whose low-level recurrences are loops of strategies.
+    """One forward pass of a model, in which strategies do the low-level recurrences.
 
-    The model's own loop goes on around it: what the low-level module is called with is the sum of
-    both states, and what it returns before the last call is not looked at.
+    The model's own code runs its loops as ever, and this object replaces the forwards of its parts.
+    The low-level part does nothing until the last call of a high-level cycle. There it does the
+    whole loop. The model does not use what the earlier calls return.
+
+    Args:
+        model: the `HrmTextModel`.
+        strategies: one per high-level cycle.
+        observers: the callbacks that get each solve.
     """
 
     def __init__(
@@ -252,6 +268,7 @@ class _Recurrence:
 
     @contextmanager
     def active(self) -> Iterator[None]:
+        """Replace the forwards of the model's parts inside a `with` block."""
         model, parts = self.model, _parts.by_module
         mine = {
             id(model.rotary_emb): self.embed,
@@ -268,21 +285,21 @@ class _Recurrence:
             parts.update(before)
 
     def embed(self, original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Take note of the embeddings, with which the high-level state begins."""
+        """Note the embeddings: the high-level state begins with them."""
         self.high = x
         return original(x, *args, **kwargs)
 
     def high_level(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Take note of the high-level state."""
+        """Note the new high-level state, and begin the next cycle."""
         self.high = original(*args, **kwargs)
         self.cycle, self.calls = self.cycle + 1, 0
         return self.high
 
     def low_level(self, original: Callable[..., Any], _: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Do nothing until the last call of a cycle, which has a graph; there do the whole loop."""
+        """Do nothing until the last call of a cycle; there do the whole loop, with its gradient."""
         model, high = self.model, self.high
         assert high is not None
-        if self.low is None:  # where the model begins
+        if self.low is None:  # the model's own first state
             first = model.z_L_init.to(dtype=high.dtype, device=high.device)
             self.low = first.expand_as(high).contiguous()
         self.calls += 1

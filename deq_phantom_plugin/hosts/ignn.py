@@ -1,4 +1,4 @@
-"""The host by which `dpp.set_grad`, reports and monitors find implicit graph layers in a model."""
+"""The host of this package's implicit graph layers (IGNN)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .own import Own
 class IGNNHost(Own):
     """Lets `dpp.set_grad`, `dpp.model_report` and `dpp.monitor` find the layers in a model.
 
-    The layers take specs by themselves, so that there is nothing to enable, and need no package
+    The layers take specs by themselves, so there is nothing to enable. This host needs no package
     but PyTorch.
     """
 

@@ -1,4 +1,8 @@
-"""Equilibria of this package's own, for `dpp.set_grad`, `dpp.model_report` and `dpp.monitor`."""
+"""The host of this package's own equilibria: `dpp.Equilibrium`, and those of patched repositories.
+
+These modules take specs by themselves, so that nothing is hooked. Through the host `dpp.set_grad`,
+`dpp.model_report` and `dpp.monitor` find them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from .solve import Solve, add_observer
 
 
 class Own(Host):
-    """Finds `dpp.Equilibrium`, and what `deq-phantom patch` put into a model; there is no hook."""
+    """Finds `dpp.Equilibrium`, and the modules that `deq-phantom patch` puts into a model."""
 
     name = "own"
     package = "torch"
@@ -23,27 +27,28 @@ class Own(Host):
 
     @property
     def is_enabled(self) -> bool:
-        """False: nothing foreign is hooked."""
+        """False: no foreign framework is hooked."""
         return False
 
     def enable(self) -> None:
-        """Do nothing."""
+        """Do nothing: there is no hook."""
 
     def disable(self) -> None:
-        """Do nothing."""
+        """Do nothing: there is no hook."""
 
     def is_equilibrium(self, module: nn.Module) -> bool:
-        """Whether a module attaches by itself, and names this host."""
+        """Whether a module is an `Attaching` of this host."""
         return isinstance(module, Attaching) and module.host == self.name
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
         """See `Host.prepare_grad`."""
         assert isinstance(module, Attaching)
         module.strategy_of(spec)
-        # As a spec: a loop whose steps come with each call makes a strategy of it for each.
+        # The spec is kept, not the strategy: a loop whose number of steps may change with each call
+        # makes a strategy from the spec in each call.
         return functools.partial(setattr, module, "grad", spec)
 
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-        """See `Host.observe`; of a patched model's own solver the evaluations are not known, 0."""
+        """See `Host.observe`. `Solve.nfe` is 0 if a patched model has a solver of its own."""
         observers: Any = module.observers
         return add_observer(observers, callback)

@@ -1,4 +1,4 @@
-"""Changes to a framework that can be taken back."""
+"""Changes to a framework's code that can be taken back exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 
 
 class Patches:
-    """Changes that are undone in reverse order; each can be undone twice, if it was interrupted."""
+    """Makes changes, remembers them, and undoes them in reverse order.
+
+    An interrupted `undo` may be called again: to undo a change twice does no harm.
+    """
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -20,19 +23,19 @@ class Patches:
         return bool(self._undo)
 
     def replace(self, cls: type, name: str, hook: Callable[[Any], Any]) -> None:
-        """Replace a method in place: objects made before, and subclasses, have it too.
+        """Replace a method of a class; existing objects and subclasses get the new one, too.
 
         Args:
-            cls: the class that defines it.
-            name: the method's.
-            hook: from the original to what takes its place.
+            cls: the class that defines the method.
+            name: the method's name.
+            hook: takes the original method, and returns the new one.
         """
         original = cls.__dict__[name]
         self._undo.append(lambda: setattr(cls, name, original))
         setattr(cls, name, functools.wraps(original)(hook(original)))
 
     def add(self, cls: type, name: str, value: Any) -> None:
-        """Give a class an attribute that it does not have."""
+        """Give a class an attribute that the class does not have itself."""
 
         def undo() -> None:
             if cls.__dict__.get(name) is value:
@@ -42,10 +45,15 @@ class Patches:
         setattr(cls, name, value)
 
     def replace_code(self, function: Any, stand_in: Any) -> None:
-        """Let a function run another one's code; its own is `function.deq_phantom_original`.
+        """Let a function run another function's code.
 
-        Scripts and modules hold references to the function from before, which a new value of the
-        name would not reach. The other code must have no free variables, and import what it needs.
+        Scripts and modules may hold references to the function already. A new function under the
+        same name would not reach them, so the code object inside the function is replaced.
+
+        Args:
+            function: the function to change. `function.deq_phantom_original` gets the old code.
+            stand_in: the function with the new code. It must have no free variables, and it has to
+                import what it needs, since it runs in the other function's module.
         """
         code = function.__code__
         original = types.FunctionType(
@@ -62,7 +70,12 @@ class Patches:
         function.__code__ = stand_in.__code__
 
     def when_imported(self, name: str, apply: Callable[[Any], None]) -> None:
-        """Change a module now if it is loaded, or else as soon as it is: importing takes time."""
+        """Change a module now if it is loaded, else as soon as it is loaded; import nothing.
+
+        Args:
+            name: the module's full name.
+            apply: makes the changes, and gets the module.
+        """
         module = sys.modules.get(name)
         if module is not None:
             apply(module)
@@ -72,23 +85,24 @@ class Patches:
         sys.meta_path.insert(0, finder)
 
     def also(self, undo: Callable[[], None]) -> None:
-        """Do this too when all is taken back."""
+        """Call a function, too, when the changes are undone."""
         self._undo.append(undo)
 
     def undo(self) -> None:
-        """Take all changes back."""
+        """Undo all changes."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module through all other finders, and is told when it has loaded."""
+    """Finds one module through the other finders, and has it changed after it is loaded."""
 
     def __init__(self, name: str, apply: Callable[[Any], None]) -> None:
         self.name, self.apply = name, apply
 
     def remove(self) -> None:
+        """Take this finder out of `sys.meta_path`."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
@@ -106,7 +120,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader:
-    """Loads a module as its own loader does, then has it changed."""
+    """Loads a module with the module's own loader, then applies the changes."""
 
     def __init__(self, loader: Any, finder: _Finder) -> None:
         self._loader, self._finder = loader, finder
@@ -120,6 +134,6 @@ class _Loader:
     def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        if self._finder in sys.meta_path:  # not disabled in between
+        if self._finder in sys.meta_path:  # else the host was disabled in the meantime
             self._finder.remove()
             self._finder.apply(module)

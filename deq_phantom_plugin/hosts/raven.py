@@ -1,13 +1,14 @@
-"""Raven, the model of Huginn, as `trust_remote_code` loads it: `dpp.set_grad(model, "npg")`.
+"""The host of Huginn's Raven, loaded by `trust_remote_code`: `dpp.set_grad(model, "npg")`.
 
-Its code lies beside the weights (`raven_modeling_minimal.py`), and Transformers copies it into a
-module whose name nobody knows before. So its class is told by what it is, a `RavenForCausalLM` with
-an `iterate_forward` whose source is known; another version is refused. While this host is enabled:
+The model's code lies beside its weights (`raven_modeling_minimal.py`). Transformers copies it into
+a module whose name is not known before. So the host recognises the class: it is called
+`RavenForCausalLM`, and the source of its `iterate_forward` has a known fingerprint. Other versions
+are refused. While the host is enabled:
 
-- `config.grad` names the gradient, in the `config.json` too; `dpp.set_grad` writes it.
-- Without a name, and under `torch.no_grad` as in generation, its own code runs.
-- With one, its own draw of n + k evaluations stays and the gradient is the named one. What one
-  evaluation is, and which one F is, see `adapters/repos/seal_rg_recurrent_pretraining.py`.
+- `config.grad` names the gradient, also in `config.json`. `dpp.set_grad` writes it.
+- Without a name, and under `torch.no_grad` as in generation, the model's own code runs.
+- With a name the model still draws its n + k evaluations, and the gradient is the named one.
+  `adapters/repos/seal_rg_recurrent_pretraining.py` says what one evaluation is, and which one F is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .settings import memory_of
 from .solve import Solve, loop_observed
 
 KNOWN = ("61c9cc5d27821b85",)
-"""Fingerprints of the versions of `RavenForCausalLM.iterate_forward` that this was written for."""
+"""Fingerprints of the versions of `RavenForCausalLM.iterate_forward` that this host knows."""
 
 _BASE, _NAME, _LOOP = "transformers.modeling_utils", "RavenForCausalLM", "iterate_forward"
 
@@ -48,12 +49,12 @@ class Raven(PatchingHost):
 
     name = "raven"
     package = "transformers"
-    known_versions = ("4", "5")  # the version that matters is of the code beside the weights
+    known_versions = ("4", "5")  # of Transformers; the model's code is checked by fingerprint
     pip = '"deq-phantom-plugin[text]"'
     in_eval = "told"
 
     def patch(self, patches: Patches) -> None:
-        """Hook the classes that are loaded, and what makes models of those that come."""
+        """Hook the classes that are loaded, and the constructor of models, for later classes."""
         for cls in _loaded():
             self._hook(cls)
 
@@ -63,19 +64,19 @@ class Raven(PatchingHost):
         patches.when_imported(_BASE, apply)
 
     def is_equilibrium(self, module: nn.Module) -> bool:
-        """Whether a module is a Raven that is not patched on disk, of whatever version."""
+        """Whether a module is a Raven of any version whose files are not patched."""
         return _class_of(module) is not None and not isinstance(
             getattr(module, "loop", None), Attaching
         )
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
-        """See `Host.prepare_grad`; None is the model's own gradient."""
+        """See `Host.prepare_grad`; None stands for the model's own gradient."""
         _check_version(module)
         strategy = _strategy(spec, 1)
         config: Any = module.config
         saved = spec if spec is None or isinstance(spec, str) else repr(strategy)
         if isinstance(strategy, FunctionStrategy):
-            saved = getattr(config, "grad", None)  # a function has no name to be saved
+            saved = getattr(config, "grad", None)  # a function has no spec to save
 
         def switch() -> None:
             if self.is_enabled:
@@ -101,29 +102,29 @@ class Raven(PatchingHost):
             if _version(cls) in KNOWN and not hasattr(vars(cls)[_LOOP], "_deq_phantom_host"):
                 self._patches.replace(cls, _LOOP, _hook_loop(self))
                 for ignored in ("unexpected", "missing"):
-                    # A saved training step is no weight that a loader has to place.
+                    # A checkpoint may have or lack the saved step; no warning of that.
                     name = f"_keys_to_ignore_on_load_{ignored}"
                     if name not in vars(cls):
                         self._patches.add(cls, name, ["grad_memory"])
 
 
 def _loaded() -> Iterator[type]:
-    """Return the classes that are loaded already, each once."""
+    """Return the Raven classes that are loaded already, each once."""
     modules = [m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)]
-    # Past the module's own way to get attributes: one that loads lazily is to stay so.
+    # Read each `__dict__` directly: `getattr` would make lazy modules import what they offer.
     names = (object.__getattribute__(module, "__dict__").get(_NAME) for module in modules)
     found = {id(cls): cls for cls in names if isinstance(cls, type)}
     return (cls for cls in found.values() if _LOOP in vars(cls))
 
 
 def _class_of(module: Any) -> type | None:
-    """Return the class of a Raven, of whatever version; None of anything else."""
+    """Return the Raven class of a model, of any version; None for any other module."""
     return next((c for c in type(module).__mro__ if c.__name__ == _NAME and _LOOP in vars(c)), None)
 
 
 @functools.cache
 def _version(cls: type) -> str | None:
-    """Return the fingerprint of a class's loop, None where its source cannot be read."""
+    """Return the fingerprint of a class's loop, None if its source cannot be read."""
     try:
         source = inspect.getsource(inspect.unwrap(vars(cls)[_LOOP]))
     except (OSError, TypeError):
@@ -132,10 +133,10 @@ def _version(cls: type) -> str | None:
 
 
 def _check_version(module: nn.Module) -> None:
-    """Refuse a version that the hook was not written for.
+    """Refuse a version of the model's code that this host does not know.
 
     Raises:
-        ValueError: names it, and those that are known.
+        ValueError: if the version is unknown. The message names it, and the known versions.
     """
     cls = _class_of(module)
     assert cls is not None
@@ -144,23 +145,25 @@ def _check_version(module: nn.Module) -> None:
         raise ValueError(
             f"{cls.__module__}.{_NAME}.{_LOOP} is {version or 'without source'}, an unknown "
             f"version; known are {', '.join(KNOWN)}, those of seal-rg/recurrent-pretraining and of "
-            "the models beside it. Nothing was switched"
+            "its models. A hook on unknown code could compute a wrong gradient, so nothing was "
+            "switched. Load a known revision of the model's code"
         )
 
 
 def _strategy(spec: Any, steps: int) -> GradStrategy | None:
+    """Return the strategy of a spec, None for None."""
     return None if spec is None else get_strategy(spec, {"steps": steps})
 
 
 def _install(model: Any, spec: Any, of: Any) -> None:
-    """Give a model its spec, that of the `grad` in its config."""
+    """Give a model its spec; `of` is the `grad` of the config that it came from."""
     model.__dict__["_deq_phantom_grad"] = (of, spec)
     if spec is not None:
         memory_of(model)
 
 
 def _current(model: Any) -> Any:
-    """Return a model's spec: that of its config, whenever that was written."""
+    """Return a model's spec; take the `grad` of its config if that has changed."""
     grad = getattr(model.config, "grad", None)
     of, spec = model.__dict__.get("_deq_phantom_grad", (None, None))
     if grad != of:
@@ -174,6 +177,8 @@ def _current(model: Any) -> Any:
 
 
 def _hook_init(host: Raven) -> Callable[[Any], Any]:
+    """Return the hook on the constructor of all models, which hooks the class of each Raven."""
+
     def hook(original: Callable[..., None]) -> Callable[..., None]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
@@ -181,7 +186,7 @@ def _hook_init(host: Raven) -> Callable[[Any], Any]:
                 return
             if getattr(self.config, "grad", None) is not None:
                 _check_version(self)
-                _current(self)  # with a memory, before anybody tells the step
+                _current(self)  # makes the memory, which `set_step` needs
             host._hook(cls)
 
         return __init__
@@ -190,6 +195,8 @@ def _hook_init(host: Raven) -> Callable[[Any], Any]:
 
 
 def _hook_loop(host: Raven) -> Callable[[Any], Any]:
+    """Return the hook that gives the loop of a model with a `grad` to its strategy."""
+
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         def iterate_forward(
             self: Any,
@@ -218,7 +225,7 @@ def _hook_loop(host: Raven) -> Callable[[Any], Any]:
             def evaluate(i: int, x: Tensor) -> Tensor:
                 step = i if i < free else pair[0] + (i - free)
                 given = (input_embeds, freqs_cis, mask, past_key_values, block_idx + i * layers)
-                # Its own code keeps no checkpoints of evaluations without a graph.
+                # The model's own code checkpoints evaluations with a graph only.
                 block = "_maybe_checkpoint_core_block"
                 block = block if torch.is_grad_enabled() else "core_block_forward"
                 image: Tensor = getattr(self, block)(x, *given, step)[0]
@@ -229,14 +236,14 @@ def _hook_loop(host: Raven) -> Callable[[Any], Any]:
             return self.transformer.ln_f(x), *pair, before, block_idx + (free + graph) * layers
 
         iterate_forward._deq_phantom_host = host.name  # type: ignore[attr-defined]
-        # As the original: what it calls may be compiled, itself it is not.
+        # As in the original: the loop itself is not compiled, what it calls may be.
         return torch.compiler.disable(iterate_forward, recursive=False)  # type: ignore[no-any-return]
 
     return hook
 
 
 def _pair(model: Any, num_steps: Any) -> tuple[Any, Any]:
-    """Return the evaluations without and with a graph: as a caller says, or as the model draws."""
+    """Return the numbers of evaluations without and with a graph: given, or drawn by the model."""
     if num_steps is None:
         drawn: tuple[Any, Any] = model.randomized_iteration_sampler()
         return drawn
@@ -246,7 +253,7 @@ def _pair(model: Any, num_steps: Any) -> tuple[Any, Any]:
     return num_steps, torch.tensor(0)
 
 
-@never_compiled  # or for each number of evaluations anew
+@never_compiled  # each number of evaluations would be compiled once more
 def _looped(
     model: Any,
     spec: Any,
@@ -256,7 +263,17 @@ def _looped(
     free: int,
     graph: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the state at the end of a model's loop, attached, and the one before it."""
+    """Return the state at the end of a model's loop, attached, and the state before that.
+
+    Args:
+        model: the Raven.
+        spec: its spec, None for its own gradient.
+        observers: the callbacks that get the solve.
+        evaluate: makes evaluation number i: (i, state) -> state.
+        start: the state where the loop begins.
+        free: the number of evaluations without a graph, in the model's own gradient.
+        graph: the number of evaluations with a graph, after those.
+    """
     steps = free + graph
     if steps == 0:
         return start, start.detach()

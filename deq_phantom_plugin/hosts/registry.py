@@ -1,4 +1,7 @@
-"""Which hosts there are, by name: found, enabled, disabled, and asked for a model's equilibria."""
+"""The registry of hosts: finds them by name, enables and disables them, asks them for equilibria.
+
+Hosts come from entry points (group `deq_phantom_plugin.hosts`) and from `register_host`.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +24,27 @@ _H = TypeVar("_H", bound=Host | type[Host])
 
 _hosts: dict[str, Host] = {}
 _warned: set[str] = set()
-# One thread at a time hooks or restores; reentrant, since loading a package may enable a host.
+# Only one thread at a time hooks or restores. Reentrant: loading a package may enable a host.
 _lock = threading.RLock()
 
 
 def enable(host: str | None = None, *, force: bool = False) -> list[str]:
-    """Make installed frameworks take strategies by name; idempotent.
+    """Make installed frameworks take strategies by name. A second call changes nothing.
 
-    A framework of a version that its host was not tested with stays as it is, with one warning.
+    If a framework has a version that its host was not tested with, a warning is given once, and the
+    framework is not changed.
 
     Args:
         host: the framework's name; None for all that are installed.
-        force: whether unknown versions are hooked all the same.
+        force: whether to hook unknown versions as well.
 
     Returns:
-        The names of the hosts that are now enabled.
+        The names of the hosts that are enabled now.
 
     Raises:
         ValueError: if there is no host of that name.
-        ImportError: if the named framework is not installed, and then gives the pip command, or
-            if it is and cannot be imported.
+        ImportError: if the named framework cannot be imported, or is not installed. In the second
+            case the message gives the pip command.
     """
     with _lock:
         if host is None:
@@ -48,7 +52,7 @@ def enable(host: str | None = None, *, force: bool = False) -> list[str]:
                 if candidate.installed():
                     try:
                         _enable(candidate, force)
-                    except Exception as error:  # a broken one is not to break the others
+                    except Exception as error:  # a broken framework must not break the others
                         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
                         why = candidate.why_broken() or f"{kind}{error}"
                         warnings.warn(f"{candidate.name} is not hooked: {why}", stacklevel=2)
@@ -56,7 +60,8 @@ def enable(host: str | None = None, *, force: bool = False) -> list[str]:
             chosen = _get(host)
             if not chosen.installed():
                 raise ImportError(f"{host} is not installed: pip install {chosen.pip}")
-            # Many are hooked when they are first imported; one that is asked for by name is needed.
+            # Most frameworks are hooked at their first import. One that is asked for by name is
+            # needed, so an import that fails is an error now.
             if why := chosen.why_broken():
                 raise ImportError(f"{host} is not hooked: {why}")
             _enable(chosen, force)
@@ -70,8 +75,9 @@ def _enable(host: Host, force: bool) -> None:
         _warned.add(host.name)
         warnings.warn(
             f"{host.distribution or host.package} {host.version() or 'of unknown version'} is not "
-            f"hooked: this package knows {', '.join(host.known_versions)}; "
-            f"dpp.enable({host.name!r}, force=True) hooks it all the same",
+            f"hooked: this package knows {', '.join(host.known_versions)}, and another version may "
+            f"compute other things. Install one of these, or hook it untested by "
+            f"dpp.enable({host.name!r}, force=True)",
             stacklevel=3,
         )
 
@@ -92,7 +98,7 @@ def disable(host: str | None = None) -> None:
 
 @contextmanager
 def enabled(host: str | None = None) -> Iterator[None]:
-    """Enable hosts for the length of a `with` block; those that were enabled before stay so."""
+    """Enable hosts inside a `with` block; hosts that were enabled before stay so at its end."""
     with _lock:
         before = {name for name, known in _hosts.items() if known.is_enabled}
         enable(host)
@@ -106,19 +112,20 @@ def enabled(host: str | None = None) -> Iterator[None]:
 
 
 def register_host(host: _H, *, replace: bool = False) -> _H:
-    """Let a host be found under its name, without an entry point: in a notebook, or a script.
+    """Register a host under its name without an entry point, as in a notebook or a script.
 
     Args:
-        host: a subclass of `Host`, or an object of one; works as a decorator of the class.
-        replace: whether it may take over a name that is known already; the host that had it is
-            disabled.
+        host: a subclass of `Host`, or an object of such a class. The function also works as a
+            decorator of the class.
+        replace: whether the host may take a name that is known already. The host that had the name
+            is then disabled.
 
     Returns:
-        What was given.
+        `host`, as given.
 
     Raises:
-        ValueError: if the host's name is taken or no lower-case identifier.
-        TypeError: if it is no host, or its class lacks a method.
+        ValueError: if the host's name is taken, or is no lower-case identifier.
+        TypeError: if `host` is no host, or its class lacks a method.
     """
     cls: Any = host if isinstance(host, type) else type(host)
     if not issubclass(cls, Host):
@@ -128,7 +135,7 @@ def register_host(host: _H, *, replace: bool = False) -> _H:
         )
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))
-        raise TypeError(f"the host {cls.__qualname__} lacks {missing}")
+        raise TypeError(f"the host {cls.__qualname__} lacks {missing}; define these methods")
     name = getattr(host, "name", None)
     if not isinstance(name, str) or not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
         raise ValueError(f"name={name!r}; expected a lower-case identifier such as 'my_framework'")
@@ -145,7 +152,7 @@ def register_host(host: _H, *, replace: bool = False) -> _H:
 
 
 def what_is_found(module: nn.Module) -> str:
-    """Return that a model has no equilibrium, and what would be one, in words."""
+    """Return a message that a model has no equilibrium, with what would count as one."""
     frameworks = ", ".join(name for name in host_names() if name != "own")
     text = (
         f"no equilibrium found inside {type(module).__name__}; looked for dpp.Equilibrium, those "
@@ -153,14 +160,15 @@ def what_is_found(module: nn.Module) -> str:
     )
     if any(isinstance(child, Memory) for child in module.modules()):
         text += (
-            " It has a dpp.Memory: a solve of your own that ends in dpp.attach has the method that "
-            "is passed there. Solve through a dpp.Equilibrium instead, and it is found."
+            " It has a dpp.Memory. A solve of your own that ends in dpp.attach is not found: its "
+            "strategy is the one that you pass there. Solve through a dpp.Equilibrium instead, and "
+            "it is found."
         )
     return text
 
 
 def find_equilibria(module: nn.Module) -> list[tuple[Host, nn.Module]]:
-    """Return every equilibrium inside a module, with the host that knows it."""
+    """Return every equilibrium inside a module, each with the host that knows it."""
     hosts = [host for host in _all().values() if host.installed()]
     return [
         (host, child) for child in module.modules() for host in hosts if host.is_equilibrium(child)
@@ -173,12 +181,12 @@ def host_names() -> list[str]:
 
 
 def broken_hosts() -> dict[str, str]:
-    """Import every host's framework that is installed; return why that fails, where it does."""
+    """Import every installed framework; return the reason for each host where that fails."""
     return {name: why for name, host in _installed().items() if (why := host.why_broken())}
 
 
 def host_versions() -> dict[str, tuple[str, bool]]:
-    """Return each host whose framework is installed, its version, and whether that is known."""
+    """Return the version of each installed framework, and whether the host was tested with it."""
     return {
         name: (host.version() or "", host.is_known_version)
         for name, host in _installed().items()
@@ -187,10 +195,12 @@ def host_versions() -> dict[str, tuple[str, bool]]:
 
 
 def _installed() -> dict[str, Host]:
+    """Return the hosts whose frameworks are installed, sorted by name."""
     return {name: host for name, host in sorted(_all().items()) if host.installed()}
 
 
 def _all() -> dict[str, Host]:
+    """Return all hosts by name, after loading every entry point; warn of broken ones."""
     with _lock:
         for name, loaded in entry_points.load_working(entry_points.HOSTS).items():
             if name not in _hosts:
@@ -202,6 +212,7 @@ def _all() -> dict[str, Host]:
 
 
 def _get(name: str) -> Host:
+    """Return the host of a name; load its entry point if need be."""
     if name not in _hosts:
         try:
             _hosts[name] = _made(name, entry_points.load(entry_points.HOSTS, name))
@@ -214,18 +225,19 @@ def _get(name: str) -> Host:
 
 
 def _made(name: str, loaded: Any) -> Host:
-    """Return the host that an entry point stands for.
+    """Return an object of the host class that an entry point stands for.
 
     Raises:
-        ImportError: if it stands for none.
+        ImportError: if the entry point stands for something else, or the class cannot be called.
     """
     if not (isinstance(loaded, type) and issubclass(loaded, Host)):
         raise ImportError(
-            f"the entry point {name} in {entry_points.HOSTS!r}: {loaded!r} is no Host"
+            f"the entry point {name} in {entry_points.HOSTS!r}: {loaded!r} is no Host; expected a "
+            "subclass of deq_phantom_plugin.hosts.Host"
         )
     try:
         return loaded()
-    except Exception as error:  # whatever a foreign package does
+    except Exception as error:  # a foreign package may raise anything
         raise ImportError(
             f"the entry point {name} in {entry_points.HOSTS!r} is broken: "
             f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Settings of a foreign module: its framework's own under our names, and what we keep on it."""
+"""Settings of a foreign module under our argument names, and the memory that we keep on it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def defaults(
     arguments: Mapping[str, tuple[str, Any]],
     solvers: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return what a framework says of its own backward pass, as arguments that a spec may lack.
+    """Return a framework's settings of its backward pass, as defaults for arguments of a spec.
 
     Args:
-        setting: looks up a setting by name, with a default.
-        arguments: setting -> our argument, and the value at which it says nothing: the
-            framework's default, which is there whether anybody asked for it or not.
-        solvers: the framework's name of a solver -> ours, where they differ.
+        setting: looks up a setting by its name, with a default: (name, default) -> value.
+        arguments: maps the name of each setting to our argument, and to the framework's default. A
+            setting with its default value is left out, since nobody may have asked for it.
+        solvers: maps the framework's names of solvers to ours, where they differ.
     """
     found = {}
     for name, (argument, says_nothing) in arguments.items():
@@ -32,7 +32,7 @@ def defaults(
 
 
 def memory_of(module: Any) -> Memory:
-    """Return the `grad_memory` of a module, made if it has none."""
+    """Return the `grad_memory` of a module; make one if the module has none."""
     if not hasattr(module, "grad_memory"):
         module.grad_memory = Memory()
     memory: Memory = module.grad_memory
@@ -40,6 +40,6 @@ def memory_of(module: Any) -> Memory:
 
 
 def remember_each(module: Any, n: int) -> None:
-    """Give a module that finds n equilibria a memory for each as `grad_memory`, if it has none."""
+    """Give a module with n equilibria a `grad_memory` with one memory each, if it has none yet."""
     if not hasattr(module, "grad_memory"):
         module.grad_memory = nn.ModuleList(Memory() for _ in range(n))

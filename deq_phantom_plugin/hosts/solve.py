@@ -1,4 +1,8 @@
-"""What a host tells of a solve: `Solve`, and how observers come to have it."""
+"""`Solve` describes one forward solve to observers, such as monitors and reports.
+
+Hosts attach a strategy to the result of a solve by `attach_observed` or `loop_observed`. Both call
+the observers afterwards, through `tell`.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +33,19 @@ class Solve:
 
     Attributes:
         func: F, from a state to a state of the same structure; valid until the parameters change.
-        initial_state: where the solve began.
-        equilibrium: the state where the solve ended, detached; the last one if several were
-            sampled.
-        attached: the same state with its graph, as the model goes on with it.
-        strategy: the method behind that graph, also where it is the host's own.
-        step: the training step, None where nobody has told it.
-        nfe: the evaluations of F that the solve took, 0 where the host cannot know.
+        initial_state: the state where the solve began.
+        equilibrium: the state where the solve ended, detached; the last one if the framework hands
+            out several states.
+        attached: the same state with its graph; the model goes on with it.
+        strategy: the strategy behind that graph; one that stands for the framework's own gradient
+            if no name was given.
+        step: the training step, None if unknown.
+        nfe: the number of evaluations of F that the solve took, 0 if unknown.
         batch_dim: see `Context.batch_dim`.
         solver_result: see `Context.solver_result`.
         index: the number of the solve among those of the module in one forward pass, from 0.
-        known_residual: the residual, if the host's own solver has it.
-        total: the length of training in steps, None where nobody has told it.
+        known_residual: the relative residual, shape (B,), if the framework's solver gives it.
+        total: the length of training in steps, None if unknown.
         place: see `Context.place`.
     """
 
@@ -73,19 +78,19 @@ class Solve:
         nfe: int,
         **known: Any,
     ) -> Solve:
-        """Return a solve, from what a host has at hand.
+        """Return a solve, made of what a host knows.
 
-        A strategy that owns its solve gets the initial state as `found`. The equilibrium is then
+        A strategy that owns the solve gets the initial state as `found`. The equilibrium is then
         what the strategy returned.
 
         Args:
             func: F.
             found: the state that the strategy was given, detached.
-            attached: the state that it returned.
+            attached: the state that the strategy returned.
             strategy: the strategy.
-            context: its context.
-            nfe: the evaluations of F until then.
-            **known: `index` and `known_residual`.
+            context: the strategy's context.
+            nfe: the number of evaluations of F that the solve took.
+            **known: `index` and `known_residual`, if known.
         """
         if strategy.resolve(context).owns_solve:
             found = tree_map(Tensor.detach, attached)
@@ -106,10 +111,10 @@ class Solve:
 
     @functools.cached_property
     def residual(self) -> Tensor:
-        """||F(h) - h|| / ||F(h)|| per sample, shape (B,); (1,) where samples are coupled.
+        """||F(h) - h|| / ||F(h)|| per sample, shape (B,); shape (1,) if samples are coupled.
 
-        Where the host does not know it, the first question evaluates F once, without a trace. It is
-        valid until the parameters change.
+        If the host does not know the residual, the first access evaluates F once, and leaves no
+        trace. The first access has to come before the parameters change.
         """
         if self.known_residual is not None:
             return self.known_residual
@@ -118,7 +123,7 @@ class Solve:
 
     @property
     def context(self) -> Context:
-        """The context of this solve, as a strategy gets it."""
+        """A context for a strategy on this solve."""
         return Context(
             self.batch_dim,
             self.initial_state,
@@ -130,17 +135,17 @@ class Solve:
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
-        """Evaluate F as the solve did, under its autocast, inside a `with` block; see `Trial`."""
+        """Evaluate F under the autocast of the solve, inside a `with` block; see `Trial`."""
         with Trial(self.equilibrium) as trial, self._autocast():
             yield trial
 
 
 Observers: TypeAlias = list[tuple[Callable[[Solve], None]]]
-"""Callbacks, each in a tuple of its own, so that equal callbacks can be told apart."""
+"""Callbacks, each in a tuple of its own, so that equal callbacks can be distinguished."""
 
 
 def add_observer(observers: Observers, callback: Callable[[Solve], None]) -> Callable[[], None]:
-    """Add a callback to a list; return a function that takes it out again."""
+    """Add a callback to a list; return a function that removes it again."""
     observation = (callback,)
     observers.append(observation)
 
@@ -181,16 +186,19 @@ def attach_observed(
     """Attach a strategy to what a host found, as `dpp.attach` does, and tell observers.
 
     Args:
-        observers: the callbacks, which get the solve.
+        observers: the callbacks that get the solve.
         func: F.
-        found: the state where the host's solve ended, detached; for a strategy that owns the solve,
-            the state where it begins.
+        found: the state where the host's solve ended, detached. For a strategy that owns the solve
+            it is the state where the solve begins.
         strategy: the strategy, resolved.
         context: its context, with the initial state.
-        nfe: the evaluations of F that the host's solve took. Those of a strategy that owns the
-            solve are counted here.
+        nfe: the number of evaluations of F that the host's solve took. The evaluations of a
+            strategy that owns the solve are counted here instead.
         index: see `Solve`.
-        known_residual: the residual of `found`, if the host's solver has it.
+        known_residual: the relative residual of `found`, shape (B,), if the host's solver gives it.
+
+    Returns:
+        The state with a graph that yields the strategy's gradient.
     """
     if not observers or not torch.is_grad_enabled():
         return attach(func, found, strategy, context)
@@ -215,7 +223,7 @@ def loop_observed(
     """Evaluate a loop as `dpp.loop` does, and tell observers of the state at its end.
 
     Args:
-        observers: the callbacks, which get the solve.
+        observers: the callbacks that get the solve.
         func: F.
         start: the state where the loop begins, which is the context's initial state.
         steps: the number of evaluations.
@@ -223,6 +231,9 @@ def loop_observed(
         context: its context.
         index: see `Solve`.
         at: see `looped`.
+
+    Returns:
+        The state at the end of the loop, with a graph that yields the strategy's gradient.
     """
     strategy = strategy.within(steps)
     if not observers or not torch.is_grad_enabled():
@@ -237,12 +248,12 @@ def loop_observed(
 
 
 def relative_residual(state: State, image: State, batch_dim: BatchDim) -> Tensor:
-    """Return ||F(h) - h|| / ||F(h)|| per sample, shape (B,); (1,) where samples are coupled.
+    """Return ||F(h) - h|| / ||F(h)|| per sample, shape (B,); shape (1,) if samples are coupled.
 
     Args:
         state: h.
         image: F(h).
-        batch_dim: see `Context.batch_dim`; 0 where it is to be found out.
+        batch_dim: see `Context.batch_dim`; "auto" counts as 0 here.
     """
     before, after = flatten(state)[0], flatten(image)[0]
     packing = Packing(before, 0 if isinstance(batch_dim, str) else batch_dim)

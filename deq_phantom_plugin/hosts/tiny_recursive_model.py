@@ -1,10 +1,15 @@
-"""tiny-recursive-model (lucidrains): `TinyRecursiveModel(..., grad="npg")`.
+"""The host of tiny-recursive-model (lucidrains): `TinyRecursiveModel(..., grad="npg")`.
 
-`deep_refinement` makes its refinement blocks one after the other, and only the last has a graph. A
-model with a `grad` gives that loop to a strategy: the state is (outputs, latents), one evaluation
-is one block, `refine_latent_then_output_once`. The first state are two learned vectors (dim,),
-which grow to (batch, tokens, dim) in the first block. Without a `grad` its own code runs. The
-sibling in `trm_dense_loss`, whose loss looks at each block, is no equilibrium and is not hooked.
+The model's `deep_refinement` evaluates refinement blocks one after the other, and only the last has
+a graph. If the model has a `grad`, a strategy gets that loop:
+
+- One evaluation of F is one block, `refine_latent_then_output_once`.
+- The state is (outputs, latents). At the start both are learned vectors of shape (dim,). In the
+  first block they get the shape (batch, tokens, dim).
+- Without a `grad` the model's own code runs.
+
+The similar model in `trm_dense_loss` has a loss on each block, and so is no equilibrium. It is not
+hooked.
 """
 
 from __future__ import annotations
@@ -56,27 +61,31 @@ class TinyRecursive(PatchingHost):
         return loaded is not None and isinstance(module, loaded.TinyRecursiveModel)
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
-        """See `Host.prepare_grad`; None is the model's own gradient."""
+        """See `Host.prepare_grad`; None stands for the model's own gradient."""
         return functools.partial(_install, module, _strategy(module, spec))
 
 
 def _strategy(model: Any, spec: Any) -> GradStrategy | None:
+    """Return the strategy of a spec, with the model's number of blocks as default steps."""
     return None if spec is None else get_strategy(spec, {"steps": model.num_refinement_blocks})
 
 
 def _install(model: Any, strategy: GradStrategy | None) -> None:
+    """Give a model its strategy, and a memory if it needs one."""
     model.grad = strategy
     if strategy is not None:
         memory_of(model)
 
 
 def _hook_init(host: TinyRecursive) -> Callable[[Any], Any]:
+    """Return the hook that lets the constructor take a `grad`."""
+
     def hook(original: Callable[..., None]) -> Callable[..., None]:
         def __init__(self: Any, *args: Any, grad: Any = None, **kwargs: Any) -> None:
             if grad is not None and not host.is_enabled:
                 raise TypeError(
-                    f"a grad is taken only while the host {host.name} is enabled: call "
-                    f"dpp.enable({host.name!r}) before"
+                    f"grad={grad!r}: TinyRecursiveModel takes a grad only while the host "
+                    f"{host.name} is enabled. Call dpp.enable({host.name!r}) before"
                 )
             original(self, *args, **kwargs)
             if grad is not None:
@@ -91,6 +100,8 @@ def _hook_init(host: TinyRecursive) -> Callable[[Any], Any]:
 
 
 def _hook_loop(host: TinyRecursive) -> Callable[[Any], Any]:
+    """Return the hook that gives the loop of a model with a `grad` to its strategy."""
+
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         def deep_refinement(self: Any, inputs: Tensor, outputs: Tensor, latents: Tensor) -> Any:
             strategy = getattr(self, "grad", None) if host.is_enabled else None

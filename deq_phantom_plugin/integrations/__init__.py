@@ -1,1 +1,4 @@
-"""Trainers that other packages bring: a file each, imported by its full name."""
+"""Callbacks for the trainers of other packages, one file per trainer.
+
+Import a file by its full name: the other package need not be installed otherwise.
+"""

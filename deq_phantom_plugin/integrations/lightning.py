@@ -1,4 +1,8 @@
-"""The step of training, the monitor, and what equilibria remember, in Lightning."""
+"""A callback for Lightning's `Trainer`: training step, monitor and checkpoints of equilibria.
+
+`SetStep` calls `dpp.set_step` in each batch and `dpp.monitor` if asked to. It saves and loads what
+equilibria remember, through `dpp.memory_state_dict`.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,11 @@ from ..strategies.arguments import positive_int
 __all__ = ["SetStep"]
 
 MEMORY = "deq_phantom_memory"
-"""The key of a checkpoint that has `dpp.memory_state_dict`."""
+"""The key of `dpp.memory_state_dict` in a checkpoint."""
 
 
 def _lightning() -> Any:
-    """Return `lightning.pytorch`, or the same package by the name that is in use here."""
+    """Return `lightning.pytorch`, or `pytorch_lightning` if that one is in use or the only one."""
     new, old = "lightning.pytorch", "pytorch_lightning"
     in_use = old in sys.modules and new not in sys.modules
     only = is_there(old) and not is_there("lightning")
@@ -29,25 +33,25 @@ def _lightning() -> Any:
 
 
 class SetStep(_lightning().Callback):  # type: ignore[misc]
-    """Tells every equilibrium the step of a Lightning `Trainer`, and keeps what it remembers.
+    """Tells every equilibrium the step of a Lightning `Trainer`, and saves what it remembers.
 
         Trainer(callbacks=[SetStep(monitor=200)], ...)
 
-    The step is that of the optimiser, `trainer.global_step`: the same in all batches whose
-    gradients accumulate. It goes on where a checkpoint ended.
+    The step is that of the optimiser, `trainer.global_step`. Batches whose gradients accumulate
+    have the same step. After a checkpoint is loaded, the steps go on from there.
 
-    Each checkpoint gets `dpp.memory_state_dict` of the process that writes it, and a `fit` that is
-    resumed loads it: warm starts, histories and counts of failures go on in that process. The
-    others take its histories, so that all choose alike, and start cold.
+    Each checkpoint holds `dpp.memory_state_dict` of the process that writes it. When `fit` resumes,
+    that process goes on with its warm starts, histories and counts of failures. The other processes
+    load its histories only, so that all choose alike, and their warm starts begin anew.
 
     Args:
-        total: how many steps there will be; None for what the `Trainer` expects.
-        monitor: steps from one log of `dpp.monitor` to the next, into all loggers of the `Trainer`;
+        total: the length of training in steps; None for what the `Trainer` expects.
+        monitor: steps between two logs of `dpp.monitor`, which go to all loggers of the `Trainer`;
             None for no monitor.
 
     Raises:
-        ValueError: if `total` or `monitor` is not a whole number of at least 1; when training
-            starts, if there is a monitor and no logger.
+        ValueError: if `total` or `monitor` is not a whole number of at least 1. If there is a
+            monitor and no logger, it is raised when training starts.
     """
 
     def __init__(self, *, total: int | None = None, monitor: int | None = None) -> None:
@@ -58,22 +62,22 @@ class SetStep(_lightning().Callback):  # type: ignore[misc]
         self._monitor: Any = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Tell what is known before finders of learning rates and batch sizes train."""
-        # They call no callback but their own, and come before the data are there to be counted.
+        """Tell the step before Lightning's learning rate and batch size finders train."""
+        # The finders call no callbacks of ours, and they run before the batches can be counted.
         there = any(isinstance(module, dpp.Memory) for module in pl_module.modules())
-        if stage == "fit" and there:  # else the model is still to be configured
+        if stage == "fit" and there:  # without a memory the model is not configured yet
             most = trainer.max_steps if trainer.max_steps > 0 else None
             dpp.set_step(pl_module, trainer.global_step, total=self.total or most)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count the steps there will be, and start the monitor."""
+        """Find the length of training, and start the monitor."""
         self._expected = self.total or _steps_of(trainer)
         if self.monitor is None:
             return
         if not trainer.loggers:
             raise ValueError(
-                f"monitor={self.monitor} in a Trainer without a logger; expected a logger, or "
-                "monitor=None"
+                f"monitor={self.monitor} in a Trainer without a logger: the monitor's numbers "
+                "would go nowhere. Give the Trainer a logger, or pass monitor=None"
             )
 
         def write(numbers: Mapping[str, float], step: int) -> None:
@@ -85,17 +89,17 @@ class SetStep(_lightning().Callback):  # type: ignore[misc]
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See `dpp.set_step`."""
+        """Tell the step, see `dpp.set_step`."""
         dpp.set_step(pl_module, trainer.global_step, total=self._expected)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """See `dpp.memory_state_dict`."""
+        """Save what equilibria remember, see `dpp.memory_state_dict`."""
         checkpoint[MEMORY] = dpp.memory_state_dict(pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """See `dpp.load_memory_state_dict`."""
+        """Load what equilibria remember when `fit` resumes, see `dpp.load_memory_state_dict`."""
         saved = checkpoint.get(MEMORY)
-        if saved is None or trainer.state.fn != "fit":  # evaluation needs none of it
+        if saved is None or trainer.state.fn != "fit":  # evaluation does not need it
             return
         if trainer.global_rank:
             saved = {name: {"histories": kept["histories"]} for name, kept in saved.items()}
@@ -108,21 +112,23 @@ class SetStep(_lightning().Callback):  # type: ignore[misc]
             self._monitor = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """End the monitor."""
+        """End the monitor, as at the end of training."""
         self.on_train_end(trainer, pl_module)
 
 
 def _steps_of(trainer: Any) -> int | None:
-    """Return how many steps a `Trainer` expects to take; None where it does not know."""
+    """Return how many steps a `Trainer` expects to take; None if it does not know."""
     most = trainer.max_steps if trainer.max_steps > 0 else None
-    # By hand a batch may take any number of steps, and each of several optimisers counts.
+    # With manual optimisation a batch may take any number of steps, and those of all optimisers
+    # count.
     if not trainer.lightning_module.automatic_optimization:
         return most
     expected, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
     if not 0 < expected < math.inf:
         return None
     for callback in trainer.callbacks:
-        # A `GradientAccumulationScheduler`, of which the estimate knows the first epoch alone.
+        # A `GradientAccumulationScheduler` may change the number of batches per step in each
+        # epoch. Lightning's estimate uses that of the first epoch only.
         at = getattr(callback, "get_accumulate_grad_batches", None)
         if at is not None and batches < math.inf and trainer.max_epochs > 0:
             steps = sum(math.ceil(batches / at(epoch)) for epoch in range(trainer.max_epochs))
