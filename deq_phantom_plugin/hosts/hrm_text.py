@@ -5,9 +5,9 @@
 host is enabled and the model has a `grad`, a strategy gets each such recurrence. Its last iterate
 is taken for the equilibrium of z = F(z) = L_module(z + z_H), with the high-level state z_H.
 
-- In evaluation mode, and without a `grad`, Transformers' own code runs.
+- Without a `grad`, and in evaluation mode without `grad_in_eval`, Transformers' own code runs.
 - The recurrence is a `dpp.loop` of `L_cycles` evaluations. `tbptt(k)` is the same as
-  `L_bp_cycles=[k]`, to the bit. Which strategies keep the value of the loop, see `dpp.loop`.
+  `L_bp_cycles=[k]`, to the bit. `dpp.loop` says which strategies keep the value of the loop.
 - A list has one spec for each high-level cycle. The default, `L_bp_cycles=[2]` with two of them, is
   `["tbptt(k=1)", "tbptt(k=2)"]`.
 """

@@ -1,4 +1,4 @@
-"""silva-networks takes strategies by name."""
+"""The host of silva-networks, by which its configs take strategies by name."""
 
 from .host import Silva
 from .mode import Extras, Mode

@@ -1,8 +1,9 @@
-"""silva-networks: `SolverConfig(backward_mode="upg(k=5, lam=0.5)")`, and all that takes one.
+"""The host of silva-networks: `SolverConfig(backward_mode="upg(k=5, lam=0.5)")`.
 
-Every model of silva-networks solves through one function, `solve_equilibrium`, whose code is
-swapped: its modules hold references to it. The six modes of its own, among them "jfb" and "shine",
-stay its own, bit for bit; ours of these names are "jfb()" and "shine()".
+Every model of silva-networks solves through one function, `solve_equilibrium`. Its modules hold
+references to that function, so the host replaces the code inside of it. The six modes of
+silva-networks compute the same as before, to the bit. Among them are "jfb" and "shine". To get our
+strategies of these names, write "jfb()" and "shine()".
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Silva(PatchingHost):
     in_eval = "always"
 
     def patch(self, patches: Patches) -> None:
-        """Hook the solve, the configs' checks, and the engine that packs several tensors."""
+        """Hook the solve, the check of configs, and the engine that packs several tensors."""
 
         def in_solvers(module: Any) -> None:
             patches.replace(module.SolverConfig, "__post_init__", hook_check(self))
@@ -48,11 +49,11 @@ class Silva(PatchingHost):
         patches.when_imported("silva_networks.deq_engine", in_engine)
 
     def is_equilibrium(self, module: nn.Module) -> bool:
-        """Whether a module solves by a config of silva-networks."""
+        """Whether a module has a config of silva-networks."""
         return _is_config(module.__dict__.get("config"))
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
-        """See `Host.prepare_grad`; modes of silva-networks are specs too."""
+        """See `Host.prepare_grad`. The modes of silva-networks are valid, too."""
         if not is_own(spec):
             get_strategy(spec)
 
@@ -64,7 +65,10 @@ class Silva(PatchingHost):
         return switch
 
     def observe(self, module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-        """See `Host.observe`; a config does not know whether its module trains."""
+        """See `Host.observe`. Solves in evaluation mode are told as well, if autograd is on.
+
+        A config does not know in which mode its module is.
+        """
         observers = mode_of(module).extras.observers
         release = self.hold()
         forget = add_observer(observers, callback)
@@ -77,6 +81,7 @@ class Silva(PatchingHost):
 
 
 def _is_config(value: Any) -> bool:
+    """Whether a value is a config of silva-networks; False if that is not loaded."""
     modules = [sys.modules.get(f"silva_networks.{name}") for name in ("solvers", "deq_engine")]
     if None in modules:
         return False

@@ -1,4 +1,8 @@
-"""What an equilibrium of silva-networks is told by its config: a mode, checked, and a strategy."""
+"""The `backward_mode` of a config of silva-networks: a spec, the strategy of it, and its check.
+
+Layers of silva-networks make new configs from their own, and pass the mode on. So a `Mode` is a
+string that carries the spec, the memory and the observers of its module along.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,11 @@ from ..settings import defaults
 from ..solve import Observers
 
 OWN_MODES = ("unrolled", "implicit", "phantom", "neumann", "jfb", "shine")
+"""The modes that silva-networks has itself."""
 
+# Maps the names of silva-networks' solvers to ours.
 _SOLVERS = {"gmres": "gmres", "picard": "fixed_point", "anderson": "anderson", "broyden": "broyden"}
-# Setting of a config -> our argument, and the value at which the setting says nothing.
+# Maps settings of a config to our argument, and the setting's default; see `defaults`.
 _SETTINGS = {
     "phantom_steps": ("k", 1),
     "shine_refine_steps": ("refine", 0),
@@ -37,9 +43,9 @@ class Extras:
     """What an equilibrium has besides its config.
 
     Attributes:
-        memory: the module's, None until it is given a strategy: one that is only observed has no
-            step in its `state_dict`.
-        observers: what is called after a solve, each in a tuple of its own; not copied or saved.
+        memory: the memory of the module; None until the module gets a strategy. So a module that is
+            only observed has no step in its `state_dict`.
+        observers: the callbacks that get each solve. They are not copied or saved.
     """
 
     memory: Memory | None = None
@@ -50,11 +56,11 @@ class Extras:
 
 
 class Mode(str):
-    """A `backward_mode` that carries a spec and extras: layers make new configs of their own.
+    """A `backward_mode` that carries a spec and the extras of a module.
 
     Attributes:
-        spec: what was asked for.
-        extras: those of the module that it was made for.
+        spec: the spec, or a mode of silva-networks.
+        extras: the extras of the module that the mode was made for.
     """
 
     spec: Any
@@ -69,7 +75,11 @@ class Mode(str):
 
 
 def mode_of(module: nn.Module) -> Mode:
-    """Return a module's mode, made if its config has a plain one, or that of another module."""
+    """Return the `Mode` of a module.
+
+    If the config has a plain string or the mode of another module, a new `Mode` is made, and given
+    to the module.
+    """
     config: Any = module.config
     mode, extras = config.backward_mode, getattr(module, "grad_extras", None)
     if isinstance(mode, Mode) and mode.extras is extras:
@@ -83,13 +93,14 @@ def mode_of(module: nn.Module) -> Mode:
 
 
 def give_mode(module: Any, mode: Mode) -> None:
-    """Give a module a config of its own with a mode, which is known to be valid."""
+    """Give a module a config of its own with a mode that is known to be valid."""
     config = copy.copy(module.config)
     object.__setattr__(config, "backward_mode", mode)
     module.config = config
 
 
 def _spec(mode: Any) -> Any:
+    """Return the spec of a `Mode`; any other value is a spec itself."""
     return mode.spec if isinstance(mode, Mode) else mode
 
 
@@ -102,14 +113,14 @@ def strategy_of(config: Any) -> GradStrategy:
     """Return the strategy of a config's mode.
 
     Raises:
-        ValueError: if the mode is neither silva-networks' nor a spec.
+        ValueError: if the mode is no valid spec.
     """
     known = defaults(functools.partial(getattr, config), _SETTINGS, _SOLVERS)
     return get_strategy(_spec(config.backward_mode), known)
 
 
 def equivalent(config: Any) -> GradStrategy:
-    """Return the strategy that silva-networks' own mode amounts to."""
+    """Return the strategy that corresponds to silva-networks' own mode."""
     if config.backward_mode == "phantom":
         return UPG(config.phantom_steps, config.phantom_tau)
     if config.backward_mode == "neumann":
@@ -120,7 +131,7 @@ def equivalent(config: Any) -> GradStrategy:
         return SHINE(config.shine_refine_steps, fallback=None)
     if config.backward_mode == "unrolled":
         return BPTT(config.max_iter)
-    # Also what it does with a mode that it does not know.
+    # "implicit", and what silva-networks does with a mode that it does not know.
     return IFT(
         _SOLVERS[config.backward_solver], tol=config.backward_tol, max_iter=config.backward_max_iter
     )
@@ -135,7 +146,8 @@ def hook_check(host: Host) -> Callable[[Any], Any]:
             if is_own(mode) or not host.is_enabled:
                 original(self)
                 return
-            object.__setattr__(self, "backward_mode", "jfb")  # for its checks of all the rest
+            # silva-networks checks all settings at once, so it gets a mode that it accepts.
+            object.__setattr__(self, "backward_mode", "jfb")
             try:
                 original(self)
             finally:

@@ -1,4 +1,8 @@
-"""The solve of silva-networks: its own, observed, or with a strategy attached at its end."""
+"""Replaces the solve of silva-networks: adds observers, or attaches a strategy at its end.
+
+silva-networks solves on one tensor. Its engine packs a state of several tensors into one vector
+before, and `_Structure` remembers how, so that strategies and observers see the user's own state.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +25,19 @@ from .mode import Mode, equivalent, is_own, strategy_of
 
 @dataclass(frozen=True)
 class _Structure:
-    """A transition, of several tensors perhaps, which silva-networks' solvers see as one vector.
+    """The user's transition and state, of which silva-networks' solvers may see one flat vector.
 
     Attributes:
-        transition: on the user's state.
-        like: a state of several tensors; None where the solvers see the user's own.
+        transition: the transition F on the user's state.
+        like: a state of several tensors, for their shapes; None if the solvers see the user's own
+            state, a single tensor.
     """
 
     transition: Callable[[State], State]
     like: State | None = None
 
     def unpack(self, vector: Tensor) -> State:
+        """Return the user's state of what the solvers see."""
         if self.like is None:
             return vector
         leaves, structure = flatten(self.like)
@@ -40,13 +46,14 @@ class _Structure:
         return unflatten(shaped, structure)
 
     def pack(self, state: State) -> Any:
+        """Return what the solvers see of the user's state: the inverse of `unpack`."""
         if self.like is None:
             return state
         return torch.cat([leaf.reshape(-1) for leaf in flatten(state)[0]])
 
 
 class _Engine(threading.local):
-    """The structure of the solve that an engine of this thread is about to begin."""
+    """The structure of the solve that an engine is about to begin in this thread."""
 
     structure: _Structure | None = None
 
@@ -55,7 +62,7 @@ _engine = _Engine()
 
 
 def hook_engine(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let an engine tell its solve how it packs a state of several tensors."""
+    """Let an engine pass on to its solve how it packs a state of several tensors."""
 
     def forward(self: Any, transition: Any, init_state: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(init_state, Tensor):
@@ -72,7 +79,8 @@ def hook_engine(original: Callable[..., Any]) -> Callable[..., Any]:
 def solve_equilibrium(f, z0, config=None, *, params=(), tensors=(), backward_map=None):  # type: ignore[no-untyped-def]
     """Solve an equilibrium with the configured forward and backward mode.
 
-    Only this function's code is used, inside silva-networks: it has to import what it needs.
+    Only the code of this function is used, inside silva-networks' module. So the function has to
+    import what it needs.
     """
     from deq_phantom_plugin.hosts.silva.solve import solve
 
@@ -88,15 +96,15 @@ def solve(
     tensors: Any = (),
     backward_map: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
-    """Stand in for silva-networks' `solve_equilibrium`, whose signature this is.
+    """Solve in place of silva-networks' `solve_equilibrium`, with the same arguments and result.
 
-    A named mode solves as the others do and attaches its strategy to the state; without autograd
-    the state is the solver's. A `backward_map` is what the strategy differentiates.
+    A mode that names a strategy solves as silva-networks does, and attaches the strategy to the
+    state. If there is a `backward_map`, the strategy differentiates it in place of `f`.
     """
     from silva_networks import solvers
 
     config = solvers.SolverConfig() if config is None else config
-    structure, _engine.structure = _engine.structure, None  # not for solves inside this one
+    structure, _engine.structure = _engine.structure, None  # solves inside of `f` must not take it
     structure = structure or _Structure(f)
     mode, replaced = config.backward_mode, solvers.solve_equilibrium
     memory, observers = None, []
@@ -105,11 +113,11 @@ def solve(
         observers = [callback for (callback,) in mode.extras.observers]
     given = {"params": params, "tensors": tensors, "backward_map": backward_map}
     original = functools.partial(replaced.deq_phantom_original, f, z0, config, **given)
-    # While the host only observes, names mean to silva-networks what they do without it.
+    # If the host only observes and is not enabled, names go to silva-networks itself.
     own = is_own(mode) or not replaced.deq_phantom_host.is_enabled
     if own and not (observers and torch.is_grad_enabled()):
         return original()
-    # The only setting that says whether there are samples.
+    # This is the only setting that tells whether the first dimension holds samples.
     batch_dim: BatchDim = "auto" if config.anderson_batch_dims == 1 else None
     context = Context(batch_dim=batch_dim, initial_state=structure.unpack(z0), memory=memory)
     func = structure.transition if backward_map is None else backward_map
@@ -119,14 +127,14 @@ def solve(
 
 @dataclass(frozen=True)
 class _Solve:
-    """A solve that a strategy or an observer takes part in.
+    """A solve with a strategy or with observers.
 
     Attributes:
-        config: silva-networks'.
-        structure: of the state.
-        func: what is differentiated, on the user's state.
-        context: what a strategy is told.
-        observers: what to call with the solve.
+        config: the config of silva-networks.
+        structure: the structure of the state.
+        func: the map that is differentiated, on the user's state.
+        context: the context for the strategy.
+        observers: the callbacks that get the solve.
     """
 
     config: Any
@@ -139,7 +147,7 @@ class _Solve:
         """Tell observers of a solve with silva-networks' own gradient."""
         result.z = result.z.view_as(result.z)
         attached, equilibrium = (self.structure.unpack(z) for z in (result.z, result.z.detach()))
-        result.z = self.structure.pack(attached)  # the engine takes it apart, and observers hook
+        result.z = self.structure.pack(attached)  # so that hooks on `attached` see the gradient
         context = self._ended(result, equilibrium)
         strategy, taken = equivalent(self.config), result.iterations
         tell(self.observers, self.func, equilibrium, attached, strategy, context, taken)
@@ -163,29 +171,30 @@ class _Solve:
         return result
 
     def _ended(self, result: Any, equilibrium: State) -> Context:
-        """Return the context with what the solve learned of the inverse Jacobian."""
+        """Return the context, with the solve's estimate of the inverse Jacobian if there is one."""
         if result.inverse_estimate is None:
             return self.context
         shared = _Shared.of(result.inverse_estimate, equilibrium)
-        # Its estimate is of the whole state at once.
+        # silva-networks' estimate is one matrix for all samples together.
         return replace(self.context, batch_dim=None, solver_result=shared)
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """The estimate that silva-networks' Broyden solve shares, as `shine` takes it."""
+    """The inverse estimate of silva-networks' Broyden solve, in the form that `shine` takes."""
 
     estimate: Any
 
     @classmethod
     def of(cls, estimate: Any, state: State) -> Any:
+        """Return a solver result that holds the estimate, for a state of this structure."""
         packing = Packing(flatten(state)[0], None)
         return SimpleNamespace(
             inverse_jacobian=SimpleNamespace(estimate=cls(estimate), packing=packing)
         )
 
     def transposed(self, rows: Tensor) -> Tensor:
-        """Return an estimate of (I - J^T)^-1 x for the one row x, shape (1, D)."""
+        """Return an estimate of (I - J^T)^-1 x for a single row x, both of shape (1, D)."""
         vector = rows.reshape(self.estimate.shape)
         product: Tensor = self.estimate.apply_fixed_point_adjoint_inverse(vector)
         return product.reshape(rows.shape)

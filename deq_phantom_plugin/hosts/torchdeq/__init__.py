@@ -1,4 +1,4 @@
-"""TorchDEQ takes strategies by name."""
+"""The host of TorchDEQ, by which its constructors take strategies by name."""
 
 from .entries import Entry, HostGrad, ProduceGrad, ProduceSteps
 from .host import TorchDEQ

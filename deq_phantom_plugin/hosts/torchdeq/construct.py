@@ -1,4 +1,8 @@
-"""How TorchDEQ's cores are made: a `grad` of names, checked, an entry for each state; `--grad`."""
+"""The construction of TorchDEQ's cores: checks a `grad` with names, and makes its entries.
+
+A core hands out one or several states. Each has an entry of `produce_grad`, which attaches the
+gradient of that state (`entries.py`). The command-line option `--grad` takes names as well.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from .core import n_equilibria
 from .entries import ProduceGrad, ProduceSteps
 from .solvers import checked_dtype
 
-# TorchDEQ's solver -> ours, and its setting -> our argument; see `defaults`.
+# Maps TorchDEQ's names of solvers to ours.
 _SOLVERS = {
     "anderson_fast": "anderson",
     "broyden_fast": "broyden",
@@ -23,6 +27,7 @@ _SOLVERS = {
     "fixed_point_iter": "fixed_point",
     "simple_fixed_point_iter": "fixed_point",
 }
+# Maps TorchDEQ's settings to our argument, and the setting's default; see `defaults`.
 _SETTINGS: Mapping[str, tuple[str, Any]] = {
     "tau": ("lam", 1.0),
     "b_solver": ("solver", "fixed_point_iter"),
@@ -32,7 +37,7 @@ _SETTINGS: Mapping[str, tuple[str, Any]] = {
 
 
 def hook_init(original: Callable[..., None]) -> Callable[..., None]:
-    """Let a core take names as its `grad`."""
+    """Let the constructor of a core take names as `grad`, `grad_in_eval` and `solve_dtype`."""
     signature = inspect.signature(original)
 
     def __init__(self: Any, *given: Any, **named: Any) -> None:
@@ -56,13 +61,13 @@ def hook_init(original: Callable[..., None]) -> Callable[..., None]:
         if effective["ift"] or effective["hook_ift"]:
             raise ValueError(
                 f"grad={effective['grad']!r} beside ift=True or hook_ift=True: both choose the "
-                "gradient; pass grad alone, which is 'ift' for implicit differentiation"
+                "gradient. Pass grad alone; for implicit differentiation pass grad='ift'"
             )
         _check_names(specs, effective)
         from torchdeq.utils.config import DEQConfig
 
         config = DEQConfig(args)
-        config.update(**kwargs)  # as TorchDEQ does, into the caller's own dict
+        config.update(**kwargs)  # TorchDEQ changes the caller's own dict here, and so does this
         original(self, DEQConfig({**config.config, "grad": 1}), **settings)
         self.args = config
         self.__dict__["_grad_settings"] = settings
@@ -83,23 +88,26 @@ def _config(args: Any) -> Mapping[str, Any]:
 
 
 def _is_steps(grad: Any) -> bool:
+    """Whether an entry is a number of steps of TorchDEQ's own phantom gradient."""
     return isinstance(grad, int)
 
 
 def _as_list(grad: Any) -> list[Any]:
+    """Return the entries of a `grad`."""
     return list(grad) if isinstance(grad, list | tuple) else [grad]
 
 
 def _is_named(grad: Any) -> bool:
-    """Whether any part of a `grad` is for us."""
+    """Whether any entry of a `grad` is a spec, and no number of steps."""
     return any(not _is_steps(spec) for spec in _as_list(grad))
 
 
 def _check_names(specs: list[Any], args: Mapping[str, Any]) -> list[GradStrategy | int]:
-    """Turn specs into strategies, integers left alone.
+    """Return the specs as strategies; integers stay as they are.
 
     Raises:
-        ValueError: if one is invalid, or cannot hand out the states that are asked for.
+        ValueError: if a spec is invalid, or its strategy cannot hand out the states that `sup_gap`
+            or `sup_loc` asks for.
     """
     samples = {name: args.get(name) for name in ("sup_gap", "sup_loc")}
     sampling = [
@@ -112,37 +120,42 @@ def _check_names(specs: list[Any], args: Mapping[str, Any]) -> list[GradStrategy
         if _is_steps(spec):
             if spec < 1:
                 raise ValueError(
-                    f"grad={spec!r}; expected at least 1 step, or the spec of a strategy, as 'upg'"
+                    f"grad={spec!r}; expected at least 1 step, or a strategy's spec such as 'upg'"
                 )
             strategies.append(spec)
             continue
         strategy = get_strategy(spec, defaults(args.get, _SETTINGS, _SOLVERS))
         if sampling and not strategy.hands_out_states:
             raise ValueError(
-                f"{sampling[0]} asks for states on the way, and {strategy!r} has none, since it "
-                "makes its value at once; take upg or bptt, which step"
+                f"{sampling[0]} asks for states between the steps of a gradient, and {strategy!r} "
+                "does not go in steps. Take upg or bptt, which do, or leave out the setting"
             )
         strategies.append(strategy)
     return strategies
 
 
 def strategies_of(grad: Any, args: Mapping[str, Any], n: int) -> list[GradStrategy | int]:
-    """Return the strategy, or steps, of each of n sampled states.
+    """Return the strategy, or the number of steps, of each of n sampled states.
+
+    Args:
+        grad: one entry for all states, or a list of n entries.
+        args: TorchDEQ's settings.
+        n: the number of states.
 
     Raises:
-        ValueError: if there are more or fewer, or as in `_check_names`.
+        ValueError: if `grad` has another number of entries, or one is invalid.
     """
     from torchdeq.grad import make_pair
 
     specs = _as_list(grad)
     if len(specs) not in (1, n):
-        wanted = "1" if n == 1 else f"1 or {n}, one per state"
+        wanted = "1" if n == 1 else f"1 or {n}, one per sampled state"
         raise ValueError(f"grad={grad!r} has {len(specs)} entries; expected {wanted}")
     return list(make_pair(range(n), _check_names(specs, args)))
 
 
 def install(deq: Any, strategies: list[GradStrategy | int], args: Mapping[str, Any]) -> None:
-    """Give each sampled state of an equilibrium its strategy; nothing can fail from here on."""
+    """Give each sampled state of an equilibrium its entry; all arguments are checked already."""
     sup_gap, sup_loc = args.get("sup_gap") or -1, tuple(args.get("sup_loc") or ())
     remember_each(deq, len(strategies))
     entries: list[ProduceSteps | ProduceGrad] = [
@@ -152,15 +165,15 @@ def install(deq: Any, strategies: list[GradStrategy | int], args: Mapping[str, A
         for index, strategy in enumerate(strategies)
     ]
     own = [entry.function for entry in entries if isinstance(entry, ProduceSteps)]
-    deq.produce_grad = (
-        own if len(own) == len(entries) else entries
-    )  # TorchDEQ's own code for its own
+    # If all entries are integers, TorchDEQ's own functions are used directly.
+    deq.produce_grad = own if len(own) == len(entries) else entries
 
 
 def add_deq_args(parser):  # type: ignore[no-untyped-def]
     """Decorate the commonly used argument parser with arguments used in TorchDEQ.
 
-    Only this function's code is used, inside TorchDEQ's module: it has to import what it needs.
+    Only the code of this function is used, inside TorchDEQ's module. So the function has to import
+    what it needs.
     """
     from deq_phantom_plugin.hosts.torchdeq.construct import add_named_grad
 
@@ -181,6 +194,7 @@ def add_named_grad(parser: Any) -> None:
 
 
 def _grad_argument(text: str) -> int | str:
+    """Return the value of `--grad`: a number of steps, or a spec that is valid."""
     try:
         return int(text)
     except ValueError:

@@ -1,4 +1,8 @@
-"""TorchDEQ's two cores: what is read off them, and what is known of a forward pass."""
+"""What this host's files share: settings of TorchDEQ's cores, and the running forward passes.
+
+A core is a `DEQSliced` or a `DEQIndexing`. `Call` holds what one forward pass of a core knows, for
+each thread.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +17,23 @@ from ...contract.strategy import BatchDim
 
 
 def batch_dim(deq: Any) -> BatchDim:
-    """Return what an equilibrium says of its samples, see `Context.batch_dim`."""
+    """Return the `grad_batch_dim` of a core, see `Context.batch_dim`."""
     told: BatchDim = getattr(deq, "grad_batch_dim", "auto")
     return told
 
 
 def process_group(deq: Any) -> Any:
-    """Return the processes among which F communicates, see `Context.process_group`."""
+    """Return the `grad_process_group` of a core, see `Context.process_group`."""
     return getattr(deq, "grad_process_group", "auto")
 
 
 def n_equilibria(deq: Any) -> int:
-    """Return how many states are sampled, each with a gradient of its own."""
+    """Return how many states a core samples, each with a gradient of its own."""
     return len(deq.indexing)
 
 
 def solves_at_once(deq: Any) -> bool:
-    """Whether one solve hands out all states; else there is a solve for each, and none missing."""
+    """Whether one solve hands out all states (`DEQIndexing`); else there is one solve per state."""
     from torchdeq.core import DEQIndexing
 
     return isinstance(deq, DEQIndexing)
@@ -39,14 +43,17 @@ def func_and_start(args: Any, kwargs: Any) -> tuple[Callable[..., Any], State]:
     """Return F and the initial state, the first two arguments of a core's `forward`."""
     given = [*args, *(kwargs[name] for name in ("func", "z_init", "z_star") if name in kwargs)]
     if len(given) < 2:
-        raise TypeError("expected func and an initial state, as in deq(func, z_init)")
+        raise TypeError(
+            f"a core was called with {len(given)} of its first two arguments; expected func and an "
+            "initial state, as in deq(func, z_init)"
+        )
     return given[0], given[1]
 
 
 def with_func(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Any], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a core's `forward` with another F."""
+    """Return the arguments of a core's `forward`, with F replaced by `change(F)`."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
     return args, ({**kwargs, "func": change(kwargs["func"])} if "func" in kwargs else kwargs)
@@ -56,8 +63,8 @@ class Observed(Counted):
     """F in a forward pass that is observed.
 
     Attributes:
-        solver_result: how its solve ended.
-        producer: the entry of `produce_grad` that attached the state that it ended in.
+        solver_result: the result of the latest solve.
+        producer: the entry of `produce_grad` that attached the latest state.
     """
 
     solver_result: Any = None
@@ -66,15 +73,16 @@ class Observed(Counted):
 
 @dataclass
 class Call:
-    """What one forward pass knows that TorchDEQ does not hand to `produce_grad`.
+    """What one forward pass knows and TorchDEQ does not pass to `produce_grad`.
 
     Attributes:
         z_init: the initial state, in the user's form.
-        in_eval: whether it attaches in evaluation mode.
-        solves: how many there were.
-        initial_states: where each sampled state's solve began.
-        infos: how it ended.
-        entries: which entry of `produce_grad` each state has that DEQIndexing hands out.
+        in_eval: whether a gradient is attached although the core is in evaluation mode.
+        solves: how many solves there were.
+        initial_states: the initial state of each sampled state's solve.
+        infos: the result of each sampled state's solve.
+        entries: for each state that a DEQIndexing handed out, the index of its entry in
+            `produce_grad`.
     """
 
     z_init: State
@@ -86,7 +94,7 @@ class Call:
 
 
 class Calls(threading.local):
-    """The forward passes that this thread is in."""
+    """The forward passes that run in this thread, by the id of their core."""
 
     def __init__(self) -> None:
         self.by_deq: dict[int, Call] = {}

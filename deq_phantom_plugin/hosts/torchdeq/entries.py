@@ -1,4 +1,9 @@
-"""What attaches a sampled state: entries of TorchDEQ's `produce_grad`, ours and its own."""
+"""The entries of TorchDEQ's `produce_grad`, which attach the gradient of each sampled state.
+
+TorchDEQ calls one entry for each state that a core hands out. `ProduceGrad` is the entry of a named
+strategy, and `ProduceSteps` that of an integer among names. `HostGrad` presents TorchDEQ's own
+gradient as a strategy, for observers.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +29,13 @@ from .form import Form, map_leaves
 
 @dataclass(frozen=True)
 class Entry(ABC):
-    """An entry of TorchDEQ's `produce_grad`, where a `grad` has names in it.
+    """An entry of TorchDEQ's `produce_grad`, if there are names in the `grad`.
 
-    TorchDEQ calls the first one for the first state, and so on; which entry that state has, the
-    forward pass knows.
+    TorchDEQ calls the first entry for the first state, and so on. That state may belong to another
+    entry, see `Call.entries`. So the entry that is called passes on to the right one.
 
     Attributes:
-        index: which of the sampled states it is for.
+        index: the number of the sampled state that the entry is for, from 0.
     """
 
     index: int
@@ -38,9 +43,9 @@ class Entry(ABC):
     def __call__(
         self, deq: Any, deq_func: Any, z: State, writer: Any = None, **kwargs: Any
     ) -> list[Any]:
-        """Return the sampled state, or states, attached; in the form that TorchDEQ solves in."""
+        """Return the sampled state, or states, with a gradient, in the form of TorchDEQ's solve."""
         call = calls.by_deq.get(id(deq))
-        if call is not None and len(call.infos) <= self.index:  # disabled in the middle of it
+        if call is not None and len(call.infos) <= self.index:  # the host was disabled meanwhile
             call = None
         entry = self
         if call is not None and call.entries:
@@ -48,11 +53,11 @@ class Entry(ABC):
         elif call is None and solves_at_once(deq) and differ(deq.produce_grad):
             warn_once(
                 "entries without a host",
-                "the host torchdeq is not enabled: where a solver stops early, DEQIndexing hands "
-                "out states with the gradients of others; call dpp.enable()",
+                "the host torchdeq is not enabled: if a solver stops early, DEQIndexing gives "
+                "states the gradients of other states. Call dpp.enable()",
                 AssumptionWarning,
             )
-        if isinstance(entry, ProduceGrad):  # what is observed is what acted
+        if isinstance(entry, ProduceGrad):  # observers get the strategy of the current step
             acting = entry.current(deq)
             if acting is not entry.strategy:
                 entry = replace(entry, strategy=acting)
@@ -66,18 +71,26 @@ class Entry(ABC):
     def produce(
         self, call: Call | None, deq: Any, deq_func: Any, z: State, writer: Any
     ) -> list[Any]:
-        """Return the states of this entry; `call` is None where the host is not enabled."""
+        """Return the states of this entry.
+
+        Args:
+            call: the forward pass; None if the host is not enabled.
+            deq: the core.
+            deq_func: F, in TorchDEQ's form.
+            z: the state where the solve ended, in TorchDEQ's form.
+            writer: TorchDEQ's `backward_writer`, or None.
+        """
 
 
 @dataclass(frozen=True)
 class ProduceSteps(Entry):
-    """An integer among names: TorchDEQ's own phantom gradient.
+    """The entry of an integer among names: TorchDEQ's own phantom gradient.
 
     Attributes:
-        steps: its steps.
+        steps: the number of its steps.
         sup_gap: TorchDEQ's setting of that name.
-        sup_loc: likewise.
-        tau: likewise.
+        sup_loc: TorchDEQ's setting of that name.
+        tau: TorchDEQ's setting of that name.
     """
 
     steps: int
@@ -87,7 +100,7 @@ class ProduceSteps(Entry):
 
     @property
     def function(self) -> Callable[..., list[Any]]:
-        """What TorchDEQ makes of the integer."""
+        """The function that TorchDEQ makes of the integer."""
         from torchdeq.grad import backward_factory
 
         function: Callable[..., list[Any]] = backward_factory(
@@ -104,12 +117,12 @@ class ProduceSteps(Entry):
 
 @dataclass(frozen=True)
 class ProduceGrad(Entry):
-    """A named strategy for one sampled state.
+    """The entry of a named strategy.
 
     Attributes:
         strategy: the strategy.
-        sup_gap: TorchDEQ's gap between the states that are handed out, below 1 for none.
-        sup_loc: TorchDEQ's numbers of the steps whose states are handed out.
+        sup_gap: TorchDEQ's setting: every `sup_gap`-th step hands out its state; below 1 it is off.
+        sup_loc: TorchDEQ's setting: the numbers of the steps that hand out their states.
     """
 
     strategy: GradStrategy
@@ -126,8 +139,8 @@ class ProduceGrad(Entry):
         """See `Entry.produce`."""
         if call is None and self.current(deq).owns_solve:
             raise RuntimeError(
-                f"{self.strategy!r} owns the solve, which TorchDEQ leaves to it only while the "
-                "host is enabled: call dpp.enable()"
+                f"{self.strategy!r} owns the solve, and TorchDEQ leaves the solve to a strategy "
+                "only while the host torchdeq is enabled. Call dpp.enable()"
             )
         form = Form(deq_func)
         context = Context(
@@ -164,14 +177,19 @@ def differ(producers: Sequence[Any]) -> bool:
 
 
 def strategy_of(producer: Callable[..., list[Any]], no_stat: bool) -> GradStrategy:
-    """Return the strategy behind an entry of `produce_grad`, also where it is TorchDEQ's own."""
+    """Return the strategy behind an entry of `produce_grad`; a `HostGrad` for TorchDEQ's own.
+
+    Args:
+        producer: the entry.
+        no_stat: TorchDEQ's setting of that name.
+    """
     if isinstance(producer, ProduceGrad):
         return producer.strategy
     return HostGrad(producer.function if isinstance(producer, ProduceSteps) else producer, no_stat)
 
 
 def report(writer: Callable[[Any], None], stats: BackwardStats) -> None:
-    """Tell TorchDEQ's `backward_writer` what it is told of its own backward solves."""
+    """Tell TorchDEQ's `backward_writer` of a backward solve, as TorchDEQ tells of its own."""
     from torchdeq.solver.stat import SolverStat
 
     if stats.residual is None or stats.trace is None:
@@ -185,7 +203,7 @@ class HostGrad(GradStrategy):
     """TorchDEQ's own gradient, of an integer or of `ift=True`, as a strategy.
 
     Attributes:
-        producer: what TorchDEQ's `backward_factory` made.
+        producer: the function that TorchDEQ's `backward_factory` made.
         no_stat: TorchDEQ's setting of that name.
     """
 
@@ -196,10 +214,11 @@ class HostGrad(GradStrategy):
         """See `GradStrategy.attach`."""
         from torchdeq.utils.layer_utils import deq_decorator
 
-        start = map_leaves(Tensor.detach, equilibrium)  # hook_ift makes its input require grad
+        start = map_leaves(Tensor.detach, equilibrium)  # hook_ift sets requires_grad on its input
         of_leaves = func if isinstance(start, Tensor) else lambda *leaves: func(list(leaves))
         deq_func, z = deq_decorator(of_leaves, start, no_stat=self.no_stat)
-        # hook_ift leaves its hook on the first argument, and must not find the model's there.
+        # hook_ift keeps its hook on the core, its first argument. So it gets an empty stand-in, and
+        # does not touch the hook of the model.
         return deq_func.vec2list(self.producer(types.SimpleNamespace(hook=None), deq_func, z)[-1])
 
     def __repr__(self) -> str:

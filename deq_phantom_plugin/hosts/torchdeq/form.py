@@ -1,4 +1,7 @@
-"""Between the form in which TorchDEQ solves, perhaps one flat vector, and the user's state."""
+"""Converts states between the user's form and the form in which TorchDEQ solves.
+
+TorchDEQ may pack a state of several tensors into one flat vector.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from ...contract.state import State
 
 
 class Form:
-    """Turns what a solver or a gradient of TorchDEQ gets into the user's state, and back.
+    """Converts what TorchDEQ passes to a solver or a gradient into the user's state, and back.
 
-    A flat vector loses the memory format of its parts, which costs a convolutional F more than the
-    copies do; the parts get that of the initial state back, where it is known (`remember`).
+    Parts of a flat vector have lost their memory format. They get the format of the initial state
+    back if that is known (`remember`): in another format a convolutional F is slower, by more than
+    the copies cost.
 
     Args:
-        deq_func: the function that TorchDEQ hands around, its wrapper or any other.
+        deq_func: the function that TorchDEQ passes on: its wrapper of F, or any other function.
     """
 
     def __init__(self, deq_func: Any) -> None:
@@ -33,7 +37,7 @@ class Form:
 
     @staticmethod
     def remember(deq_func: Any, start: State | None) -> None:
-        """Let a wrapper know the state that it was made for."""
+        """Let a wrapper know the initial state, for its memory formats."""
         deq_func.deq_phantom_start = start
 
     def unpack(self, z: Any) -> State:
@@ -48,7 +52,7 @@ class Form:
 
     @property
     def func(self) -> Callable[[State], State]:
-        """The user's function, on the user's state."""
+        """F as a function of the user's state."""
         func: Callable[..., Any] = self._deq_func.func if self._wrapped else self._deq_func
         if self._of_tensor:
             return func
@@ -61,24 +65,24 @@ class Form:
 
 
 def evaluate(func: Callable[..., Any], state: State) -> State:
-    """Evaluate the user's function, which takes a list of tensors one by one."""
+    """Return F at a state; the user's function takes the tensors of a list as single arguments."""
     return func(state) if isinstance(state, Tensor) else list(func(*state))
 
 
 def map_leaves(function: Callable[[Tensor], Tensor], state: State) -> State:
-    """Return a tensor, or a list of tensors, changed."""
+    """Return a state, a tensor or a list of tensors, with a function applied to each tensor."""
     return function(state) if isinstance(state, Tensor) else [function(leaf) for leaf in state]
 
 
 def like_start(state: State, start: State | None) -> State:
-    """Return a list of tensors in the memory formats of the initial state, if that is known."""
+    """Return a state in the memory formats of the initial state, if that is a known list."""
     if start is None or isinstance(state, Tensor):
         return state
     return [_like(leaf, model) for leaf, model in zip(state, start, strict=True)]
 
 
 def _like(leaf: Tensor, model: Tensor) -> Tensor:
-    """Return a leaf in channels_last where the model is in it."""
+    """Return a leaf in the channels_last format if the model tensor has that format."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     wanted = formats.get(model.dim())
     if wanted is None or model.is_contiguous() or not model.is_contiguous(memory_format=wanted):

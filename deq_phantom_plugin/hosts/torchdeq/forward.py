@@ -1,4 +1,9 @@
-"""The forward pass of TorchDEQ's cores: which gradient each state gets that a solve hands out."""
+"""Hooks on the forward pass of TorchDEQ's cores: which gradient each state of a solve gets.
+
+`hook_forward` wraps the whole pass, and `hook_solve` each solve in it. They note where solves begin
+and how they end, for the entries of `produce_grad` (`entries.py`). They also skip solves that a
+strategy owns, attach in evaluation mode if asked to, and keep processes in lockstep.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +38,7 @@ from .form import Form, evaluate, like_start, map_leaves
 
 
 def hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Note what a forward pass begins with, and attach in evaluation mode where that is told."""
+    """Note the initial state of a forward pass; attach in evaluation mode if that is asked for."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with in_lockstep(process_group(self)) as around:
@@ -55,7 +60,7 @@ def hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         named = self.training and any(isinstance(p, Entry) for p in self.produce_grad)
         if not (named or in_eval) and not solvers.sees_states(self.f_solver):
             return original(self, *args, **kwargs)
-        # By thread: several may run one model at once.
+        # `calls` is local to the thread: several threads may run one model at the same time.
         by_deq, key = calls.by_deq, id(self)
         func, start = func_and_start(args, kwargs)
         before, by_deq[key] = by_deq.get(key), (call := Call(start, in_eval))
@@ -74,21 +79,24 @@ def hook_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_equally_many(around: Lockstep, n_states: int) -> None:
-    """Refuse states of which processes have unequally many, each a backward pass of its own.
+    """Refuse it if processes have different numbers of states.
+
+    Each state has a backward pass of its own, so the processes would wait for one another.
 
     Raises:
-        RuntimeError: in all of them.
+        RuntimeError: in all processes.
     """
     if around.any_of(around.first_of(n_states) != n_states):
         raise RuntimeError(
             f"F communicates, and the solve of a DEQIndexing handed out {n_states} states here and "
-            "another number in another process: where it stops early it leaves some out. Let all "
+            "another number in another process, since a solve that stops early leaves states out. "
+            "Each state has a backward pass, so the processes would wait for one another. Let all "
             "processes go through all steps (f_tol=0), or take core='sliced'"
         )
 
 
 def _in_turn(func: Any) -> Any:
-    """Return F in lockstep; what is observed still is."""
+    """Return F with its evaluations in lockstep; an `Observed` stays one."""
     if isinstance(func, Observed):
         func.func = in_turn(func.func)
         return func
@@ -96,10 +104,11 @@ def _in_turn(func: Any) -> Any:
 
 
 def _say_own_ift() -> None:
+    """Warn once that TorchDEQ's own implicit gradient is not in lockstep."""
     warn_once(
         "TorchDEQ's own ift in several processes",
         "F communicates with other processes, and TorchDEQ's own implicit gradient (ift=True, "
-        "hook_ift=True) takes in each process as many products as that one needs: where the "
+        "hook_ift=True) takes in each process only as many products as this process needs. If the "
         "numbers differ, the processes wait for one another until a timeout. Take grad='ift', "
         "which solves in lockstep. This is said once.",
         AssumptionWarning,
@@ -109,7 +118,7 @@ def _say_own_ift() -> None:
 def _with_solve_dtype(
     deq: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a core's `forward` with the precision of its solve."""
+    """Return the arguments of a core's `forward`, with the core's `solve_dtype` as an option."""
     given = args[2] if len(args) > 2 else kwargs.get("solver_kwargs")
     options = {"solve_dtype": getattr(deq, "solve_dtype", None), **(given or {})}
     if solvers.checked_dtype(options["solve_dtype"], deq.f_solver) is None:
@@ -122,7 +131,15 @@ def _with_solve_dtype(
 def _attached_in_eval(
     deq: Any, call: Call, func: Callable[..., Any], found: State, writer: Any
 ) -> State:
-    """Attach the gradient of the last state to what was solved for in evaluation mode."""
+    """Return the last state of a solve in evaluation mode, with its gradient attached.
+
+    Args:
+        deq: the core.
+        call: what the forward pass knows.
+        func: the user's function.
+        found: the last state.
+        writer: TorchDEQ's `backward_writer`, or None.
+    """
     producer = deq.produce_grad[-1]
     context = Context(
         batch_dim=batch_dim(deq),
@@ -138,7 +155,7 @@ def _attached_in_eval(
 
 
 def hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Solve, unless a strategy does, and note how that ended and which entries its states get."""
+    """Solve, unless a strategy owns the solve; note the result, and the entry of each state."""
 
     def _solve_fixed_point(self: Any, deq_func: Any, z_init: Any, *args: Any, **kwargs: Any) -> Any:
         call = calls.by_deq.get(id(self))
@@ -156,7 +173,7 @@ def hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
         call.solves += 1
         strategies = [p.current(self) if isinstance(p, ProduceGrad) else None for p in producers]
         if torch.is_grad_enabled() and all(s is not None and s.owns_solve for s in strategies):
-            known = info = SolverStat()  # TorchDEQ's own "not known": -1 throughout
+            known = info = SolverStat()  # every entry is -1, TorchDEQ's "not known"
             solved = (z_init, [z_init] * len(producers), info) if at_once else (z_init, info)
         else:
             wanted = any(s is not None and s.wants_inverse_jacobian for s in strategies)
@@ -180,12 +197,12 @@ def hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Asked(list[int]):
-    """The steps of DEQIndexing; knows at which of them a solver handed out a state.
+    """The steps of DEQIndexing; remembers at which of them a solver handed out a state.
 
-    Solvers ask `step in indexing` and then keep the state, but not its step.
+    A solver asks `step in indexing`, and keeps the state if so, but it does not keep the step.
 
     Attributes:
-        found: those steps, in the order in which they were reached.
+        found: those steps, in the order in which the solver reached them.
     """
 
     def __init__(self, steps: Iterable[int]) -> None:
@@ -193,7 +210,7 @@ class Asked(list[int]):
         self.found: list[int] = []
 
     def __contains__(self, step: object) -> bool:
-        """Whether a state is sampled at a step."""
+        """Whether a state is sampled at a step; if so, remember the step."""
         sampled = super().__contains__(step)
         if sampled:
             self.found.append(step)  # type: ignore[arg-type]
@@ -201,28 +218,30 @@ class Asked(list[int]):
 
 
 def _entries(indexing: Sequence[int], n_states: int, producers: Sequence[Any]) -> list[int]:
-    """Return which entry each state has that a solve of DEQIndexing hands out.
+    """Return, for each state that a solve of DEQIndexing hands out, the index of its entry.
 
-    TorchDEQ pairs the first with the first: where a solver stops early, leaves out its first steps
-    or has a step twice in its list, states get the entries of others.
+    TorchDEQ pairs the first state with the first entry, and so on. This is wrong if a solver stops
+    early, if it leaves out its first steps, and if a step is twice in the list.
 
     Args:
-        indexing: the step of each entry, the limit of the solve for the last.
+        indexing: the step of each entry; for the last entry, the limit of the solve.
         n_states: how many states the solve handed out.
         producers: TorchDEQ's `produce_grad`.
     """
     last = len(producers) - 1
     steps = indexing.found if isinstance(indexing, Asked) else []
-    if len(steps) != n_states:  # a solver of the user's may ask in its own way
+    if len(steps) != n_states:  # a user's solver may not ask `step in indexing`
         steps = sorted(set(indexing))
     before = list(indexing[:-1])
     if before != sorted(before) and differ(producers):
         warn_once(
             f"unsorted {before}",
-            f"indexing={before} is not in ascending order: each entry of grad goes with the step "
-            "beside it, while the states are handed out in the order of their steps",
+            f"indexing={before} is not in ascending order. Each entry of grad belongs to the step "
+            "at its place, but the states are handed out in the order of the steps. Sort indexing, "
+            "and the entries of grad with it",
             AssumptionWarning,
         )
-    n_handed_out = min(n_states, len(producers))  # a longer solve than that which grad was made for
+    # A solve may hand out more states than there are entries, if it has more steps than planned.
+    n_handed_out = min(n_states, len(producers))
     entries = [min(indexing.index(step), last) for step in steps[: n_handed_out - 1]]
     return [*entries, last]

@@ -1,8 +1,8 @@
-"""TorchDEQ: `get_deq(grad="upg")`, `DEQSliced(grad=...)`, `DEQIndexing(grad=...)`, `--grad upg`.
+"""The host of TorchDEQ: `get_deq(grad="upg")`, `DEQSliced`, `DEQIndexing`, `--grad upg`.
 
-TorchDEQ's classes are changed in place, and so is the code of `add_deq_args`: scripts hold
-references to them from before we are enabled. An equilibrium whose `grad` holds only integers runs
-TorchDEQ's own code.
+Scripts hold references to TorchDEQ's classes and functions before the host is enabled. So the host
+changes the methods of the classes, and the code inside of the function `add_deq_args`. An
+equilibrium whose `grad` holds only integers runs TorchDEQ's own code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TorchDEQ(PatchingHost):
     package = "torchdeq"
     known_versions = ("0.1",)
     pip = '"deq-phantom-plugin[torchdeq]"'
-    in_eval = "told"  # TorchDEQ's own gradients are attached there too
+    in_eval = "told"  # then TorchDEQ's own gradients are attached in evaluation mode, too
 
     def patch(self, patches: Patches) -> None:
         """Hook TorchDEQ's two cores and its argument parser, and add our solvers to its table."""

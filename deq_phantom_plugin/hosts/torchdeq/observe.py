@@ -1,4 +1,7 @@
-"""What observers are told of a forward pass of TorchDEQ's cores."""
+"""Observes the forward passes of TorchDEQ's cores by hooks on the module, and tells of each solve.
+
+The hooks work without `dpp.enable`, also on cores whose gradient is TorchDEQ's own.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from .form import evaluate, map_leaves
 
 
 def observe(module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[], None]:
-    """Call back after each solve of a core in training; return what ends that."""
+    """Call `callback` after each solve of a core in training; return a function that ends this."""
 
     def before(deq: Any, args: Any, kwargs: Any) -> Any:
         return with_func(args, kwargs, Observed)
@@ -30,10 +33,10 @@ def observe(module: nn.Module, callback: Callable[[Solve], None]) -> Callable[[]
         if not (deq.training and torch.is_grad_enabled()):
             return None
         states, info = output
-        if not states:  # no entry has as many steps as sup_gap
+        if not states:  # so it is if each entry has fewer steps than sup_gap
             return None
-        # A tensor of its own: a gradient taken at the state that hook_ift returns would be the
-        # one that TorchDEQ's hook has already turned into g.
+        # Observers get a view of the last state. A gradient at the state itself would be wrong with
+        # hook_ift: TorchDEQ's hook has already turned v into g there.
         last = map_leaves(lambda leaf: leaf.view_as(leaf), states[-1])
         _tell(callback, deq, len(states), args, kwargs, last, info)
         return [*states[:-1], last], info
@@ -60,6 +63,17 @@ def _tell(
     attached: State,
     info: Any,
 ) -> None:
+    """Call an observer with the solve of the last state.
+
+    Args:
+        callback: the observer.
+        deq: the core.
+        n_states: how many states the core handed out.
+        args: the arguments of its `forward`.
+        kwargs: its keyword arguments.
+        attached: the last state, with its gradient.
+        info: TorchDEQ's statistics of the solve.
+    """
     counted, start = func_and_start(args, kwargs)
     assert isinstance(counted, Observed)
     producer = counted.producer or _last_producer(deq.produce_grad, n_states)
@@ -72,8 +86,9 @@ def _tell(
         step=steps[0] if steps else None,
     )
     residual = info["rel_lowest"].detach()
-    # -1 is TorchDEQ's "not known"; what a strategy found that owns the solve, it never is. Nor is
-    # the last of DEQIndexing's states, if the solve ended between two steps that are sampled.
+    # The residual is not known in three cases: if it is -1, TorchDEQ's "not known"; if a strategy
+    # owned the solve; and if DEQIndexing hands out several states, since its solve may have ended
+    # between two sampled steps.
     owned, sampled = strategy.resolve(context).owns_solve, n_equilibria(deq) > 1
     known = not owned and not (sampled and solves_at_once(deq)) and bool((residual >= 0).all())
     tell(
@@ -89,7 +104,10 @@ def _tell(
 
 
 def _last_producer(producers: Sequence[Any], n_states: int) -> Any:
-    """Return which of TorchDEQ's own producers handed out the last of the states."""
+    """Return the one of TorchDEQ's own producers that handed out the last of the states.
+
+    A producer hands out several states if `sup_gap` or `sup_loc` is set. So this counts them.
+    """
     for producer in producers:
         known = inspect.getclosurevars(producer).nonlocals if inspect.isfunction(producer) else {}
         if "sup_gap" in known:

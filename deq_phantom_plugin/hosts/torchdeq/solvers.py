@@ -1,10 +1,12 @@
-"""Our forward solvers in TorchDEQ's table: `f_solver="broyden_fast"` and the like.
+"""Our forward solvers in TorchDEQ's table of solvers: `f_solver="broyden_fast"` and others.
 
-They see the user's state where TorchDEQ's own see one flat vector, and fill in the same statistics.
-`solver_kwargs={"compile": True}`, or a mode of `torch.compile`, compiles F for the solve, and
-`{"check_every": m}` looks at the residual in every m-th iteration. `solve_dtype="bfloat16"`, there
-or among the settings of `get_deq`, takes most of the solve in 16 bits, see
-`deq_phantom_plugin.forward.low_precision`.
+They see the user's state, while TorchDEQ's own solvers see one flat vector. They return the same
+statistics. Options in `solver_kwargs`:
+
+- `"compile": True`, or a mode of `torch.compile`, compiles F for the solve.
+- `"check_every": m` looks at the residual in every m-th iteration only.
+- `"solve_dtype": "bfloat16"` does most of the solve in 16 bits. It may also be a setting of
+  `get_deq`. See `deq_phantom_plugin.forward.low_precision`.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ _Solved: TypeAlias = tuple[State, list[State], Any]
 
 
 def take_inverse_jacobian(info: Any) -> Any:
-    """Take what a solve learned of the inverse Jacobian away from its statistics.
+    """Remove a solve's estimate of the inverse Jacobian from its statistics.
 
-    Users keep statistics, and the vectors behind an estimate are many.
+    Users may keep the statistics, and the estimate takes much memory.
 
     Returns:
-        The same statistics, with `inverse_jacobian` as an attribute if there is one.
+        The statistics themselves if there is no estimate, else a copy of them that has the estimate
+        as its attribute `inverse_jacobian`.
     """
     inverse = info.__dict__.pop("inverse_jacobian", None)
     if inverse is None:
@@ -39,7 +42,7 @@ def take_inverse_jacobian(info: Any) -> Any:
     return known
 
 
-# Functions of this module, so that models which hold them can be copied and pickled.
+# The solvers are functions of this module, so that models that hold them can be pickled.
 
 
 def anderson_fast(func: Any, x0: State, **options: Any) -> _Solved:
@@ -55,7 +58,8 @@ def broyden_fast(func: Any, x0: State, *, ls: bool = False, **options: Any) -> _
     """
     if ls:
         raise ValueError(
-            "ls=True: broyden_fast takes full steps; use f_solver='broyden' for a line search"
+            "ls=True: broyden_fast takes full steps, without a line search. For a line search take "
+            "f_solver='broyden'"
         )
     memory = options.pop("LBFGS_thres", None)
     return _solve(broyden, ("memory", "keep_inverse"), func, x0, memory=memory, **options)
@@ -81,7 +85,24 @@ def _solve(
     solve_dtype: Any = None,
     **options: Any,
 ) -> _Solved:
-    """Solve in TorchDEQ's form; options that a solver has no use for are ignored, as there."""
+    """Solve as a solver of TorchDEQ does, by one of our solvers.
+
+    Args:
+        solve: our solver.
+        accepted: the names of further options that the solver takes. Others are ignored, as
+            TorchDEQ's own solvers ignore them.
+        func: F, in TorchDEQ's form.
+        x0: the initial state, in TorchDEQ's form.
+        max_iter: see TorchDEQ's solvers.
+        tol: see TorchDEQ's solvers.
+        stop_mode: see TorchDEQ's solvers, "abs" or "rel".
+        indexing: the iterations whose states are handed out.
+        return_final: see TorchDEQ's solvers.
+        check_every: iterations between two looks at the residual.
+        compile: see `deq_phantom_plugin.forward`.
+        solve_dtype: see `deq_phantom_plugin.forward`.
+        **options: the further options.
+    """
     form = Form(func)
     solution = solve(
         form.func,
@@ -109,10 +130,10 @@ def _solve(
 
 
 def _statistics(**known: Tensor) -> Any:
-    """Return TorchDEQ's `SolverStat` of what a solver knows, which is all but the radius."""
+    """Return TorchDEQ's `SolverStat`; the spectral radius is left as -1, "not known"."""
     from torchdeq.solver.stat import SolverStat
 
-    # Its constructor makes tensors of all that might not be known before it looks at what is.
+    # The constructor would first make tensors for every entry, known or not. This saves the time.
     info = SolverStat.__new__(SolverStat)
     info.update(known, sradius=torch.tensor([-1.0]))
     return info
@@ -125,11 +146,11 @@ SOLVERS: Mapping[str, Callable[..., _Solved]] = MappingProxyType(
         "fixed_point_fast": fixed_point_fast,
     }
 )
-"""TorchDEQ's name -> a solver of its signature."""
+"""Maps names for TorchDEQ's `f_solver` to our solvers, which have TorchDEQ's signature."""
 
 
 def register() -> Callable[[], None]:
-    """Add the solvers to TorchDEQ's table; return what takes them out again."""
+    """Add our solvers to TorchDEQ's table; return a function that removes them again."""
     from torchdeq import solver
 
     before = dict(solver._solvers)
@@ -147,30 +168,30 @@ def register() -> Callable[[], None]:
 
 
 def keeps_inverse_jacobian(solver: Any) -> bool:
-    """Whether a solver can hand out what it learned of the inverse Jacobian."""
+    """Whether a solver can return an estimate of the inverse Jacobian."""
     return solver is broyden_fast
 
 
 def checked_dtype(solve_dtype: Any, solver: Any) -> Any:
-    """Return a `solve_dtype`, if a solver can take it.
+    """Return a `solve_dtype` if the solver can take it.
 
     Args:
         solve_dtype: see `check_solve_dtype`.
         solver: TorchDEQ's name of a solver, or the function.
 
     Raises:
-        ValueError: if it is none, or the solver is TorchDEQ's own or a user's, which would compare
-            residuals of 16 bits with the tolerance.
+        ValueError: if `solve_dtype` is invalid, or the solver is none of ours. Other solvers would
+            compare residuals of 16 bits with the tolerance.
     """
     if check_solve_dtype(solve_dtype) is None or solver in SOLVERS or sees_states(solver):
         return solve_dtype
     name = solver if isinstance(solver, str) else getattr(solver, "__name__", solver)
     raise ValueError(
         f"solve_dtype={solve_dtype!r} with f_solver={name!r}; expected one of "
-        f"{', '.join(SOLVERS)}, or solve_dtype=None"
+        f"{', '.join(SOLVERS)}, or solve_dtype=None: other solvers have no low precision"
     )
 
 
 def sees_states(solver: Any) -> bool:
-    """Whether a solver is one of ours."""
+    """Whether a solver is one of ours, which see the user's state."""
     return any(solver is known for known in SOLVERS.values())
