@@ -21,6 +21,7 @@ from deq_phantom_plugin._plumbing.output import write_whole
 from deq_phantom_plugin.adapters.ignn import IGNN
 
 from . import processes
+from .reports import is_due, reported
 from .training import Task
 
 FOLDS = 10
@@ -52,6 +53,8 @@ class GraphSettings:
         weight_decay: Adam's.
         eval_epochs: epochs between evaluations.
         same_time_as: a run whose time this one takes, in as many steps as that allows.
+        report_grads: gradients whose cosines are measured, see `reported`; none for none.
+        report_every: steps between these measurements; 0 for those between evaluations.
     """
 
     dataset: str
@@ -69,6 +72,8 @@ class GraphSettings:
     weight_decay: float
     eval_epochs: int = 1
     same_time_as: str = ""
+    report_grads: tuple[str, ...] = ()
+    report_every: int = 0
 
 
 class GraphTask(Task):
@@ -131,10 +136,22 @@ class GraphTask(Task):
         self.optimizer.step()
         return loss.detach()
 
-    @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Return what is measured: accuracies of graphs, or micro F1 of the labels of nodes."""
+        s = self.settings
         self.model.eval()
+        found = self._measured()
+        if s.report_grads and is_due(step, s.report_every or self.eval_every, self.steps):
+            batch, graph = self.splits[-1][0]
+            inputs = {"x": batch.x, "edge_index": graph}
+            inputs |= {} if self.is_nodes else {"batch": batch.batch}
+            found |= reported(
+                self.model, s.grad, inputs, lambda scores: self._loss(scores, batch), s.report_grads
+            )
+        return found
+
+    @torch.no_grad()
+    def _measured(self) -> dict[str, float]:
         names = ("validation_f1", "f1") if self.is_nodes else ("accuracy",)
         measure = _micro_f1 if self.is_nodes else _accuracy
         found = {}

@@ -14,6 +14,7 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin.adapters.transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 
 from . import processes
+from .reports import is_due, reported
 from .schedule import after_pretraining, cosine
 from .text import columns, load_text, segment, segments
 from .training import Diverged, Task
@@ -56,6 +57,8 @@ class LanguageSettings:
         eval_every: steps between evaluations.
         eval_batch: texts of an evaluation's batch.
         same_time_as: a run whose time this one takes, in as many steps as that allows.
+        report_grads: gradients whose cosines are measured, see `reported`; none for none.
+        report_every: steps between these measurements; 0 for those between evaluations.
     """
 
     train_file: str
@@ -86,6 +89,8 @@ class LanguageSettings:
     jac_interval: int | None = None
     eval_batch: int = 16
     same_time_as: str = ""
+    report_grads: tuple[str, ...] = ()
+    report_every: int = 0
     characters: bool = False
     anneal: bool = True
 
@@ -176,9 +181,13 @@ class LanguageTask(Task):
         loss, residual = (processes.total(sums) / count).tolist()
         ids = segment(self.test_texts[:RADIUS_TEXTS], 0, s.length).to(self.device)
         radii = self.model.spectral_radius(ids, tol=0.02, max_iter=60)
-        return {
+        found = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "residual": residual,
             "rho": float(radii.mean()),
         }
+        if s.report_grads and is_due(step, s.report_every or s.eval_every, self.steps):
+            inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+            found |= reported(self.model, s.grad, inputs, lambda out: out.loss, s.report_grads)
+        return found

@@ -16,6 +16,7 @@ from deq_phantom_plugin.adapters.mdeq import MDEQ
 
 from . import peers, processes
 from .images import load_images
+from .reports import is_due, reported
 from .schedule import after_pretraining, cosine
 from .training import Task
 
@@ -214,36 +215,24 @@ class VisionTask(Task):
             damped = self.model.spectral_radius(s.radius_lam, **options)
             found |= {"rho": float(radii.mean()), "rho_max": float(radii.max())}
             found["rho_damped"] = float(damped.mean())
-        if s.report_grads and (
-            step % (s.report_every or self.eval_every) == 0 or step == self.steps
-        ):
+        if s.report_grads and is_due(step, s.report_every or self.eval_every, self.steps):
             found |= self._report()
         return found
 
     def _report(self) -> dict[str, float]:
-        """Return the cosine of each gradient of `report_grads`, by its name, and what it rests on.
-
-        `report_rho` is the largest spectral radius, `report_residual` that of the reference.
-        """
+        """Return what a report on test images says, see `reported`."""
         s = self.settings
         indices = torch.arange(min(s.report_images, len(self.test_set.labels)))
         labels = self.test_set.labels[indices].to(self.device)
         # Numbers that no training image has, so that these begin cold.
         told = {"samples": indices + len(self.train_set.labels)} if s.warm_start else {}
-        (report,) = dpp.model_report(
+        return reported(
             self.model,
+            str(s.grad),
             {"x": self._to_device(self.test_set.batch(indices)), **told},
             lambda logits: F.cross_entropy(logits, labels),
             s.report_grads,
-            repeats=1,
-        ).reports
-        found = {"report_rho": report.radius, "report_residual": report.reference_residual}
-        named = dict(zip(s.report_grads, report.results[-len(s.report_grads) :], strict=True))
-        return found | {
-            f"cosine of {grad}": result.cosine
-            for grad, result in named.items()
-            if result.cosine is not None
-        }
+        )
 
     @torch.no_grad()
     def _accuracy(self, extra: int) -> dict[str, float]:

@@ -1,0 +1,197 @@
+r"""Does a gradient report predict what a method reaches? Joins results of experiments in a picture.
+
+    python examples/experiments/auto_digits.py --size cpu --out runs/predicts \
+        --runs ift upg npg jfb --set "report_grads=[ift, upg, npg, jfb]" report_every=10
+    python examples/experiments/report_predicts.py digits=runs/predicts/cpu/results.json ...
+
+Each argument is a name and a `results.json` of runs with `report_grads`, one of which is `ift`. A
+report is made along each run, of its own gradient. The picture has a panel per task: what a run has
+reached at its end, against the cosine of its gradient at the start, after a tenth of the steps, and
+at the end. The table adds the spectral radius, and the rank correlation over the methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deq_phantom_plugin._plumbing.extras import require
+from deq_phantom_plugin._plumbing.output import text_table, write_whole
+
+WHEN = {"start": 0.0, "tenth": 0.1, "end": 1.0}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method in a task: means over seeds or folds.
+
+    Attributes:
+        task: its name.
+        method: the run's name.
+        level: what was reached at the last step.
+        higher: whether more of that is better.
+        cosines: of the run's own gradient, at each of `WHEN`; NaN where the exact one is unknown.
+        radii: spectral radii of df/dh, likewise.
+        runs: seeds or folds.
+    """
+
+    task: str
+    method: str
+    level: float
+    higher: bool
+    cosines: tuple[float, ...]
+    radii: tuple[float, ...]
+    runs: int
+
+
+def points(task: str, content: dict[str, Any]) -> list[Point]:
+    """Return the methods of one file.
+
+    Raises:
+        ValueError: if no run has reports, or none measures accuracy or perplexity.
+    """
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for run in content["runs"]:
+        reports = [row for row in run["history"] if "cosine" in row or "report_rho" in row]
+        if reports and run["error"] is None and run["steps"] >= run["total"]:
+            by_name.setdefault(run["name"], []).append(run)
+    if not by_name:
+        raise ValueError(f"{task}: no finished run has reports; expected runs with report_grads")
+    found = []
+    for name, runs in by_name.items():
+        rows = [row for run in runs for row in run["history"]]
+        known = [key for key in ("accuracy", "perplexity") if any(key in row for row in rows)]
+        if not known:
+            raise ValueError(f"{task}, {name}: neither accuracy nor perplexity was measured")
+        key = known[0]
+        level = [[row[key] for row in run["history"] if key in row][-1] for run in runs]
+        cosines, radii = (
+            tuple(_mean([_at(run, what, part) for run in runs]) for part in WHEN.values())
+            for what in ("cosine", "report_rho")
+        )
+        mean = statistics.fmean(level)
+        found.append(Point(task, name, mean, key == "accuracy", cosines, radii, len(runs)))
+    return found
+
+
+def _at(run: dict[str, Any], key: str, part: float) -> float:
+    """Return a number of the report that is nearest to a part of the steps."""
+    rows = [row for row in run["history"] if "report_rho" in row]
+    row = min(rows, key=lambda row: abs(row["step"] - part * run["total"]))
+    return row.get(key, math.nan)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def correlation(found: Sequence[Point], when: int) -> float:
+    """Return Spearman's rank correlation of cosine and level over methods, NaN of fewer than 3."""
+    pairs = [(p.cosines[when], p.level if p.higher else -p.level) for p in found]
+    pairs = [pair for pair in pairs if not math.isnan(pair[0])]
+    if len(pairs) < 3:
+        return math.nan
+    try:
+        return statistics.correlation(*map(_ranks, zip(*pairs, strict=True)))
+    except statistics.StatisticsError:  # all are equal
+        return math.nan
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Return ranks from 1; equal values share the mean of theirs."""
+    order = sorted(values)
+    return [order.index(v) + (order.count(v) + 1) / 2 for v in values]
+
+
+def table(found: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and a row per method, and one per task for the correlations."""
+    header = ["task", "method", *(f"cosine, {w}" for w in WHEN), *(f"rho, {w}" for w in WHEN)]
+    rows = []
+    for task in dict.fromkeys(p.task for p in found):
+        here = [p for p in found if p.task == task]
+        for p in sorted(here, key=lambda p: p.level, reverse=here[0].higher):
+            numbers = [f"{x:.3f}" for x in (*p.cosines, *p.radii)]
+            rows.append([task, p.method, *numbers, f"{p.level:.4g}", str(p.runs)])
+        ranks = [f"{correlation(here, i):.2f}" for i in range(len(WHEN))]
+        rows.append([task, "rank correlation", *ranks, "", "", "", "", ""])
+    return [*header, "reached", "runs"], rows
+
+
+def picture(found: Sequence[Point]) -> bytes:
+    """Return a PNG: a panel per task, a line per method from its start to its end.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    require("matplotlib", "viz")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(p.task for p in found))
+    figure = Figure(figsize=(4.2 * len(tasks) + 1.6, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    methods = list(dict.fromkeys(p.method for p in found))
+    for axes, task in zip(panels, tasks, strict=True):
+        here = [p for p in found if p.task == task]
+        for p in here:
+            color = f"C{methods.index(p.method) % 10}"
+            axes.plot(p.cosines, [p.level] * len(WHEN), "-", c=color, linewidth=0.8, alpha=0.6)
+            for cosine, marker in zip(p.cosines, "osX", strict=True):
+                face = "none" if marker == "o" else color
+                axes.plot(cosine, p.level, marker, c=color, markerfacecolor=face)
+        axes.set(xlabel="cosine of the run's own gradient", title=task)
+        axes.set(ylabel="accuracy" if here[0].higher else "perplexity, downwards is better")
+        axes.grid(alpha=0.3)
+        if not here[0].higher:
+            axes.invert_yaxis()
+    handles = [
+        *(panels[-1].plot([], [], "-", c=f"C{i % 10}", label=m)[0] for i, m in enumerate(methods)),
+        *(
+            panels[-1].plot([], [], mark, c="0.3", markerfacecolor=face, label=when)[0]
+            for mark, face, when in zip("osX", ("none", "0.3", "0.3"), WHEN, strict=True)
+        ),
+    ]
+    panels[-1].legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the picture and the table, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("files", nargs="+", metavar="NAME=FILE", help="tasks, and their results.json")
+    add("--out", type=Path, default=Path("runs/experiments/report_predicts"), help="folder")
+    args = parser.parse_args(argv)
+    found: list[Point] = []
+    for text in args.files:
+        name, equals, file = text.partition("=")
+        try:
+            if not equals:
+                raise ValueError(f"{text!r}; expected NAME=FILE")
+            found += points(name, json.loads(Path(file).read_text()))
+        except (OSError, ValueError, KeyError) as error:
+            sys.exit(f"report_predicts: {file or text}: {error}")
+    header, rows = table(found)
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows([header, *rows])
+    write_whole(args.out / "report_predicts.csv", lines.getvalue().encode())
+    write_whole(args.out / "report_predicts.png", picture(found))
+    print(text_table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
