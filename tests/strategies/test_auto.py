@@ -768,7 +768,8 @@ def test_of_the_same_choices_in_a_row_the_first_and_the_last_are_kept():
 def test_the_report_is_a_table():
     model = Net("auto")
     assert repr(dpp.report_choice(model)) == (
-        "auto has chosen nothing here: either none is at work, or none has gone back yet"
+        "auto has chosen nothing here: either no equilibrium of this model has the method auto, or "
+        "none has done a backward pass in training yet"
     )
     train(model, range(1))
     (record,) = dpp.report_choice(model)
