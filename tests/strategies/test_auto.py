@@ -148,9 +148,9 @@ def test_its_repr_parses_back(spec):
         ("auto(methods=['nothing'])", "unknown strategy 'nothing'"),
         ("auto(methods=['jfb', 'bptt'])", r"bptt\(steps=10\) owns its solve"),
         ("auto(methods=['reversible'])", "owns its solve"),
-        ("auto(methods=[\"schedule({0: 'jfb', 5: 'upg'})\"])", "another strategy by the step"),
+        ("auto(methods=[\"schedule({0: 'jfb', 5: 'upg'})\"])", "changes with the training step"),
         ("auto(methods=[\"upg(k='uniform(1, 6)')\"])", "or draws"),
-        ("auto(methods=['auto'])", "another strategy by the step"),
+        ("auto(methods=['auto'])", "changes with the training step"),
     ],
 )
 def test_what_is_wrong_is_named(spec, words):
