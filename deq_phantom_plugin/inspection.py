@@ -1,4 +1,8 @@
-"""What a gradient takes for granted of F: independent samples, and the same map each time."""
+"""Finds out what gradients take for granted of F.
+
+Samples are to be independent, or else the batch is solved as one system. F is to be the same map
+each time. `settled` looks at both before a strategy acts, without a trace, and remembers it.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +33,13 @@ from .contract.errors import AssumptionWarning
 from .contract.state import State, flatten
 from .contract.strategy import Context
 
-# Kernels on a GPU may add in another order each time. Where random state or a buffer moved, this
+# Kernels on a GPU may add in another order each time. Where random state or a buffer changed, this
 # rounding is measured by two evaluations with the same draws. The difference of such a pair varies,
-# hence the factor. Where nothing moved, a difference may be the rounding of 16 bits inside F.
+# hence the factor. Where nothing changed, a difference may be the rounding of 16 bits inside F.
 _ROUNDING, _ROUNDING_INSIDE = 8, 1e-3
 _EARLY, _EVERY = (8, 16, 32), 64  # uses at which the question is asked again
-_DEEPEST = 10  # wrappers around F
-_DRAWS = 16  # more evaluations of an F that has drawn, and returned the same
+_DEEPEST = 10  # the most wrappers around F that are looked through
+_DRAWS = 16  # further evaluations of an F that draws numbers, and has returned the same so far
 
 REMEDY = (
     "Draw masks once per solve: give the solve deq_phantom_plugin.draws.SameDraws(func), a new one "
@@ -53,8 +57,8 @@ class Findings:
             state; zero where rounding explains it.
         reasons: the types of the modules in F that draw at random or update buffers, in words. It
             is empty where there is no difference.
-        modes: the modules that ran, and for each whether it was in training mode.
-        uses: how often this was relied on. The list holds one number, which changes.
+        modes: the modules that ran in F, and for each whether it was in training mode.
+        uses: how often these findings were relied on. The list holds one number, which changes.
     """
 
     coupled: bool | None
@@ -77,8 +81,8 @@ class Findings:
         """Count a use, and return whether it is time to ask again.
 
         The answer may change: weights that begin at zero couple nothing yet, and dropout may be
-        warmed up. It is asked again at the 8th use, the 16th and the 32nd, and at every 64th. That
-        is less than a percent of the work of the steps.
+        warmed up. F is inspected again at the 8th use, the 16th and the 32nd, and at every 64th.
+        That is less than a percent of the work of the steps.
         """
         if not self.are_current:
             return True
@@ -89,10 +93,10 @@ class Findings:
 def in_words(difference: float, reasons: Sequence[str]) -> str:
     """Return in words what `Findings` say about a map that is not the same each time."""
     known = "; ".join(reasons) or (
-        "no module in it draws from PyTorch's generators or updates a buffer: it draws from "
-        "another, or keeps state elsewhere"
+        "no module in F draws from PyTorch's generators or updates a buffer, so F draws from "
+        "another generator, or keeps state elsewhere"
     )
-    return f"evaluated twice at one state, it differs by {difference:.1e} of its size ({known})"
+    return f"two evaluations at one state differ by {difference:.1e} of their size ({known})"
 
 
 def settled(
@@ -101,10 +105,10 @@ def settled(
     """Return a context whose `batch_dim` is a dimension or None, as strategies see it.
 
     The context's memory keeps what is found, for each mode of the modules that run in F and for
-    each structure of the state. Sizes do not matter. Without a memory it is asked in every call.
+    each structure of the state. Sizes do not matter. Without a memory every call inspects F anew.
     That costs two evaluations of F and, for B samples, n vector-Jacobian products with n choose n/2
     at least B: 4 for 6 samples, 7 for 32, 10 for 252. Random state and buffers stay as they were.
-    Inside a transform of `torch.func` nothing is asked, and the state is one system.
+    Inside a transform of `torch.func` F is not inspected, and the state is one system.
 
     Args:
         context: the context of the caller.
@@ -124,16 +128,16 @@ def settled(
         _check_told(context.batch_dim, leaves)
         return context
     n_samples = batch_size(leaves, 0)
-    if n_samples is None:  # leaves have no dimension of samples in common
+    if n_samples is None:  # the leaves do not agree on a number of samples
         return replace(context, batch_dim=None)
     if not cares:
         return replace(context, batch_dim=0)
     is_empty = n_samples == 0 or all(leaf.numel() == 0 for leaf in leaves)
-    if in_torch_func():  # numbers are hidden there; one system is right for any map
+    if in_torch_func():  # values cannot be read there, and one system is right for any map
         return replace(context, batch_dim=0 if is_empty else None)
     with part():
         if is_empty:
-            if (around := active()) is not None:  # others have samples
+            if (around := active()) is not None:  # other processes may have samples, and look
                 around.look(func, equilibrium)
             return replace(context, batch_dim=0)
         found = _found(context, func, equilibrium, f"{structure}", n_samples)
@@ -148,7 +152,7 @@ def _found(
     structure: str,
     rows: int,
 ) -> Findings:
-    """Return what is known about F, or find it out now."""
+    """Return what the memory knows about F, or inspect F now and keep what is found."""
     memory, key = context.memory, (structure, *_identity(func))
     known = None if memory is None else memory.findings.get((memory.training, *key))
     found: Findings | None = known
@@ -174,9 +178,9 @@ def _check_told(batch_dim: int | None, leaves: Sequence[Tensor]) -> None:
 
 
 def _identity(func: Any) -> tuple[Any, ...]:
-    """Return what tells maps apart that share a memory: F's code, and the modules it closes over.
+    """Return a key for F among the maps that share a memory.
 
-    A closure is made anew in every step, and its code is not.
+    It holds F's code, which is the same when a closure is made anew, and the modules inside F.
     """
     inside: list[Any] = []
     for _ in range(_DEEPEST):
@@ -190,7 +194,7 @@ def _identity(func: Any) -> tuple[Any, ...]:
     inside.append(getattr(func, "__self__", func))
     inside += [c.cell_contents for c in getattr(func, "__closure__", None) or () if _full(c)]
     code = getattr(getattr(func, "__func__", func), "__code__", type(func))
-    # Not by `id`, which another module may have later.
+    # Not the `id` of a module: a later module may have the same.
     return (code, *(weakref.ref(x) for x in inside if isinstance(x, nn.Module)))
 
 
@@ -201,7 +205,7 @@ def _forget_the_dead(findings: dict[tuple[Any, ...], Any]) -> None:
             del findings[key]
 
 
-def _full(cell: Any) -> bool:
+def _full(cell: Any) -> bool:  # whether a cell of a closure holds a value yet
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
@@ -227,9 +231,9 @@ def _say(found: Findings) -> None:
     if found.difference:
         warn_once(
             "another map each time",
-            f"F is not the same map each time: {in_words(found.difference, found.reasons)}. It "
-            "has no equilibrium that a solve could find, and a gradient that evaluates it again is "
-            f"that of another map. {REMEDY} This is said once.",
+            f"F is not the same map each time: {in_words(found.difference, found.reasons)}. So it "
+            "has no equilibrium that a solve could find, and a gradient that evaluates F again is "
+            f"that of another map. {REMEDY} This is said once per run.",
             AssumptionWarning,
         )
 
@@ -242,10 +246,10 @@ def inspect_map(
     Args:
         func: F.
         equilibrium: a state to evaluate it at, detached.
-        batch_dim: the dimension along which samples lie; None does not ask whether F mixes them.
+        batch_dim: the dimension along which samples lie; None skips the question of samples.
     """
     with Trial(equilibrium) as trial:
-        # A second run that draws would draw something else: random state goes on inside a trial.
+        # Random state goes on inside a trial, so an F that draws gets new numbers in a second run.
         states = [random_state(flatten(equilibrium)[0])]
         graph = Linearization(func, equilibrium)
         states.append(random_state(graph.inputs))
@@ -256,7 +260,7 @@ def inspect_map(
         difference = _second_look(func, equilibrium, graph.outputs)
         states.append(random_state(graph.inputs))
         signs = trial.has_changed_buffers or not is_same(*states[:2])
-        draws = not is_same(*states[1:])  # again: not the masks of a whole solve
+        draws = not is_same(*states[1:])  # a second time: masks of a whole solve are kept
         known = not signs or not (difference or draws)
         limit = _ROUNDING_INSIDE if known else _rounding(func, equilibrium)
         for _ in range(_DRAWS if draws else 0):  # a layer that is seldom skipped, say
@@ -273,9 +277,8 @@ def inspect_map(
 def _shards(modules: Sequence[nn.Module]) -> bool:
     """Whether F holds modules that are sharded by themselves. Warns once if it does.
 
-    FSDP takes a backward pass through such a module for the end of the model's whole backward pass,
-    and frees weights while the forward pass still runs. So no product may be taken. In lockstep
-    FSDP2 is kept from that.
+    FSDP takes a backward pass through such a module for that of the whole model, and frees weights
+    that the forward pass still needs. So no product may be taken. Lockstep keeps FSDP2 from that.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     names = ["FullyShardedDataParallel"] if active() else ["FSDPModule", "FullyShardedDataParallel"]
@@ -284,9 +287,9 @@ def _shards(modules: Sequence[nn.Module]) -> bool:
         return False
     warn_once(
         "sharded by itself",
-        "F holds modules that are sharded by themselves (FSDP), so nobody can find out whether "
-        "samples depend on one another: they are taken for independent. Pass batch_dim=0 in the "
-        "context to say so, or None if they are not. This is said once per run.",
+        "F holds modules that are sharded by themselves (FSDP), so it cannot be found out whether "
+        "samples depend on one another. They are taken to be independent. Pass batch_dim=0 in the "
+        "context if they are, or batch_dim=None if they are not. This is said once per run.",
         AssumptionWarning,
     )
     return True
@@ -311,7 +314,7 @@ def _rounding(func: Callable[[State], State], equilibrium: State) -> float:
 
 
 def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Return ||a - b|| over the larger of both; zero where it is not finite."""
+    """Return ||a - b|| / max(||a||, ||b||), all leaves together; zero where it is not finite."""
 
     def norm(leaves: Sequence[Tensor]) -> float:
         return math.hypot(*(float(torch.linalg.vector_norm(leaf.detach())) for leaf in leaves))
@@ -338,7 +341,7 @@ def _reasons(func: Callable[[State], State], equilibrium: State, limit: float) -
         with forked_rng(leaves), _Watch(leaves) as watch, torch.no_grad():
             images.append(flatten(func(equilibrium))[0])
             watch.look()  # at what came after the last module
-    # With the same draws: batch normalisation updates what its value does not depend on.
+    # Same draws, same value: then updates do not matter, as those of batch normalisation.
     same = _difference(*images) <= limit
     updated = set() if same else watch.updated - watch.drew
     return (
@@ -348,14 +351,14 @@ def _reasons(func: Callable[[State], State], equilibrium: State, limit: float) -
 
 
 class _Watch(ExitStack):
-    """Looks at the random state and at buffers whenever a module begins or ends.
+    """Looks at the random state and at buffers whenever a module's forward begins or ends.
 
     Args:
-        leaves: of the state, for their devices.
+        leaves: the leaves of the state, for their devices.
 
     Attributes:
-        drew: types of modules in whose own code the random state moved.
-        updated: types of modules whose buffers changed.
+        drew: names of the types of modules in whose own code the random state moved.
+        updated: names of the types of modules whose buffers changed.
     """
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
@@ -372,7 +375,7 @@ class _Watch(ExitStack):
         return self
 
     def look(self) -> None:
-        """Blame the innermost module that runs for draws since the last look."""
+        """If random state moved since the last look, note the innermost module that runs."""
         state = random_state(self._leaves)
         if not is_same(self._state, state):
             self.drew.add(type(self._running[-1][0]).__name__ if self._running else "F itself")

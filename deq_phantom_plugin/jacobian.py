@@ -1,4 +1,8 @@
-"""The Jacobian of F at an equilibrium: its regularisation and its spectral radius."""
+"""Two estimates of the Jacobian J = dF/dh at an equilibrium.
+
+`jacobian_reg` estimates its Frobenius norm, as a term of a loss. `spectral_radius` estimates the
+size of its largest eigenvalue. Both take vector-Jacobian products; J itself is never formed.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +36,9 @@ def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: 
     """Estimate ||J||_F^2 / numel, differentiable in what `func` captures.
 
     Source: Bai, Koltun & Kolter 2021, "Stabilizing Equilibrium Models by Jacobian Regularization",
-    eq. 4. It is Hutchinson's estimator with Gaussian probes e: E ||J^T e||^2 = ||J||_F^2. Costs one
-    evaluation of `func`, and one vector-Jacobian product per probe. The equilibrium is held fixed.
+    eq. 4. It is Hutchinson's estimator with Gaussian probes e: E ||J^T e||^2 = ||J||_F^2. It costs
+    one evaluation of `func`, and one vector-Jacobian product per probe. The equilibrium is held
+    fixed.
 
     A `func` that was compiled runs as it was written, since compiled code can be differentiated
     once only. `scaled_dot_product_attention` takes its MATH kernel, the one that has a second
@@ -57,7 +62,7 @@ def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: 
     refuse_in_torch_func("dpp.jacobian_reg")
     check_equilibrium(equilibrium)
     leaves, structure = flatten(equilibrium)
-    leaves = as_constants(leaves)  # of forward mode, which follows a solve without autograd too
+    leaves = as_constants(leaves)  # forward mode would follow a solve without autograd, too
     differentiable = torch.is_grad_enabled()
     checked = CheckedFunc(as_written(func), equilibrium)
     with torch.enable_grad():
@@ -90,7 +95,7 @@ def spectral_radius(
 
     The latter decides whether a damped iteration converges ("On Training Implicit Models",
     supplement, eq. A-11). The method is restarted Arnoldi iteration with 20 vectors per sample, so
-    that complex leading pairs are right. Costs one evaluation of `func` and at most `max_iter`
+    that complex leading pairs are right. It costs one evaluation of `func` and at most `max_iter`
     vector-Jacobian products per factor.
 
     Args:
@@ -102,17 +107,17 @@ def spectral_radius(
         tol: a search stops when ||J^T y - theta y|| <= tol |theta| for the leading Ritz pair
             (theta, y) of every sample. For a normal J the relative error is then at most tol.
             Otherwise theta is exact for a J that differs by that much.
-        max_iter: the largest number of products per factor. To stop there warns once per run.
+        max_iter: the largest number of products per factor. A search that ends there warns.
 
     Returns:
         The radius per sample, shape (B,); a scalar where samples are coupled. With several
         factors the radii are stacked along a new first dimension.
 
     Warns:
-        ConvergenceWarning: once, if a search stopped short of `tol`.
+        ConvergenceWarning: once per run, if a search stopped short of `tol`.
 
     Raises:
-        ValueError: on bad arguments, or a `func` or `equilibrium` that break the contract.
+        ValueError: if an argument is out of range, or `func` or `equilibrium` break the contract.
         NonFiniteError: if a product is NaN or infinite.
     """
     tol, max_iter = positive_float("tol", tol), positive_int("max_iter", max_iter)
@@ -120,12 +125,12 @@ def spectral_radius(
     valid = [f is None or (_is_number(f) and 0 < f <= 1) for f in factors]
     if not valid or not all(valid):
         raise ValueError(
-            f"lam={lam!r}; expected a number in (0, 1], a sequence of such, or None for J"
+            f"lam={lam!r}; expected a number in (0, 1], a sequence of such numbers, or None for J"
         )
     check_batch_dim(batch_dim)
     check_equilibrium(equilibrium)
     with in_lockstep():
-        with Trial(equilibrium):  # looking at an equilibrium does not change it
+        with Trial(equilibrium):  # a measurement leaves buffers and random state as they were
             checked = CheckedFunc(func, equilibrium)
             graph = Linearization(checked, equilibrium, "dpp.spectral_radius")
         packing, radii = _packing(graph, batch_dim), list[Tensor]()
@@ -146,7 +151,7 @@ def _leading(
     tol: float,
     max_vjp: int,
 ) -> LeadingEigenvalue:
-    """Return the leading eigenvalue of the map damped by a factor. Warns where it is not exact."""
+    """Return the leading eigenvalue of the map damped by a factor. Warns where `tol` is missed."""
 
     def apply(x: Tensor) -> Tensor:
         image = packing.pack(graph.vjp(packing.unpack(x)))
@@ -158,8 +163,8 @@ def _leading(
         warn_once(
             "spectral_radius",
             f"spectral_radius: after {found.n_vjp} vector-Jacobian products the leading Ritz "
-            f"pair has residual {found.residual.max():.1e}, above tol={tol:.1e}; raise "
-            "max_iter or tol",
+            f"pair has residual {found.residual.max():.1e}, above tol={tol:.1e}, so the radius may "
+            "be off; raise max_iter or tol. This is said once per run.",
             ConvergenceWarning,
         )
     return found

@@ -1,4 +1,9 @@
-"""Loops of a fixed number of evaluations, as in recursive models, with a gradient by name."""
+"""A loop that evaluates F a fixed number of times, with a gradient that is chosen by name.
+
+Recursive models and looped language models have such a loop. `loop` runs its first evaluations
+without a graph. It then attaches the named strategy to the state that it has reached, so that the
+strategy makes the last evaluations. Hosts call `looped` for the loops of their frameworks.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +44,12 @@ def loop(
     Recursive models do this by hand: most evaluations run without a graph, and the last one with a
     graph. That is `loop(func, state, steps, "tbptt(k=1)")`. The value depends on the strategy:
 
-    - `tbptt`, `jfb`, `ift`, `exact`, `shine`, `bptt` and `upg` with lam=1.0 have that of the plain
-      loop, to the bit. `npg` and `npg_rr` have it too, and evaluate F once more for their graph.
-    - `upg(k, lam)` with lam below 1 has that of steps - k evaluations and k damped ones.
-    - `reversible` has that of its own iteration.
-    - `guard` has that of the strategy inside. Samples that fall back have that of the fallback,
-      which goes on from the state at which the strategy inside began.
+    - `tbptt`, `jfb`, `ift`, `exact`, `shine`, `bptt` and `upg` with lam=1.0 return the value of the
+      plain loop, to the bit. So do `npg` and `npg_rr`, which evaluate F once more for their graph.
+    - `upg(k, lam)` with lam below 1 makes steps - k evaluations, and then k damped ones.
+    - `reversible` returns the value of its own iteration.
+    - `guard` returns the value of the strategy inside. Samples that fall back get the value of the
+      fallback, which goes on from the state at which the strategy inside began.
 
     Under `torch.no_grad` the value is that of the plain loop. With `tbptt`, `upg`, `jfb` and `bptt`
     the loop compiles into one graph, if `grad` is an object that `get_strategy` made outside of the
@@ -55,12 +60,12 @@ def loop(
             evaluation may bring the state to its final shape and dtype, as from vectors (D,) that
             are learned to states (B, L, D).
         state: where the loop begins: a tensor, or any nesting of tuples, lists and dicts of
-            tensors. It may carry a graph. Backward goes through that graph where all evaluations
-            carry one (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`, `jfb` where `steps`
+            tensors. It may carry a graph. Backward goes on into that graph where all evaluations
+            have one (`bptt`, `tbptt('all')`, `upg` with k of at least `steps`, `jfb` where `steps`
             is 1). Otherwise the graph is cut, also by a strategy around another, such as `guard`.
         steps: the number of evaluations, or a distribution of it, see `Depth`. For a distribution
             the context's memory knows the training step, and whether the model is in training.
-        grad: the strategy's spec, see `get_strategy`. A k beyond the loop means all of the loop. A
+        grad: the strategy's spec, see `get_strategy`. A k above `steps` means the whole loop. A
             strategy that owns the solve takes `steps`, unless its spec names a number. An object
             always has a number: `get_strategy("bptt")` has 10 steps.
         context: what else the strategy may know, see `dpp.attach`.
@@ -93,7 +98,7 @@ def looped(
     context: Context,
     at: At | None = None,
 ) -> State:
-    """Do what `loop` does, with a strategy that is resolved and within the loop.
+    """Do what `loop` does, with a strategy that is resolved, and bounded by `within(steps)`.
 
     Args:
         func: F.
@@ -102,17 +107,18 @@ def looped(
         strategy: the strategy.
         context: its context.
         at: (i, state) -> state, evaluation number i of the loop, from 0; for loops that do not
-            iterate one map. It leads to the state where the strategy begins, which then takes F.
-            `tbptt` and `bptt` need no F, and go backwards through these evaluations.
+            iterate one map. It makes the evaluations up to the state where the strategy begins.
+            From there on the strategy evaluates F. `tbptt` and `bptt` need no F: they go backwards
+            through the evaluations of `at`.
     """
     growing = evaluations(func, at)
     if not (torch.is_grad_enabled() or in_forward_mode()):
         return repeated(growing, state, steps)
     free = 0 if strategy.owns_solve else steps - strategy.steps_ahead
-    if free < 0:  # of another package, or one that wraps: `GradStrategy.within` is not theirs
+    if free < 0:  # a strategy of another package, or around another, may not define `within`
         raise ValueError(
             f"{strategy!r} evaluates F {strategy.steps_ahead} times, in a loop of steps={steps}; "
-            f"expected at most {steps}"
+            f"expected at most {steps}: make the loop longer, or give the strategy fewer steps"
         )
     if at is not None and isinstance(strategy, TBPTT | BPTT):
         cut = _without_graph(growing, state, free) if free else state
@@ -127,8 +133,9 @@ def looped(
 def _unrolled(
     func: Callable[[State], State], state: State, strategy: GradStrategy, context: Context
 ) -> State:
-    """Return a graph of all evaluations, which may go on into the first state's."""
-    if not strategy.tells_samples_apart:  # then all processes evaluate F equally often
+    """Return the last state with a graph of all evaluations; the first state's graph is not cut."""
+    # Then F need not be inspected, and all processes evaluate it equally often.
+    if not strategy.tells_samples_apart:
         count(context)
         return strategy.attach(func, state, settled(context, func, _detached(state), False))
     sharded = Sharded.of(state)
@@ -142,12 +149,12 @@ def _unrolled(
 
 
 def evaluations(func: Callable[[State], State], at: At | None = None) -> Callable[[State], State]:
-    """Return the map from a loop's state to the state one evaluation later, see `looped`."""
+    """Return the map that makes the loop's next evaluation; see `looped` for the arguments."""
     return Growing(func) if at is None else _Counting(at)
 
 
 class _Counting:
-    """The evaluations of a loop one by one, as a function of the state."""
+    """A function of the state that makes the loop's evaluations one after the other."""
 
     def __init__(self, at: At) -> None:
         self._at, self._done = at, 0
@@ -169,6 +176,11 @@ def repeated(func: Callable[[State], State], state: State, steps: int) -> State:
 
 
 def _detached(state: State) -> State:
+    """Return the state without its graph.
+
+    Raises:
+        ValueError: if a leaf is not a tensor.
+    """
     leaves, structure = flatten(state)
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
@@ -184,13 +196,13 @@ def _without_graph(evaluate: Callable[[State], State], state: State, steps: int)
     with torch.no_grad():
         state = _detached(state)
         if isinstance(evaluate, Growing) and steps > 2:
-            # Only the first and the last are checked. The others cost no more than by hand.
+            # Checks take time. So only the first and the last evaluation are checked.
             return evaluate(repeated(evaluate.func, evaluate(state), steps - 2))
         return repeated(evaluate, state, steps)
 
 
 class Growing:
-    """F, whose first result may be larger than the state it was given.
+    """F, whose first result may have a larger shape than the state that F was given.
 
     Args:
         func: F.
@@ -215,12 +227,17 @@ class Growing:
 
 
 def _grown(state: State, image: State) -> State:
-    """Return a first result, if the state may have grown to it."""
+    """Return F's first result.
+
+    Raises:
+        ValueError: if it has another structure than the state, or the state does not broadcast to
+            it.
+    """
     (before, want), (after, got) = flatten(state), flatten(image)
     if got != want:
         raise ValueError(
-            f"func returned the structure {got}, but was given {want}; it must map a state to a "
-            "state of the same structure, a dict with its keys in the same order"
+            f"func returned the structure {got}, but was given {want}; expected the structure that "
+            "it was given, with the keys of a dict in the same order"
         )
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         where = f"leaf {index} of what func returned" if len(after) > 1 else "func's result"
@@ -229,7 +246,7 @@ def _grown(state: State, image: State) -> State:
         if not _broadcasts(old.shape, new.shape):
             raise ValueError(
                 f"{where} has shape {tuple(new.shape)}, to which the state's {tuple(old.shape)} "
-                "does not broadcast"
+                "does not broadcast; expected the state's shape, or one to which it broadcasts"
             )
     return image
 

@@ -1,4 +1,8 @@
-"""The command line, `deq-phantom`: a file a command."""
+"""The command line, `deq-phantom`.
+
+Each command has a file, whose `add_to` adds its parser and names the function that runs it. An
+error of the user's input is printed as one line, and the exit status is 2.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +18,25 @@ from . import compare, doctor, listing, patch, report, run, tune
 __all__ = ["main"]
 
 
-_CLOSED = 128 + 13  # as of a program that SIGPIPE ended
+_CLOSED = 128 + 13  # the exit status of a program that SIGPIPE has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status.
+    """Run a command, and return its exit status.
 
     Args:
-        argv: arguments, those of the process if None.
+        argv: the arguments; None for those of the process.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
     try:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # where whoever reads has gone, it fails here and not at the exit
+            sys.stdout.flush()  # if the reader of a pipe is gone, fail here and not at the exit
     except BrokenPipeError:
-        # What is still to be written, by Python itself at the exit too, goes nowhere.
+        # Discard what is still to be written. Python itself would fail on it at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED
 

@@ -1,4 +1,4 @@
-"""The command line, as `python -m deq_phantom_plugin.cli`."""
+"""Runs the command line by `python -m deq_phantom_plugin.cli`."""
 
 import sys
 

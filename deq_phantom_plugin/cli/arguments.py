@@ -1,4 +1,4 @@
-"""What commands share: types of arguments, and shims for old code."""
+"""Arguments that several commands share: positive numbers, and `--compat` for old code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 
 
 def positive(text: str) -> int:
-    """Return a whole number of at least 1."""
+    """Return an argument as a whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is less than 1.
+        ValueError: if it is no whole number, which argparse turns into an error.
+    """
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}; expected a whole number of at least 1")
@@ -28,7 +33,7 @@ def add_compat(parser: argparse.ArgumentParser) -> None:
 
 
 class _Shims(argparse.Action):
-    """Names of shims; `help` lists them and ends, as `--help` does."""
+    """Stores names of shims; `help` lists all shims and ends the program, as `--help` does."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         if values == ["help"]:
@@ -40,7 +45,11 @@ class _Shims(argparse.Action):
 
 
 def print_shims(names: Sequence[str], file: Any = None) -> None:
-    """Print what each of these shims does; refuse a name that is none."""
+    """Print what each of these shims does.
+
+    Raises:
+        ValueError: if a name is that of no shim.
+    """
     from ..patching.compat import SHIMS
     from ..patching.repository import check_shims
 

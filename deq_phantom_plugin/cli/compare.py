@@ -1,4 +1,4 @@
-"""`deq-phantom compare`."""
+"""`deq-phantom compare` trains an MDEQ once per gradient method, see the folder `compare`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from .arguments import positive
 
 
 def add_to(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Add the command to the commands of a parser."""
     parser = commands.add_parser(
         "compare", help="train an MDEQ once per method, all else equal, and compare"
     )
     parser.set_defaults(run=_compare)
     add = parser.add_argument
-    add("--grad", nargs="+", default=list(DEFAULT_GRADS), metavar="SPEC", help="methods")
-    add("--preset", default="tiny", help="of MDEQ: tiny, small, large or xl")
-    add("--data", default="digits", help="digits, or a folder of images, one subfolder a class")
-    add("--image-size", type=positive, default=32, help="side that a folder's images get")
+    add("--grad", nargs="+", default=list(DEFAULT_GRADS), metavar="SPEC", help="the methods")
+    add("--preset", default="tiny", help="the size of MDEQ: tiny, small, large or xl")
+    add("--data", default="digits", help="digits, or a folder of images, one subfolder per class")
+    add(
+        "--image-size",
+        type=positive,
+        default=32,
+        help="side in pixels to which a folder's images are resized",
+    )
     add("--steps", type=positive, default=130, help="optimiser steps")
-    add("--batch-size", type=positive, default=64)
+    add("--batch-size", type=positive, default=64, help="images per step")
     add("--lr", type=float, default=3e-3, help="Adam's largest learning rate")
-    add("--seed", type=int, default=0, help="of the initialisation and the data order")
+    add("--seed", type=int, default=0, help="the seed of the initialisation and of the data order")
     add("--device", default="auto", help="cpu, cuda, or auto")
     add("--f-solver", default="anderson", help="TorchDEQ's forward solver")
     add("--f-max-iter", type=positive, default=15, help="its iterations")
     add("--f-tol", type=float, default=1e-3, help="its relative tolerance")
-    add("--solve-dtype", help="bfloat16 or float16, to take most of each solve in it")
+    add("--solve-dtype", help="bfloat16 or float16, for most of each forward solve")
     add("--out", type=Path, default=Path("runs/compare"), help="folder for results")
 
 
@@ -79,7 +84,7 @@ def _compare(args: argparse.Namespace) -> int:
         progress_module.TextColumn("loss {task.fields[loss]:.3f}"),
         progress_module.TimeRemainingColumn(),
     ]
-    # A log that is read later has no use for a bar.
+    # A progress bar is of no use in a log file.
     with progress_module.Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         tasks = [progress.add_task(spec, total=args.steps, loss=float("nan")) for spec in args.grad]
 

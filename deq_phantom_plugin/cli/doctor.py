@@ -1,4 +1,4 @@
-"""`deq-phantom doctor`."""
+"""`deq-phantom doctor` prints what is installed and hooked, and recognises a repository."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def add_to(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Add the command to the commands of a parser."""
     parser = commands.add_parser(
         "doctor", help="what is installed and hooked, and what a repository is recognised as"
     )
@@ -17,7 +17,8 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--report",
         action="store_true",
-        help="what an issue on a wrong gradient needs: the machine, and gradients that are known",
+        help="print what an issue on a wrong gradient needs: the machine, and a check of gradients "
+        "that are known in closed form",
     )
 
 

@@ -1,4 +1,4 @@
-"""`deq-phantom list`."""
+"""`deq-phantom list` prints every strategy with its arguments and the first line of its text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WIDTH = 100  # columns, so that a line fits into a terminal
 
 
 def add_to(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Add the command to the commands of a parser."""
     parser = commands.add_parser("list", help="print the strategies that are installed")
     parser.set_defaults(run=_list)
 
@@ -26,7 +26,7 @@ def _list(args: argparse.Namespace) -> int:
     for name in names:
         try:
             shown = repr(get_strategy(name))
-        except Exception:  # has arguments without a default, or is somebody's that fails
+        except Exception:  # an argument has no default, or a strategy of another package fails
             shown = f"{name}(...)"
         line = (strategy_class(name).__doc__ or "").strip().partition("\n")[0]
         print("\n".join(textwrap.wrap(shown, _WIDTH, subsequent_indent="  ")))

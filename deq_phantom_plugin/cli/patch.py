@@ -1,4 +1,4 @@
-"""`deq-phantom patch`."""
+"""`deq-phantom patch` changes a repository's files, so that it takes gradient methods by name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .arguments import add_compat, print_shims
 
 
 def add_to(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Add the command to the commands of a parser."""
     parser = commands.add_parser(
         "patch", help="make an existing repository take gradient methods by name"
     )
     parser.set_defaults(run=_patch)
     add = parser.add_argument
-    add("repo", type=Path, metavar="REPO", help="its folder, or a part of it")
+    add("repo", type=Path, metavar="REPO", help="the folder of the repository, or a part of it")
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--grad", metavar="SPEC", help="the method it has unless told otherwise")
+    action.add_argument("--grad", metavar="SPEC", help="the method that it has by default")
     action.add_argument("--revert", action="store_true", help="restore the files byte for byte")
     action.add_argument(
         "--recover", action="store_true", help="undo a patch or revert that was interrupted"
@@ -33,7 +33,7 @@ def _patch(args: argparse.Namespace) -> int:
 
     if args.recover or args.revert:
         if args.dry_run or args.compat:
-            raise ValueError("--dry-run and --compat go with --grad")
+            raise ValueError("--dry-run and --compat go with --grad alone")
         restored = patch.recover(args.repo) if args.recover else patch.revert(args.repo)
         print("\n".join(["restored:", *restored]) if restored else "nothing to restore")
         return 0

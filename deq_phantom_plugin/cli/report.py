@@ -1,4 +1,4 @@
-"""`deq-phantom report`."""
+"""`deq-phantom report` measures gradient methods on the user's own model, see `model_report`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .arguments import positive
 
 
 def add_to(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Add the command to the commands of a parser."""
     parser = commands.add_parser(
         "report", help="measure gradient methods on your own model and batch, against the exact one"
     )
@@ -42,7 +42,8 @@ def _report(args: argparse.Namespace) -> int:
     built = load(args.target)()
     if not isinstance(built, tuple) or len(built) != 3:
         raise ValueError(
-            f"{args.target} returned {type(built).__name__}; expected (model, inputs, loss)"
+            f"{args.target} returned {type(built).__name__}; expected (model, inputs, loss), see "
+            "dpp.model_report"
         )
     model, inputs, loss = built
     report = model_report(model, inputs, loss, args.grad, repeats=args.repeats)
@@ -74,19 +75,21 @@ def load(target: str) -> Callable[[], Any]:
             raise ValueError(f"{target!r}: there is no module {source}") from None
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"{target!r}: {source} has no function {name}")
+        raise ValueError(
+            f"{target!r}: {source} has no function {name}; expected one without arguments"
+        )
     return function  # type: ignore[no-any-return]
 
 
 def _run_file(path: Path) -> ModuleType:
-    """Return a script as a module, whatever else is called like it."""
+    """Run a script, and return it as a module. Its name does not hide another module."""
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    sys.path.insert(0, str(path.resolve().parent))  # as for any script, for its own imports
+        raise ValueError(f"there is no file {path}; expected FILE.py:FUNCTION")
+    sys.path.insert(0, str(path.resolve().parent))  # so that the script finds modules beside it
     spec = importlib.util.spec_from_file_location(f"deq_phantom_target_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where pickle and dataclasses look
+    sys.modules[spec.name] = module  # pickle and dataclasses look there
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""`deq-phantom run`."""
+"""`deq-phantom run` runs a command in which a repository has another gradient method."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .arguments import add_compat, print_shims
 
 
 def add_to(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Add the command to the commands of a parser."""
     parser = commands.add_parser(
         "run", help="run a command in which a repository has another method; no file is touched"
     )
     parser.set_defaults(run=_run)
     add = parser.add_argument
     add("--grad", required=True, metavar="SPEC", help="the method")
-    add("--repo", type=Path, help="the repository; the one around the current folder if left out")
+    add("--repo", type=Path, help="the repository; by default the one around the current folder")
     add_compat(parser)
     add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="such as python train.py")
 

@@ -1,4 +1,4 @@
-"""`deq-phantom tune`."""
+"""`deq-phantom tune` chooses a gradient method for the user's own model, see `dpp.tune`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .report import load
 
 
 def add_to(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Add the command to the commands of a parser."""
     parser = commands.add_parser(
         "tune", help="choose the cheapest gradient that is good enough for your own model"
     )
@@ -26,20 +26,30 @@ def add_to(commands: Any) -> None:
         help="a function without arguments that returns (model, batches, loss), as for dpp.tune; "
         "package.module:FUNCTION works too",
     )
-    add("--cosine", type=float, default=0.95, help="what 90 %% of the samples are to reach")
+    add(
+        "--cosine",
+        type=float,
+        default=0.95,
+        help="cosine that 90 %% of the samples are to reach",
+    )
     add("--methods", nargs="+", metavar="SPEC", help="choose among these")
-    add("--budget", type=positive, help="the most products, in place of --cosine")
+    add(
+        "--budget",
+        type=positive,
+        help="the most products, in place of --cosine; the best method within it is chosen",
+    )
     add("--out", type=Path, default=Path("runs/tune"), help="folder for results")
 
 
 def _tune(args: argparse.Namespace) -> int:
     options = {"cosine": args.cosine, "methods": args.methods, "budget": args.budget}
-    Auto(**options)  # what is wrong with it is said before anything is built
+    Auto(**options)  # refuses bad options before the model is built
     require("matplotlib", "viz")
     built = load(args.target)()
     if not isinstance(built, tuple) or len(built) != 3:
         raise ValueError(
-            f"{args.target} returned {type(built).__name__}; expected (model, batches, loss)"
+            f"{args.target} returned {type(built).__name__}; expected (model, batches, loss), see "
+            "dpp.tune"
         )
     report = tune(*built, **options)
     print(report)

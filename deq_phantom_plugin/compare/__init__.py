@@ -1,4 +1,8 @@
-"""Train one model once per gradient method, all else equal, and compare: `deq-phantom compare`."""
+"""The comparison behind `deq-phantom compare`: one training run per gradient method.
+
+All runs share the initial weights, the order of the data and the solver. `compare` trains, `table`
+prints the results, and `write` saves them.
+"""
 
 from .data import Dataset, load_digits, load_folder
 from .report import table, write

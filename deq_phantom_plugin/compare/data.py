@@ -1,4 +1,7 @@
-"""Images to compare on: scikit-learn's handwritten digits, or a folder with a subfolder a class."""
+"""The images of a comparison.
+
+They are scikit-learn's handwritten digits, or those in a folder that has one subfolder per class.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", "
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and labels, split.
+    """Images and labels, split into a training set and a test set.
 
     Attributes:
-        name: for titles.
-        classes: names, in the order of the labels.
+        name: the name of the dataset, for titles.
+        classes: the names of the classes, in the order of the labels.
         train_images: shape (N, C, H, W), standardised.
         train_labels: shape (N,).
         test_images: shape (M, C, H, W).
@@ -36,7 +39,7 @@ class Dataset:
 
 
 def load_digits() -> Dataset:
-    """Load the 1,797 digits of 8 x 8 pixels that scikit-learn ships.
+    """Load the 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships.
 
     Raises:
         ImportError: without scikit-learn.
@@ -48,11 +51,11 @@ def load_digits() -> Dataset:
 
 
 def load_folder(folder: str | Path, image_size: int) -> Dataset:
-    """Load a folder of images, one subfolder a class, as RGB squares.
+    """Load a folder of images, with one subfolder per class, as RGB squares.
 
     Args:
         folder: the folder.
-        image_size: side in pixels that images are resized to.
+        image_size: the side in pixels to which images are resized.
 
     Raises:
         ImportError: without Pillow.
@@ -63,7 +66,10 @@ def load_folder(folder: str | Path, image_size: int) -> Dataset:
     numpy = require("numpy", "vision")
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; expected 'digits' or a folder of images")
+        raise ValueError(
+            f"{root} is not a folder; expected 'digits', or a folder with one subfolder of images "
+            "per class"
+        )
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
     if len(classes) < 2:
         count = len(classes)
@@ -72,13 +78,17 @@ def load_folder(folder: str | Path, image_size: int) -> Dataset:
     for label, name in enumerate(classes):
         files = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in _SUFFIXES)
         if len(files) < 2:
-            raise ValueError(f"{root / name} has {len(files)} images; expected at least 2")
+            raise ValueError(
+                f"{root / name} has {len(files)} images; expected at least 2, one for the test"
+            )
         for file in files:
             try:
                 with image_module.open(file) as image:
                     pixels = image.convert("RGB").resize((image_size, image_size))
             except OSError as error:
-                raise ValueError(f"{file} cannot be read as an image: {error}") from None
+                raise ValueError(
+                    f"{file} cannot be read as an image: {error}. Remove the file, or mend it"
+                ) from None
             images.append(torch.from_numpy(numpy.asarray(pixels).copy()).permute(2, 0, 1))
             labels.append(label)
     stacked = torch.stack(images).float()
@@ -86,7 +96,10 @@ def load_folder(folder: str | Path, image_size: int) -> Dataset:
 
 
 def _split(name: str, classes: tuple[str, ...], images: Tensor, labels: Tensor) -> Dataset:
-    """Hold out a share of every class, the same each time; standardise by the training images."""
+    """Hold out a share of every class as the test set, and standardise by the training images.
+
+    The same images are held out each time.
+    """
     generator = torch.Generator().manual_seed(0)
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(len(classes)):

@@ -1,4 +1,7 @@
-"""What a comparison found: a table, and files that are written whole or not at all."""
+"""Shows and saves the results of a comparison: a table, JSON, CSV and a plot.
+
+A file that cannot be written as a whole is left as it was.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,16 @@ from ..diagnostics.measure.results import COMPARABLE
 from .training import EXACT, MethodResult
 
 TARGET_ACCURACY = 0.9
-_MEAN_STEPS = 10  # of the losses in the plot
+_MEAN_STEPS = 10  # over which the plot averages losses
 
 
 def table(results: Sequence[MethodResult], target: float | None = TARGET_ACCURACY) -> str:
     """Return the results as a text table with footnotes.
 
     Args:
-        results: of `compare`.
-        target: accuracy below which a method is named under the table; None for no such line.
+        results: the results of `compare`.
+        target: an accuracy. A line under the table names the methods that are not above it; None
+            leaves the line out.
     """
     header = ["method", "ms/step", "backward", "test acc.", "cosine", "peak MiB"]
     rows = [
@@ -39,14 +43,15 @@ def table(results: Sequence[MethodResult], target: float | None = TARGET_ACCURAC
     ]
     lines = [text_table(header, rows)]
     lines.append(
-        "Times are medians. Cosine: gradient of the equilibrium layer's parameters to the exact "
-        f"one, {EXACT} in float64, on a held-out batch of each trained model."
+        "Times are medians. Cosine: of the gradient to the exact one, which is "
+        f"{EXACT} in float64, for the parameters of the equilibrium layer, on a held-out batch of "
+        "each trained model."
     )
     if short := [r for r in results if not _solved(r)]:
         found = ", ".join(f"{r.spec}: {r.exact_residual:.0e}" for r in short)
         lines.append(
-            "No cosine where the equilibrium or its exact gradient was solved only to a relative "
-            f"residual above {COMPARABLE:.0e}: {found}."
+            "There is no cosine where the equilibrium or its exact gradient was solved only to a "
+            f"relative residual above {COMPARABLE:.0e}: {found}."
         )
     if target is not None:
         low = [f"{r.spec} ({r.accuracy:.1%})" for r in results if r.accuracy <= target]
@@ -68,9 +73,9 @@ def write(results: Sequence[MethodResult], folder: str | Path, title: str) -> Pa
     """Write results.json, steps.csv and loss.png into a folder; each is replaced as a whole.
 
     Args:
-        results: of `compare`.
-        folder: made if missing.
-        title: of the plot.
+        results: the results of `compare`.
+        folder: the folder, which is made if it is missing.
+        title: the title of the plot.
 
     Returns:
         The path of the plot.
@@ -111,7 +116,7 @@ def write(results: Sequence[MethodResult], folder: str | Path, title: str) -> Pa
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:
-    """Return the running mean without which four curves of single batches hide one another."""
+    """Return the running mean of the losses. Losses of single batches vary too much to compare."""
     smoothed, average, weight = [], 0.0, 1 - 1 / _MEAN_STEPS
     for step, loss in enumerate(losses, start=1):
         average = weight * average + (1 - weight) * loss

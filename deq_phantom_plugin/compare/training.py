@@ -1,4 +1,8 @@
-"""The training runs of a comparison: one per method, with the same start, data order and solver."""
+"""The training runs of a comparison: an MDEQ is trained once per gradient method.
+
+All runs begin at the same weights, and have the same order of data and the same solver. After each
+run its gradient is compared with the exact one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from ..adapters.mdeq import MDEQ
 
 EXACT = "ift(tol=1e-9, max_iter=400)"
-_WARM_UP = 3  # steps whose times are not counted
+_WARM_UP = 3  # first steps, whose times are not counted
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,13 @@ class Settings:
     """What all methods of a comparison share.
 
     Attributes:
-        preset: of `MDEQ.from_preset`.
-        steps: optimiser steps.
-        batch_size: images a step.
+        preset: the size of the model, see `MDEQ.from_preset`.
+        steps: the number of optimiser steps.
+        batch_size: the number of images per step.
         lr: Adam's largest learning rate; it anneals to zero along a cosine.
-        seed: of the initialisation and the data order.
-        device: where to train.
-        deq: settings of TorchDEQ.
+        seed: the seed of the initialisation and of the data order.
+        device: the device to train on.
+        deq: further arguments of `MDEQ.from_preset`, such as settings of TorchDEQ.
     """
 
     preset: str = "tiny"
@@ -51,20 +55,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """What one method did.
+    """The result of one method's training run.
 
     Attributes:
-        spec: the method.
-        step_seconds: median time of a training step.
-        backward_share: median share of it that backward takes.
-        accuracy: on the test images, in [0, 1].
-        cosine: of the gradient to the exact one at the same equilibrium of the trained model, over
-            the parameters of the equilibrium layer, on one held-out batch in float64.
-        exact_residual: relative residual that was reached there, of the equilibrium or of the
-            exact gradient's own solve, the larger.
-        peak_bytes: most memory that one training step held, above model, optimiser and data.
-        losses: after each step.
-        seconds: since the start, after each step.
+        spec: the spec of the method.
+        step_seconds: the median time of a training step.
+        backward_share: the median share of a step that the backward pass takes.
+        accuracy: the accuracy on the test images, in [0, 1].
+        cosine: the cosine of the gradient to the exact one, at the same equilibrium of the trained
+            model. It is that of the equilibrium layer's parameters, on one held-out batch, in
+            float64.
+        exact_residual: the relative residual that was reached there: that of the equilibrium, or
+            that of the exact gradient's own solve, whichever is larger.
+        peak_bytes: the most memory that one training step held, above model, optimiser and data.
+        losses: the loss of each step.
+        seconds: the time of training until the end of each step.
     """
 
     spec: str
@@ -88,14 +93,18 @@ def compare(
     """Train an MDEQ once per method, all else equal.
 
     Args:
-        methods: specs of strategies.
+        methods: the specs of the methods.
         data: the images.
-        settings: what the runs share.
-        on_step: called with the method, the step from 1 and the loss.
-        on_result: called when a method is done.
+        settings: the settings that all runs share; None for the defaults.
+        on_step: called after each step with the method, the number of the step from 1, and the
+            loss.
+        on_result: called with the result of each method, when it is done.
+
+    Returns:
+        One result per method, in their order.
 
     Raises:
-        ValueError: if a spec is invalid or the images do not fit the preset; before any training.
+        ValueError: before any training, if a spec is invalid or the images do not fit the preset.
         ImportError: without TorchDEQ.
     """
     from ..adapters.mdeq import MDEQ
@@ -111,7 +120,7 @@ def compare(
         **settings.deq,
     )
     with torch.no_grad():
-        copy.deepcopy(start)(data.train_images[:2])  # the images fit, or say so now
+        copy.deepcopy(start)(data.train_images[:2])  # refuses images that do not fit
     results = []
     for spec in methods:
         result = _train(start, spec, data, settings, on_step)
@@ -127,6 +136,7 @@ def _train(
     settings: Settings,
     on_step: Callable[[str, int, float], None],
 ) -> MethodResult:
+    """Train a copy of the model with one method, and measure it."""
     device = torch.device(settings.device)
     model = copy.deepcopy(start).to(device)
     set_grad(model, spec)
@@ -178,7 +188,7 @@ def _train(
 def _batches(
     data: Dataset, settings: Settings, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images and labels of each step; the order is drawn anew each epoch."""
+    """Yield the images and labels of each step; the order is drawn anew for each epoch."""
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(settings.steps):
@@ -189,6 +199,7 @@ def _batches(
 
 
 def _accuracy(model: MDEQ, data: Dataset, settings: Settings) -> float:
+    """Return the share of test images that the model classifies right."""
     model.eval()
     right = 0
     with torch.no_grad():
@@ -202,11 +213,15 @@ def _accuracy(model: MDEQ, data: Dataset, settings: Settings) -> float:
 
 
 def _cosine(model: MDEQ, spec: str, data: Dataset, device: torch.device) -> tuple[float, float]:
-    """Return the cosine to the exact gradient, and the residual of that one's solve."""
+    """Return the cosine to the exact gradient, and the residual of the solves behind the latter.
+
+    Both gradients are those of a copy of the model in float64, whose forward solve is tight.
+    """
     images = data.test_images[:32].to(device, torch.float64)
     labels = data.test_labels[:32].to(device)
     twin = copy.deepcopy(model).double()
-    for module in twin.modules():  # the loss is that of evaluation: samples stay independent
+    # With the statistics of evaluation, batch normalisation leaves samples independent.
+    for module in twin.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     deq = twin.deq
@@ -223,7 +238,7 @@ def _cosine(model: MDEQ, spec: str, data: Dataset, device: torch.device) -> tupl
         return torch.cat(parts)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the residual is reported instead
+        warnings.simplefilter("ignore")  # the table shows the residual instead
         own = gradient(spec)
         original = deq.forward
         deq.forward = lambda *args, **kwargs: original(

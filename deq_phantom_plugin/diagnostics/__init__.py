@@ -1,4 +1,9 @@
-"""Whether a gradient is right: reports on a user's own model, and the theorems' conditions."""
+"""Measurements of gradients on a user's own model.
+
+Reports (`gradient_report`, `model_report`) compare methods with an exact gradient. `tune` chooses a
+method, `monitor` logs numbers during training, and `report_choice` shows what `auto` chose.
+`ascent_condition` and `measured_inner_product` check Theorem 1 of "On Training Implicit Models".
+"""
 
 from .choices import ChoiceRecord, ChoiceReport, report_choice
 from .measure.ascent import (

@@ -1,4 +1,8 @@
-"""What `auto` has chosen in a model, and when, and why."""
+"""The choices that `auto` has made in a model: what it chose, in which step, and why.
+
+`auto` notes its choices in the memory of each equilibrium, see `noted`. `report_choice` collects
+them from all memories of a model.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +26,21 @@ class ChoiceRecord(Choice):
     """A choice of `auto` at one equilibrium of a model.
 
     Attributes:
-        equilibrium: its name in the model.
+        equilibrium: the name of the equilibrium in the model.
     """
 
     equilibrium: str = ""
 
 
 class ChoiceReport(list[ChoiceRecord]):
-    """The choices of all equilibria, in the order of the steps at each; a table when printed."""
+    """The choices of all equilibria, each equilibrium's by step; a table when printed."""
 
     def __repr__(self) -> str:
         if not self:
-            return "auto has chosen nothing here: either none is at work, or none has gone back yet"
+            return (
+                "auto has chosen nothing here: either no equilibrium of this model has the method "
+                "auto, or none has done a backward pass in training yet"
+            )
         rows = [
             (
                 record.equilibrium,
@@ -51,14 +58,14 @@ class ChoiceReport(list[ChoiceRecord]):
 def report_choice(model: nn.Module) -> ChoiceReport:
     """Return what `auto` has chosen at each equilibrium of a model.
 
-    Of measurements in a row that chose the same, the first and the last are there.
+    If several measurements in a row chose the same, the list has the first and the last of them.
 
     Args:
-        model: the model, or a memory.
+        model: the model, or a `dpp.Memory`.
 
     Returns:
-        A list of records (equilibrium, step, spec, cosine, cost, why), see `Choice`; a table when
-        printed.
+        A list of records (equilibrium, step, spec, cosine, cost, why), see `Choice`. It prints as a
+        table.
 
     Raises:
         TypeError: if `model` is no `torch.nn.Module`.
@@ -73,12 +80,15 @@ def report_choice(model: nn.Module) -> ChoiceReport:
 
 
 def _owner(of_memory: str) -> str:
-    """Return the name of what a memory belongs to: hosts call it `grad_memory`, or number them."""
+    """Return the name of the module that a memory belongs to.
+
+    Hosts call its memory `grad_memory`, or `grad_memory.0`, `grad_memory.1` and so on.
+    """
     return re.sub(r"(^|\.)(grad_memory(\.\d+)?|memory)$", "", of_memory)
 
 
 def _name(of_memory: str, owners: Counter[str]) -> str:
-    """Return the name of an equilibrium, with its number where its module finds several."""
+    """Return the name of an equilibrium, with its number where its module solves for several."""
     owner = _owner(of_memory)
     number = of_memory.rpartition(".")[2]
     several = owners[owner] > 1 and number.isdigit()

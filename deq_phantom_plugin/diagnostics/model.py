@@ -1,4 +1,8 @@
-"""The report on every equilibrium inside a model."""
+"""A report on every equilibrium inside a model.
+
+The model runs once. Each solve of that forward pass is then measured by itself, with the dL/dh that
+reaches it in the backward pass. The measurements are those of `gradient_report`.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,8 @@ class ModelReport(Saved):
     """The reports on all equilibria of a model; `print` shows their tables.
 
     Attributes:
-        model: the model's class.
-        loss: its value on the inputs.
+        model: the name of the model's class.
+        loss: the value of the loss on the inputs.
         reports: one report per solve of the forward pass, in the order of the solves.
     """
 
@@ -56,24 +60,26 @@ def model_report(
     """Measure strategies on every equilibrium inside a model, see `gradient_report`.
 
     The model runs once in training mode. Each equilibrium that it solves is then measured by
-    itself, with the dL/dh that the model's current gradient method sends it. That method gets a row
-    of its own. The gradient is that of all parameters on which F depends, also those of the
-    injection. What was compiled runs as it was written, since its derivatives are taken more than
-    once. The model, its buffers and those of all modules in F, `.grad` and the random state stay as
-    they were.
+    itself, with the dL/dh that the model's current methods send there. The current method gets a
+    row, too. The gradient is that of all parameters on which F depends, also those of the
+    injection. Compiled code runs as it was written, since it can be differentiated once only.
+    Buffers of the model and of all modules in F, `.grad` and the random state stay as they were.
 
     Args:
         model: its equilibria are found through the hosts.
         inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword
             arguments.
-        loss: from what the model returns to a scalar.
+        loss: a function from what the model returns to a scalar.
         grads: specs of the strategies.
-        repeats: the number of timed runs per strategy, interleaved. Their medians are reported.
+        repeats: the number of timed runs per strategy, in turns. Their medians are reported.
+
+    Warns:
+        UserWarning: for each equilibrium on which the loss does not depend; it is left out.
 
     Raises:
         ValueError: if the model has no equilibrium, has no parameter that requires grad, or refuses
             the inputs; if the loss is no scalar that depends on an equilibrium; if a spec is
-            invalid. A strategy that fails on the way has its error in its row instead.
+            invalid. If a strategy fails while it is measured, its row holds the error instead.
     """
     strategies = [get_strategy(spec) for spec in grads]
     repeats = positive_int("repeats", repeats)
@@ -89,12 +95,15 @@ def model_report(
         value, solves = solved(model, found, inputs, loss)
         for name, solve, v in solves:
             if v is None:
-                warnings.warn(f"{name} is left out: the loss does not depend on it", stacklevel=2)
+                text = f"{name} is left out of the report: the loss does not depend on it"
+                warnings.warn(text, stacklevel=2)
                 continue
             of_v = partial(inner_product, v)
             problem = Problem(solve.func, solve.equilibrium, of_v, params, solve.context)
             current = [] if solve.strategy in strategies else [solve.strategy]
             measured = measure(problem, [*current, *grads], repeats, name=name, nfe=solve.nfe)
             reports.append(advised(measured))
-    name = type(getattr(model, "_orig_mod", model)).__name__  # of one that was compiled
+    name = type(
+        getattr(model, "_orig_mod", model)
+    ).__name__  # the name of a compiled model's own class
     return ModelReport(name, value.item(), reports)

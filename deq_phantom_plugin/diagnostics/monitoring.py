@@ -1,4 +1,9 @@
-"""The health of a model's equilibria while it trains, into TensorBoard or any callable."""
+"""Logs numbers on a model's equilibria while it trains, to TensorBoard or to any callable.
+
+`monitor` observes each equilibrium through its host. Every few training steps it hangs a hook on
+the state that was solved. In the backward pass the hook measures the gradient, see `health`, and
+writes the numbers. Training is the same with and without a monitor.
+"""
 
 from __future__ import annotations
 
@@ -29,34 +34,34 @@ from .measure.problem import Problem, inner_product
 DEFAULT_EVERY = 200
 
 Writer = Callable[[Mapping[str, float], int], Any]
-"""A function of numbers by name, and of the step."""
+"""A function (numbers by name, step)."""
 
 
 def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monitor:
     """Log the health of every equilibrium inside a model while it trains.
 
-    It logs every `every` training steps, in the backward pass, under the equilibrium's name:
+    Every `every` training steps it logs, in the backward pass, under the equilibrium's name:
 
-    - `forward_residual`: ||F(h) - h|| / ||F(h)||, the mean of the batch. It comes from the host's
-      solver, or else from one evaluation.
+    - `forward_residual`: ||F(h) - h|| / ||F(h)||, the mean of the batch. The number comes from the
+      host's solver, or else from one evaluation of F.
     - `nfe`: the evaluations of F that the solve took.
     - `adjoint_residual`: ||v - (I - J^T) g|| / ||v|| of the g behind the model's own gradient.
     - `spectral_radius`: rho(J), the largest of the batch, from at most 20 products.
-    - `cosine`: that of the model's own dL/dtheta to a better reference, GMRES with at most 30
-      products. In a model that was compiled as a whole it is the cosine of the gradients of what F
-      captures, since these go through compiled code once, in training.
+    - `cosine`: the cosine of the model's own dL/dtheta to a reference, which GMRES solves for with
+      at most 30 products. In a model that was compiled as a whole it is the cosine of the gradients
+      of what F captures: compiled code can be differentiated once only, and training does that.
     - `reference_residual`: the residual of that reference.
-    - `forward_failures`, `adjoint_failures`: the samples in which solves have failed so far, as
-      `guard` counted them; from the first failure on.
-    - `chosen_cosine`, `chosen_cost`: those of what `auto` had chosen, as `dpp.report_choice` tells
-      them; from the first log after its first measurement.
+    - `forward_failures`, `adjoint_failures`: the number of samples in which solves have failed so
+      far, as `guard` counts them; from the first failure on.
+    - `chosen_cosine`, `chosen_cost`: the cosine and the cost of what `auto` had chosen, as in
+      `dpp.report_choice`; from the first log after its first measurement.
     - `clipped`: the products that `clip` of `npg` or `ift` has shortened in this backward pass,
       each counted once per sample; from the first log in which there is one.
 
-    Training is the same bit for bit with and without it. Weights, `.grad`, random state and the
-    buffers of all modules in F stay as they were, and between logs F is not evaluated once more.
-    Only hooks on modules and parameters are called for a measurement too. What was compiled is
-    measured as it was written. Parameters whose gradient comes to F through compiled code are left
+    Training is the same bit for bit with and without a monitor. Weights, `.grad`, random state and
+    the buffers of all modules in F stay as they were. Between logs F is not evaluated once more.
+    Only hooks on modules and parameters are called for a measurement, too. Compiled code is
+    measured as it was written. Parameters whose gradient reaches F through compiled code are left
     out, with a warning. The step is that of `dpp.set_step`. Where nobody called it, forward passes
     in training are counted instead.
 
@@ -64,17 +69,19 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
         model: the model. Its equilibria are found through the hosts.
         writer: TensorBoard's `SummaryWriter`, or a callable (numbers by name, step), such as
             `wandb.log`.
-        every: the steps from one log to the next.
+        every: the number of training steps from one log to the next.
 
     Returns:
         A handle. `remove()` ends the monitor, and so does the end of a `with` block.
 
     Warns:
-        UserWarning: if the model has no equilibrium. It says what would be found; nothing is
-            logged.
+        UserWarning: if the model has no equilibrium; nothing is logged then. In training, if a
+            measurement fails: training goes on.
+        AssumptionWarning: in training, if F captures what compiled code returned.
 
     Raises:
-        ValueError: if `every` is not a whole number of at least 1, or `writer` is neither.
+        ValueError: if `every` is not a whole number of at least 1, or `writer` is neither a
+            `SummaryWriter` nor a callable.
     """
     write, every = _as_callable(writer), positive_int("every", every)
     if not find_equilibria(model):
@@ -92,14 +99,14 @@ class Monitor(AbstractContextManager["Monitor"]):
     """A handle on a running monitor.
 
     Args:
-        ends: functions that end its observations.
+        ends: functions, each of which ends the observation of one equilibrium.
     """
 
     def __init__(self, ends: Sequence[Callable[[], None]]) -> None:
         self._ends = list(ends)
 
     def remove(self) -> None:
-        """End the monitor. Twice is as good as once."""
+        """End the monitor. A second call does nothing."""
         while self._ends:
             self._ends.pop()()
 
@@ -109,7 +116,15 @@ class Monitor(AbstractContextManager["Monitor"]):
 
 @dataclass
 class _Watch:
-    """Logs one equilibrium."""
+    """Observes the solves of one equilibrium, and logs their numbers.
+
+    Args:
+        name: the name of the equilibrium in the model.
+        module: the equilibrium.
+        model: the model, for its parameters.
+        write: takes the numbers.
+        every: the number of training steps from one log to the next.
+    """
 
     name: str
     module: nn.Module
@@ -122,11 +137,11 @@ class _Watch:
     _clips: bool = field(default=False, init=False)
 
     def __call__(self, solve: Solve) -> None:
-        if Trial.depth():  # of a report, or of an equilibrium whose F this one is inside of
+        if Trial.depth():  # a report measures, or an equilibrium whose F contains this one
             return
         self._forwards += solve.index == 0
         step = self._forwards if solve.step is None else solve.step
-        # Gradient accumulation and repeated solves come here several times a step.
+        # With gradient accumulation or repeated solves, a step comes here several times.
         if step % self.every or step == self._logged.get(solve.index):
             return
         attached = flatten(solve.attached)[0]
@@ -136,7 +151,7 @@ class _Watch:
             return
         self._logged[solve.index] = step
         name = self.name if solve.index == 0 else f"{self.name} #{solve.index + 1}"
-        # Without the attached state, which would hold the hook that holds it.
+        # The hook must not hold the attached state, which holds the hook: nothing would free them.
         backward = partial(self._on_backward, name, step, places, replace(solve, attached=None))
         torch.autograd.graph.register_multi_grad_hook(leaves, _once(backward))
 
@@ -148,6 +163,15 @@ class _Watch:
         solve: Solve,
         grads: Sequence[Tensor | None],
     ) -> None:
+        """Measure in the backward pass, and write the numbers.
+
+        Args:
+            name: the name of the equilibrium, with the number of the solve if there are several.
+            step: the training step.
+            places: the positions of the leaves of the state that `grads` belong to.
+            solve: the solve, without its attached state.
+            grads: dL/dh, one tensor per place, or None where nothing arrived.
+        """
         numbers = {"nfe": float(solve.nfe)}
         v = [torch.zeros_like(h) for h in flatten(solve.equilibrium)[0]]
         for i, grad in zip(places, grads, strict=True):
@@ -155,15 +179,17 @@ class _Watch:
         try:
             with solve.trial(), muted(ConvergenceWarning):
                 numbers["forward_residual"] = float(solve.residual.mean())
-                # A loss scaler's overflow says nothing about the model.
+                # An overflow from a loss scaler says nothing about the model.
                 if all(bool(torch.isfinite(vi).all()) for vi in v):
                     params = [p for p in self.model.parameters() if p.requires_grad]
                     loss = partial(inner_product, v)
                     problem = Problem(solve.func, solve.equilibrium, loss, params, solve.context)
                     numbers |= health(self._short_of_compiled(problem, name), solve.strategy)
-        except Exception as error:  # what is only watched must not stop the training
+        except Exception as error:  # a measurement that fails must not stop the training
             warnings.warn(
-                f"monitor: {name}, step {step}: {type(error).__name__}: {error}", stacklevel=2
+                f"monitor: {name}, step {step}: {type(error).__name__}: {error}. Training goes on, "
+                "and this log lacks what could not be measured",
+                stacklevel=2,
             )
         self._clips |= numbers.get("clipped", 0) > 0
         if not self._clips:
@@ -176,13 +202,15 @@ class _Watch:
         self.write(finite, step)
 
     def _short_of_compiled(self, problem: Problem, name: str) -> Problem:
+        """Return the problem with gradients that end at compiled code. Warns once if some do."""
         short = problem.short_of_compiled()
         if short is not problem and not self._said:
             self._said = True
             warnings.warn(
-                f"monitor: {name}: F captures what compiled code returned, and only training can "
-                "go back through that: the cosine is that of the gradients of what F captures, not "
-                "of the parameters behind it. Compile F alone to have it of all parameters",
+                f"monitor: {name}: F captures what compiled code returned. Compiled code can be "
+                "differentiated once only, and training does that. So the cosine is that of the "
+                "gradients of what F captures, not of the parameters behind it. To have the cosine "
+                "of all parameters, compile F alone",
                 AssumptionWarning,
                 stacklevel=2,
             )
@@ -194,7 +222,8 @@ def _chosen(module: nn.Module, index: int) -> dict[str, float]:
 
     Args:
         module: the equilibrium.
-        index: which of those that it finds in one forward pass; each may have its own memory.
+        index: the number of the solve among those of the module in one forward pass. Each solve
+            may have a memory of its own.
     """
     memories = [m for m in module.modules() if isinstance(m, Memory)]
     found = choices(memories[min(index, len(memories) - 1)]) if memories else []
@@ -205,10 +234,11 @@ def _chosen(module: nn.Module, index: int) -> dict[str, float]:
 
 
 def _once(measure: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Return a hook that measures the first time, and not in a trial.
+    """Return a hook that measures the first time that it is called outside of a trial.
 
-    The measurement of an equilibrium that comes later in the model reaches back here, and products
-    with the Jacobian of one whose F this one is inside of come through many times.
+    Others call it, too. The measurement of an equilibrium that comes later in the model reaches
+    back to this one. Products with the Jacobian of an outer F, which contains this equilibrium, go
+    through it many times.
     """
     done = False
 
@@ -222,6 +252,11 @@ def _once(measure: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _as_callable(writer: Any) -> Writer:
+    """Return a writer as a function (numbers by name, step).
+
+    Raises:
+        ValueError: if it is neither a `SummaryWriter` nor a callable.
+    """
     add_scalar = getattr(writer, "add_scalar", None)
     if callable(add_scalar):
 

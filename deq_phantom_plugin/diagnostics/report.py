@@ -1,4 +1,8 @@
-"""How good and how dear each strategy's gradient is on a user's own equilibrium."""
+"""A report on the strategies at one equilibrium: how exact each gradient is, and what it costs.
+
+`gradient_report` measures strategies against a reference gradient (`measure/`). The result prints
+as a table, and can be saved as JSON or as a page (`show/`).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ class GradientReport(Measurement, Saved):
     The numbers are those of a `Measurement`.
 
     Attributes:
-        recommendation: what follows, in sentences.
+        recommendation: what follows from the numbers, in sentences.
     """
 
     recommendation: list[str]
@@ -61,22 +65,22 @@ def gradient_report(
     Random state, and the buffers of all modules that run in F, are left as they were.
 
     The reference is a dense solve up to 1024 elements per sample. Beyond, it is GMRES to a relative
-    residual of 1e-8, or ten roundings of the state's dtype if that is more. Where GMRES stalls, it
-    is a dense solve again, if the matrices fit into 1 GiB. The residual of the reference is shown.
+    residual of 1e-8, or ten roundings of the state's dtype if that is more. Where GMRES stalls, a
+    dense solve is tried, if the matrices fit into 1 GiB. The report shows the reference's residual.
 
     A `func` that was compiled is measured as it was written, since compiled code can be
-    differentiated once only. Its times are of that code too.
+    differentiated once only. The times are those of the uncompiled code, too.
 
     Args:
         func: F, from a state to a state of the same structure, as for `dpp.attach`.
         equilibrium: h*, detached.
-        loss: from a state to a scalar.
+        loss: a function from a state to a scalar.
         params: the tensors to differentiate with respect to: those that F captures, or is built
             from. Only the gradient that flows through the equilibrium counts. Nothing is added to
             their `.grad`.
         grads: specs of the strategies.
         context: what the strategies may know, such as `batch_dim`, which is found out by default.
-        repeats: the number of timed runs per strategy, interleaved. Their medians are reported.
+        repeats: the number of timed runs per strategy, in turns. Their medians are reported.
         second_order: whether to compare second derivatives as well: the gradient of <dL/dtheta, w>
             for a random w, with that of `ift(higher_order=True)`. Not all strategies have one.
             That of `upg` and `jfb` is the derivative of their own steps.
@@ -86,7 +90,7 @@ def gradient_report(
 
     Raises:
         ValueError: if a spec, the equilibrium, the loss or `params` is invalid. A strategy that
-            fails on the way has its error in its row instead.
+            fails while it is measured has its error in its row instead.
     """
     problem = Problem(func, equilibrium, loss, check_params(params), context or Context())
     for spec in grads:
@@ -99,5 +103,5 @@ def gradient_report(
 
 
 def advised(measured: Measurement) -> GradientReport:
-    """Return the report on what was measured."""
+    """Return a measurement as a report, with advice."""
     return GradientReport(**vars(measured), recommendation=recommend(measured))

@@ -1,4 +1,9 @@
-"""What `auto` would choose for a model, over several batches, without training."""
+"""Chooses a gradient method for a model as `auto` does, over several batches, without training.
+
+The model runs once per batch. At each solve the implicit gradient is computed as a reference, and
+all methods are judged against it. The numbers of the batches are put together as `auto` puts those
+of several processes together, and its rule decides.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +36,9 @@ class TuneReport(Saved):
     """What `auto` would choose at each equilibrium of a model; `print` shows tables.
 
     Attributes:
-        model: the model's class.
-        batches: how many were looked at.
-        equilibria: one for each solve of a forward pass, in its order.
+        model: the name of the model's class.
+        batches: the number of batches that were looked at.
+        equilibria: the result for each solve of a forward pass, in the order of the solves.
     """
 
     model: str
@@ -47,7 +52,7 @@ class TuneReport(Saved):
 
     @property
     def spec(self) -> str:
-        """The spec for the whole model: of its equilibria's the one that costs most."""
+        """The spec for the whole model: the one of its equilibrium whose choice costs most."""
         return max(self.equilibria, key=lambda found: found.cost or 0.0).spec
 
     def __str__(self) -> str:
@@ -72,18 +77,19 @@ def tune(
 ) -> TuneReport:
     """Choose a gradient method for a model as `auto` does, over several batches, without training.
 
-    Before a training, or after a checkpoint was loaded: `dpp.set_grad(model, dpp.tune(...).spec)`.
-    The model runs once in training mode for each batch. At each equilibrium the dL/dh that its
-    current gradient method sends is what the methods are judged by; see `Auto` for how. The
-    cosines are means of the batches, weighted by their samples; costs are the largest. The model,
-    its buffers, `.grad` and the random state are left as they were.
+    Use it before a training, or after a checkpoint was loaded:
+    `dpp.set_grad(model, dpp.tune(...).spec)`. The model runs once in training mode for each batch.
+    At each equilibrium the methods are judged on the dL/dh that the model's current methods send
+    there; `Auto` says how. A method's cosine is the mean over the batches, weighted by their
+    samples. Its cost is the largest of all batches. The model, its buffers, `.grad` and the random
+    state are left as they were.
 
     Args:
         model: its equilibria are found through the hosts.
         batches: inputs of the model: a tensor; a tuple or list of positional arguments; or a
-            mapping of keyword arguments. Where `loss` takes two arguments, pairs of inputs and
-            target.
-        loss: from what the model returns, and the target if it takes one, to a scalar.
+            mapping of keyword arguments. Where `loss` takes two arguments, each batch is a pair
+            of inputs and target.
+        loss: a function from what the model returns, and the target if it takes one, to a scalar.
         cosine: see `Auto`.
         methods: see `Auto`.
         budget: see `Auto`.
@@ -92,27 +98,30 @@ def tune(
         The report: tables when printed, `spec`, `specs`, `save_json`, `save_html`.
 
     Raises:
-        ValueError: if there is no batch, the model has no equilibrium or refuses a batch, the loss
-            is no scalar that depends on it or its gradient is not finite, or an argument is out of
-            range.
+        ValueError: if there is no batch; if the model has no equilibrium, has no parameter that
+            requires grad, or refuses a batch; if the loss is no scalar that depends on an
+            equilibrium, or its gradient is not finite; if an argument is out of range.
     """
     auto = Auto(cosine, methods=methods, budget=budget)
     found = named_equilibria(model)
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
-        raise ValueError(f"no parameter of {type(model).__name__} requires grad")
+        raise ValueError(
+            f"no parameter of {type(model).__name__} requires grad, so there is no gradient to "
+            "judge; call requires_grad_() on those that are trained"
+        )
     rows: dict[str, list[Numbers]] = {}
     count = 0
     with left_as_it_was(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # it is in the table
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the table shows it
         for inputs, of_output in _with_losses(batches, loss):
             count += 1
             for name, solve, v in solved(model, found, inputs, of_output)[1]:
                 if v is not None:
                     rows.setdefault(name, []).append(_numbers(solve, v, params, auto))
     if not count:
-        raise ValueError("batches is empty; expected at least one")
-    name = type(getattr(model, "_orig_mod", model)).__name__  # of one that was compiled
+        raise ValueError("batches is empty; expected at least one batch")
+    name = type(getattr(model, "_orig_mod", model)).__name__  # of the model that was compiled
     return TuneReport(name, count, [_tuned(name, own, auto) for name, own in rows.items()])
 
 
@@ -130,8 +139,8 @@ def _with_losses(
     for batch in batches:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(
-                f"a batch is a {type(batch).__name__}; expected a pair (inputs, target), since "
-                "loss takes two arguments"
+                f"loss takes two arguments, and a batch is a {type(batch).__name__}; expected a "
+                "pair (inputs, target)"
             )
         inputs, target = batch
         yield inputs, partial(_with_target, loss, target)
@@ -142,7 +151,7 @@ def _with_target(loss: Callable[..., Tensor], target: Any, output: Any) -> Tenso
 
 
 def _takes_target(loss: Callable[..., Tensor]) -> bool:
-    """Whether a loss has two arguments that it must be given."""
+    """Whether a loss has two arguments without a default."""
     function = loss.forward if isinstance(loss, nn.Module) else loss
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -153,13 +162,22 @@ def _takes_target(loss: Callable[..., Tensor]) -> bool:
 
 
 def _numbers(solve: Solve, v: list[Tensor], params: Sequence[Tensor], auto: Auto) -> Numbers:
-    """Return what one solve says of the methods.
+    """Judge the methods on one solve.
+
+    Args:
+        solve: the solve.
+        v: dL/dh at the solve, one tensor per leaf of the state.
+        params: the parameters of the model.
+        auto: holds the methods and the budget.
 
     Raises:
-        ValueError: if the gradient that came to it is not finite.
+        ValueError: if v is not finite.
     """
     if not all(bool(torch.isfinite(leaf).all()) for leaf in v):
-        raise ValueError("the gradient of the loss is NaN or infinite in a batch")
+        raise ValueError(
+            "dL/dh at an equilibrium is NaN or infinite in a batch, so no method can be judged; "
+            "leave the batch out, or mend the loss"
+        )
     of_v = partial(inner_product, v)
     problem = Problem(solve.func, solve.equilibrium, of_v, params, solve.context)
     problem, _ = problem.settled(problem.inspect().coupled)
@@ -171,10 +189,18 @@ def _numbers(solve: Solve, v: list[Tensor], params: Sequence[Tensor], auto: Auto
 
 
 def _tuned(name: str, own: Sequence[Numbers], auto: Auto) -> TunedEquilibrium:
+    """Put the numbers of all batches together, and choose.
+
+    Raises:
+        ValueError: if dL/dh is zero in every sample.
+    """
     methods = described(auto.strategies) or built_in(auto.budget)
     found = together(methods, torch.stack([numbers.row() for numbers in own]))
     if not found.rows:
-        raise ValueError(f"{name}: the loss does not depend on any sample, so nothing is judged")
+        raise ValueError(
+            f"{name}: dL/dh is zero in every sample, so no method can be judged; expected batches "
+            "in which the loss depends on the equilibrium"
+        )
     choice: Choice = auto.rule.decide(found, None, 0)[0]
     shown = [
         c

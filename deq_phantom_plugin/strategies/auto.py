@@ -270,16 +270,16 @@ class _Measurement:
             warn_once(
                 "auto too late",
                 f"{auto!r}, step {step}: {last.spec}, as chosen in step {last.step}, does not "
-                "contract everywhere any more: gradients since then may have been wrong. "
-                f"{choice.spec} acts. Look more often, by a smaller `every`, or regularise the "
-                "Jacobian (dpp.jacobian_reg). Said once.",
+                "contract everywhere any more, so gradients since then may have been wrong. From "
+                f"the next step on {choice.spec} acts. Measure more often, by a smaller `every`, "
+                "or regularise the Jacobian (dpp.jacobian_reg). This is said once per run.",
                 ConvergenceWarning,
             )
         if wanting:
             warn_once(
                 f"auto {choice.trouble}",
-                f"{auto!r}, step {step}: {choice.why}; {choice.spec} acts. "
-                "dpp.report_choice(model) tells what acts when. Said once.",
+                f"{auto!r}, step {step}: {choice.why}. So {choice.spec} acts from the next step "
+                "on. dpp.report_choice(model) shows what acted when. This is said once per run.",
                 ConvergenceWarning,
             )
 
@@ -292,9 +292,10 @@ class _Measurement:
         if calls == _MANY:
             warn_once(
                 "auto stands still",
-                f"{self._auto!r} was told step {measured} for {calls} more backward passes, and "
-                "each of a step that measures costs as much as ift. Unless these were "
-                "micro-batches of one step, call dpp.set_step(model, step) in each. Said once.",
+                f"{self._auto!r} was told step {measured} for {calls} more backward passes. In a "
+                "step that measures, each of them costs as much as ift. Unless these are "
+                "micro-batches of one step, call dpp.set_step(model, step) in each training step. "
+                "This is said once per run.",
                 ConvergenceWarning,
             )
 
@@ -330,20 +331,20 @@ def _methods(specs: object) -> tuple[GradStrategy, ...]:
     for strategy in found:
         if shown.setdefault(repr(strategy), strategy) != strategy:
             raise ValueError(
-                f"methods: two are called {strategy!r}, by which the one that was chosen is kept; "
-                "expected names that tell them apart, such as those of registered strategies"
+                f"methods: two are called {strategy!r}, and a choice is kept by its name; expected "
+                "names that differ, such as those of registered strategies"
             )
         if strategy.owns_solve:
             raise ValueError(
-                f"methods: {strategy!r} owns its solve, so that its gradient is of another state; "
+                f"methods: {strategy!r} owns its solve, so its gradient is that of another state; "
                 "expected methods that begin at an equilibrium, such as upg, npg, jfb or ift"
             )
         try:
             strategy.steps_ahead  # noqa: B018
         except ValueError as error:
             raise ValueError(
-                f"methods: {strategy!r} is another strategy by the step, or draws, so that what "
-                f"was measured is not what acts; expected ones that stay the same ({error})"
+                f"methods: {strategy!r} changes with the training step, or draws, so what was "
+                f"measured would not be what acts; expected strategies that stay the same ({error})"
             ) from None
     return found
 
@@ -351,9 +352,9 @@ def _methods(specs: object) -> tuple[GradStrategy, ...]:
 def _say_without_memory(auto: Auto) -> None:
     warn_once(
         "auto without memory",
-        f"{auto!r} has no memory to keep a choice in, and gives the implicit gradient each time, "
-        "at its full price. Put a dpp.Memory into the context; hosts and dpp.Equilibrium have one. "
-        "Said once.",
+        f"{auto!r} has no memory to keep a choice in. So it computes the implicit gradient in each "
+        "step, which costs as much as ift. Put a dpp.Memory into the context; hosts and "
+        "dpp.Equilibrium have one. This is said once per run.",
         ConvergenceWarning,
     )
 
@@ -362,6 +363,6 @@ def _say_untold(auto: Auto) -> None:
     warn_once(
         "auto without step",
         f"{auto!r} was not told the training step, so it measures once and never again; call "
-        "dpp.set_step(model, step) in the training loop. Said once.",
+        "dpp.set_step(model, step) in the training loop. This is said once per run.",
         ConvergenceWarning,
     )

@@ -243,8 +243,8 @@ class Runs:
                 found = [-1.0, math.inf, math.inf]
             except Exception as error:
                 raise RuntimeError(
-                    f"auto(methods=...): {strategy!r} cannot be measured beside others here: "
-                    f"{type(error).__name__}: {error}"
+                    f"auto(methods=...): {strategy!r} cannot be measured beside the others here: "
+                    f"{type(error).__name__}: {error}. Mend it, or leave it out of `methods`"
                 ) from error
             numbers.append(found)
         return Judged(

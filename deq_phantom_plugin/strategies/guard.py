@@ -63,8 +63,8 @@ class Guard(GradStrategy):
         if fallback is not None:
             if fallback.owns_solve:
                 raise ValueError(
-                    f"on_failure={self.on_failure!r}: {fallback!r} owns its solve and cannot go on "
-                    "from another's; expected one such as jfb, npg or upg"
+                    f"on_failure={self.on_failure!r}: {fallback!r} owns its solve, so it cannot go "
+                    "on from the state of another; expected a strategy such as jfb, npg or upg"
                 )
             object.__setattr__(self, "on_failure", f"fallback({repr(fallback)!r})")
         object.__setattr__(self, "_policy", FailurePolicy(action, fallback, self.adjoint_tol))

@@ -75,8 +75,8 @@ def check_kept(key: str, kept: Any) -> None:
         and kept.get("measured") == made[-1]["step"]
     ):
         raise ValueError(
-            f"{key} is {kept!r:.60}; expected what auto keeps: the spec that it is 'of', the step "
-            "at which it 'measured' last, and its 'choices'"
+            f"{key} is {kept!r:.60}; expected what auto keeps: a dict with 'of', its spec, "
+            "'measured', the step of its last measurement, and 'choices'"
         )
 
 

@@ -1,16 +1,19 @@
-"""Suites that every strategy and every host must pass, ours and yours, with pytest.
+"""Suites of tests, for pytest, that every strategy and every host must pass: ours and yours.
+
+Subclass a suite, and name what it tests:
 
     from deq_phantom_plugin.testing import StrategySuite
 
     class TestMine(StrategySuite):
         spec = "mine(k=3)"
 
-What does not apply is taken out by name, with the reason: `test_autocast = None`.
+To take out a test that does not apply, set its name to None, with the reason in a comment:
+`test_inside_autocast = None`.
 """
 
 from .._plumbing.extras import require
 
-# Rewritten, an assertion that fails says with which numbers.
+# pytest then shows the values in an assertion of a suite that fails.
 require("pytest", "testing").register_assert_rewrite(
     *(f"{__name__}.{name}" for name in ("equilibria", "host_case", "hosts", "strategies"))
 )

@@ -1,4 +1,7 @@
-"""Equilibria of which everything is known."""
+"""Small test problems whose equilibrium and Jacobian are known.
+
+The map is tanh(W h + u), which contracts, on a state of any structure.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,18 @@ NESTINGS: list[tuple[str, int, Callable[[list[Tensor]], Any]]] = [
     ("dict", 2, lambda x: {"a": x[0], "b": x[1]}),
     ("nested", 3, lambda x: {"a": (x[0],), "b": [x[1], {"c": x[2]}]}),
 ]
-"""Structures of a state: a name, how many leaves, and what makes it of them."""
+"""Structures of a state: a name, the number of leaves, and a function from the leaves to it."""
 
 
 @dataclass
 class Contraction:
-    """h* = F(h*) for a smooth map on a state of any structure.
+    """A smooth map F with its equilibrium h* = F(h*), on a state of any structure.
 
     Attributes:
         func: F.
         state: h*.
-        params: what F captures: shared by all samples, and an injection for each.
+        params: the tensors that F captures. First come the weights, which all samples share. Then
+            comes the injection, with one row per sample.
     """
 
     func: Callable[[Any], Any]
@@ -40,11 +44,11 @@ class Contraction:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The tensors of the state."""
+        """The leaves of the state."""
         return tree_flatten(self.state)[0]
 
     def probe(self, attached: Any) -> Tensor:
-        """Return a loss that weighs every element differently and is nonlinear in it."""
+        """Return a loss that weighs every element differently, and is nonlinear in each."""
         total = torch.zeros((), dtype=torch.float64)
         for leaf in tree_flatten(attached)[0]:
             weight = torch.linspace(-1, 2, max(leaf.numel(), 1), dtype=leaf.dtype)[: leaf.numel()]
@@ -52,17 +56,27 @@ class Contraction:
         return total
 
     def gradient(self, spec: Spec, context: Context | None = None, start: Any = None) -> Tensor:
-        """Return the gradient of the linear loss in all parameters, as one vector."""
+        """Return the gradient of `linear_loss` with respect to all parameters, as one vector.
+
+        Args:
+            spec: the strategy.
+            context: the context for `dpp.attach`.
+            start: the state to attach to; None for h*.
+        """
         state = self.state if start is None else start
         return self.gradient_of(attach(self.func, state, grad=spec, context=context))
 
     def gradient_of(self, attached: Any) -> Tensor:
-        """Return the same of a state that is attached already."""
+        """Return the gradient of `linear_loss` at a state that is attached already."""
         grads = torch.autograd.grad(self.linear_loss(attached), self.params)
         return torch.cat([grad.flatten() for grad in grads])
 
     def linear_loss(self, attached: Any) -> Tensor:
-        """Return a loss whose gradient does not depend on the value: methods can be compared."""
+        """Return a loss that is linear in the state.
+
+        Its gradient v does not depend on the value that a method returns, so methods can be
+        compared.
+        """
         weighted = [
             (torch.linspace(-1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape) * leaf).sum()
             for leaf in tree_flatten(attached)[0]
@@ -70,7 +84,10 @@ class Contraction:
         return torch.stack(weighted).sum()
 
     def jacobian(self) -> Tensor:
-        """Return the dense Jacobian of all elements by autograd's own routine; rows are outputs."""
+        """Return dF/dh over all elements of the state, shape (outputs, inputs).
+
+        PyTorch's own `jacobian` computes it.
+        """
         leaves, structure = tree_flatten(self.state)
         sizes = [leaf.numel() for leaf in leaves]
 
@@ -95,15 +112,17 @@ def make_equilibrium(
     coupled: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Contraction:
-    """Build tanh(W h + u), with ||W||_2 = norm, over all leaves together.
+    """Build the map tanh(W h + u) with ||W||_2 = norm, and solve for its equilibrium.
+
+    W mixes the elements of all leaves of a sample.
 
     Args:
-        shapes: of the leaves, with the batch first unless coupled.
-        nest: from leaves to the state.
-        seed: of the random numbers.
-        norm: of W, so at least the Lipschitz constant.
+        shapes: the shapes of the leaves, with the batch first unless coupled.
+        nest: a function from the leaves to the state.
+        seed: the seed of the random numbers.
+        norm: the norm of W, which bounds the Lipschitz constant.
         coupled: whether W also mixes samples.
-        dtype: of everything.
+        dtype: the dtype of the state and the parameters.
     """
     generator = torch.Generator().manual_seed(seed)
     batch = 1 if coupled else shapes[0][0]

@@ -1,4 +1,7 @@
-"""What every equilibrium that takes a strategy by name must pass, hooked or not."""
+"""The suite of tests for every equilibrium that takes a strategy by name, with a hook or without.
+
+The tests check what observers see, and that training is the same with a monitor.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ KINDS = ["dropout", "batch norm", "spectral norm"]
 
 
 class EquilibriumSuite:
-    """What observers are told, and that training does not notice them; see `HostSuite`.
+    """Tests of what observers are told, and that training is the same with them; see `HostSuite`.
 
     Attributes:
-        case: the model.
+        case: the framework and its model.
     """
 
     case: ClassVar[HostCase]
@@ -37,7 +40,7 @@ class EquilibriumSuite:
 
     @pytest.fixture
     def enabled(self) -> HostCase:
-        """The case, its host at work."""
+        """The case, with its host at work."""
         return self.case
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -50,7 +53,7 @@ class EquilibriumSuite:
         self, enabled: HostCase, grad: str, kind: str, every: int
     ) -> None:
         if grad.startswith("bptt") and not enabled.owns_solve:
-            pytest.skip("refused")
+            pytest.skip("the host refuses strategies that own the solve")
         spec = enabled.own if grad == "own" else grad
         plain, watched = (Trained(enabled, spec, kind, each) for each in (None, every))
         assert watched.losses == plain.losses
@@ -59,7 +62,7 @@ class EquilibriumSuite:
         assert {step for step, _ in watched.logged} == steps
         pairs = zip(plain.evaluations, watched.evaluations, strict=True)
         for step, (own, seen) in enumerate(pairs):
-            assert seen[0] == own[0]  # in the forward pass never one more
+            assert seen[0] == own[0]  # no further evaluation in the forward pass
             assert seen[1] > own[1] if step in steps else seen == own
         for _, values in watched.logged:
             names = {name.rpartition("/")[2] for name in values}
@@ -100,7 +103,7 @@ class EquilibriumSuite:
         self, enabled: HostCase, grad: str, nfe: int
     ) -> None:
         if not enabled.owns_solve:
-            pytest.skip("refused")
+            pytest.skip("the host refuses strategies that own the solve")
         model = enabled.model(grad)
         taken = solves(model, lambda: enabled.loss(model))
         assert taken
@@ -114,7 +117,20 @@ class EquilibriumSuite:
 
 
 class Trained:
-    """Five steps of training, and evaluations of F in each: after the forward pass, in all."""
+    """Five steps of training, with or without a monitor.
+
+    Args:
+        case: the framework and its model.
+        grad: the gradient method.
+        kind: the kind of module inside F, see `HostCase.inside`.
+        every: the `every` of the monitor; None for no monitor.
+
+    Attributes:
+        losses: the loss of each step.
+        evaluations: for each step, evaluations of F in the forward pass, and in the whole step.
+        logged: (step, numbers) for each log of the monitor.
+        end: the model's state, and the random state, after the last step.
+    """
 
     def __init__(self, case: HostCase, grad: Any, kind: str, every: int | None = None) -> None:
         model = case.model(grad, inside := case.inside(kind))
@@ -143,7 +159,7 @@ class Trained:
 
 
 def relative_size(solve: Solve, state: Any) -> Tensor:
-    """Return the size of F(h) - h to that of F(h), written out for a sample after the other."""
+    """Return ||F(h) - h|| / ||F(h)|| per sample, computed for one sample after the other."""
     with torch.no_grad():
         images, states = tree_leaves(solve.func(state)), tree_leaves(state)
     sizes = []

@@ -1,4 +1,7 @@
-"""A framework and a small model in it, as the suites need them."""
+"""What a host's suite needs to know: a framework, and a small model in it.
+
+Beside `HostCase` there are the comparisons of gradients that the suites share.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,25 @@ from ..hosts import Solve, find_equilibria
 
 
 class HostCase:
-    """A host, and how its framework is used; a subclass has a model and a loss.
+    """A host, and how its framework is used. A subclass defines `model` and `loss`.
 
     Attributes:
-        name: the host's.
+        name: the name of the host.
         missing: why the case cannot run here; empty if it can.
-        own: a gradient that is the framework's own.
-        patched: (module or class, attribute) pairs, the first as dotted names, that the host
-            changes.
-        remembers: whether a model that is made with a name has a memory.
-        pickles: whether the framework's own models do.
-        owns_solve: whether strategies that own the solve are taken.
-        steps: of its loop, where that has a fixed length and its end is what observers see.
+        own: the value of `grad` that stands for the framework's own gradient.
+        patched: pairs of what the host changes: the dotted name of a module or class, and the name
+            of an attribute.
+        remembers: whether a model that is made with a name has a memory at once.
+        pickles: whether models of the framework can be pickled.
+        owns_solve: whether the host takes strategies that own the solve.
+        steps: the number of evaluations, for a loop of a fixed length whose end is what observers
+            see; None for a solve.
         calls: how often one evaluation of F calls the module inside.
-        copies_observers: whether a copy of a model that is observed is observed as well.
-        exact: an `ift` that is exact for the model.
-        precision: of that one's gradient.
+        copies_observers: whether a copy of an observed model is observed as well.
+        exact: the spec of an `ift` that is exact for the model.
+        precision: the relative and absolute error that the gradient of `exact` may have.
         channels: the size of dimension 1 inside F.
-        width: the size of its last dimension.
+        width: the size of the last dimension inside F.
     """
 
     name: ClassVar[str]
@@ -49,7 +53,12 @@ class HostCase:
     width: ClassVar[int] = 5
 
     def model(self, grad: Any, inside: nn.Module | None = None) -> nn.Module:
-        """Return a model in float64, of the same weights each time, with a module inside F."""
+        """Return a model in float64, with the same weights each time.
+
+        Args:
+            grad: the gradient method.
+            inside: a module that F is to call; None for none.
+        """
         raise NotImplementedError
 
     def loss(self, model: nn.Module) -> Tensor:
@@ -57,7 +66,11 @@ class HostCase:
         raise NotImplementedError
 
     def inside(self, kind: str) -> nn.Module:
-        """Return a module for inside F that draws numbers or updates its buffers."""
+        """Return a module to be called in F, which draws numbers or updates its buffers.
+
+        Args:
+            kind: "dropout", "batch norm" or "spectral norm".
+        """
         torch.manual_seed(1)
         if kind == "dropout":
             return nn.Dropout(0.3)
@@ -73,7 +86,7 @@ class HostCase:
 
 
 def solves(model: nn.Module, run: Callable[[], Any]) -> list[Solve]:
-    """Return every solve that the equilibria of a model do in a run."""
+    """Call a function, and return every solve that the equilibria of a model do in it."""
     found: list[Solve] = []
     ends = [host.observe(module, found.append) for host, module in find_equilibria(model)]
     run()
@@ -83,18 +96,18 @@ def solves(model: nn.Module, run: Callable[[], Any]) -> list[Solve]:
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tol: float = 1e-9) -> None:
-    """Compare gradients."""
+    """Assert that two sets of gradients are the same, to a relative and absolute tolerance."""
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=tol, atol=tol)
 
 
 def bitwise(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-    """Compare gradients, or whatever a model has, bit for bit."""
+    """Assert that two sets of gradients, or of other tensors, are the same bit for bit."""
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def differs(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether gradients are not the same."""
+    """Whether two sets of gradients differ by more than rounding."""
     return any(not torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-9) for name in a)

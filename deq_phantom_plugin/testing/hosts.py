@@ -1,4 +1,8 @@
-"""What every host must pass."""
+"""The suite of tests that every host must pass.
+
+A subclass gives a `HostCase`, which is a framework and a small model in it. The tests compare the
+host's gradients with those of `attach` and `loop`, and check that the framework is restored.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ SPECS = ["upg(k=3, lam=0.7)", "npg(k=4, lam=0.6)", "jfb", "exact"]
 
 
 class HostSuite(EquilibriumSuite):
-    """The contract of a host as tests; a subclass has its case.
+    """The contract of a host, as tests. A subclass gives the case.
 
     class TestMyHost(HostSuite):
         case = MyCase()
@@ -35,7 +39,7 @@ class HostSuite(EquilibriumSuite):
 
     @pytest.fixture
     def enabled(self) -> HostCase:
-        """The case, its host enabled."""
+        """The case, with its host enabled."""
         enable(self.case.name)
         return self.case
 
@@ -82,7 +86,9 @@ class HostSuite(EquilibriumSuite):
         enable(case.name)
         bitwise(case.gradients(case.model(case.own)), before)
         model = case.model(case.own)
-        assert solves(model, lambda: bitwise(case.gradients(model), before))  # observed, too
+        assert solves(
+            model, lambda: bitwise(case.gradients(model), before)
+        )  # also while it is observed
 
     def test_disable_restores_the_framework(self) -> None:
         case = self.case
@@ -186,7 +192,7 @@ class HostSuite(EquilibriumSuite):
             enabled.loss(model)
             drawn.append([getattr(solve.strategy, "k", None) for solve in solves])
             solves.clear()
-            enabled.loss(model)  # of the same step
+            enabled.loss(model)  # again, in the same step
             assert drawn[-1] == [getattr(solve.strategy, "k", None) for solve in solves]
             solves.clear()
         end()
@@ -281,7 +287,11 @@ class HostSuite(EquilibriumSuite):
 
 
 def resolve(path: str) -> Any:
-    """Return what a dotted name stands for."""
+    """Return the module, class or attribute of a dotted name.
+
+    Raises:
+        ImportError: if there is none.
+    """
     parts = path.split(".")
     for i in range(len(parts), 0, -1):
         try:

@@ -1,4 +1,4 @@
-"""What every strategy must pass."""
+"""The suite of tests that every strategy must pass; a subclass names the strategy."""
 # Longer than 400 lines: one contract, which a third party runs as one class.
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ CAPABILITIES = (
 
 
 class StrategySuite:
-    """The contract of a strategy as tests; a subclass names the strategy.
+    """The contract of a strategy, as tests; a subclass names the strategy.
 
     Attributes:
         spec: the strategy.
-        exact: the relative error that its gradient may have on a strong contraction, against
-            backpropagation through many steps; None for an approximation, which need only point
-            uphill there.
-        draws: whether it draws random numbers.
+        exact: the relative error that the gradient may have on a strong contraction, against
+            backpropagation through many steps. None for an approximation: there its gradient only
+            needs a positive inner product with the exact one.
+        draws: whether the strategy draws random numbers.
     """
 
     spec: ClassVar[Spec]
@@ -66,14 +66,14 @@ class StrategySuite:
     def attach(
         self, func: Callable[[State], State], state: State, context: Context | None = None
     ) -> Any:
-        """Attach by the strategy, with an inverse Jacobian where it wants one."""
+        """Attach by the strategy. If it wants an inverse Jacobian, Broyden's method makes one."""
         context = context or Context(step=0)
         if self.strategy.wants_inverse_jacobian:
             start = tree_map(torch.zeros_like, state)
             dim = None if context.batch_dim is None or _samples(state) is None else 0
             result = broyden(func, start, batch_dim=dim, tol=1e-2, keep_inverse=True)
             context = dataclasses.replace(context, solver_result=result)
-        torch.manual_seed(1)  # what is drawn, in backward too, is drawn again
+        torch.manual_seed(1)  # each call draws the same numbers, in backward too
         return attach(func, state, self.strategy, context)
 
     def gradient(self, problem: Contraction, context: Context | None = None) -> Tensor:
@@ -81,7 +81,7 @@ class StrategySuite:
         return problem.gradient_of(self.attach(problem.func, problem.state, context))
 
     def check(self, got: Tensor, want: Tensor) -> None:
-        """Compare a gradient with the exact one."""
+        """Assert that a gradient is near enough to the exact one, see `exact`."""
         if self.exact is not None:
             assert (got - want).norm() <= self.exact * want.norm()
         assert got @ want > 0
@@ -118,7 +118,7 @@ class StrategySuite:
         x = self.attach(func, state)["x"]
         assert x.is_contiguous(memory_format=torch.channels_last)
         assert (x.shape, x.dtype) == ((2, 3, 6, 5), torch.float32)
-        x.sum().backward()  # whose gradient is expanded from a number
+        x.sum().backward()  # dL/dx is a single number that is expanded, so it has another layout
         assert all(seen)
 
     def test_states_along_the_way_end_where_attach_does(self) -> None:
@@ -161,7 +161,7 @@ class StrategySuite:
         problem = make_equilibrium([(2, 3)], norm=0.5)
         weight, inject = problem.params
         scale = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
-        encoded = scale * (inject / scale).detach()  # of the same value
+        encoded = scale * (inject / scale).detach()  # has the value of `inject`
         seen: list[Tensor] = []
 
         def func(h: Any) -> Any:
@@ -206,7 +206,7 @@ class StrategySuite:
         shift = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
         self.attach(lambda h: 0.5 * h + shift, state).sum().backward()
         assert shift.grad is not None
-        # Attached to nothing that requires a gradient, but no failure.
+        # Nothing requires a gradient here, and that is no error.
         self.attach(lambda h: 0.5 * h, state)
         self.attach(lambda h: h, state)
 
@@ -220,7 +220,7 @@ class StrategySuite:
 
     @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
     def test_non_finite_incoming_gradients_pass_through(self, bad: float) -> None:
-        """GradScaler finds overflows by them; the other samples are as if nothing were there."""
+        """GradScaler finds overflows by them. Gradients of the other samples stay as they were."""
         problem = make_equilibrium([(3, 4)], norm=0.5)
         v = torch.ones(3, 4, dtype=torch.float64)
 
@@ -242,7 +242,7 @@ class StrategySuite:
         shapes: list[tuple[int, ...]] = [(2, 4), (2, 3)]
         want = self.gradient(make_equilibrium(shapes, list, norm=0.5))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a tolerance beyond 16 bits
+            warnings.simplefilter("ignore", ConvergenceWarning)  # 16 bits may miss the tolerance
             got = self.gradient(make_equilibrium(shapes, list, norm=0.5, dtype=dtype))
         assert got.dtype == dtype
         assert torch.nn.functional.cosine_similarity(got.double(), want, dim=0) > 0.999
@@ -332,7 +332,7 @@ class StrategySuite:
             assert stats.trace is None or stats.trace.shape[0] == 3
 
     def test_nothing_leaks(self) -> None:
-        """The cyclic garbage collector is off, so that only reference counts free memory."""
+        """The garbage collector for cycles is off, so that only reference counts free memory."""
         gc.collect()
         gc.disable()
         try:
@@ -342,9 +342,13 @@ class StrategySuite:
             gc.enable()
 
     def _left_alive(self, ending: str) -> list[Tensor]:
-        """Return the tensors of F's graph, and the result, that are there when it is done with."""
+        """Return those tensors of F's graph, and of the result, that outlive the result.
+
+        Args:
+            ending: how often backward runs: "never", "once", "twice"; or "raises", where it fails.
+        """
         problem = make_equilibrium([(2, 3)], norm=0.5)
-        # PyTorch's checkpoint holds on to the first state it ever sees in a process, once.
+        # PyTorch's checkpoint keeps the first state that it sees in a process; not ours, then.
         checkpoint(torch.tanh, torch.ones(1, requires_grad=True), use_reentrant=False).backward()
         refs: list[weakref.ref[Tensor]] = []
 
@@ -381,7 +385,7 @@ class StrategySuite:
     def test_it_is_a_value(self) -> None:
         strategy = self.strategy
         if not strategy.name:
-            pytest.skip("not registered: there is no spec that parses to it")
+            pytest.skip("the strategy is not registered, so no spec parses to it")
         assert strategy == get_strategy(repr(strategy))
         assert hash(strategy) == hash(copy.deepcopy(strategy))
         for loaded in (pickle.loads(pickle.dumps(strategy)), _through_a_file(strategy)):
@@ -409,12 +413,13 @@ def _fail(_: Any) -> Any:
 
 
 def _samples(state: Any) -> int | None:
-    """Return how many samples the leaves have along dimension 0, None where they do not agree."""
+    """Return the number of samples along dimension 0; None where the leaves do not agree on it."""
     sizes = {leaf.shape[0] if leaf.dim() else None for leaf in tree_flatten(state)[0]}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def _through_a_file(value: Any) -> Any:
+    """Return a value after `torch.save` and `torch.load` with `weights_only=True`."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)

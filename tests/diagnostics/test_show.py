@@ -99,7 +99,7 @@ def test_a_reference_of_16_bits_is_compared_with_and_said_to_be_inexact(report):
     coarse = replace(report, reference_residual=5e-3)
     coarse = replace(coarse, recommendation=recommend(coarse))
     assert f"{report.results[1].cosine:.4f}" in str(coarse)
-    assert "cosines and errors are to a gradient that is not exact" in " ".join(
+    assert "cosines and errors compare with a gradient that is not exact" in " ".join(
         coarse.recommendation
     )
     assert "No cosine" not in str(coarse)

@@ -148,9 +148,9 @@ def test_its_repr_parses_back(spec):
         ("auto(methods=['nothing'])", "unknown strategy 'nothing'"),
         ("auto(methods=['jfb', 'bptt'])", r"bptt\(steps=10\) owns its solve"),
         ("auto(methods=['reversible'])", "owns its solve"),
-        ("auto(methods=[\"schedule({0: 'jfb', 5: 'upg'})\"])", "another strategy by the step"),
+        ("auto(methods=[\"schedule({0: 'jfb', 5: 'upg'})\"])", "changes with the training step"),
         ("auto(methods=[\"upg(k='uniform(1, 6)')\"])", "or draws"),
-        ("auto(methods=['auto'])", "another strategy by the step"),
+        ("auto(methods=['auto'])", "changes with the training step"),
     ],
 )
 def test_what_is_wrong_is_named(spec, words):
@@ -768,7 +768,8 @@ def test_of_the_same_choices_in_a_row_the_first_and_the_last_are_kept():
 def test_the_report_is_a_table():
     model = Net("auto")
     assert repr(dpp.report_choice(model)) == (
-        "auto has chosen nothing here: either none is at work, or none has gone back yet"
+        "auto has chosen nothing here: either no equilibrium of this model has the method auto, or "
+        "none has done a backward pass in training yet"
     )
     train(model, range(1))
     (record,) = dpp.report_choice(model)

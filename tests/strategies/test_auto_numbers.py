@@ -223,8 +223,9 @@ def test_each_kind_of_trouble_is_said_once():
             model.at(step, state=state)
     said = [str(warning.message).partition("step ")[2] for warning in seen]
     assert [words[3:].split(" in ")[0] for words in said] == [
-        "no method has a cosine of at least 0.95; upg(k=5, lam=0.5, checkpoint=False) acts. "
-        "dpp.report_choice(model) tells what acts when. Said once.",
+        "no method has a cosine of at least 0.95. So upg(k=5, lam=0.5, checkpoint=False) acts from "
+        "the next step on. dpp.report_choice(model) shows what acted when. This is said once per "
+        "run.",
         "not at its equilibrium",
     ]
 

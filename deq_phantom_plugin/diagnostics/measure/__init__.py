@@ -1,1 +1,1 @@
-"""What is measured, as numbers; how they are shown is in `show`."""
+"""Measures gradients, as numbers without words. The folder `show` makes words and figures."""

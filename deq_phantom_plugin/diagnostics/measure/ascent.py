@@ -1,4 +1,8 @@
-"""Theorem 1: whether a strategy's gradient is an ascent direction, proved or measured."""
+"""Theorem 1 of "On Training Implicit Models": when a strategy's gradient is an ascent direction.
+
+`ascent_condition` checks the condition of the theorem with dense matrices, for small problems.
+`measured_inner_product` measures the inner product that the theorem is about, for any size.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,14 @@ from ...strategies.arguments import positive_float
 from ...strategies.registry import Spec
 from .derivatives import as_vector, check_params, cosine, reached, vjp
 
-_BYTE_LIMIT = 2**30  # that all dense matrices may take
+_BYTE_LIMIT = 2**30  # for all dense matrices together
 _STATE_LIMIT = 2**12  # elements of the state: each costs a backward pass of F and of the strategy
-_MAX_VJP = 1000  # of the measured reference
+_MAX_VJP = 1000  # products for the reference of `measured_inner_product`
 
 
 @dataclass(frozen=True)
 class AscentCondition:
-    """What Theorem 1 and its Remark 1 say about one gradient, and what is measured.
+    """What Theorem 1 and its Remark 1 say about one gradient; see `ascent_condition` for symbols.
 
     Attributes:
         lhs: ||A (I - J^T) - dF/dtheta||_2.
@@ -61,11 +65,11 @@ class AscentCondition:
 
 @dataclass(frozen=True)
 class MeasuredInnerProduct:
-    """A strategy's gradient against a reference that was solved for.
+    """A strategy's gradient, compared with a reference that GMRES solved for.
 
     Attributes:
         inner_product: <phantom gradient, reference gradient>.
-        cosine: of the angle between them; zero if one of them is zero.
+        cosine: the cosine of the angle between them; zero if one of them is zero.
         residual: ||v - (I - J^T) g|| / ||v|| of the reference, in the worst sample.
     """
 
@@ -90,32 +94,35 @@ def ascent_condition(
 ) -> AscentCondition:
     """Check the condition under which a strategy's gradient is an ascent direction.
 
-    Theorem 1 of the supplement of "On Training Implicit Models" (Geng et al., NeurIPS 2021), eq.
-    A-1, with J = dF/dh in the usual layout, and dF/dtheta and A of shape (d_theta, d_h): if
-    ||A (I - J^T) - dF/dtheta|| < sigma_min^2 / sigma_max, then <A v, exact gradient> > 0, where
-    A v is the phantom gradient for v = dL/dh and (dF/dtheta) (I - J^T)^-1 v the exact one, taken
-    at the h that is given. sigma_min is the d_h-th singular value of dF/dtheta: zero, so that the
-    condition never holds, if d_theta < d_h. Samples share parameters, so d_h counts all elements
-    of the state, the batch included.
+    Source: Theorem 1 (eq. A-1) of the supplement of "On Training Implicit Models" (Geng et al.,
+    NeurIPS 2021). J = dF/dh has the usual layout, shape (d_h, d_h). dF/dtheta and A have the shape
+    (d_theta, d_h). Samples share parameters, so d_h counts all elements of the state, the batch
+    included.
 
-    A is read off the strategy, one unit vector v at a time. Of a strategy that is not linear in v
-    (Krylov solvers), that is one of many matrices, and a rank-one term makes it the one with
-    A v = the gradient measured for `loss_grad`; this suffices because the proof (A-4) meets A only
-    in the product A v = (dF/dtheta + E) (I - J^T)^-1 v, with E the difference in the condition.
+    1. v = dL/dh has shape (d_h,). The phantom gradient is A v. The exact gradient is
+       (dF/dtheta) (I - J^T)^-1 v. Both have shape (d_theta,), and are taken at the h that is given.
+    2. If ||A (I - J^T) - dF/dtheta|| < sigma_min^2 / sigma_max, then <A v, exact gradient> > 0.
+    3. sigma_min is the d_h-th singular value of dF/dtheta. If d_theta < d_h it is zero, and the
+       condition never holds.
 
-    Remark 1 (A-5) asks for ||D (I - J^T) - I|| < 1 / kappa^2 where A = (dF/dtheta) D, with D read
-    off a probe that is added to F. It does not apply if A is not that product, as for unrolled
-    strategies away from the equilibrium, whose steps see different derivatives.
+    A is read off the strategy, one unit vector v at a time. For a strategy that is not linear in v,
+    such as a Krylov solver, there are many such matrices. So a rank-one term is added to A, which
+    makes A v the gradient measured for `loss_grad`. That suffices: the proof (A-4) uses A only in
+    A v = (dF/dtheta + E) (I - J^T)^-1 v, where E is the difference in the condition.
 
-    Costs d_h backward passes of F and d_h + 1 of the strategy; dense algebra in float64.
+    Remark 1 (A-5) asks for ||D (I - J^T) - I|| < 1 / kappa^2 where A = (dF/dtheta) D. D, of shape
+    (d_h, d_h), is read off a probe that is added to F. The remark does not apply to other A, such
+    as those of unrolled strategies away from the equilibrium, whose steps see other derivatives.
+
+    The cost is d_h backward passes of F, d_h + 1 of the strategy, and dense algebra in float64.
 
     Args:
         func: F, from a state to a state of the same structure.
         equilibrium: h*, detached; it need not be exact.
-        params: tensors that require grad and that `func` captures, d_theta elements together.
+        params: tensors that require grad and that `func` captures; d_theta elements together.
         grad: the strategy's spec, see `dpp.get_strategy`.
-        loss_grad: v, of the equilibrium's structure and shapes.
-        context: as for `dpp.attach`. Its monitor is not called and its memory not changed.
+        loss_grad: v, with the structure and the shapes of the equilibrium.
+        context: as for `dpp.attach`. Its monitor is not called, and its memory is not changed.
 
     Raises:
         ValueError: if an argument breaks the contract, I - J^T is singular, or the problem is too
@@ -147,20 +154,23 @@ def measured_inner_product(
     context: Context | None = None,
     tol: float = 1e-8,
 ) -> MeasuredInnerProduct:
-    """Measure the inner product that Theorem 1 speaks of, for one v and a state of any size.
+    """Measure the inner product that Theorem 1 is about, for one v and a state of any size.
 
-    The reference is the implicit gradient, solved by GMRES: at most 1000 vector-Jacobian products
-    and no dense matrix.
+    The reference is the implicit gradient. GMRES solves for it with at most 1000 vector-Jacobian
+    products, and without a dense matrix.
 
     Args:
         func: F, from a state to a state of the same structure.
         equilibrium: h*, detached; the reference is (dF/dtheta) (I - J^T)^-1 v there.
         params: tensors that require grad and that `func` captures.
         grad: the strategy's spec, see `dpp.get_strategy`.
-        loss_grad: v, of the equilibrium's structure and shapes.
-        context: as for `dpp.attach`. Its monitor is not called and its memory not changed.
-        tol: relative residual of the reference to reach in every sample; ten roundings of the
-            state's dtype where those are more. Stopping short of it warns.
+        loss_grad: v, with the structure and the shapes of the equilibrium.
+        context: as for `dpp.attach`. Its monitor is not called, and its memory is not changed.
+        tol: the relative residual that the reference is to reach in every sample; ten roundings of
+            the state's dtype if that is more.
+
+    Warns:
+        ConvergenceWarning: if the reference stops short of `tol`.
 
     Raises:
         ValueError: if an argument breaks the contract.
@@ -187,7 +197,14 @@ def measured_inner_product(
 def _conditions(
     exact: Tensor, phantom: Tensor, measured: Tensor, v: Tensor, eps: float
 ) -> AscentCondition:
-    """Compare dF/dtheta on top of J^T with A on top of D, of which `measured` is the product by v.
+    """Compare the derivatives of F with what was read off the strategy.
+
+    Args:
+        exact: dF/dtheta on top of J^T, shape (d_theta + d_h, d_h).
+        phantom: A on top of D, of the same shape.
+        measured: `phantom` times v, shape (d_theta + d_h,).
+        v: dL/dh, shape (d_h,).
+        eps: the rounding of the dtype of the measurement.
 
     Raises:
         ValueError: if I - J^T is singular.
@@ -201,8 +218,8 @@ def _conditions(
     stretches = torch.linalg.svdvals(system)
     if not stretches[-1] > eps * stretches[0]:
         raise ValueError(
-            "I - J^T is singular to the dtype's precision: F has no exact gradient at this "
-            "equilibrium, 1 is an eigenvalue of its Jacobian"
+            "I - J^T is singular to the dtype's precision: 1 is an eigenvalue of the Jacobian of "
+            "F, so there is no exact gradient at this equilibrium to compare with"
         )
     singular = torch.linalg.svdvals(to_params)
     largest = float(singular[0])
@@ -211,12 +228,12 @@ def _conditions(
     lhs = float(torch.linalg.matrix_norm(a @ system - to_params, 2))
     remark_lhs = float(torch.linalg.matrix_norm(d @ system - identity, 2))
 
-    # What rounding every entry does to the left-hand sides, in the dtype of the measurement.
+    # How far rounding of all entries can move the left-hand sides, in the measurement's dtype.
     rounding, stretch = 10 * eps, float(stretches[0])
     norm_u, norm_a, norm_d = (float(torch.linalg.matrix_norm(m)) for m in (to_params, a, d))
     is_product = float(torch.linalg.matrix_norm(a - to_params @ d)) <= rounding * largest * norm_d
     slack = rounding * (norm_a * stretch + norm_u)
-    # Twice: for D's own rounding, and for that of A = (dF/dtheta) D.
+    # The factor 2 is for the rounding of D itself, and for that of A = (dF/dtheta) D.
     remark_slack = 2 * rounding * (norm_d * stretch + math.sqrt(d_h))
     return AscentCondition(
         lhs=lhs,
@@ -225,7 +242,7 @@ def _conditions(
         remark_lhs=remark_lhs,
         remark_rhs=inverse_kappa**2,
         remark_holds=is_product and remark_lhs + remark_slack < inverse_kappa**2,
-        # The solve is backward stable: its error is one in I - J^T, which the slack covers.
+        # The solve is backward stable: its error acts like one of I - J^T, which the slack covers.
         inner_product=float(measured[:d_theta] @ (to_params @ torch.linalg.solve(system, v))),
     )
 
@@ -233,7 +250,13 @@ def _conditions(
 def _problem(
     func: Callable[[State], State], equilibrium: State, params: Iterable[Tensor], loss_grad: State
 ) -> tuple[Linearization, list[Tensor], list[Tensor]]:
-    """Return F's graph, the parameters and the leaves of v in the equilibrium's dtypes, checked."""
+    """Check the arguments; return F's graph, the parameters and the leaves of v.
+
+    The leaves of v get the dtypes of the equilibrium.
+
+    Raises:
+        ValueError: if an argument breaks the contract.
+    """
     check_equilibrium(equilibrium)
     leaves, structure = flatten(equilibrium)
     thetas = check_params(params)
@@ -261,14 +284,14 @@ def _problem(
 
 
 def _check_size(d_h: int, d_theta: int) -> None:
-    # Float64 derivatives of F and of the strategy, and twice as much to work on them.
+    # Two matrices in float64, of F and of the strategy, and twice as much memory to work on them.
     needed = 6 * 8 * d_h * (d_theta + d_h)
     if needed > _BYTE_LIMIT or d_h > _STATE_LIMIT:
         raise ValueError(
             f"a state of {d_h} elements and parameters of {d_theta} need {needed / 2**30:.3g} GiB "
-            f"for dense matrices and {2 * d_h + 1} backward passes; ascent_condition is for at "
-            f"most {_BYTE_LIMIT / 2**30:.3g} GiB and {_STATE_LIMIT} elements of state. "
-            "measured_inner_product takes the same arguments and needs no dense matrix"
+            f"for dense matrices and {2 * d_h + 1} backward passes; ascent_condition accepts at "
+            f"most {_BYTE_LIMIT / 2**30:.3g} GiB and {_STATE_LIMIT} elements of state. Use "
+            "measured_inner_product, which takes the same arguments and needs no dense matrix"
         )
 
 
@@ -279,7 +302,7 @@ def _attach(
     context: Context | None,
     monitor: Callable[[BackwardStats], None] | None = None,
 ) -> list[Tensor]:
-    """Return the leaves of the attached state; a measurement leaves no trace in the context."""
+    """Return the leaves of the attached state. The context's memory and monitor are left alone."""
     context = Context() if context is None else context
     context = replace(
         context,
@@ -310,4 +333,6 @@ def _dense(outputs: Sequence[Tensor], inputs: Sequence[Tensor], of: str) -> Tens
 
 def _check_finite(of: str, tensor: Tensor) -> None:
     if not torch.isfinite(tensor).all():
-        raise NonFiniteError(f"a derivative of {of} at the equilibrium is NaN or infinite")
+        raise NonFiniteError(
+            f"a derivative of {of} at the equilibrium is NaN or infinite; expected finite numbers"
+        )

@@ -1,4 +1,4 @@
-"""Seconds and bytes that a piece of code takes, on any device."""
+"""Measures the seconds and the bytes that a piece of code takes, on any device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def now(device: torch.device) -> float:
-    """Return a time in seconds by which all work queued on the device is done."""
+    """Wait until all work queued on the device is done, and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -23,8 +23,9 @@ def now(device: torch.device) -> float:
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     """Return how many bytes of tensors a call held at its peak, above what was there before.
 
-    On CUDA this is the allocator's figure. Elsewhere tensors are followed as operations return
-    them: exact for what is kept between operations, blind to scratch space inside one.
+    On CUDA the allocator gives the number. Elsewhere each tensor that an operation returns is
+    followed until it is freed. So what is kept between operations is counted exactly, and scratch
+    space inside an operation is not seen.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -49,7 +50,7 @@ class _LiveStorages(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What goes in and was not made here was there before: parameters, data.
+        # An input that no operation here returned was there before, as parameters are: no bytes.
         for storage in _storages((args, kwargs)):
             self._follow(storage, 0)
         result = func(*args, **(kwargs or {}))
@@ -58,6 +59,7 @@ class _LiveStorages(TorchDispatchMode):
         return result
 
     def _follow(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Count the bytes of a storage from now on until it is freed; each storage once."""
         key = storage._cdata
         if key in self._known:
             return
@@ -72,7 +74,7 @@ class _LiveStorages(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield where the numbers of all tensors in a tree are; a sparse tensor has several places."""
+    """Yield the storages of all tensors in a tree; a sparse tensor has several."""
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             parts = [getattr(leaf, name)() for name in _SPARSE_PARTS.get(leaf.layout, ())]

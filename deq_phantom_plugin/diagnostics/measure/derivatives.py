@@ -1,4 +1,8 @@
-"""Derivatives of what a strategy attached, as many as wanted, and the tensors they are taken by."""
+"""Derivatives of attached states, and what is compared of them.
+
+A graph is kept, so any number of derivatives can be taken of it. Compiled code is the exception: it
+can be differentiated once only, so measurements stop before it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,15 @@ def vjp(
     inputs: Sequence[Tensor | GradientEdge],
     cotangents: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return the gradients of <cotangents, outputs>; zero where none flows. The graph stays.
+    """Return the gradients of <cotangents, outputs>; zeros where no gradient flows.
+
+    The graph is kept.
 
     Args:
         outputs: tensors, some of them perhaps without a graph.
-        inputs: what to differentiate with respect to; one flows to each edge.
-        cotangents: a tensor an output, of its shape.
+        inputs: the tensors and edges to differentiate with respect to. A gradient has to flow to
+            each edge.
+        cotangents: one tensor per output, of the same shape.
     """
     pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not pairs:
@@ -42,13 +49,13 @@ def reached(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
     """Return for each parameter whether a gradient flows to it from any output.
 
     Raises:
-        ValueError: if it would flow through compiled code.
+        ValueError: if a gradient would flow through compiled code.
     """
     if short_of_compiled(outputs, params)[1]:
         raise ValueError(
-            "a gradient gets to params through compiled code, which can be differentiated once "
-            "only. Compute what func captures outside of torch.compile, or under "
-            "torch.compiler.set_stance('force_eager')"
+            "a gradient reaches params through compiled code, which can be differentiated once "
+            "only, and a measurement differentiates many times. Compute what func captures outside "
+            "of torch.compile, or under torch.compiler.set_stance('force_eager')"
         )
     ends = [output for output in outputs if output.requires_grad]
     if not ends:
@@ -61,18 +68,18 @@ def reached(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> list[bool]:
 def short_of_compiled(
     outputs: Sequence[Tensor], params: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[GradientEdge]]:
-    """Return where gradients on their way to the parameters end if they stop at compiled code.
+    """Return where gradients end, on their way to the parameters, if they stop at compiled code.
 
-    A backward pass that was compiled may overwrite what it needs, see `compilation.eager`: it is
-    for the training alone, and a measurement must not go there.
+    A compiled backward pass may overwrite what it needs, see `compilation.eager`. So it belongs to
+    the training alone, and a measurement must stop before it.
 
     Args:
         outputs: where the gradients begin.
         params: the parameters.
 
     Returns:
-        The parameters that are reached all the same, and the places where compiled code begins
-        through which others are.
+        The parameters that are reached without compiled code; and the edges into compiled code
+        through which other parameters are reached.
     """
     wanted = {id(param): param for param in params}
     reached: dict[int, Tensor] = {}
@@ -95,7 +102,7 @@ def short_of_compiled(
 
 
 def _leaves(node: Any) -> Iterator[Tensor]:
-    """Yield the tensors behind a node whose gradients would be accumulated."""
+    """Yield the leaf tensors that a node's gradient would reach."""
     waiting, seen = [node], {None, node}
     while waiting:
         node = waiting.pop()
@@ -107,7 +114,7 @@ def _leaves(node: Any) -> Iterator[Tensor]:
 
 
 def as_vector(tensors: Sequence[Tensor]) -> Tensor:
-    """Return all elements in one vector of float64, complex ones as pairs, without a graph."""
+    """Return all elements in one vector of float64, without a graph; complex numbers as pairs."""
     parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
     return torch.cat([part.detach().to(parts[0].device, torch.float64).flatten() for part in parts])
 
@@ -125,7 +132,7 @@ def relative_error(a: Tensor, reference: Tensor) -> float:
 
 
 def check_params(params: Iterable[Tensor]) -> list[Tensor]:
-    """Return parameters as a list.
+    """Return parameters as a list, if all of them can be differentiated with respect to.
 
     Raises:
         ValueError: if there are none, or one is not a tensor that requires grad.

@@ -1,4 +1,7 @@
-"""The equilibria inside a model: which there are, and what one forward pass solves."""
+"""Finds the equilibria inside a model, and runs the model once to see what they solve.
+
+Hosts know which modules are equilibria, and let observers see each solve.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ from .problem import check_scalar
 
 
 def named_equilibria(model: nn.Module) -> list[tuple[str, Host, nn.Module]]:
-    """Return every equilibrium inside a model, with its name there and its host.
+    """Return every equilibrium inside a model, as (name in the model, host, module).
 
-    A model that was compiled has the names of the one inside it.
+    In a compiled model the names are those of the model that was compiled.
 
     Raises:
         ValueError: if there is none.
@@ -30,8 +33,8 @@ def named_equilibria(model: nn.Module) -> list[tuple[str, Host, nn.Module]]:
     found = find_equilibria(model)
     if not found:
         raise ValueError(
-            f"{what_is_found(model)} For a state at hand there is dpp.gradient_report(func, "
-            "equilibrium, loss, params)"
+            f"{what_is_found(model)} To measure at a state that you have solved for yourself, call "
+            "dpp.gradient_report(func, equilibrium, loss, params)"
         )
     return [(names[module] or "equilibrium", host, module) for host, module in found]
 
@@ -42,9 +45,18 @@ def solved(
     inputs: Any,
     loss: Callable[[Any], Tensor],
 ) -> tuple[Tensor, list[tuple[str, Solve, list[Tensor] | None]]]:
-    """Run a model once; return the loss, and each solve with its name and dL/dh, in their order.
+    """Run a model once, and return the loss and all solves.
 
-    dL/dh is None where the loss does not depend on the solve.
+    Args:
+        model: the model.
+        equilibria: what `named_equilibria` returned for it.
+        inputs: the inputs: a tensor; a tuple or list of positional arguments; or a mapping of
+            keyword arguments.
+        loss: a function from what the model returns to a scalar.
+
+    Returns:
+        The loss; and in the order of the solves (name, solve, dL/dh), with one tensor per leaf of
+        the state. dL/dh is None where the loss does not depend on the solve.
 
     Raises:
         ValueError: if the model refuses the inputs, or the loss is not a scalar that depends on
@@ -66,7 +78,10 @@ def solved(
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put a model in training mode if it is not; restore all that a forward pass changes."""
+    """Put a model in training mode inside a `with` block, and restore it at the end.
+
+    Modes, buffers, memories and random state are restored.
+    """
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     memories = [(m, m.step, m.kept()) for m in model.modules() if isinstance(m, Memory)]
@@ -87,11 +102,17 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _collect(solves: list[tuple[str, Solve]], name: str, solve: Solve) -> None:
+    """Add a solve; from an equilibrium's second solve on, its name gets a number."""
     number = 1 + sum(known.partition(" #")[0] == name for known, _ in solves)
     solves.append((name if number == 1 else f"{name} #{number}", solve))
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
+    """Call a model on its inputs.
+
+    Raises:
+        ValueError: if it raises anything; names the shapes of the inputs.
+    """
     try:
         if isinstance(inputs, Mapping):
             return model(**inputs)
@@ -108,10 +129,10 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 
 def _cotangents(loss: Tensor, solves: list[tuple[str, Solve]]) -> list[list[Tensor] | None]:
-    """Return dL/dh for each solve, None where the loss does not depend on it.
+    """Return dL/dh for each solve, None where the loss does not depend on the solve.
 
     Raises:
-        ValueError: if it depends on none.
+        ValueError: if the loss depends on none of the solves.
     """
     states = [flatten(solve.attached)[0] for _, solve in solves]
     leaves = [leaf for state in states for leaf in state]

@@ -1,4 +1,8 @@
-"""How good and how dear each strategy's gradient is on one problem."""
+"""Measures strategies on one problem: how exact each gradient is, and what it costs.
+
+First comes the reference gradient and then each strategy. A strategy that fails gets an error in
+its row. Times are measured last, in turns, so that a change of the machine's speed hits all alike.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +38,30 @@ def measure(
     nfe: int | None = None,
     second_order: bool = False,
 ) -> Measurement:
-    """Measure strategies on a problem; see `gradient_report`."""
+    """Measure strategies on a problem; see `gradient_report`.
+
+    Args:
+        problem: the problem.
+        specs: specs of the strategies.
+        repeats: the number of timed runs per strategy.
+        name: the name of the equilibrium.
+        nfe: the evaluations of F that the solve took, if known.
+        second_order: whether to compare second derivatives as well.
+
+    Raises:
+        ValueError: if `specs` is empty, a spec is invalid, F depends on none of the parameters, or
+            the loss is no scalar that depends on the state.
+    """
     strategies = [get_strategy(spec) for spec in specs]
     labels = [label(*pair) for pair in zip(specs, strategies, strict=True)]
     if not strategies:
         raise ValueError("grads is empty; expected at least one strategy")
     problem = replace(problem, params=problem.reached())
-    problem.cotangent(problem.equilibrium)  # a loss that cannot be used says so now
+    problem.cotangent(problem.equilibrium)  # refuses a loss that cannot be used, before the work
     told, found = problem.context.batch_dim, problem.inspect()
     problem, whole = problem.settled(found.coupled)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # residuals are reported instead
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the report shows residuals instead
         method, reference = solve_reference(whole)
         lams = sorted({*LAMS, *(lam for s in strategies if (lam := _lam(s)))}, reverse=True)
         damped_radii = whole.radii(lams, _RADIUS_VJPS)
@@ -81,6 +98,7 @@ def _results(
     damped_radii: Mapping[float, float],
     repeats: int,
 ) -> list[StrategyResult]:
+    """Return a row per strategy, with times."""
     rows: list[StrategyResult] = []
     for strategy, name in zip(strategies, labels, strict=True):
         try:
@@ -99,7 +117,7 @@ def _results(
                     damped_radius=damped_radii.get(_lam(strategy) or math.nan),
                 )
             )
-        except Exception as error:  # whatever a strategy raises; the others still report
+        except Exception as error:  # whatever a strategy raises, the others are still measured
             message = f"{type(error).__name__}: {error}"
             rows.append(StrategyResult(repr(strategy), label=name, error=message))
     times: list[list[tuple[float, float]]] = [[] for _ in strategies]
@@ -125,6 +143,7 @@ def _with_second_order(
     whole: Problem,
     strategies: Sequence[GradStrategy],
 ) -> list[StrategyResult]:
+    """Return the rows with the errors of second derivatives."""
     reference = second_order_reference(whole)
     found = []
     for strategy, row in zip(strategies, rows, strict=True):
@@ -136,7 +155,7 @@ def _with_second_order(
 
 
 def _run(problem: Problem, strategy: GradStrategy) -> tuple[float, float]:
-    """Differentiate once; return the seconds forward and backward, the loss's own left out."""
+    """Differentiate once, and return the seconds of forward and backward, without the loss."""
     start = now(problem.device)
     attached = problem.attach(strategy)
     forward = now(problem.device) - start

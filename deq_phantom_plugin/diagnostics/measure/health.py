@@ -1,4 +1,7 @@
-"""How well one equilibrium does while a model trains, from few products."""
+"""The numbers that a monitor logs of one equilibrium, from few products.
+
+The reference takes at most 30 products, and the spectral radius 20.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ _RADIUS_VJPS = 20
 
 
 def health(problem: Problem, strategy: GradStrategy) -> dict[str, float]:
-    """Return what `dpp.monitor` logs of a backward pass, by name.
+    """Return the numbers that `dpp.monitor` logs of a backward pass, by name.
 
     Args:
-        problem: the equilibrium, with the dL/dh that came.
-        strategy: the model's own.
+        problem: the equilibrium, with a loss whose gradient is the dL/dh of that backward pass.
+        strategy: the strategy of the model.
     """
     problem, whole = problem.settled(problem.inspect().coupled)
     own, reference = problem.differentiate(strategy), whole.differentiate(_REFERENCE)

@@ -1,4 +1,4 @@
-"""What a strategy is called in tables and figures."""
+"""The names of strategies in tables and figures."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ...strategies.registry import Spec, strategy_class
 
 
 def label(spec: Spec, strategy: GradStrategy) -> str:
-    """Return a spec as its user typed it; of an object, what one would type.
+    """Return a spec as its user typed it; for an object, the spec that one would type for it.
 
     Args:
-        spec: what was asked for.
-        strategy: what it stands for.
+        spec: the spec that the user gave: a string, or an object.
+        strategy: the strategy that it stands for.
     """
     return spec.strip() if isinstance(spec, str) else _without_defaults(strategy)
 
@@ -23,8 +23,9 @@ def _without_defaults(strategy: GradStrategy) -> str:
     if not (dataclasses.is_dataclass(strategy) and _has_a_name(strategy)):
         return repr(strategy)
     try:
-        plain = type(strategy)()  # whose arguments are as it makes them, not as they are declared
-    except (TypeError, ValueError):  # some have no default
+        # A strategy may change its arguments when it is made, so the declared defaults do not do.
+        plain = type(strategy)()
+    except (TypeError, ValueError):  # an argument has no default
         return repr(strategy)
     if repr(strategy) == repr(plain):
         return strategy.name
@@ -36,6 +37,7 @@ def _without_defaults(strategy: GradStrategy) -> str:
 
 
 def _has_a_name(strategy: GradStrategy) -> bool:
+    """Whether the registry knows the strategy's class by its name."""
     try:
         return strategy_class(strategy.name) is type(strategy)
     except ValueError:

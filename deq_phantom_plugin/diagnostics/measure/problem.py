@@ -1,4 +1,8 @@
-"""One equilibrium, one loss, and the gradient that any strategy gives there."""
+"""One equilibrium and one loss, on which all strategies of a report are measured.
+
+A `Problem` answers what a report asks of it: the gradient of a strategy, residuals, spectral radii,
+and whether F mixes samples.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +32,16 @@ _RADIUS_TOL = 1e-2
 class Problem:
     """What all strategies are measured on.
 
-    An F that was compiled is measured as it was written: compiled code is differentiated once.
+    An F that was compiled is measured as it was written, since compiled code can be differentiated
+    once only.
 
     Attributes:
         func: F, from a state to a state.
         equilibrium: h*, detached.
-        loss: from a state to a scalar.
+        loss: a function from a state to a scalar.
         params: the tensors to differentiate with respect to, which F captures or is built from.
-        context: for the strategies.
-        edges: places in the graph before F to differentiate with respect to, too.
+        context: the context for the strategies.
+        edges: places in the graph before F, which are differentiated with respect to, too.
     """
 
     func: Callable[[State], State]
@@ -53,13 +58,13 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where the state is."""
+        """The device of the state."""
         leaves: list[Tensor] = flatten(self.equilibrium)[0]
         return leaves[0].device
 
     @property
     def packing(self) -> Packing:
-        """Of the state, by what the context says of samples."""
+        """The packing of the state, by what the context says about samples."""
         return Packing(flatten(self.equilibrium)[0], self.context.sample_dim)
 
     def cotangent(self, state: State) -> list[Tensor]:
@@ -84,14 +89,14 @@ class Problem:
             )
 
     def attach(self, strategy: GradStrategy, func: Callable[[State], State] | None = None) -> State:
-        """Return the equilibrium attached by a strategy, to F unless another map is given."""
+        """Return the equilibrium attached by a strategy, to `func` or else to F."""
         with torch.enable_grad():
             return attach(
                 self._written if func is None else func, self.equilibrium, strategy, self.context
             )
 
     def differentiate(self, strategy: GradStrategy) -> Gradient:
-        """Return the gradient that a strategy gives, with its evaluations and products counted."""
+        """Return the gradient that a strategy gives, and count its evaluations and products."""
         counted = _Counted(self._written, self.context.monitor)
         probed, probes = with_probe(counted, self.equilibrium)
         told = replace(self, context=replace(self.context, monitor=counted.note))
@@ -109,12 +114,13 @@ class Problem:
 
     @property
     def _written(self) -> Callable[[State], State]:
+        """F, not compiled."""
         return as_written(self.func)
 
     def second_derivative(self, strategy: GradStrategy) -> Tensor | None:
         """Return the gradient of <dL/dtheta, w> for a fixed random w, as one vector of float64.
 
-        None if the strategy, or the loss, has no second derivative.
+        Return None if the strategy or the loss has no second derivative.
         """
         generator = torch.Generator("cpu").manual_seed(0)
         with torch.enable_grad():
@@ -130,12 +136,12 @@ class Problem:
                 second = torch.autograd.grad(
                     total, self.params, allow_unused=True, materialize_grads=True
                 )
-            except RuntimeError:  # whose graph has an end there
+            except RuntimeError:  # autograd raises it where a graph has no second derivative
                 return None
         return as_vector(second)
 
     def linearize(self) -> Linearization:
-        """Return F on one graph at the equilibrium."""
+        """Return F linearised at the equilibrium, for products with J^T."""
         return Linearization(CheckedFunc(self.func, self.equilibrium), self.equilibrium)
 
     def reached(self) -> list[Tensor]:
@@ -148,14 +154,16 @@ class Problem:
         if any(found):
             return [param for param, used in zip(self.params, found, strict=True) if used]
         raise ValueError(
-            f"func depends on none of the {len(self.params)} tensors in params; pass those that "
-            "it uses, themselves and not copies"
+            f"func depends on none of the {len(self.params)} tensors in params, so there is no "
+            "gradient to measure; pass the tensors that func uses, themselves and not copies"
         )
 
     def short_of_compiled(self) -> Problem:
-        """Return the same problem with gradients that end where compiled code before F begins.
+        """Return the same problem with gradients that end at compiled code before F.
 
-        Those that an iteration has in its initial state are left out then.
+        Compiled code can be differentiated once only, and training does that. If there is such
+        code, gradients with respect to the initial state of an iteration are left out as well. If
+        there is none, the problem itself is returned.
         """
         start = self.context.initial_state
         before = [x for x in flatten(start)[0] if isinstance(x, Tensor)]
@@ -176,7 +184,7 @@ class Problem:
         """Return rho(lam J + (1 - lam) I) for each lam, the largest of the batch.
 
         Args:
-            lams: damping factors.
+            lams: the damping factors.
             max_iter: the largest number of products per factor.
         """
         found = spectral_radius(
@@ -197,12 +205,12 @@ class Problem:
         return inspect_map(func, self.equilibrium, 0 if isinstance(told, str) else told)
 
     def settled(self, coupled: bool | None) -> tuple[Problem, Problem]:
-        """Return the same problem as strategies see it, and as it is.
+        """Return the problem twice: as strategies see it, and as it really is.
 
-        They differ where F mixes samples that were said to be independent.
+        The two differ where F mixes samples that the context says are independent.
 
         Args:
-            coupled: whether F mixes samples, as was found out.
+            coupled: whether F mixes samples, as `inspect` found out.
         """
         whole = replace(self, context=replace(self.context, batch_dim=None))
         if self.context.batch_dim != "auto":
@@ -211,19 +219,20 @@ class Problem:
         return told, told
 
     def _adjoint_residual(self, v: Sequence[Tensor], g: Sequence[Tensor]) -> float:
+        """Return ||v - (I - J^T) g|| / ||v||, all leaves and samples together."""
         image = self.linearize().vjp(g)
         return _residual([vi - gi + ji for vi, gi, ji in zip(v, g, image, strict=True)], v)
 
 
 @dataclass(frozen=True, eq=False)
 class Gradient:
-    """What a strategy returned.
+    """The gradient of a strategy, and what it took.
 
     Attributes:
-        vector: dL/dtheta, all parameters in one vector of float64 (or complex as pairs).
-        residual: ||v - (I - J^T) g|| / ||v|| of the g behind it, at h*, the batch together.
-        n_evaluations: calls of F.
-        n_vjp: backward passes through F, the one to the parameters included.
+        vector: dL/dtheta, all parameters in one vector of float64, a complex number as a pair.
+        residual: ||v - (I - J^T) g|| / ||v|| at h* of the g behind it, the whole batch together.
+        n_evaluations: the number of calls of F.
+        n_vjp: the number of backward passes through F, with the one to the parameters.
         n_clipped: see `BackwardStats`.
     """
 
@@ -240,7 +249,7 @@ class Gradient:
 
 
 def check_scalar(loss: Any) -> Tensor:
-    """Return a loss.
+    """Return what a loss function returned, if it is a scalar.
 
     Raises:
         ValueError: if it is not a tensor with one element.
@@ -256,13 +265,18 @@ def check_scalar(loss: Any) -> Tensor:
 
 
 def inner_product(v: Sequence[Tensor], state: State) -> Tensor:
-    """Return the loss whose gradient at any state is v: Re <v, h>."""
+    """Return Re <v, h>, a loss whose gradient dL/dh is v at any state h."""
     total = [(vi.conj() * h).real.sum() for vi, h in zip(v, flatten(state)[0], strict=True)]
     return torch.stack(total).sum()
 
 
 class _Counted(CountedPasses):
-    """F, with clipped products counted too."""
+    """F, whose evaluations, products and clipped products are counted.
+
+    Args:
+        func: F.
+        monitor: gets the `BackwardStats`, too.
+    """
 
     def __init__(
         self,
@@ -274,6 +288,7 @@ class _Counted(CountedPasses):
         self.n_clipped = 0
 
     def note(self, stats: BackwardStats) -> None:
+        """Count the clipped products of a backward pass."""
         self.n_clipped += stats.n_clipped
         if self._monitor is not None:
             self._monitor(stats)

@@ -1,4 +1,4 @@
-"""The numbers of a report, without a word on them."""
+"""The numbers of a report, as dataclasses. `show` prints and draws them."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ from dataclasses import dataclass
 from ...strategies.candidates import Candidate
 
 COMPARABLE = 1e-2
-"""Residual of a reference up to which others are compared with it at all; 16 bits reach it."""
+"""The largest residual of a reference with which others are compared. A solve in 16 bits can reach
+it."""
 
 
 @dataclass(frozen=True)
 class StrategyResult:
-    """What one strategy's gradient was, and what it cost.
+    """The gradient of one strategy: how good it is, and what it costs.
 
     Attributes:
         strategy: the strategy, as a spec with all its arguments.
-        cosine: of dL/dtheta to the reference's.
+        cosine: the cosine of dL/dtheta to the reference's.
         relative_error: ||dL/dtheta - reference|| / ||reference||.
         norm: ||dL/dtheta||.
-        residual: ||v - (I - J^T) g|| / ||v|| of the g behind it, at h*.
-        forward_seconds: median time to attach it to the solved equilibrium.
-        backward_seconds: median time from dL/dh to dL/dtheta.
-        n_evaluations: calls of F, the solve not counted unless the strategy owns it.
-        n_vjp: backward passes through F, the one to the parameters included.
-        peak_bytes: most memory it held, forward and backward, above what was there before.
-        damped_radius: rho(lam J + (1 - lam) I), the largest of the batch, where it has a `lam`.
-        second_order_error: relative error of a second derivative of L, where that was asked for
-            and the strategy has one.
-        error: what went wrong, and then all numbers above are None.
+        residual: ||v - (I - J^T) g|| / ||v|| at h*, of the g behind the gradient.
+        forward_seconds: the median time to attach the strategy to the solved equilibrium.
+        backward_seconds: the median time from dL/dh to dL/dtheta.
+        n_evaluations: the number of calls of F. Those of the solve count only if the strategy owns
+            it.
+        n_vjp: the number of backward passes through F, with the one to the parameters.
+        peak_bytes: the most memory that the strategy held, forward and backward, above what was
+            there before.
+        damped_radius: rho(lam J + (1 - lam) I), the largest of the batch; None for a strategy
+            without a fixed `lam`.
+        second_order_error: the relative error of a second derivative of L. None unless it was asked
+            for, and the strategy has one.
+        error: what went wrong, in words. Then all numbers above are None.
         label: the spec as it was typed, for tables and figures.
     """
 
@@ -53,28 +57,28 @@ class StrategyResult:
 
 @dataclass(frozen=True)
 class Measurement:
-    """An equilibrium, the reference gradient there, and what every strategy does.
+    """The numbers on one equilibrium: its state, the reference gradient, and every strategy.
 
     Attributes:
-        name: of the equilibrium.
-        batch_size: samples; None where they are one coupled system.
-        elements: of the state, all samples together.
-        parameters: elements of the parameters that F depends on.
-        dtype: of the state.
-        device: of the state.
+        name: the name of the equilibrium.
+        batch_size: the number of samples; None where they are one coupled system.
+        elements: the number of elements of the state, all samples together.
+        parameters: the number of elements of the parameters that F depends on.
+        dtype: the dtype of the state.
+        device: the device of the state.
         forward_residual: ||F(h) - h|| / ||F(h)||, the whole batch together.
-        nfe: evaluations of F that the solve took; None where not known.
-        batch_dim: what the context says of samples, see `Context.batch_dim`.
+        nfe: the evaluations of F that the solve took; None where not known.
+        batch_dim: what the context says about samples, see `Context.batch_dim`.
         samples_are_coupled: whether F mixes the samples along that dimension.
-        map_difference: ||F(h) - F(h)|| / ||F(h)|| of two evaluations at the same state, zero where
+        map_difference: ||F(h) - F(h)|| / ||F(h)|| of two evaluations at the same state; zero where
             rounding can account for it.
-        map_reasons: what in F draws at random or updates buffers, where there is a difference.
-        reference: the method of the reference gradient.
+        map_reasons: what in F draws at random or updates buffers, if there is a difference.
+        reference: the method of the reference gradient, as a spec.
         reference_residual: ||v - (I - J^T) g|| / ||v|| of the reference itself.
         reference_norm: ||dL/dtheta|| of the reference.
         radius: rho(J), the largest of the batch.
         damped_radii: rho(lam J + (1 - lam) I) for each lam, the largest of the batch.
-        results: one a strategy.
+        results: one per strategy.
     """
 
     name: str
@@ -104,17 +108,18 @@ class Measurement:
 
 @dataclass(frozen=True)
 class TunedEquilibrium:
-    """What was found at one equilibrium of a model.
+    """What `tune` chose at one equilibrium of a model.
 
     Attributes:
-        name: of the equilibrium.
-        samples: that were looked at, all batches together.
-        spec: of the strategy, to copy.
-        cosine: of its g to the reference's, which at least 90 % of the samples reach; None where
-            there was no reference to compare with.
-        cost: evaluations of F that it counts as beside the solve, a backward pass as two.
-        why: in words.
-        candidates: the methods, judged; none where there was no reference.
+        name: the name of the equilibrium.
+        samples: the number of samples that were judged, all batches together.
+        spec: the spec of the chosen strategy, to copy.
+        cosine: the cosine of its g to the reference's that at least 90 % of the samples reach; None
+            where there was no reference to compare with.
+        cost: the cost of the backward pass in evaluations of F, where a backward pass through F
+            counts as two. None where it was not measured.
+        why: the reason of the choice, in words.
+        candidates: the methods that may be taken, judged; empty where there was no reference.
     """
 
     name: str

@@ -1,1 +1,1 @@
-"""How numbers are shown: as text, as a page, as advice; they come from `measure`."""
+"""Shows the numbers that `measure` finds: as text, as a page with figures, and as advice."""

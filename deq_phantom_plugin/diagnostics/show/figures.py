@@ -1,4 +1,8 @@
-"""The figures of a page, as images inside it."""
+"""The figures of a report's page.
+
+matplotlib draws each figure as SVG, which is embedded into the page. A page then needs no other
+file.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,23 @@ from typing import Any
 from ..._plumbing.extras import require
 from ..measure.results import Measurement, StrategyResult
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; markers say it once more.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart. Markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 
-# A page shows a figure in its own size, so that points are points: 12 points are its text's size.
+# A page shows a figure in its own size, so a size in points is right beside the page's 12 points.
 INCHES = (4.4, 3.4)
 TEXT, SMALL_TEXT = 11, 9.5  # points
 
-_SMALLEST, _LARGEST = 1e-6, 1e2  # of errors that have a place of their own on the axis
+_SMALLEST, _LARGEST = 1e-6, 1e2  # errors outside of these stand on a dashed line
 
 
 def figure(caption: str, draw: Callable[[Any], None]) -> str:
-    """Return a figure whose axes a function draws on.
+    """Return a figure as HTML.
+
+    Args:
+        caption: the text below the figure.
+        draw: draws on the axes that it is given.
 
     Raises:
         ImportError: without matplotlib.
@@ -46,11 +54,11 @@ def figure(caption: str, draw: Callable[[Any], None]) -> str:
 
 
 def of_report(report: Measurement) -> str:
-    """Return the figures of a report: errors and memory where there are any, the radii always."""
+    """Return the figures of a report as HTML: radii always, errors and memory if measured."""
     usable = [r for r in report.results if r.error is None and r.backward_seconds is not None]
     radii = figure(
         "rho(lam J + (1 - lam) I), the damped map's spectral radius, against lam. Below 1 "
-        "phantom gradients converge, the lower the faster.",
+        "phantom gradients converge; the lower the radius, the faster.",
         lambda axes: draw_radii(axes, report),
     )
     if not usable:
@@ -58,9 +66,9 @@ def of_report(report: Measurement) -> str:
     found = [radii, figure("Peak memory, forward and backward.", lambda a: draw_memory(a, usable))]
     if report.reference_is_good and not all(math.isnan(_error(r)) for r in usable):
         caption = (
-            "Relative error of dL/dtheta against the time it takes, forward and backward: "
-            "lower left is better. On dashed lines are errors "
-            f"below {_SMALLEST:g} and above {_LARGEST:g}."
+            "Relative error of dL/dtheta against the time that it takes, forward and backward: "
+            "lower left is better. Errors "
+            f"below {_SMALLEST:g} and above {_LARGEST:g} stand on dashed lines."
         )
         found.insert(0, figure(caption, lambda axes: draw_errors(axes, usable)))
     return "\n".join(found)
@@ -69,8 +77,9 @@ def of_report(report: Measurement) -> str:
 def draw_errors(axes: Any, results: Sequence[StrategyResult]) -> None:
     """Draw relative errors against times.
 
-    An error of rounding, such as that of a method which is its own reference, or one of a series
-    that explodes, would leave the others no room: it stands on a line beside them, with its number.
+    A method that is its own reference has an error of rounding, and a series that diverges has a
+    huge one. On the axis these would leave the others no room. So they stand on dashed lines at the
+    edge, and the legend gives their numbers.
     """
     errors = [_error(r) for r in results]
     seen = [error for error in errors if _SMALLEST <= error <= _LARGEST]
@@ -96,7 +105,7 @@ def draw_errors(axes: Any, results: Sequence[StrategyResult]) -> None:
         axes.axhline(y, color="grey", linestyle="--", linewidth=1)
     log_axis(axes, "x", *around(times))
     log_axis(axes, "y", min([low, *lines]), max([high, *lines]))
-    # No tick stands on a dashed line, whose errors are others.
+    # A dashed line gets no tick, since the errors on it have other values.
     ticks = [tick for tick in axes.get_yticks() if bottom * 1.01 < tick < top / 1.01]
     axes.set_yticks(ticks if seen else [])
     axes.set_ylim(min([low, *(y / 1.5 for y in lines)]), max([high, *(y * 1.5 for y in lines)]))
@@ -109,7 +118,7 @@ def _error(result: StrategyResult) -> float:
 
 
 def log_axis(axes: Any, which: str, low: float, high: float) -> None:
-    """Make an axis, "x" or "y", logarithmic from one number to another, with ticks of its own."""
+    """Make the axis "x" or "y" logarithmic from `low` to `high`, with the ticks of `log_ticks`."""
     axes.set(**{f"{which}scale": "log"})
     axes.set(**{f"{which}lim": (low, high), f"{which}ticks": log_ticks(low, high)})
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -118,7 +127,7 @@ def log_axis(axes: Any, which: str, low: float, high: float) -> None:
 
 
 def around(values: Sequence[float]) -> tuple[float, float]:
-    """Return where a logarithmic axis begins and ends that shows these numbers above zero."""
+    """Return limits of a logarithmic axis that shows these positive numbers with some room."""
     low, high = min(values), max(values)
     room = max((high / low) ** 0.1, 1.4)
     return low / room, high * room
@@ -132,7 +141,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         high: where it ends.
     """
     decades = math.log10(high / low)
-    if decades < 1:  # as on a linear axis
+    if decades < 1:  # evenly spaced, as on a linear axis
         step = (high - low) / 6
         unit = 10.0 ** math.floor(math.log10(step))
         step = next(unit * nice for nice in (1, 2, 5, 10) if unit * nice >= step)
@@ -155,7 +164,7 @@ def draw_radii(axes: Any, report: Measurement) -> None:
 
 
 def draw_memory(axes: Any, results: Sequence[StrategyResult]) -> None:
-    """Draw a bar of memory a method."""
+    """Draw one bar of peak memory per method."""
     positions = range(len(results))
     axes.barh(
         positions,
@@ -169,7 +178,12 @@ def draw_memory(axes: Any, results: Sequence[StrategyResult]) -> None:
 
 
 def labels(results: Sequence[StrategyResult], width: int = 24) -> list[str]:
-    """Return names without arguments, and with them where a name alone is not enough."""
+    """Return names of methods: without arguments if the name is unique, else with them.
+
+    Args:
+        results: the rows of the report.
+        width: the largest number of characters of a name with arguments.
+    """
     names = [r.label.partition("(")[0] for r in results]
     return [
         name if names.count(name) == 1 else _cut(r.label, width)

@@ -1,4 +1,4 @@
-"""A report as one self-contained page: nothing is fetched, no script runs."""
+"""A report as one self-contained HTML page. The page fetches nothing and runs no script."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ..measure.results import Measurement, StrategyResult
 from . import figures
 from .text import HEADER, cells, damped, facts, n_columns, notes
 
-# All eleven columns of a report, and its three figures in a row, have room at 1400 pixels: of the
-# columns only the first, which has the specs, may break its lines.
+# At 1400 pixels there is room for all eleven columns of a report, and for its three figures in a
+# row. Only the first column, which has the specs, may break its lines.
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem;
        color: #1b1f24; background: #fff }
@@ -31,11 +31,11 @@ li { margin: .3rem 0; max-width: 60rem }
 
 
 def page(reports: Sequence[tuple[Measurement, Sequence[str]]], title: str) -> str:
-    """Return the page.
+    """Return a page with one section per report.
 
     Args:
-        reports: what was measured, and the advice on it; one a section.
-        title: of the page.
+        reports: pairs of what was measured, and the advice on it.
+        title: the title of the page.
 
     Raises:
         ImportError: without matplotlib.
@@ -80,7 +80,7 @@ def _damped(report: Measurement) -> str:
 
 
 def _row(result: StrategyResult, report: Measurement) -> str:
-    # Whoever points at a spec sees what it stands for, with all its defaults.
+    # Pointing at a spec shows the strategy with all its arguments.
     name = f'<td title="{html.escape(result.strategy)}">{html.escape(result.label)}</td>'
     if result.error is not None:
         span = n_columns(report) - 1

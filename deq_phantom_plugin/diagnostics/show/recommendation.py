@@ -1,4 +1,7 @@
-"""What a report's numbers advise, in words."""
+"""Advice that follows from the numbers of a report, in sentences.
+
+First come doubts about the numbers themselves, then damping, then the methods that were measured.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,15 @@ _MANY_STEPS = 40
 def recommend(report: Measurement) -> list[str]:
     """Return sentences that follow from the numbers of a report.
 
-    Whether damping helps is judged by the measured radius of lam J + (1 - lam) I over lam, never
-    by rho(J): eigenvalues of -1.4 are damped into the unit circle, those of 1.4 never.
+    Whether damping helps is judged by the measured radii of lam J + (1 - lam) I for several lam,
+    and never by rho(J). Damping brings an eigenvalue of -1.4 into the unit circle, and never one of
+    1.4.
     """
-    if report.map_difference > 0:  # every number is of another map: none advises anything
+    if report.map_difference > 0:  # then each number belongs to another map, and advises nothing
         return _caveats(report)
     sentences = [*_caveats(report), _about_damping(report)]
     if report.reference_norm == 0:
-        sentences.append("The gradient is zero here: nothing can be said of directions.")
+        sentences.append("The gradient is zero here, so directions cannot be compared.")
         return sentences
     if not report.reference_is_good:
         return sentences
@@ -31,53 +35,55 @@ def recommend(report: Measurement) -> list[str]:
 
 
 def _caveats(report: Measurement) -> list[str]:
+    """Return what makes the numbers doubtful: of the map, of the solve, or of the reference."""
     found = []
     random = report.map_difference > 0
-    if random:  # then residuals say nothing of solves or of precision
+    if random:  # then residuals say nothing about solves or precision
         found.append(
             f"F is not deterministic: {in_words(report.map_difference, report.map_reasons)}. "
-            "It has no equilibrium, and every number here is of another draw of it. "
+            "So F has no equilibrium, and every number here belongs to another draw of F. "
             f"{REMEDY}"
         )
     if report.forward_residual > _POOR_SOLVE and not random:
         found.append(
             f"The equilibrium is solved only to a relative residual of "
-            f"{report.forward_residual:.1e}: every gradient here, the reference too, is that of a "
-            "point that is not h*. Tighten the forward solve first."
+            f"{report.forward_residual:.1e}. So every gradient here, also the reference, is taken "
+            "at a point that is not h*. Tighten the forward solve first."
         )
     if report.samples_are_coupled and report.batch_dim == "auto":
         found.append(
             "F mixes the samples of a batch (batch normalisation, attention over the batch, nodes "
-            "of a graph?): the batch is one system, for the reference and for every method here, "
+            "of a graph?). So the reference and every method here treat the batch as one system, "
             "as with batch_dim=None."
         )
     elif report.samples_are_coupled:
         found.append(
             "F mixes the samples of a batch (batch normalisation?), which were said to be "
-            "independent: the reference treats the batch as one system, while ift and exact "
-            "solve each sample by itself and are off. Use a norm without batch statistics, or "
+            "independent. The reference treats the batch as one system, while ift and exact "
+            "solve each sample by itself, so they are off. Use a norm without batch statistics, or "
             "batch_dim=None in the context."
         )
     if not (report.reference_residual <= POOR_REFERENCE or random):
         meaning = (
-            "cosines and errors are to a gradient that is not exact"
+            "cosines and errors compare with a gradient that is not exact"
             if report.reference_is_good
-            else "it is not the exact gradient, so nothing is said of how near the others come"
+            else "it is not the exact gradient, so the others are not compared with it"
         )
         found.append(
             f"The reference itself has a residual of {report.reference_residual:.1e}: {meaning}. "
-            "Float64 or a better conditioned F helps."
+            "Float64 helps, or a better conditioned F."
         )
     return found
 
 
 def _about_damping(report: Measurement) -> str:
+    """Return whether damping helps, and which lam and k to try."""
     lam, radius = min(report.damped_radii.items(), key=lambda item: item[1])
     plain = f"rho(dF/dh) is {report.radius:.3g}"
     if radius >= 1:
         return (
             f"{plain}, and no damping factor brings the map's radius below 1 (lowest: "
-            f"{radius:.4f} at lam={lam:g}), as an eigenvalue lies at or beyond 1: "
+            f"{radius:.4f} at lam={lam:g}), as an eigenvalue lies at or beyond 1. So "
             "phantom gradients get worse with every step here. Use ift, or few steps, and "
             "regularise with dpp.jacobian_reg."
         )
@@ -85,17 +91,18 @@ def _about_damping(report: Measurement) -> str:
     told = f"{plain}; with lam={lam:g} the damped map's radius is {radius:.3g}"
     if steps > _MANY_STEPS:
         return (
-            f"{told}, so a phantom gradient may need up to {steps} steps to come within 10 %: too "
-            "close to 1 for few steps. Compare ift, or regularise with dpp.jacobian_reg."
+            f"{told}. That is close to 1: a phantom gradient may need up to {steps} steps to come "
+            "within 10 % of the exact one. Compare ift, or regularise with dpp.jacobian_reg."
         )
     return (
-        f"{told}, lowest of all: a phantom gradient of k steps has an error of about "
-        f"{radius:.2g}^k, 10 % at k={steps}. Try npg(k={steps}, lam={lam:g}), or upg for "
-        "robustness."
+        f"{told}, the lowest of all lam. A phantom gradient of k steps then has a relative error "
+        f"of about {radius:.2g}^k, which is 10 % at k={steps}. Try npg(k={steps}, lam={lam:g}), or "
+        "upg for robustness."
     )
 
 
 def _about_results(report: Measurement) -> list[str]:
+    """Return which methods point uphill, and which is the cheapest that is good enough."""
     usable = [r for r in report.results if r.cosine is not None and not math.isnan(r.cosine)]
     if not usable:
         return ["No method gave a gradient."]
@@ -107,8 +114,8 @@ def _about_results(report: Measurement) -> list[str]:
     if not good:
         best = max(usable, key=_cosine)
         found.append(
-            f"No method measured reaches a cosine of {_GOOD_COSINE}; the best is {best.label} "
-            f"with {_cosine(best):.3f}."
+            f"None of the methods measured reaches a cosine of {_GOOD_COSINE}; the best is "
+            f"{best.label} with {_cosine(best):.3f}."
         )
         return found
     cheapest = min(good, key=_seconds)

@@ -1,4 +1,4 @@
-"""What reports are kept as: their numbers as JSON, their tables and plots as a page."""
+"""How reports are saved: their numbers as JSON, their tables and plots as one HTML page."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ..._plumbing.output import write_whole
 
 @dataclass(frozen=True)
 class Saved(ABC):
-    """A report, which can be saved."""
+    """A report that can be saved; a subclass is a dataclass, and makes its own page."""
 
     @abstractmethod
     def _page(self) -> str:
-        """Return the report as a page."""
+        """Return the report as HTML."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers in types that JSON has; NaN and infinity become None."""
         return dict(_plain(asdict(self)))
 
     def save_json(self, path: str | Path) -> None:
-        """Write all numbers to a file, whole or not at all."""
+        """Write all numbers to a file. A write that fails leaves no partial file."""
         write_whole(path, json.dumps(self.to_dict(), indent=1).encode())
 
     def save_html(self, path: str | Path) -> None:
-        """Write one self-contained page with tables and plots, whole or not at all.
+        """Write one self-contained page with tables and plots. A failure leaves no partial file.
 
         Raises:
             ImportError: without matplotlib.
@@ -38,6 +38,7 @@ class Saved(ABC):
 
 
 def _plain(value: Any) -> Any:
+    """Return a value in types that JSON has."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

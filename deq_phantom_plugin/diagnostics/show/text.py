@@ -1,4 +1,7 @@
-"""A report as text for the terminal; a page has the same words and numbers."""
+"""A report as text for the terminal.
+
+The HTML page (`html`) takes its words and numbers from here, too.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ HEADER = (
 
 
 def cells(result: StrategyResult, report: Measurement) -> list[str]:
-    """Return a row under the columns of a report; "-" for what is not known."""
+    """Return a strategy's row of the table, one cell per column; "-" for what is not known."""
 
     def number(value: float | None, form: str, scale: float = 1.0) -> str:
         return "-" if value is None else format(scale * value, form)
@@ -49,13 +52,13 @@ def cells(result: StrategyResult, report: Measurement) -> list[str]:
 
 
 def n_columns(report: Measurement) -> int:
-    """Return how many columns there are: the last only where it was measured."""
+    """Return the number of columns. The last one is there only if second order was measured."""
     measured = any(result.second_order_error is not None for result in report.results)
     return len(HEADER) if measured else len(HEADER) - 1
 
 
 def facts(report: Measurement) -> list[tuple[str, str]]:
-    """Return what a report says of the equilibrium itself, as names and values."""
+    """Return what a report says about the equilibrium itself, as pairs (name, value)."""
     samples = (
         f"{report.batch_size} samples, " if report.batch_size is not None else "samples coupled, "
     )
@@ -77,7 +80,7 @@ def facts(report: Measurement) -> list[tuple[str, str]]:
 
 
 def damped(report: Measurement) -> list[tuple[str, ...]]:
-    """Return two rows, of each lam and of the damped map's spectral radius there."""
+    """Return two rows: the values of lam, and the spectral radius of the damped map at each."""
     return [
         ("damped by lam", *(f"{lam:g}" for lam in report.damped_radii)),
         ("has rho", *(f"{radius:.3f}" for radius in report.damped_radii.values())),
@@ -85,7 +88,7 @@ def damped(report: Measurement) -> list[tuple[str, ...]]:
 
 
 def notes(report: Measurement) -> list[str]:
-    """Return what has to be said below the table."""
+    """Return the notes below the table."""
     if report.reference_is_good:
         return []
     return [
@@ -95,7 +98,7 @@ def notes(report: Measurement) -> list[str]:
 
 
 def as_text(report: Measurement, advice: Sequence[str]) -> str:
-    """Return a report as a table, with what it was measured on above and advice below."""
+    """Return a report as text: facts on the equilibrium, the table, errors, and advice."""
     known, (lams, radii) = facts(report), damped(report)
     width = max(len(name) for name, *_ in [*known, lams, radii])
     lines = [report.name, "=" * len(report.name)]

@@ -1,4 +1,4 @@
-"""What `tune` found, as text for the terminal and as a page with a picture."""
+"""The result of `tune`, as text for the terminal and as a page with figures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .figures import COLOURS, SMALL_TEXT, around, figure, log_axis
 from .html import document
 
 _HEADER = ("strategy", "cosine", "cost", "F", "VJP")
-_DEAREST = 1e6  # what costs more has no cost, such as a solve that failed
-_FLOOR = 1e-9  # of what is missing to a cosine of 1, for a logarithmic axis
+_DEAREST = 1e6  # a cost above this stands for a solve that failed, and is not drawn
+_FLOOR = 1e-9  # the least 1 - cosine that is drawn, since the axis is logarithmic
 
 
 def tuning_text(title: str, equilibria: Sequence[TunedEquilibrium], spec: str) -> str:
-    """Return tables, and the spec to copy."""
+    """Return one table per equilibrium, and the spec to copy."""
     lines = [title]
     for found in equilibria:
         lines += ["", found.name, "=" * len(found.name)]
@@ -47,8 +47,8 @@ def tuning_page(title: str, equilibria: Sequence[TunedEquilibrium], spec: str) -
             )
             parts.append(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
             caption = (
-                "What is missing to a cosine of 1 against the cost in evaluations of F, a backward "
-                "pass counted as two: lower left is better. The ring is what was chosen."
+                "1 - cosine against the cost in evaluations of F, where a backward pass counts as "
+                "two: lower left is better. The ring marks the method that was chosen."
             )
             parts.append(figure(caption, partial(_draw, found)))
     return document(title, "\n".join(parts))
@@ -59,7 +59,7 @@ def _sentence(found: TunedEquilibrium) -> str:
 
 
 def _rows(found: TunedEquilibrium) -> list[tuple[str, ...]]:
-    """Return the methods that nothing beats in both cost and cosine, and what was chosen."""
+    """Return rows of the chosen method, and of those that none beats in both cost and cosine."""
     shown = [c for c in found.candidates if c.spec == found.spec]
     best = -1.0
     for candidate in sorted(found.candidates, key=lambda c: (c.cost, -c.cosine)):
@@ -79,6 +79,7 @@ def _rows(found: TunedEquilibrium) -> list[tuple[str, ...]]:
 
 
 def _draw(found: TunedEquilibrium, axes: Any) -> None:
+    """Draw all methods, a colour per name, and a ring around the chosen one."""
     shown = [c for c in found.candidates if 0 < c.cost < _DEAREST]
     for i, kind in enumerate(sorted({_kind(c) for c in shown})):
         own = [c for c in shown if _kind(c) == kind]
@@ -106,5 +107,5 @@ def _kind(candidate: Candidate) -> str:
 
 
 def _missing(candidates: Sequence[Candidate]) -> list[float]:
-    """Return what is missing to a cosine of 1."""
+    """Return 1 - cosine of each candidate, at least `_FLOOR`."""
     return [max(1 - c.cosine, _FLOOR) for c in candidates]
