@@ -262,6 +262,30 @@ def test_a_strategy_that_fails_has_its_error_in_its_row_and_the_others_report():
     assert "broken failed: RuntimeError: out of luck" in str(report)
 
 
+def test_a_strategy_that_fails_only_now_and_then_does_not_stop_the_report():
+    calls = []
+
+    def now_and_then(func, equilibrium, context):
+        calls.append(1)
+        if len(calls) > 2:  # in one of the timed runs
+            raise RuntimeError("out of luck")
+        return func(equilibrium)
+
+    report = report_on(make_equilibrium([(3, 4)]), [now_and_then, "jfb"])
+    assert report.results[0].error == "RuntimeError: out of luck"
+    assert report.results[0].cosine is None
+    assert report.results[1].backward_seconds > 0
+
+
+def test_where_no_method_can_solve_the_reference_the_error_says_why(monkeypatch):
+    def refused(*args):
+        raise ValueError("too large")
+
+    monkeypatch.setattr(reference.Problem, "differentiate", refused)
+    with pytest.raises(ValueError, match="too large"):
+        report_on(make_equilibrium([(3, 4)]), ["jfb"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

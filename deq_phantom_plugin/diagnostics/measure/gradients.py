@@ -122,9 +122,15 @@ def _results(
             rows.append(StrategyResult(repr(strategy), label=name, error=message))
     times: list[list[tuple[float, float]]] = [[] for _ in strategies]
     for _ in range(repeats):
-        for strategy, row, own in zip(strategies, rows, times, strict=True):
-            if row.error is None:
-                own.append(_run(problem, strategy))
+        for i, strategy in enumerate(strategies):
+            if rows[i].error is not None:
+                continue
+            try:
+                times[i].append(_run(problem, strategy))
+            except Exception as error:  # one that draws may fail now and then
+                message = f"{type(error).__name__}: {error}"
+                rows[i] = StrategyResult(repr(strategy), label=labels[i], error=message)
+                times[i].clear()
     return [
         replace(
             row,

@@ -30,11 +30,14 @@ def solve_reference(problem: Problem) -> tuple[GradStrategy, Gradient]:
     for method in methods:
         try:
             gradient = problem.differentiate(method)
-        except ValueError:  # the matrices would be too large
+        except ValueError as error:  # the matrices would be too large
+            refused = error
             continue
         found.append((method, gradient))
         if gradient.residual <= POOR_REFERENCE:
             break
+    if not found:
+        raise refused
     return min(found, key=lambda pair: pair[1].residual)
 
 
