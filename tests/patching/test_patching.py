@@ -226,7 +226,7 @@ def test_a_change_since_the_patch_is_refused(repo, capsys, args):
     command("patch", repo, "--grad", "upg")
     (repo / "train.py").write_text("# mine")
     said = refused(capsys, repo, "patch", repo, *args)
-    assert "with upg: train.py; put" in said
+    assert "with upg: train.py. Your" in said
     assert "restore all of model.py, train.py by git and delete .deq-phantom" in said
 
 
