@@ -1,4 +1,4 @@
-# This file is longer than 400 lines: it can be copied alone, and begins with what was found.
+# Longer than 400 lines: one file that can be copied alone, and that begins with what was found.
 """Figure 1 of the supplement: solvers and phantom gradients where ||J|| is close to 1.
 
     python examples/synthetic.py [--quick] [--out FOLDER]

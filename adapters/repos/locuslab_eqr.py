@@ -10,8 +10,8 @@ too. This has the following consequences:
   draw as often as the repository's own training, which stays the same to the bit. The same holds
   for `ift` and `exact`: their map is the last evaluation with its noise. These two warn once that
   F is not the same each time.
-- `npg` and `npg_rr` evaluate F once more for their graph, with new noise, so later draws differ from
-  those of the repository. The value is that of the loop.
+- `npg` and `npg_rr` evaluate F once more for their graph, with new noise, so later draws differ
+  from those of the repository. The value is that of the loop.
 - `reversible` evaluates F again in the backward pass, and warns that F is not deterministic.
 - The residuals in reports do not fall below the noise.
 """

@@ -67,7 +67,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    # This function is longer than 60 lines; half of them are its arguments and their docstring.
+    # Longer than 60 lines: half of them are its arguments and their docstring.
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,

@@ -76,7 +76,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self._joins = Joins()
         self.post_init()
 
-    # This function is longer than 60 lines; most of them are its arguments and their docstring.
+    # Longer than 60 lines: most of them are its arguments and their docstring.
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,

@@ -52,7 +52,7 @@ _POSITIONS: Mapping[str, Callable[[nn.Module, PreTrainedConfig], nn.Module | Non
 )
 
 
-# This function is longer than 60 lines; most of them are its arguments and their docstring.
+# Longer than 60 lines: most of them are its arguments and their docstring.
 def deq_from_layer(
     layer: nn.Module,
     model_type: str | None = None,
