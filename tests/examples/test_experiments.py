@@ -336,7 +336,7 @@ def test_missing_data_are_described(tmp_path, harness):
         load("cifar10", None, 0, 0, 32)
     with pytest.raises(SystemExit, match="is not there"):
         load("folder", tmp_path / "nothing", 0, 0, 32)
-    with pytest.raises(SystemExit, match="one subfolder of images a class"):
+    with pytest.raises(SystemExit, match="one subfolder of images per class"):
         load("folder", tmp_path, 0, 0, 32)
     with pytest.raises(ValueError, match="dataset='mnist'; expected cifar10"):
         load("mnist", None, 0, 0, 32)

@@ -759,11 +759,11 @@ def test_generation_from_nothing():
 
 def test_no_input_or_two():
     model = make(tight=False)
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="of input_ids and inputs_embeds"):
         model()
     ids = tokens()
     embeds = model.get_input_embeddings()(ids)
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="of input_ids and inputs_embeds"):
         model(ids, inputs_embeds=embeds)
     torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(ids).logits)
 
