@@ -1,1 +1,4 @@
-"""Model families and foreign repositories on the public names of deq_phantom_plugin."""
+"""Model families of this package, and adapters by which foreign repositories are patched.
+
+`mdeq`, `transformer` and `ignn` are models. `repos` has one adapter per repository.
+"""

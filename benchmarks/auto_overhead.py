@@ -1,11 +1,11 @@
-"""What `auto` costs: a training with it against one with the method that it settled on.
+"""Measures what `auto` costs, in comparison with the strategy that it chooses.
 
     python benchmarks/auto_overhead.py
 
-Trains MDEQ-tiny on scikit-learn's digits, with the evaluations of the forward solve that are asked
-for. A step with `auto` and one with the method that is in force there take turns, on two models of
-the same weights, so that both meet the same machine. Prints what was chosen, and the ratio of the
-seconds, the steps that measure included.
+The script trains MDEQ-tiny on scikit-learn's digits, with a given number of forward evaluations.
+Two models have the same weights. One takes a step with `auto`, and then the other takes the same
+step with the strategy that is in force. The script prints the choices, and the ratio of the seconds
+of all steps. The steps in which `auto` measures are included.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from deq_phantom_plugin.diagnostics.measure.cost import now
 
 
 class Pair:
-    """A model that trains with `auto`, and a twin that takes the same steps with what is in force.
+    """A model that trains with `auto`, and a twin that takes the same steps without it.
 
     Args:
         grad: the spec of `auto`.
-        evaluations: of the forward solve.
-        device: where.
+        evaluations: the number of evaluations of the forward solve.
+        device: the device of both models.
     """
 
     def __init__(self, grad: str, evaluations: int, device: torch.device) -> None:
@@ -47,7 +47,11 @@ class Pair:
         self.optimizer = torch.optim.Adam(self.model.parameters(), 3e-3)
 
     def step(self, number: int, batch_size: int) -> tuple[float, float, str]:
-        """Train a step; return the seconds of both, and what is in force afterwards."""
+        """Train one step.
+
+        Returns:
+            The seconds with `auto`, the seconds of the twin, and the spec in force after the step.
+        """
         chosen = torch.randint(len(self.data.train_labels), (batch_size,))
         images = self.data.train_images[chosen].to(self.device)
         labels = self.data.train_labels[chosen].to(self.device)

@@ -1,9 +1,9 @@
-"""Ours against TorchDEQ, silva-networks and hand-written floors, in one process, taken in turn.
+"""Compares this package with TorchDEQ, silva-networks and hand-written loops (floors).
 
     python benchmarks/bench.py [--only GROUP ...] [--out benchmarks/results/cpu-DATE.json]
 
-Writes JSON, and a Markdown table beside it, and prints the table. What is not installed is
-marked "not available" in its rows.
+All of them run in one process and take turns. The script writes JSON and a Markdown table beside
+it, and prints the table. Rows of packages that are not installed say "not available".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GROUPS += ("scaling", "warm", "device", "silva", "small", "launches", "compiled"
 
 
 def environment(args: argparse.Namespace, settings: contest.Settings) -> dict[str, object]:
-    """Return what the numbers depend on besides the code."""
+    """Return the hardware, the versions and the settings, on which the numbers depend."""
     gpu = None
     if settings.device.type == "cuda":
         gpu = torch.cuda.get_device_name(settings.device)
@@ -71,14 +71,17 @@ def _processor() -> str:
 
 
 def _file_name(about: dict[str, object]) -> str:
-    """Return DEVICE-DATE.json, and say that silva-networks was there: it has its own versions."""
+    """Return the name of the results, DEVICE-DATE.json or DEVICE-silva-DATE.json.
+
+    silva-networks has an environment of its own, with other versions of the packages.
+    """
     device = str(about["gpu"] or "cpu").replace(" ", "-").lower()
     silva = "" if about["silva-networks"] == "not installed" else "-silva"
     return f"{device}{silva}-{datetime.date.today().isoformat()}.json"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the groups that were asked for."""
+    """Run the groups that the command line selects."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP")
     parser.add_argument("--out", type=Path, help="JSON; default benchmarks/results/DEVICE-DATE")
@@ -96,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    # A solve that is cut short on purpose is no news here.
+    # Many solves stop early on purpose here, so this warning would say nothing new.
     warnings.filterwarnings("ignore", category=dpp.ConvergenceWarning)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
     settings = contest.Settings(
@@ -117,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             for item in group.contests(settings):
                 if args.work in item.work:
                     contest.hold(item, settings, results)
-                    # After each, so that a run that is cut short leaves what it has.
+                    # Written after each contest, so that a run that is stopped leaves results.
                     results.environment["minutes"] = round((time.monotonic() - start) / 60, 1)
                     results.write(out)
         except contest.Unavailable as reason:

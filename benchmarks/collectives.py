@@ -1,11 +1,11 @@
-"""What processes exchange in a training step, counted, for each strategy.
+"""Counts what processes exchange in a training step, for each strategy.
 
     python benchmarks/collectives.py [--processes 2] [--width 64] [--fsdp] [--grad "npg" "auto"]
 
-Trains a small model in DistributedDataParallel, or with FSDP2 (`--fsdp`), on the CPU, and counts
-every collective as PyTorch's dispatcher sees it, those of DDP's reducer and of `auto` included.
-Counted is the fourth step; `auto(every=1)` measures in it, `auto(every=100)` does not. Bytes are
-those of the tensors that a process hands over, or of those it gets where these are larger.
+The script trains a small model on the CPU in DistributedDataParallel, or with FSDP2 (`--fsdp`). It
+counts every collective that PyTorch's dispatcher sees, with those of DDP's reducer and of `auto`.
+The counted step is the fourth one; `auto(every=1)` measures in it, and `auto(every=100)` does not.
+Bytes are those of all tensors among the arguments of a collective, outputs included.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _NO_TRAFFIC = ("wait_tensor", "monitored_barrier_")
 
 
 class Count(TorchDispatchMode):
-    """Counts collectives, and the bytes of the tensors in them.
+    """Counts collectives, and the bytes of the tensors that are passed to them.
 
     Attributes:
-        calls: how often each was called.
-        bytes: of what went in.
+        calls: the number of calls of each collective.
+        bytes: the bytes of all tensors among the arguments.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Net(nn.Module):
 
 
 def counted(spec: str, width: int, fsdp: bool) -> list[str]:
-    """Return a row of the table: of the fourth step, when DDP has arranged its buckets."""
+    """Return a row of the table, for the fourth step: DDP has arranged its buckets by then."""
     model = Net(spec, width)
     wrapped: nn.Module = model
     if fsdp:
@@ -129,7 +129,7 @@ def counted(spec: str, width: int, fsdp: bool) -> list[str]:
 def process(
     rank: int, processes: int, folder: str, specs: Sequence[str], width: int, fsdp: bool
 ) -> None:
-    """Be one of the processes; the first one prints."""
+    """Run one of the processes; the first one prints the table."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group(
@@ -144,7 +144,8 @@ def process(
         size = sum(p.numel() * p.element_size() for p in Net("jfb", width).parameters())
         print(f"{processes} processes, {size} bytes of parameters")
         print(text_table(["strategy", "collectives of a step", "calls", "bytes"], rows))
-    gc.collect()  # DDP is in a circle; what is left of it at exit aborts the process now and then
+    # DDP is in a reference cycle. If it still exists at exit, it sometimes aborts the process.
+    gc.collect()
     dist.destroy_process_group()
 
 

@@ -1,9 +1,9 @@
-"""Make this package importable from the checkout without installing it, or pip, or a network.
+"""Makes this package importable from the checkout, without pip and without a network.
 
     export PYTHONPATH=$(python benchmarks/importable.py FOLDER)
 
-Lays out in FOLDER what an installation would: the package with `adapters/` inside it, as links
-into the checkout, and the metadata that its entry points are read from. Prints the folder.
+The script fills FOLDER as an installation would. It links the package with `adapters/` inside it to
+the checkout, and writes the metadata from which entry points are read. It prints the folder.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def lay_out(folder: Path) -> None:
-    """Fill an empty folder."""
+    """Fill an empty folder with links to the package, and with its metadata."""
     package = folder / "deq_phantom_plugin"
     package.mkdir(parents=True)
     for source in (ROOT / "deq_phantom_plugin").iterdir():
         (package / source.name).symlink_to(source)
     (package / "adapters").symlink_to(ROOT / "adapters")
     project = (ROOT / "pyproject.toml").read_text()
-    # Not tomllib: Python has it from 3.11 on, and all that is wanted are lines of two kinds.
+    # Python has tomllib only from 3.11 on, and only two kinds of lines are needed.
     version = re.search(r'^version = "(.+)"', project, re.MULTILINE)
     assert version is not None, "pyproject.toml has no version"
     info = folder / f"deq_phantom_plugin-{version[1]}.dist-info"

@@ -1,10 +1,11 @@
-"""What it costs to find out whether samples are coupled: MDEQ-tiny's first step and later ones.
+"""Measures what it costs to find out whether the samples of a batch are coupled.
 
     python benchmarks/inspection.py --repeats 9
 
-Each repeat trains two fresh models of the same weights for three steps in turn, one of which is
-told that its samples are independent. Printed are ratios of medians: the step that asks over the
-same step that does not, first and later, and the evaluations of f and products that asking took.
+Each repeat trains two fresh MDEQ-tiny models with the same weights for three steps, one model after
+the other. One model is told that its samples are independent, and the other has to find out. The
+script prints the ratio of the median times of the two, for the first step and for later ones. It
+also prints how many more evaluations of f and products the question takes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ STEPS = 3
 
 
 class Counted:
-    """Evaluations of f, and products that the question took."""
+    """Counts the evaluations of a model's f."""
 
     def __init__(self, model: MDEQ) -> None:
         self.evaluations = self.products = 0
@@ -35,7 +36,13 @@ class Counted:
 
 
 def steps(grad: str, told: bool, images: Tensor) -> tuple[list[float], list[int]]:
-    """Train a fresh model; return the seconds and the evaluations of f of each step."""
+    """Train a fresh model, and return the seconds and the evaluations of f of each step.
+
+    Args:
+        grad: the spec of the gradient.
+        told: whether the model is told that its samples are independent.
+        images: shape (B, 3, 32, 32).
+    """
     torch.manual_seed(0)
     model = MDEQ.from_preset("tiny", grad=grad, f_solver="broyden_fast")
     if told:
@@ -63,7 +70,7 @@ def main() -> None:
     products = len(linearization._words(args.batch)) if args.batch > 1 else 0
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, batch {args.batch}")
     for grad in args.grad:
-        steps(grad, True, images)  # warm
+        steps(grad, True, images)  # warms up
         asked, told = [], []
         for _ in range(args.repeats):
             asked.append(steps(grad, False, images))

@@ -1,12 +1,12 @@
-"""What lockstep costs: a training step with a fixed number of evaluations, with it and without.
+"""Measures what lockstep costs in a training step with a fixed number of evaluations.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/lockstep.py [--width 64 256 512]
 
-F is a block of a transformer's feed-forward kind, which FSDP2 shards apart from its model, on gloo.
-Both kinds of step take 20 evaluations and 10 products, so that neither waits for a process that has
-more to do; they are taken in turn, in pairs. Prints, for each width, the time of an evaluation, the
-median step without lockstep, and the median over the pairs of the time with lockstep over that
-without.
+F is the feed-forward block of a transformer. FSDP2 shards it apart from its model, with the backend
+gloo. Steps with and without lockstep take 20 evaluations and 10 products each, so no process waits
+for another one that has more to do. They are taken in turn, in pairs. For each width the script
+prints the time of an evaluation, and the median time of a step without lockstep. It also prints the
+median over the pairs of the time with lockstep, divided by the time without.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Model(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a number a row."""
+        """Return one number per row of x, shape (B, 1)."""
         u = self.inject(x)
         h: Tensor = self.equilibrium(lambda h: 0.3 * self.block(h) + u, torch.zeros_like(u))
         return self.out(h)
 
 
 def step(model: Model, x: Tensor, group: object) -> float:
-    """Return the seconds of a training step."""
+    """Return the seconds of a training step; `group` is None without lockstep, else "auto"."""
     model.equilibrium.process_group = group
     model.zero_grad()
     dist.barrier()
@@ -74,11 +74,11 @@ def measure(width: int, repeats: int) -> list[str]:
     for index in range(repeats + 1):
         groups = (None, "auto") if index % 2 else ("auto", None)
         seconds = {group: step(model, x, group) for group in groups}
-        if index:  # the first is slow with and without
+        if index:  # the first pair warms up
             pairs.append((seconds[None], seconds["auto"]))
     without = statistics.median(plain for plain, _ in pairs)
     ratio = statistics.median(lockstep / plain for plain, lockstep in pairs)
-    # A product counts as much as two evaluations, and so does the last backward pass.
+    # A product counts as two evaluations, and so does the last backward pass.
     evaluation = without / (EVALUATIONS + 1 + 2 * (PRODUCTS + 1))
     return [str(width), f"{1e3 * evaluation:.1f}", f"{1e3 * without:.0f}", f"{ratio:.3f}"]
 

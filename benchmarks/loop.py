@@ -1,10 +1,12 @@
-"""What `dpp.loop` costs around a recursive model's block, against the same loop written by hand.
+"""Measures what `dpp.loop` costs around a recursive model's block.
 
     OMP_NUM_THREADS=1 python benchmarks/loop.py --repeats 31
 
-One step is a loop of 16 evaluations of a Tiny Recursive Model's block (width 64), the last with a
-graph, a loss and its backward pass. The two take turns, and begin in turn; printed are the ratios
-of their medians, and how many graphs `torch.compile` made of each and what broke them.
+The comparison is the same loop written by hand. One step is a loop of 16 evaluations of the block
+of a Tiny Recursive Model (width 64), a loss and its backward pass. Only the last evaluation has a
+graph. The two loops take turns, and each is first in half of the turns. The script prints the
+ratios of their median times. It also prints how many graphs `torch.compile` makes of each loop, and
+how many breaks there are.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ State = tuple[Tensor, Tensor]
 
 
 class Layer(nn.Module):
-    """Mix tokens, then channels, each with a norm after it, as TRM does for Sudoku."""
+    """Mixes tokens, and then channels, each followed by a norm, as TRM does for Sudoku."""
 
     def __init__(self, width: int, length: int) -> None:
         super().__init__()
@@ -35,14 +37,14 @@ class Layer(nn.Module):
         self.out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's image of (B, L, D)."""
+        """Return the output for x; both have the shape (B, L, D)."""
         mixed = self.back(self.tokens(x.transpose(1, 2))).transpose(1, 2)
         x = F.rms_norm(x + mixed, x.shape[-1:])
         return F.rms_norm(x + self.out(self.channels(x)), x.shape[-1:])
 
 
 class Block(nn.Module):
-    """One evaluation: `cycles` updates of the latents, and one of the answer."""
+    """One evaluation of the loop: `cycles` updates of the latents, and one of the answer."""
 
     def __init__(self, width: int, length: int, cycles: int) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class Block(nn.Module):
         self.cycles = cycles
 
     def forward(self, x: Tensor, state: State) -> State:
-        """Return the next (answer, latents)."""
+        """Return the next (answer, latents), each of shape (B, L, D)."""
         answer, latents = state
         for _ in range(self.cycles):
             latents = self.network(answer + latents + x)
@@ -58,7 +60,7 @@ class Block(nn.Module):
 
 
 def by_hand(block: Block, x: Tensor, state: State) -> Tensor:
-    """Return the answer after the loop as recursive models write it."""
+    """Return the answer after a loop that is written as in recursive models."""
     with torch.no_grad():
         for _ in range(STEPS - 1):
             state = block(x, state)
@@ -69,12 +71,12 @@ STRATEGY = dpp.get_strategy("tbptt(k=1)")
 
 
 def by_name(block: Block, x: Tensor, state: State) -> Tensor:
-    """Return the same through `dpp.loop`."""
+    """Return the same answer from `dpp.loop`."""
     return dpp.loop(lambda s: block(x, s), state, STEPS, STRATEGY)[0]
 
 
 def seconds(forward: Callable[..., Tensor], block: Block, x: Tensor, state: State) -> float:
-    """Take a step; return its time."""
+    """Take a step, and return its time in seconds."""
     block.zero_grad()
     start = time.perf_counter()
     forward(block, x, state).square().mean().backward()
@@ -103,7 +105,7 @@ def main() -> None:
             for repeat in range(args.repeats + 3):
                 for forward in order if repeat % 2 else order[::-1]:
                     taken = seconds(forward, block, x, state)
-                    if repeat >= 3:  # warm by then
+                    if repeat >= 3:  # the first three turns warm up
                         times[forward].append(taken)
             hand, name = (statistics.median(times[forward]) for forward in order)
             print(f"cycles {cycles}, batch {batch}: {name / hand:.3f} of the loop by hand")

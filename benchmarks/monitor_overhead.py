@@ -1,10 +1,10 @@
-"""What `dpp.monitor` costs: a training step that it logs against one that it does not.
+"""Measures what `dpp.monitor` costs: training steps that it logs, and steps that it does not log.
 
     python benchmarks/monitor_overhead.py
 
-Trains MDEQ-tiny on scikit-learn's digits (15 Anderson iterations forward) and logs every fifth
-step. Prints, for each gradient method, the median of both kinds of step and the share of the
-training time that logging would take at the default interval.
+The script trains MDEQ-tiny on scikit-learn's digits (15 Anderson iterations in the forward solve),
+and logs every fifth step. For each strategy it prints the median time of both kinds of step. It
+also prints the share of the training time that logging would take at the default interval.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def measure(grad: str, steps: int, batch_size: int, device: torch.device) -> tup
             optimizer.zero_grad()
             F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
             optimizer.step()
-            if step > 0:  # the first step is slow with and without
+            if step > 0:  # the first step warms up
                 seconds[step % EVERY == 0].append(now(device) - start)
     return statistics.median(seconds[False]), statistics.median(seconds[True])
 

@@ -1,22 +1,26 @@
-"""A long training in several processes, and whether anything in it grows.
+"""Trains for a long time in several processes, and checks that nothing grows.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/soak.py [--steps 20000] [--out runs/soak]
 
-A small model with two equilibria: one follows a schedule into `auto`, one has `guard` around a
-warm-started `ift`. Training is watched by `dpp.monitor`, averaged, and saved 40 times. Prints what
-each process holds, and at the end a verdict on each number, by a rule that does not depend on the
-machine; the last three quarters of the run count, when caches have filled. Ends with 1 if anything
-grew.
+The model is small and has two equilibria. The first follows a schedule that ends in `auto`. The
+second has `guard` around a warm-started `ift`. `dpp.monitor` watches the training. The weights are
+averaged, and 40 checkpoints are saved. With each checkpoint, the script prints what the first
+process holds. At the end it prints a verdict on each number. It exits with 1 if a number has grown.
 
-Resident memory may grow by 100 bytes a step, a fifth of what one tensor that is kept in each step
-takes, and by two megabytes, as allocators take them. Of tensors, file handles and threads the
-fewest in the last quarter may not be more than the fewest in the second, of tensors not by more
-than 32, for a solve leaves more behind for the next step or less. The up to 16 workspaces that
-solvers keep for the next solve, whose number goes up and down, are not counted. The
-processor's time of a step may grow by a quarter: it is that, and not the clock's, which others'
-work on the machine changes, and the model learns so slowly that its solves stay as long. Growth of
-memory and time is that of the Theil-Sen line, the median of the slopes between all pairs of
-samples, which single outliers do not move.
+The rule for the verdicts does not depend on the machine. Only the last three quarters of the run
+count, since caches fill in the first quarter.
+
+- Resident memory may grow by 100 bytes per step, plus two megabytes that an allocator may take. One
+  tensor that is kept in each step would take five times as much.
+- Tensors, file handles and threads: the smallest number in the last quarter may not exceed the
+  smallest number in the second quarter. For tensors it may exceed it by 32, since solves leave more
+  or fewer tensors for the next step. Solvers keep up to 16 workspaces for the next solve. Their
+  number varies, so they do not count.
+- The processor time of a step may grow by a quarter. Wall-clock time is not used, since other work
+  on the machine changes it. The model learns so slowly that its solves do not get longer.
+
+The growth of memory and of time is that of the Theil-Sen line, whose slope is the median of the
+slopes between all pairs of samples. Single outliers do not change it.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 from train_ddp import Checkpoints
 
-SAMPLES = 40
+SAMPLES = 40  # samples and checkpoints in a run
 WIDTH, ROWS = 16, 8
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SCHEDULE = "schedule({0: 'bptt(steps=10)', 0.1: 'auto(cosine=0.9, every=50)'})"
@@ -58,15 +62,15 @@ GUARDED = "guard('ift(tol=0.01, warm_start=True)')"
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process holds after some step.
+    """What a process holds after a step.
 
     Attributes:
-        step: how many steps were trained.
-        memory: resident, in bytes.
-        tensors: that the garbage collector knows.
-        handles: open files.
-        threads: of the process, those of PyTorch included.
-        milliseconds: of the processor's time, the median of the steps since the sample before.
+        step: the number of trained steps.
+        memory: the resident memory in bytes.
+        tensors: the number of tensors that the garbage collector knows.
+        handles: the number of open files.
+        threads: the number of threads of the process, with those of PyTorch.
+        milliseconds: the processor time per step, as the median since the last sample.
     """
 
     step: int
@@ -78,11 +82,11 @@ class Sample:
 
     @classmethod
     def take(cls, step: int, seconds: Sequence[float]) -> Sample:
-        """Return what this process holds.
+        """Return a sample of this process.
 
         Args:
-            step: how many steps were trained.
-            seconds: those that the steps since the last sample took.
+            step: the number of trained steps.
+            seconds: the processor time of each step since the last sample.
         """
         for kept in gc.get_objects():
             if type(kept) is Workspaces:
@@ -96,12 +100,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a number was flat.
+    """Whether a number has grown.
 
     Attributes:
-        name: of the number.
-        grown: by how much, over the last three quarters.
-        allowed: how much that may be.
+        name: the name of the number.
+        grown: its growth over the last three quarters of the run.
+        allowed: the largest growth that is allowed.
     """
 
     name: str
@@ -110,12 +114,16 @@ class Verdict:
 
     @property
     def flat(self) -> bool:
-        """Whether it did not grow by more than that."""
+        """Whether the growth is allowed."""
         return self.grown <= self.allowed
 
 
 def verdicts(samples: Sequence[Sample]) -> list[Verdict]:
-    """Judge the samples of a process, at least 8, by the rule that stands at the top."""
+    """Return the verdicts on the samples of a process, by the rule in the docstring above.
+
+    Args:
+        samples: at least 8 samples.
+    """
     quarter = len(samples) // 4
     counted = samples[quarter:]
     steps = [sample.step for sample in counted]
@@ -134,13 +142,13 @@ def verdicts(samples: Sequence[Sample]) -> list[Verdict]:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return the median of the slopes between all pairs."""
+    """Return the median of the slopes between all pairs of points (x, y)."""
     pairs = itertools.combinations(zip(x, y, strict=True), 2)
     return statistics.median((d - b) / (c - a) for (a, b), (c, d) in pairs)
 
 
 class Net(nn.Module):
-    """Two equilibria between linear layers."""
+    """Two equilibria, one after the other, between linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +174,7 @@ def _cell(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def train(model: Net, steps: int, out: Path, log: TextIO) -> Iterator[Sample]:
-    """Train, and yield samples."""
+    """Train the model, save checkpoints, and yield a sample after each."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.Adam(model.parameters(), 1e-5)
@@ -192,7 +200,7 @@ def train(model: Net, steps: int, out: Path, log: TextIO) -> Iterator[Sample]:
 
 
 def main() -> None:
-    """Train, print what there is, and end with 1 if anything grew."""
+    """Train, print samples and verdicts, and exit with 1 if a number has grown."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -221,7 +229,8 @@ def main() -> None:
             for v in of_process
         ]
         print(text_table(["process", "number", "grown", "allowed", ""], rows), flush=True)
-    gc.collect()  # DDP is in a circle; what is left of it at exit aborts the process now and then
+    # DDP is in a reference cycle. If it still exists at exit, it sometimes aborts the process.
+    gc.collect()
     dist.destroy_process_group()
     sys.exit(not all(v.flat for of_process in found for v in of_process))
 
@@ -230,7 +239,7 @@ def _line(sample: Sample, seconds: float) -> str:
     return (
         f"step {sample.step}: {sample.memory / 2**20:.1f} MiB, {sample.tensors} tensors, "
         f"{sample.handles} handles, {sample.threads} threads, "
-        f"{sample.milliseconds:.2f} ms a step; {seconds:.0f} s"
+        f"{sample.milliseconds:.2f} ms per step; {seconds:.0f} s"
     )
 
 

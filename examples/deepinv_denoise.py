@@ -1,11 +1,12 @@
-"""Denoising a photograph with a deepinv equilibrium model, by gradient method.
+"""Denoises a photograph with a deepinv equilibrium model, trained with several gradients.
 
     python examples/deepinv_denoise.py --steps 150 --grad own jacobian_free upg npg ift
 
-A plug-and-play proximal gradient algorithm, whose denoiser is a small convolutional network, is
-trained on patches of one photograph of scikit-learn's and tested on another, whole one. "own" is
-deepinv's implicit gradient and "jacobian_free" its Jacobian-free one; the others are specs of
-deq_phantom_plugin. All begin with the same weights and see the same patches. Times are medians.
+The model is a plug-and-play proximal gradient algorithm, whose denoiser is a small convolutional
+network. It is trained on patches of one photograph from scikit-learn, and tested on another whole
+photograph. "own" is deepinv's implicit gradient, and "jacobian_free" its Jacobian-free gradient.
+The other names are specs of deq_phantom_plugin. All models begin with the same weights and see the
+same patches. Times are medians.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import text_table
 
 OWN: dict[str, dict[str, Any]] = {"own": {}, "jacobian_free": {"jacobian_free": True}}
-PATCH = 32
+PATCH = 32  # the side of a patch in pixels
 
 
 class Denoiser(nn.Module):
-    """Takes away a residual that a small network sees; near the identity to begin with."""
+    """Subtracts a residual that a small network computes; it is close to the identity at first."""
 
     def __init__(self, channels: int = 16) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class Denoiser(nn.Module):
 
 
 def photograph(name: str) -> Tensor:
-    """Return a photograph in grey, shape (1, 1, H, W), sides multiples of 32."""
+    """Return a photograph in grey, shape (1, 1, H, W); both sides are multiples of 32."""
     image = require("sklearn.datasets", "vision").load_sample_image(name)
     grey = torch.tensor(image).float().mean(dim=2) / 255
     height, width = (side // PATCH * PATCH for side in grey.shape)
@@ -55,7 +56,7 @@ def photograph(name: str) -> Tensor:
 
 
 def patches(image: Tensor, step: int, count: int) -> Tensor:
-    """Return the patches of a step, shape (count, 1, 32, 32)."""
+    """Return random patches of an image, shape (count, 1, 32, 32); the step is the seed."""
     generator = torch.Generator().manual_seed(step)
     top, left = (
         torch.randint(side - PATCH, (count,), generator=generator) for side in image.shape[2:]
@@ -69,7 +70,7 @@ def patches(image: Tensor, step: int, count: int) -> Tensor:
 
 
 def make(grad: str, args: argparse.Namespace) -> Any:
-    """Return a model, of the same weights for every gradient."""
+    """Return a model; the weights are the same for every gradient."""
     import deepinv
     from deepinv.optim import PGD, DEQConfig
 
@@ -92,18 +93,18 @@ def psnr(x: Tensor, clean: Tensor) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Train one model a gradient and return the table."""
+    """Train one model per gradient, and return the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--grad", nargs="+", default=["own", "jacobian_free", "upg", "npg", "ift"], metavar="SPEC")
     add("--steps", type=int, default=150, help="optimiser steps (150)")
-    add("--batch", type=int, default=8, help="patches a step (8)")
-    add("--iterations", type=int, default=30, help="the most of the forward solve (30)")
-    add("--noise", type=float, default=0.1, help="standard deviation, of images in [0, 1] (0.1)")
+    add("--batch", type=int, default=8, help="patches per step (8)")
+    add("--iterations", type=int, default=30, help="most iterations of the forward solve (30)")
+    add("--noise", type=float, default=0.1, help="standard deviation; images are in [0, 1] (0.1)")
     add("--lr", type=float, default=2e-3, help="Adam's learning rate (2e-3)")
-    add("--seed", type=int, default=0, help="of weights (0)")
+    add("--seed", type=int, default=0, help="seed of the weights (0)")
     args = parser.parse_args(argv)
     try:
         dpp.enable("deepinv")

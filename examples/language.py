@@ -1,4 +1,8 @@
-"""What the language models here share: characters, training steps, checkpoints, files."""
+"""What `train_lm.py` and `train_looped_lm.py` share.
+
+These are texts as characters, a training step with its learning rate, the measurement of times and
+memory, checkpoints, and files of results.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import write_whole
 from deq_phantom_plugin.diagnostics.measure.cost import now, peak_bytes
 
-POINTS, ROUNDS = 8, 5  # of training at which a step is timed, and how often
+POINTS, ROUNDS = 8, 5  # points of training at which steps are timed, and times at each point
 
 # --- data -----------------------------------------------------------------------------------------
 
@@ -38,17 +42,24 @@ def load_text(path: Path | None) -> str:
 
 
 def encode(text: str) -> tuple[Tensor, list[str]]:
-    """Return a text as indices into its sorted characters, and these."""
+    """Return a text as indices into its sorted characters, int64, and these characters."""
     characters = sorted(set(text))
     number = {character: i for i, character in enumerate(characters)}
     return torch.tensor([number[character] for character in text]), characters
 
 
 def split(path: Path | None, length: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Return the first nine tenths of a text and the last, to validate on, and its characters.
+    """Return a text in two parts, and its characters.
+
+    Args:
+        path: the text file, None for Python's language reference.
+        length: the number of characters per sequence.
+
+    Returns:
+        The first nine tenths for training, the last tenth for validation, and the characters.
 
     Raises:
-        SystemExit: if that is too short for sequences of so many characters.
+        SystemExit: if the last tenth is too short for one sequence.
     """
     data, characters = encode(load_text(path))
     cut = len(data) * 9 // 10
@@ -61,7 +72,7 @@ def split(path: Path | None, length: int) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def batch_at(data: Tensor, step: int, args: argparse.Namespace) -> Tensor:
-    """Return the batch of a step, shape (batch, length), whichever steps came before."""
+    """Return the batch of a step, shape (batch, length); it does not depend on earlier steps."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     starts = torch.randint(len(data) - args.length, (args.batch,), generator=generator)
     return data[starts[:, None] + torch.arange(args.length)]
@@ -71,7 +82,7 @@ def batch_at(data: Tensor, step: int, args: argparse.Namespace) -> Tensor:
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Return the rate of a step: a linear rise over a twentieth of all, then half a cosine."""
+    """Return the rate of a step: it rises over a twentieth of all steps, then follows a cosine."""
     warmup = max(1, args.steps // 20)
     if step < warmup:
         return float(args.lr * (step + 1) / warmup)
@@ -79,12 +90,14 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def train_step(model: Any, optimizer: Any, ids: Tensor, step: int, args: argparse.Namespace) -> Any:
-    """Take one optimiser step and return the model's output; its numbers come from the step alone.
+    """Take one optimiser step and return the output of the model.
+
+    The random numbers depend only on the step and on the seed.
 
     Raises:
         FloatingPointError: if the loss is not finite.
     """
-    torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, probes of the regulariser
+    torch.manual_seed(args.seed * 1_000_003 + step)  # for dropout and the regulariser's probes
     dpp.set_step(model, step, total=args.steps)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
@@ -103,13 +116,14 @@ def step_costs(
 ) -> dict[str, dict[str, float]]:
     """Return the seconds of a training step of each model, and the most bytes that one allocates.
 
-    Models take the same steps in turn, so that all see one machine, at points spread over training,
-    so that what is drawn or grows counts as it comes: the mean over points of medians.
+    The models take the same steps in turn, so that conditions are equal for all. The steps are
+    spread over training, since a loop may draw its depth or grow. At each point the median of
+    several times is taken, and the result is the mean over the points.
 
     Args:
-        models: name -> (model, optimizer); they are trained on.
+        models: name -> (model, optimizer). The models are trained on by this function.
         data: the training text.
-        args: of all.
+        args: the arguments of the command.
     """
     device = torch.device(args.device)
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -133,7 +147,7 @@ def step_costs(
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what a run depends on."""
+    """Return the arguments on which the results of a run depend."""
     others = ("out", "name", "resume", "methods", "seeds", "text", "device", "prompt")
     return {key: value for key, value in vars(args).items() if key not in others}
 
@@ -141,7 +155,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def save_checkpoint(
     path: Path, run: Any, model: Any, optimizer: Any, args: argparse.Namespace
 ) -> None:
-    """Write all that a run, a dataclass with a method and its steps, goes on from."""
+    """Save all that a run is resumed from; `run` is a dataclass with its results so far."""
     buffer = io.BytesIO()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state["memory"] = dpp.memory_state_dict(model)
@@ -150,10 +164,10 @@ def save_checkpoint(
 
 
 def restore(path: Path, run: Any, model: Any, optimizer: Any, args: argparse.Namespace) -> None:
-    """Take up a run.
+    """Load a checkpoint into a run, its model and its optimiser.
 
     Raises:
-        SystemExit: if it had other settings.
+        SystemExit: if the checkpoint has other settings; the message names them.
     """
     found = torch.load(path, map_location=args.device, weights_only=True)
     now, then = settings(args), found["settings"]
@@ -167,12 +181,12 @@ def restore(path: Path, run: Any, model: Any, optimizer: Any, args: argparse.Nam
 
 
 def slug(method: str) -> str:
-    """Return a method as a file name."""
+    """Return a method in the form of a file name."""
     return re.sub(r"[^A-Za-z0-9.+=-]+", "_", method).strip("_")
 
 
 def finite(content: Any) -> Any:
-    """Return content for JSON, which has neither NaN nor infinity."""
+    """Return content with None in place of NaN and infinity, which JSON does not have."""
     return json.loads(json.dumps(content), parse_constant=lambda _: None)
 
 
@@ -184,10 +198,10 @@ def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def blank_figure(width: float, height: float) -> Any:
-    """Return a figure without a window.
+    """Return a figure without a window; width and height are in inches.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
     """
     require("matplotlib", "viz")
     from matplotlib.figure import Figure
@@ -196,7 +210,7 @@ def blank_figure(width: float, height: float) -> Any:
 
 
 def as_png(figure: Any) -> bytes:
-    """Return a figure as a picture."""
+    """Return a figure as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()

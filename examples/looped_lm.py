@@ -1,12 +1,14 @@
 """A looped language model on Transformers' Llama layers: prelude, recurrent block, coda.
 
-As in "Scaling up Test-Time Compute with Latent Reasoning" (Geiping et al. 2025, Huginn): the
-prelude turns tokens into an embedding e; the block h <- layers(adapter([h, e])) is repeated from
-h = 0, so that each evaluation sees the input again; the coda reads the last state. Unlike there,
-the first state is no noise, e is normalised, and h only with `block_norm`: at this size the loop is
-a contraction then, and how often it runs makes no difference.
+The model follows "Scaling up Test-Time Compute with Latent Reasoning" (Geiping et al. 2025), whose
+model is called Huginn. The prelude turns tokens into an embedding e. The block
+h <- layers(adapter([h, e])) is repeated, beginning at h = 0, so each evaluation gets the input
+again. The coda turns the last state into logits. There are three differences to Huginn: the first
+state is not noise, e is normalised, and h is normalised only with `block_norm`. With that
+normalisation, the loop is a contraction at this size, and the number of its evaluations makes no
+difference.
 
-The loop is a `dpp.Equilibrium(steps=...)`: number and gradient are specs in the config.
+The loop is a `dpp.Equilibrium(steps=...)`. The config has its number of steps and its gradient.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ import deq_phantom_plugin as dpp
 
 
 class LoopedConfig(LlamaConfig):
-    """What a `LoopedForCausalLM` is made of: Llama's config, of a small model.
+    """The config of a `LoopedForCausalLM`: Llama's config with the sizes of a small model.
 
     Attributes:
-        prelude_layers: before the loop.
-        block_layers: of the block that is repeated.
-        coda_layers: after the loop.
+        prelude_layers: the number of layers before the loop.
+        block_layers: the number of layers of the block that is repeated.
+        coda_layers: the number of layers after the loop.
         block_norm: whether the block ends in a normalisation.
-        steps: evaluations of the block, or a distribution of them, see `dpp.Equilibrium`.
+        steps: the number of evaluations of the block, or a distribution of this number, see
+            `dpp.Equilibrium`.
         grad: the gradient of the loop, a spec of `dpp.get_strategy`.
 
     Raises:
@@ -71,11 +74,11 @@ class LoopedConfig(LlamaConfig):
                 f"hidden_size={self.hidden_size} with num_attention_heads="
                 f"{self.num_attention_heads}; expected a multiple of twice the heads"
             )
-        dpp.Equilibrium(steps=self.steps, grad=self.grad)  # or an error that says what is accepted
+        dpp.Equilibrium(steps=self.steps, grad=self.grad)  # raises an error if one is invalid
 
 
 class LoopedForCausalLM(LlamaPreTrainedModel):
-    """The language model; its sequences are whole, without padding.
+    """The language model; it takes whole sequences without padding.
 
     Args:
         config: the sizes, the loop and its gradient.
@@ -83,7 +86,8 @@ class LoopedForCausalLM(LlamaPreTrainedModel):
 
     config: LoopedConfig
     config_class = LoopedConfig
-    # The step of training is no weight.
+    # The training step is in the `state_dict`, but it is not a weight. So `from_pretrained` must
+    # not report it as missing or unexpected.
     _keys_to_ignore_on_load_unexpected = [r"equilibrium\.memory"]  # noqa: RUF012
     _keys_to_ignore_on_load_missing = [r"equilibrium\.memory"]  # noqa: RUF012
 
@@ -111,7 +115,14 @@ class LoopedForCausalLM(LlamaPreTrainedModel):
         self.post_init()
 
     def recurrence(self, input_ids: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """Return the map that is repeated for these tokens, and the state to begin with."""
+        """Return the map that is repeated, and the state at which the loop begins.
+
+        Args:
+            input_ids: tokens, shape (B, L).
+
+        Returns:
+            The block as a map of states of shape (B, L, hidden_size), and zeros of this shape.
+        """
         state = self.embed_tokens(input_ids)
         positions = self._positions(state)
         for layer in self.prelude:
@@ -128,7 +139,12 @@ class LoopedForCausalLM(LlamaPreTrainedModel):
         return block, torch.zeros_like(embedding)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
-        """Return logits, and with `labels` (the tokens themselves) the loss of the next token."""
+        """Return logits, and the loss of the next token if there are labels.
+
+        Args:
+            input_ids: tokens, shape (B, L).
+            labels: `input_ids` again, or None.
+        """
         state = self.equilibrium(*self.recurrence(input_ids))
         positions = self._positions(state)
         for layer in self.coda:
@@ -145,7 +161,7 @@ class LoopedForCausalLM(LlamaPreTrainedModel):
 
 @contextmanager
 def loops(model: LoopedForCausalLM, steps: int) -> Iterator[None]:
-    """Let a model repeat its block another number of times, as it may after training."""
+    """Change the number of evaluations of a model's block inside a `with` block."""
     before = model.equilibrium.steps
     model.equilibrium.steps = steps
     try:

@@ -1,11 +1,11 @@
-"""The figures of the documentation: what a gradient report shows, on a model and on two maps.
+"""Makes the figures of the documentation that show gradient reports.
 
     python examples/report_figures.py
 
-Trains an MDEQ-tiny on scikit-learn's digits, reports on it, and writes the report's text and its
-three figures; then the damped radii of two linear maps whose Jacobians have a spectral radius of
-1.4 both, one by a negative eigenvalue and one by a positive. Times in the report are those of the
-machine it ran on. Needs `pip install "deq-phantom-plugin[vision,viz]"`.
+The script trains an MDEQ-tiny on scikit-learn's digits, and writes the text and the three figures
+of its report. Then it writes the damped radii of two linear maps. The Jacobians of both have a
+spectral radius of 1.4, one from a negative eigenvalue and one from a positive eigenvalue. Times in
+the report are those of the machine. Needed: `pip install "deq-phantom-plugin[vision,viz]"`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from deq_phantom_plugin.compare import load_digits
 from deq_phantom_plugin.diagnostics import GradientReport, ModelReport
 
 GRADS = ("ift", "upg", "npg", "npg(k=15)", "jfb")
-FIGURES = ("errors", "radii", "memory")  # in the order of a report's page
+FIGURES = ("errors", "radii", "memory")  # in the order of the HTML page of a report
 BATCH = 64
 
 
 def trained(steps: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return an MDEQ-tiny after that many steps, and a batch of images and labels."""
+    """Return an MDEQ-tiny after so many training steps, and a batch of test images and labels."""
     torch.manual_seed(0)
     data = load_digits()
     model = MDEQ.from_preset("tiny", in_channels=1, f_solver="broyden_fast")
@@ -48,7 +48,11 @@ def trained(steps: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def linear_map(leading: float) -> GradientReport:
-    """Return the report on h = W h + u, for a symmetric W; its other eigenvalues are within 0.5."""
+    """Return the report on h = W h + u for a symmetric W.
+
+    Args:
+        leading: the leading eigenvalue of W. The other eigenvalues lie between -0.5 and 0.5.
+    """
     generator = torch.Generator().manual_seed(0)
     others = torch.linspace(-0.5, 0.5, 15, dtype=torch.float64)
     eigenvalues = torch.cat([others, torch.tensor([leading], dtype=torch.float64)])
@@ -63,7 +67,7 @@ def linear_map(leading: float) -> GradientReport:
 
 
 def images(report: GradientReport | ModelReport) -> list[bytes]:
-    """Return the figures of a report's page as SVG files."""
+    """Return the figures of a report's HTML page as SVG files."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, "report.html")
         report.save_html(page)
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the figures.
 
     Args:
-        argv: arguments, those of the process if None.
+        argv: the arguments; those of the process if None.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=130, help="training steps of the model")

@@ -1,35 +1,40 @@
-"""Theorem 3 on a toy: SGD on gradients that are wrong by at most eps.
+"""Theorem 3 on a toy problem: SGD with gradients whose error is at most eps.
 
     python examples/sgd_convergence.py [--quick] [--out FOLDER]
 
-The equilibrium h* = W h* + P theta + x is S (P theta + x) with S = (I - W)^-1, and
-R(theta) = mean of ||h* - y||^2 / 2 over 64 pairs (x, y) is quadratic and strongly convex: its
-gradient, smoothness l, minimum m and noise are known in closed form. theta has half as many
-numbers as h: the residual h* - y does not vanish at the minimum, and a biased gradient settles
-elsewhere. SGD draws one pair a step, with steps eta_n = 1 / (l sqrt(n)), in 32 runs at once.
+The problem. The equilibrium h* = W h* + P theta + x is S (P theta + x) with S = (I - W)^-1. The
+risk R(theta) is the mean of ||h* - y||^2 / 2 over 64 pairs (x, y). It is quadratic and strongly
+convex. Its gradient, smoothness l, minimum m and noise are known in closed form. theta has half as
+many numbers as h, so h* - y does not vanish at the minimum, and SGD with a biased gradient
+converges to another point. SGD draws one pair per step, with step sizes eta_n = 1 / (l sqrt(n)), in
+32 runs.
 
-Measured is, as the mean over the runs and for every N,
+What is measured, as the mean over the runs and for every N:
 
     M_N = E [sum_n eta_n ||grad R(theta_n)||^2 / sum_n eta_n],  n = 1 ... N,
 
-for (a) the exact gradient plus a vector of norm eps in one fixed direction, and (b) this package's
-strategies through `dpp.attach`, eps being the largest error they made in any step of any run.
+(a) for the exact gradient plus a vector of norm eps in one fixed direction, and (b) for strategies
+of this package through `dpp.attach`. In (b), eps is the largest error in any step of any run.
 
-Theorem 3 (Geng et al., NeurIPS 2021, supplement) guarantees M_N = O(eps + log N / sqrt(N)), by
+The theorem (Geng et al., NeurIPS 2021, supplement) guarantees M_N = O(eps + log N / sqrt(N)), by
 
     M_N <= G eps + (R(theta_1) - m) / sum_n eta_n + K sum_n eta_n^2 / sum_n eta_n       (A-41)
 
-with K = l ((G + eps)^2 + 2 M + 2 d eps^2) / 2 for d numbers in theta, the trace M of the gradient's
-covariance, and a G that ||grad R(theta_n)|| never exceeds. Here that is computed before the
-runs: in the eigenbasis of the Hessian, g_j <- g_j - eta_n l_j (g_j + noise_j - error_j) with
-eta_n l_j <= 1 keeps |g_j| below the largest of its start and |noise_j| + eps.
+with K = l ((G + eps)^2 + 2 M + 2 d eps^2) / 2. Here d is the number of numbers in theta, M is the
+trace of the gradient's covariance, and ||grad R(theta_n)|| never exceeds G. This G is computed
+before the runs. In the eigenbasis of the Hessian, a step is
 
-What it shows: M_N stays below the bound, which is loose: after 20,000 steps by a factor of 5 where
-eps = 0 and of up to 26 elsewhere. K charges every step with the largest gradient, and G eps is the
-price of an error that always opposes the largest gradient. Where SGD settles, the gradient is
-only as large as the mean error, so that what M_N levels off at is eps^2 in (a) and less in (b),
-where eps is the error of the worst sample. Without an error M_N falls a little faster than
-log N / sqrt(N): over these steps most of it is the way from the start, which falls as 1 / sqrt(N).
+    g_j <- g_j - eta_n l_j (g_j + noise_j - error_j)   with   eta_n l_j <= 1.
+
+So |g_j| stays below the larger of its start and |noise_j| + eps.
+
+What the results show. M_N stays below the bound. The bound is loose: after 20,000 steps by a factor
+of 5 with eps = 0, and of up to 26 otherwise. There are two reasons. K charges every step with the
+largest gradient, and G eps assumes an error that always opposes the largest gradient. Where SGD
+settles, the gradient is only as large as the mean error. So M_N levels off at eps^2 in (a), and
+lower in (b), where eps is the error of the worst sample. Without an error, M_N falls a little
+faster than log N / sqrt(N). Over these steps most of M_N comes from the way from the start, which
+falls as 1 / sqrt(N).
 """
 
 from __future__ import annotations
@@ -60,12 +65,12 @@ STRATEGIES = (
 )
 
 Oracle = Callable[[Tensor, Tensor], Tensor]
-"""From theta, shape (RUNS, d), and one sample's index a run to a gradient each, shape (RUNS, d)."""
+"""Maps theta, shape (RUNS, d), and one sample's index per run to gradients, shape (RUNS, d)."""
 
 
 @dataclass(frozen=True)
 class Toy:
-    """A linear equilibrium with everything known about it.
+    """A linear equilibrium, for which the risk and its derivatives are known in closed form.
 
     Attributes:
         weight: W, shape (D, D), with ||W|| = 0.9.
@@ -81,7 +86,14 @@ class Toy:
 
     @classmethod
     def draw(cls, seed: int = 0, size: int = 12, params: int = 6, samples: int = 64) -> Toy:
-        """Return a toy drawn at random."""
+        """Return a random problem.
+
+        Args:
+            seed: the seed.
+            size: D, the size of h.
+            params: d, the size of theta.
+            samples: the number of pairs (x, y).
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -107,12 +119,12 @@ class Toy:
 
     @cached_property
     def hessian(self) -> Tensor:
-        """Of R; constant."""
+        """The Hessian of R, shape (d, d); it is constant."""
         return self.jacobian.mT @ self.jacobian
 
     @cached_property
     def smoothness(self) -> float:
-        """The largest eigenvalue of the Hessian, l."""
+        """l, the largest eigenvalue of the Hessian."""
         return float(torch.linalg.eigvalsh(self.hessian)[-1])
 
     def residuals(self, theta: Tensor) -> Tensor:
@@ -125,35 +137,35 @@ class Toy:
 
     @cached_property
     def minimiser(self) -> Tensor:
-        """Where grad R is zero."""
+        """The theta at which grad R is zero, shape (d,)."""
         origin = self.residuals(torch.zeros(self.inject.shape[1], dtype=torch.float64))
         minimiser: Tensor = -torch.linalg.solve(self.hessian, self.jacobian.mT @ origin.mean(0))
         return minimiser
 
     @cached_property
     def start(self) -> Tensor:
-        """theta_1."""
+        """theta_1, the start of all runs, shape (d,)."""
         return self.minimiser + 1.0
 
     @cached_property
     def noise(self) -> Tensor:
-        """Gradient of each sample minus their mean, shape (64, d); theta does not enter it."""
+        """The gradient of each sample minus their mean, shape (64, d); independent of theta."""
         gradients = self.residuals(self.minimiser) @ self.jacobian
         return gradients - gradients.mean(0)
 
     def gradient(self, theta: Tensor, index: Tensor) -> Tensor:
-        """Return the exact gradient of the samples drawn."""
+        """Return the exact gradient of the drawn samples, shape (..., d)."""
         h = (theta @ self.inject.mT + self.x[index]) @ self.inverse.mT
         return (h - self.y[index]) @ self.jacobian
 
     def perturbed(self, size: float) -> Oracle:
-        """Return an oracle whose error is one vector of norm `size`."""
+        """Return an oracle whose error is a fixed vector of norm `size`."""
         shift = torch.ones(self.inject.shape[1], dtype=torch.float64)
         shift *= size / torch.linalg.vector_norm(shift)
         return lambda theta, index: self.gradient(theta, index) + shift
 
     def attached(self, spec: str) -> Oracle:
-        """Return an oracle that differentiates through the equilibrium as `spec` says."""
+        """Return an oracle that differentiates through the equilibrium with a strategy."""
 
         def oracle(theta: Tensor, index: Tensor) -> Tensor:
             theta = theta.detach().requires_grad_()
@@ -168,13 +180,13 @@ class Toy:
 
 @dataclass(frozen=True)
 class Curve:
-    """One oracle's descent.
+    """The results of SGD with one oracle.
 
     Attributes:
-        name: of the oracle.
+        name: the name of the oracle.
         epsilon: the largest error of its gradient in any step of any run.
-        measured: M_N for N = 1, 2, ..., the mean over the runs.
-        bound: the right-hand side of (A-41).
+        measured: M_N for N = 1, 2, ..., the mean over the runs, shape (steps,).
+        bound: the right-hand side of (A-41), shape (steps,).
     """
 
     name: str
@@ -184,14 +196,14 @@ class Curve:
 
 
 def descend(toy: Toy, name: str, oracle: Oracle, steps: int, seed: int = 0) -> Curve:
-    """Run SGD on an oracle.
+    """Run SGD with an oracle.
 
     Args:
         toy: the problem.
-        name: of the oracle.
-        oracle: the gradients to descend on.
+        name: the name of the oracle.
+        oracle: computes the gradients.
         steps: the largest N.
-        seed: of the samples drawn; the same for all oracles.
+        seed: the seed of the drawn samples, which are the same for all oracles.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(toy.x), (steps, RUNS), generator=generator)
@@ -236,7 +248,7 @@ def experiment(steps: int) -> tuple[list[Curve], list[Curve]]:
 
 
 def write(perturbed: Sequence[Curve], attached: Sequence[Curve], folder: Path) -> list[Path]:
-    """Write sgd_convergence.csv and .png; return their paths."""
+    """Write sgd_convergence.csv and sgd_convergence.png, and return their paths."""
     matplotlib = require("matplotlib", "viz")
     matplotlib.use("Agg")
     pyplot = require("matplotlib.pyplot", "viz")
@@ -283,13 +295,13 @@ def write(perturbed: Sequence[Curve], attached: Sequence[Curve], folder: Path) -
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run both parts, print where they end, write the files."""
+    """Run both parts, print the last M_N of each oracle, and write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="1000 steps instead of 20000")
     default = Path(__file__).parent / "figures"
     parser.add_argument("--out", type=Path, default=default, help="folder for the CSV and the PNG")
     args = parser.parse_args(argv)
-    try:  # before minutes of work, not after
+    try:  # fail before minutes of work, not after them
         require("matplotlib", "viz")
         args.out.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError) as error:

@@ -1,53 +1,58 @@
-# Longer than 400 lines: one file to copy, which begins with what was found.
-"""Figure 1 of the supplement: what solvers and phantom gradients do near ||J|| = 1.
+# Longer than 400 lines: one file that can be copied alone, and that begins with what was found.
+"""Figure 1 of the supplement: solvers and phantom gradients where ||J|| is close to 1.
 
     python examples/synthetic.py [--quick] [--out FOLDER]
 
-Section 4.1 of Geng et al., NeurIPS 2021, supplement: h* = phi(W (h* + u)) with W symmetric and of
-spectral norm L_h, found by 100 fixed-point iterations; the loss is the mean squared error to y;
-v = dL/dh* is held fixed there. 50,000 pairs (u, y) of D = 128 standard normal numbers come in
-batches of N = 32, each with a W of its own, drawn once and scaled to every L_h. The exact g solves
-(I - J^T) g = v densely in float64. For the N x D matrix g of a batch there are four numbers, each
-reported as the median over the batches, with the 10 % and 90 % quantiles and the worst batch:
+The setting is that of section 4.1 of Geng et al., NeurIPS 2021, supplement. The equilibrium is
+h* = phi(W (h* + u)), found by 100 fixed-point iterations, where W is symmetric with the spectral
+norm L_h. The loss is the mean squared error to y, and v = dL/dh* is held fixed. There are 50,000
+pairs (u, y) of D = 128 standard normal numbers, in batches of N = 32. Each batch has its own W,
+which is drawn once and scaled to every L_h. The exact g solves (I - J^T) g = v densely in float64.
+For the N x D matrix g of a batch, six numbers are measured. Each is reported as the median over the
+batches, with the 10 % and 90 % quantiles and the worst batch:
 
-    objective        ||(I - J^T) g - v||
-    relative error   objective / ||g||
-    cosine           to the exact g
-    l1               sum of |g|, and that of the exact g
+    objective         ||(I - J^T) g - v||
+    relative error    objective / ||g||
+    cosine            to the exact g
+    l1                sum of |g|
+    cosine of dL/du   of J^T g, to that of the exact g
+    l1 / exact        l1, divided by that of the exact g
 
-and the cosine of dL/du = J^T g, and l1 over that of the exact g, besides. Step k has seen k - 1
-products with J^T (k for GMRES, which spends one on its true residual); for UPG and NPG k is their
-own, lam = 0.5, and they agree because phi is linear.
+Step k has used k - 1 products with J^T (k for GMRES, which needs one for its true residual). For
+UPG and NPG, k is their own argument, and lam = 0.5. The two agree because phi is linear.
 
-Broyden's method is TorchDEQ's, as in DEQ code throughout: the inverse Jacobian is a sum of outer
-products. This package's own, of which it is a product, skips updates that rounding has spoilt: on
-16 batches its norms stay within twice the exact one, while its directions are no better.
+Broyden's method is TorchDEQ's, as in DEQ code throughout. It stores the inverse Jacobian as a sum
+of outer products. The Broyden method of this package stores it as a product, and skips updates that
+rounding has spoilt. On 16 batches its norms stay within twice the exact one, but its directions are
+no better.
 
-The supplement's claim is that Broyden's method diverges at L_h = 0.9999: more steps do not bring
-its g closer, the cosine oscillates and the norm explodes, while the phantom gradient's norm stays
-moderate. What was found (the numbers are those of the figure and of synthetic.csv, which were made
-with the same sum of outer products in code of this package's own, since replaced):
+The supplement claims that Broyden's method diverges at L_h = 0.9999: more steps do not bring its g
+closer, the cosine oscillates and the norm explodes, while the norm of the phantom gradient stays
+moderate. The numbers below are those of the figure and of synthetic.csv. They were made with the
+same sum of outer products, in code of this package that has been replaced since.
 
-It holds for a linear layer whose extreme eigenvalue is +L_h, with the iterates as they come and the
-solver in float32. In one batch of ten the cosine falls from 0.89 after 2 steps to 0.12 after 40
-and the norm reaches 3.5 times the exact one; the worst batch reaches 3e12 times, and two of 1563
-overflow. The median batch goes astray on the way (0.96, 0.43, 0.83, 0.92, 0.96 after 2, 4, 10, 19
-and 40 steps) and never solves its system: the objective is 17 times that of v itself. Some rows
-of a batch explode, and they dominate its norm. It is seen at 0.999 as well, in fewer batches.
+The claim holds for a linear layer whose extreme eigenvalue is +L_h, if the iterates are taken as
+they come and the solver runs in float32. In one batch of ten, the cosine falls from 0.89 after 2
+steps to 0.12 after 40, and the norm reaches 3.5 times the exact one. The worst batch reaches 3e12
+times the exact norm, and two batches of 1563 overflow. The cosine of the median batch is 0.96,
+0.43, 0.83, 0.92 and 0.96 after 2, 4, 10, 19 and 40 steps. This batch never solves its system: its
+objective is 17 times that of v itself. Some rows of a batch explode, and they dominate its norm.
+The same is seen at 0.999, in fewer batches.
 
-It does not hold, or only in part,
-  - in float64: as far astray on the way, but by 40 steps 0.997 or better in nine of ten batches;
-  - where the extreme eigenvalue is -L_h, half of all draws: 0.99 from 10 steps on, though a single
-    batch still exploded (1e4 times the exact norm), as its other end may lie near +L_h;
-  - with tanh or relu, whose slopes take the Jacobian's norm well below L_h: solved in 7 steps;
+The claim does not hold, or holds only in part,
+  - in float64: the cosine falls as far on the way, but it is 0.997 or better after 40 steps in nine
+    of ten batches;
+  - if the extreme eigenvalue is -L_h, as in half of all draws: the cosine is 0.99 from 10 steps on.
+    A single batch still exploded (1e4 times the exact norm), since its other end may be near +L_h;
+  - with tanh or relu, whose slopes take the norm of J well below L_h: solved in 7 steps;
   - at L_h = 0.9: solved in 10 steps;
   - for the best iterate of each row, which solvers return: the norm is never above the exact one,
     but the direction is worse still (0.47 after 19 steps);
   - for GMRES, whose objective never rises: 0.999 after 25 steps, exact to rounding after 40.
-The phantom gradient's cosine rises at every step, to 0.988; its norm is moderate because it is 500
-times too small: 40 damped steps sum 20 of the 10,000 terms that the exact gradient has.
+The cosine of the phantom gradient rises at every step, to 0.988. Its norm is moderate because it is
+500 times too small: 40 damped steps add up 20 of the 10,000 terms of the exact gradient.
 
-All of it takes 45 minutes on two cores.
+The whole experiment takes 45 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -76,7 +81,7 @@ LEVELS = (0.9, 0.99, 0.999, 0.9999)
 STEPS = (1, 2, 3, 4, 5, 7, 10, 14, 19, 25, 32, 40)
 METRICS = ("objective", "relative error", "cosine", "l1", "cosine of dL/du", "l1 / exact")
 STATISTICS = ("p10", "median", "p90", "worst")
-CHUNK = 16  # batches at once
+CHUNK = 16  # batches that are computed at once
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: x,
@@ -85,7 +90,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 METHODS = (
     "broyden",
-    "broyden, best kept",  # of each row, by its residual: what solvers return
+    "broyden, best kept",  # the best iterate of each row by its residual, as solvers return it
     "upg",
     "npg",
     "gmres",
@@ -96,13 +101,13 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A setting that section 4.1 leaves open.
+    """One choice of the settings that section 4.1 leaves open.
 
     Attributes:
-        activation: phi.
-        sign: of the eigenvalue of W that is largest in magnitude.
-        dtype: of the state and of everything that a method does.
-        methods: that are run.
+        activation: the name of phi in `ACTIVATIONS`.
+        sign: the sign of the eigenvalue of W that is largest in magnitude.
+        dtype: the dtype of the state and of all computations of a method.
+        methods: the methods that are run.
     """
 
     activation: str
@@ -118,15 +123,15 @@ VARIANTS = {
     "tanh, +L, float32": Variant("tanh", +1, torch.float32),
     "relu, +L, float32": Variant("relu", +1, torch.float32),
 }
-CLAIM = "linear, +L, float32"  # where it shows
+CLAIM = "linear, +L, float32"  # the variant in which the supplement's claim holds
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Some batches of the synthetic setting, solved.
+    """B batches of the synthetic setting, with their equilibria and exact gradients.
 
     Attributes:
-        activation: phi.
+        activation: the name of phi in `ACTIVATIONS`.
         weight: W, shape (B, D, D).
         u: shape (B, N, D).
         y: shape (B, N, D).
@@ -138,7 +143,7 @@ class Batches:
     y: Tensor
 
     def func(self, h: Tensor) -> Tensor:
-        """Return F(h), shape (B N, D) as h: each row is a sample."""
+        """Return F(h), shape (B N, D), for h of this shape; each row is a sample."""
         h = h.view_as(self.u) + self.u
         return ACTIVATIONS[self.activation](h @ self.weight.mT).flatten(0, 1)
 
@@ -152,7 +157,7 @@ class Batches:
 
     @cached_property
     def v(self) -> Tensor:
-        """dL/dh there, L being each batch's mean squared error; shape (B N, D)."""
+        """dL/dh at the equilibrium, with the mean squared error of a batch as L; shape (B N, D)."""
         return 2 * (self.equilibrium - self.y.flatten(0, 1)) / (N * D)
 
     @cached_property
@@ -172,14 +177,15 @@ class Batches:
         """The g that solves (I - J^T) g = v, shape (B, N, D), float64."""
         identity = torch.eye(D, dtype=torch.float64)
         v, transposed = self.v.double().view_as(self.u), self.weight.double().mT
-        if self.activation == "linear":  # one J for all of a batch
+        if self.activation == "linear":  # all samples of a batch have the same J
             return torch.linalg.solve(identity - transposed, v.mT).mT
-        # Column j of W^T is scaled by the slope of number j.
+        # J^T = W^T diag(slope): column j of W^T is scaled by the slope of number j of a sample. So
+        # there is one system per sample, shape (B, N, D, D).
         systems = identity - transposed[:, None] * self.slope[:, :, None, :]
         return torch.linalg.solve(systems, v)
 
     def measure(self, g: Tensor) -> Tensor:
-        """Return `METRICS` of a g of shape (B N, D), as (6, B)."""
+        """Return `METRICS` of a g of shape (B N, D) for each batch, shape (6, B)."""
         g = g.double().view_as(self.u)
         image, exact_image = self.transposed_jacobian(g), self.transposed_jacobian(self.exact)
         objective = _norm(g - image - self.v.double().view_as(g))
@@ -210,13 +216,13 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def draw(variant: Variant, level: float, n_batches: int, seed: int = 0) -> Iterator[Batches]:
-    """Yield batches, a few at once; variants and levels see the same random numbers.
+    """Yield batches, `CHUNK` at once; all variants and levels have the same random numbers.
 
     Args:
-        variant: what to make of them.
+        variant: the variant.
         level: L_h.
-        n_batches: how many in all.
-        seed: of the random numbers.
+        n_batches: the number of batches.
+        seed: the seed of the random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -224,7 +230,7 @@ def draw(variant: Variant, level: float, n_batches: int, seed: int = 0) -> Itera
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     for start in range(0, n_batches, CHUNK):
-        # Whole chunks, so that the first batches are the same however many there are.
+        # Whole chunks are drawn, so that the first batches do not depend on their number.
         raw, u, y = normal(CHUNK, D, D), normal(CHUNK, N, D), normal(CHUNK, N, D)
         kept = slice(min(CHUNK, n_batches - start))
         weight = (raw + raw.mT) / 2
@@ -235,14 +241,14 @@ def draw(variant: Variant, level: float, n_batches: int, seed: int = 0) -> Itera
 
 
 def gradients(batches: Batches, method: str) -> list[Tensor]:
-    """Return a method's g after each of `STEPS`, shape (B N, D); NaN once it has failed."""
+    """Return the g of a method after each of `STEPS`, each of shape (B N, D); NaN if it failed."""
     if method in ("upg", "npg"):
         return [_attached(batches, f"{method}(k={k}, lam=0.5)") for k in STEPS]
     if method == "gmres":
         return [_solved(batches, method, k)[0] for k in STEPS]
     _, iterates = _solved(batches, method, max(STEPS))
     if len(iterates) < max(STEPS) and len(batches.u) > 1:
-        # One row's overflow ends the solve of all: find out whose it was.
+        # An overflow in one row ends the solve of all batches. So each batch is solved alone.
         parts = [gradients(batches.part(i), method) for i in range(len(batches.u))]
         return [torch.cat(step) for step in zip(*parts, strict=True)]
     iterates += [torch.full_like(batches.v, torch.nan)] * (max(STEPS) - len(iterates))
@@ -250,13 +256,17 @@ def gradients(batches: Batches, method: str) -> list[Tensor]:
 
 
 def _attached(batches: Batches, spec: str) -> Tensor:
+    """Return the g of a strategy."""
     func, (probe,) = with_probe(batches.func, batches.equilibrium)
     attached = dpp.attach(func, batches.equilibrium, spec)
     return torch.autograd.grad(attached, probe, batches.v)[0]
 
 
 def _solved(batches: Batches, solver: str, steps: int) -> tuple[Tensor, list[Tensor]]:
-    """Return a solver's g, and what it multiplied with J^T: its iterates, unless it is GMRES."""
+    """Return the g of a solver, and the vectors that it multiplied with J^T.
+
+    These vectors are its iterates, except for GMRES.
+    """
     h = batches.equilibrium.detach().requires_grad_()
     image = batches.func(h)
     seen: list[Tensor] = []
@@ -265,7 +275,7 @@ def _solved(batches: Batches, solver: str, steps: int) -> tuple[Tensor, list[Ten
         seen.append(g[0])
         return list(torch.autograd.grad(image, h, g[0], retain_graph=True))
 
-    # Products are of rows in units of the longest row of v; TorchDEQ's, of rows of norm one.
+    # Our solvers divide v by the norm of its longest row. For TorchDEQ, each row gets norm one.
     length = torch.linalg.vector_norm(batches.v, dim=1, keepdim=True)
     if solver == "broyden":
         unit = batches.v / length
@@ -282,7 +292,7 @@ def _solved(batches: Batches, solver: str, steps: int) -> tuple[Tensor, list[Ten
 
 
 def _nan_once_not_finite(iterates: Sequence[Tensor]) -> list[Tensor]:
-    """Return iterates in which a row that overflowed is NaN from then on."""
+    """Return iterates in which a row is NaN from its first overflow on."""
     failed, found = torch.zeros(len(iterates[0]), 1, dtype=torch.bool), []
     for x in iterates:
         failed = failed | ~torch.isfinite(x).all(dim=1, keepdim=True)
@@ -291,7 +301,7 @@ def _nan_once_not_finite(iterates: Sequence[Tensor]) -> list[Tensor]:
 
 
 def best_kept(batches: Batches, iterates: Sequence[Tensor]) -> list[Tensor]:
-    """Return, for each of the iterates, the best so far in every row."""
+    """Return, after each iterate, the best iterate so far of every row, by its residual."""
     best, smallest, kept = iterates[0], torch.inf, []
     for g in iterates:
         x = g.double().view_as(batches.u)
@@ -309,10 +319,10 @@ def run(name: str, level: float, n_batches: int, seed: int = 0) -> dict[str, Ten
     """Run all methods of a variant at one L_h.
 
     Returns:
-        For each method, and for "exact" with a single step, `METRICS` of every batch after each
-        of `STEPS`: shape (steps, 6, n_batches).
+        For each method, `METRICS` of every batch after each of `STEPS`, shape
+        (steps, 6, n_batches). "exact" is one of the methods, with a single step.
     """
-    torch.set_num_threads(1)  # the matrices are small, and levels run side by side
+    torch.set_num_threads(1)  # the matrices are small, and several levels run at the same time
     variant = VARIANTS[name]
     chunks: dict[str, list[Tensor]] = {method: [] for method in ("exact", *variant.methods)}
     for batches in draw(variant, level, n_batches, seed):
@@ -328,9 +338,9 @@ def run(name: str, level: float, n_batches: int, seed: int = 0) -> dict[str, Ten
 
 
 def statistics(values: Tensor) -> Tensor:
-    """Return `STATISTICS` over batches: from (steps, 6, n_batches) to (steps, 6, 4).
+    """Return `STATISTICS` over batches, shape (steps, 6, 4), of values (steps, 6, n_batches).
 
-    A solve that failed has no numbers and does not count.
+    A solve that failed is NaN and does not count.
     """
     inner = torch.nanquantile(values, torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype), dim=2)
     smallest = torch.where(values.isnan(), torch.inf, values).amin(2)
@@ -341,16 +351,16 @@ def statistics(values: Tensor) -> Tensor:
 
 
 Results = dict[tuple[str, float], dict[str, Tensor]]
-"""From a variant's name and L_h to what `run` returns."""
+"""Maps the name of a variant and L_h to the result of `run`."""
 
 
 def experiment(pairs: int, names: Sequence[str], workers: int) -> Results:
-    """Run variants at all `LEVELS`, some at a time.
+    """Run variants at all `LEVELS`, in several processes.
 
     Args:
-        pairs: (u, y) of D numbers each, rounded up to whole batches of N.
-        names: of the variants.
-        workers: processes.
+        pairs: the number of pairs (u, y), rounded up to whole batches of N.
+        names: the names of the variants.
+        workers: the number of processes.
     """
     jobs = [(name, level) for name in names for level in LEVELS]
     with ProcessPoolExecutor(workers) as pool:
@@ -359,7 +369,7 @@ def experiment(pairs: int, names: Sequence[str], workers: int) -> Results:
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write synthetic.csv and .png; return their paths."""
+    """Write synthetic.csv and synthetic.png, and return their paths."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     columns = [f"{metric}: {statistic}" for metric in METRICS for statistic in STATISTICS]
@@ -379,7 +389,7 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def plot(results: Results) -> bytes:
-    """Return the 4 x 4 figure as PNG: where the claim shows, and Broyden's method elsewhere."""
+    """Return the 4 x 4 figure as PNG: the variant of the claim, and Broyden's method in others."""
     require("matplotlib", "viz")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -435,7 +445,7 @@ def plot(results: Results) -> bytes:
 
 
 def summary(results: Results) -> str:
-    """Return a table of the largest L_h: the cosine and the l1 norm along the way."""
+    """Return a table for the largest L_h: the cosine after some steps, and the l1 norm."""
     lines = []
     for (name, level), methods in results.items():
         if level != max(LEVELS):
@@ -451,20 +461,20 @@ def summary(results: Results) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the experiment, print a summary, write the files."""
+    """Run the experiment, print a summary, and write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="500 pairs instead of 50000")
     add("--pairs", type=int, help="how many pairs, rounded up to whole batches of 32")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (one a core)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
     default = Path(__file__).parent / "figures"
     add("--out", type=Path, default=default, help="folder for the CSV and the PNG")
     args = parser.parse_args(argv)
     pairs = args.pairs if args.pairs is not None else 500 if args.quick else 50_000
     if pairs < 1 or args.workers < 1:
         parser.error(f"--pairs {pairs} --workers {args.workers}: expected 1 or more of each")
-    try:  # before minutes of work, not after
+    try:  # fail before minutes of work, not after them
         require("matplotlib", "viz")
         args.out.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError) as error:

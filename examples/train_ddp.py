@@ -1,17 +1,18 @@
-"""A deep equilibrium classifier of handwritten digits in several processes.
+"""Trains a deep equilibrium classifier of handwritten digits in several processes.
 
     torchrun --nproc-per-node 2 examples/train_ddp.py
     torchrun --nproc-per-node 2 examples/train_ddp.py --grad "npg(k=9)" --out runs/ddp
 
-With checkpoints, of which the last good one is taken after a restart:
+With checkpoints, so that training goes on from the last good one after a restart:
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # see docs/howto/distributed.md
     torchrun --nproc-per-node 2 --max-restarts 3 examples/train_ddp.py --save-every 20
 
-One GPU a process where there are enough, the CPU otherwise. The batch is shared among the
-processes, so that their number does not change the training. All that an equilibrium asks for
-beyond what an ordinary layer does is `dpp.set_step`, and only for gradients that follow a schedule;
-and, to go on after a restart as if nothing had been, `dpp.memory_state_dict` in its checkpoints.
+Each process uses one GPU if there are enough of them, and the CPU otherwise. The batch is shared
+among the processes, so their number does not change the training. In comparison with an ordinary
+layer, an equilibrium needs two more things. `dpp.set_step` passes the training step to gradients
+that follow a schedule. `dpp.memory_state_dict` in the checkpoints lets training go on after a
+restart with the same numbers.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Net(nn.Module):
 
     Args:
         grad: a spec of `dpp.get_strategy`.
-        width: of h*.
+        width: the size of h*.
     """
 
     def __init__(self, grad: str, width: int = 64) -> None:
@@ -52,12 +53,12 @@ class Net(nn.Module):
         self.inject = nn.Linear(64, width)
         self.inner = nn.Linear(width, width, bias=False)
         self.classifier = nn.Linear(width, 10)
-        # A contraction to begin with, so that there is an equilibrium.
+        # With this gain F is a contraction at first, so that there is an equilibrium.
         nn.init.orthogonal_(self.inner.weight, gain=0.7)
         self.deq = get_deq(grad=grad, f_solver="fixed_point_iter", f_max_iter=60, f_tol=1e-5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of images, shape (B, 1, 8, 8)."""
+        """Return the logits, shape (B, 10), of images of shape (B, 1, 8, 8)."""
         x = self.inject(images.flatten(1))
         states, _ = self.deq(lambda h: torch.tanh(self.inner(h) + x), torch.zeros_like(x))
         logits: Tensor = self.classifier(states[-1])
@@ -65,54 +66,56 @@ class Net(nn.Module):
 
 
 class Checkpoints:
-    """Checkpoints of all processes in one folder, each there as a whole or not at all.
+    """Checkpoints of all processes in one folder, each complete or not there at all.
 
-    A checkpoint is a folder that gets its name when all of it is on the disk, so that a process
-    may be killed at any time. What is damaged later is found by the checksums in the files.
+    A checkpoint is a folder. It gets its name once all its files are on the disk, so a process may
+    be killed at any time. The checksums in the files show later damage.
 
     Args:
-        folder: theirs, which all processes see.
-        keep: how many of the latest stay.
+        folder: the folder of the checkpoints, which all processes share.
+        keep: the number of latest checkpoints that are kept.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
         self.folder, self.keep = folder, keep
 
     def steps(self) -> list[int]:
-        """Return the steps at which one was saved, the latest first."""
+        """Return the steps of the checkpoints, the latest first."""
         return sorted((int(p.name[5:]) for p in self.folder.glob("step_*[0-9]")), reverse=True)
 
     def save(self, step: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
-        """Save a checkpoint; in all processes.
+        """Save a checkpoint; all processes must call this.
 
         Args:
-            step: the steps that were trained.
-            shared: what is the same in all processes, such as weights; the first one saves it.
-            own: what is each process's own, such as what memories keep.
+            step: the number of steps that were trained.
+            shared: the state that is the same in all processes, such as weights. The first process
+                saves it.
+            own: the state that each process has for itself, such as the content of memories.
         """
         rank, part, whole = dist.get_rank(), self.folder / "part", self._path(step)
         if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(part, ignore_errors=True)  # a killed process may have left it
             part.mkdir(parents=True)
             write({**shared, "step": step, "processes": dist.get_world_size()}, part / "shared.pt")
         dist.barrier()
         write(own, part / f"own_{rank}.pt")
         dist.barrier()
         if rank == 0:
-            shutil.rmtree(whole, ignore_errors=True)  # one that was damaged
+            shutil.rmtree(whole, ignore_errors=True)  # there may be a damaged one
             part.rename(whole)
             for old in self.steps()[self.keep :]:
                 shutil.rmtree(self._path(old))
 
     def load(self, device: torch.device) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
-        """Return the latest that is good in all processes, None if there is none; in all processes.
+        """Load the latest checkpoint that is good in all processes; all processes must call this.
 
         Returns:
-            What is shared, with its step, and what is this process's own: None in all of them if
-            there were more or fewer when it was saved.
+            The shared state with its step, and the own state of this process. The own state is None
+            in all processes if another number of processes has saved it. None in place of the pair
+            if there is no good checkpoint.
         """
         rank, processes, found = dist.get_rank(), dist.get_world_size(), [self.steps()]
-        dist.broadcast_object_list(found)  # another machine may see a new folder later
+        dist.broadcast_object_list(found)  # a new folder may appear later on another machine
         for step in found[0]:
             files = [self._path(step) / name for name in ("shared.pt", f"own_{rank}.pt")]
             shared = read(files[0], device)
@@ -122,7 +125,7 @@ class Checkpoints:
                 assert shared is not None
                 return shared, own
             if rank == 0:
-                print(f"{self._path(step)} is damaged", flush=True)
+                print(f"{self._path(step)} is damaged, and is not used", flush=True)
         return None
 
     def _path(self, step: int) -> Path:
@@ -130,7 +133,7 @@ class Checkpoints:
 
 
 def write(state: dict[str, Any], path: Path) -> None:
-    """Save, and return when it is on the disk."""
+    """Save a state, and return once it is on the disk."""
     with path.open("wb") as file:
         torch.save(state, file)
         file.flush()
@@ -138,10 +141,10 @@ def write(state: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """Return what was saved, None if the file is not there, cut short or otherwise damaged."""
+    """Return a saved state, or None if its file is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # by its checksums, which torch.load does not look at
+            damaged = file.testzip()  # reads the checksums, which torch.load does not check
     except (OSError, zipfile.BadZipFile):
         return None
     state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
@@ -149,7 +152,7 @@ def read(path: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 def everywhere(here: bool, device: torch.device) -> bool:
-    """Whether something is so in all processes."""
+    """Return whether a condition holds in all processes."""
     both = torch.tensor(int(here), device=device)
     dist.all_reduce(both, dist.ReduceOp.MIN)
     return bool(both)
@@ -159,7 +162,7 @@ def start() -> torch.device:
     """Join the other processes, and return the device of this one.
 
     Raises:
-        SystemExit: if not started by torchrun.
+        SystemExit: if torchrun has not started this process.
     """
     if not dist.is_torchelastic_launched():
         raise SystemExit("start it with: torchrun --nproc-per-node 2 examples/train_ddp.py")
@@ -173,7 +176,7 @@ def start() -> torch.device:
 
 
 def mean(total: Tensor, count: int) -> float:
-    """Return the sum over all processes, over the sum of their counts."""
+    """Return the sum over all processes, divided by the sum of their counts."""
     both = torch.stack([total.detach().double(), total.new_tensor(count).double()])
     dist.all_reduce(both)
     return float(both[0] / both[1])
@@ -185,14 +188,14 @@ def resume(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> int:
-    """Load the latest good checkpoint, and return the step to go on with; 0 without one."""
+    """Load the latest good checkpoint, and return its step; 0 if there is none."""
     found = checkpoints.load(device)
     if found is None:
         return 0
     shared, own = found
     model.load_state_dict(shared["model"])
     optimizer.load_state_dict(shared["optimizer"])
-    # In all processes or in none, since `auto` measures in all of them at once.
+    # All processes load their memory, or none does, since `auto` measures in all of them at once.
     dpp.load_memory_state_dict(model, own["memory"] if own else {})
     if dist.get_rank() == 0:
         print(f"goes on after step {shared['step']}", flush=True)
@@ -200,7 +203,7 @@ def resume(
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return what was asked for on the command line."""
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -220,7 +223,10 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     device = start()
     rank, processes = dist.get_rank(), dist.get_world_size()
     if args.batch_size % processes:
-        raise SystemExit(f"{processes} processes cannot share --batch-size {args.batch_size}")
+        raise SystemExit(
+            f"{processes} processes cannot share --batch-size {args.batch_size} equally; expected "
+            f"a multiple of {processes}"
+        )
     dpp.enable("torchdeq")  # TorchDEQ takes names from now on
     torch.manual_seed(0)
     digits = load_digits()
@@ -236,12 +242,15 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
     if args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         step = resume(checkpoints, model, optimizer, device)
     elif checkpoints.steps():
-        raise SystemExit(f"{checkpoints.folder} has a run's: --resume it, or name another --out")
-    parallel = DistributedDataParallel(model)  # all begin with the first process's weights
+        raise SystemExit(
+            f"{checkpoints.folder} has checkpoints of another run, which would be replaced; pass "
+            "--resume to go on with it, or another folder as --out"
+        )
+    parallel = DistributedDataParallel(model)  # copies the weights of the first process to all
     steps = args.epochs * len(loader)
     for epoch in range(step // len(loader), args.epochs):
         model.train()
-        sampler.set_epoch(epoch)  # another order
+        sampler.set_epoch(epoch)  # each epoch has another order
         total, begun = torch.zeros((), device=device), step
         for images, labels in islice(loader, step % len(loader), None):
             dpp.set_step(model, step, total=steps)
@@ -260,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> nn.Module:
         loss_mean, accuracy = mean(total, step - begun), mean(right, len(test_labels))
         if rank == 0:
             print(f"epoch {epoch + 1}: loss {loss_mean:.4f}, accuracy {accuracy:.1%}", flush=True)
-    if rank == 0:  # all have the same weights; one saves them
+    if rank == 0:  # all processes have the same weights, so one saves them
         args.out.mkdir(parents=True, exist_ok=True)
         write(model.state_dict(), args.out / "model.part")
         (args.out / "model.part").replace(args.out / "model.pt")

@@ -1,13 +1,16 @@
-"""Transformers' hierarchical recurrent model (hrm_text) on a text, by gradient of its recurrence.
+"""Trains Transformers' hierarchical recurrent model (hrm_text) on a text with several gradients.
 
     python examples/train_hrm_text.py                    # Python's own language reference
     python examples/train_hrm_text.py --text FILE --steps 100 --grad own upg "npg(k=3)" ift
 
-"own" is the model's hand-written truncation, its `L_bp_cycles`; the others are specs of
-deq_phantom_plugin. All begin with the same weights and see the same batches of characters. Times
-are medians of steps that the trained models take in turn, memory is what such a step allocates at
-most above what there was before, and the residual is ||F(z) - z|| / ||F(z)|| of the low-level
-states after the last cycle, the mean over sequences and high-level cycles.
+"own" is the truncation that the model's code has, by `L_bp_cycles`. The other names are specs of
+deq_phantom_plugin. All models begin with the same weights and see the same batches of characters.
+The table shows:
+
+- ms/step: the median over steps that the trained models take in turn.
+- peak MiB: the memory that such a step needs at most, beyond what was allocated before.
+- residual: ||F(z) - z|| / ||F(z)|| of the low-level states after the last cycle. It is the mean
+  over sequences and high-level cycles.
 """
 
 from __future__ import annotations
@@ -29,11 +32,11 @@ from deq_phantom_plugin.diagnostics.measure.cost import peak_bytes
 from deq_phantom_plugin.hosts import find_equilibria
 
 OWN = "own"
-ROUNDS = 5
+ROUNDS = 5  # timed steps per model
 
 
 def load(path: Path | None) -> tuple[Tensor, int]:
-    """Return a text as numbers of its characters, and how many there are."""
+    """Return a text as the numbers of its characters, and the number of different characters."""
     if path is not None:
         text = path.read_text(encoding="utf-8")
     else:
@@ -45,7 +48,7 @@ def load(path: Path | None) -> tuple[Tensor, int]:
 
 
 def make(grad: str, characters: int, args: argparse.Namespace) -> Any:
-    """Return a model, of the same weights for every gradient."""
+    """Return a model; the weights are the same for every gradient."""
     from transformers import HrmTextConfig, HrmTextForCausalLM
 
     torch.manual_seed(args.seed)
@@ -64,7 +67,7 @@ def make(grad: str, characters: int, args: argparse.Namespace) -> Any:
 
 
 def batch(data: Tensor, step: int, args: argparse.Namespace) -> Tensor:
-    """Return the sequences of a step."""
+    """Return the sequences of a step, shape (batch, length)."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     starts = torch.randint(len(data) - args.length, (args.batch,), generator=generator)
     return data[starts[:, None] + torch.arange(args.length)]
@@ -81,7 +84,7 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> flo
 
 
 def step_seconds(runs: Mapping[str, Sequence[Any]], ids: Tensor) -> dict[str, float]:
-    """Return the seconds of a step of each model, taken in turn so that all see one machine."""
+    """Return the seconds per step of each model; they take turns, so that conditions are equal."""
     seconds: dict[str, list[float]] = {grad: [] for grad in runs}
     for _ in range(ROUNDS):
         for grad, (model, optimizer, *_) in runs.items():
@@ -93,7 +96,7 @@ def step_seconds(runs: Mapping[str, Sequence[Any]], ids: Tensor) -> dict[str, fl
 
 @torch.no_grad()
 def validation_loss(model: Any, data: Tensor, args: argparse.Namespace) -> float:
-    """Return the mean loss on the last tenth of the text, on 16 batches of it."""
+    """Return the mean loss on 16 batches from the last tenth of the text."""
     model.eval()
     losses = []
     for i in range(16):
@@ -104,7 +107,7 @@ def validation_loss(model: Any, data: Tensor, args: argparse.Namespace) -> float
 
 
 def residual(model: Any, ids: Tensor) -> float:
-    """Return how far the low-level states are from equilibria."""
+    """Return the mean relative residual of the low-level states."""
     found: list[Tensor] = []
     ((host, module),) = find_equilibria(model)
     end = host.observe(module, lambda solve: found.append(solve.residual))
@@ -114,7 +117,7 @@ def residual(model: Any, ids: Tensor) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Train one model a gradient and return the table."""
+    """Train one model per gradient, and return the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -122,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     add("--text", type=Path, help="a text file (Python's language reference)")
     add("--grad", nargs="+", default=[OWN, "upg", "npg", "ift"], metavar="SPEC")
     add("--steps", type=int, default=100, help="optimiser steps (100)")
-    add("--batch", type=int, default=8, help="sequences a step (8)")
-    add("--length", type=int, default=64, help="characters a sequence (64)")
+    add("--batch", type=int, default=8, help="sequences per step (8)")
+    add("--length", type=int, default=64, help="characters per sequence (64)")
     add("--hidden", type=int, default=64, help="size of a state (64)")
     add("--cycles", type=int, default=3, help="L_cycles, low-level cycles (3)")
     add("--lr", type=float, default=3e-3, help="AdamW's learning rate (3e-3)")
@@ -140,7 +143,10 @@ def main(argv: Sequence[str] | None = None) -> str:
     data, characters = load(args.text)
     cut = len(data) * 9 // 10
     if len(data) - cut <= args.length:
-        parser.error(f"the text has {len(data)} characters; expected {10 * args.length + 10}")
+        parser.error(
+            f"the text has {len(data)} characters; expected at least {10 * args.length + 10}, so "
+            "that the last tenth has a whole sequence"
+        )
     runs = {}
     for grad in args.grad:
         model = make(grad, characters, args)

@@ -1,18 +1,18 @@
-"""Implicit graph networks (IGNN) that classify nodes, by gradient method: chains and Cora.
+"""Trains implicit graph networks (IGNN) with several gradients to classify nodes: chains and Cora.
 
     python examples/train_ignn.py                             # chains of 10 and 20 nodes
     python examples/train_ignn.py --lengths 10 20 30 40 60 80 100
     python examples/train_ignn.py --data Cora --root DIR
 
-The settings are those of the official code of Gu et al., "Implicit Graph Neural Networks", NeurIPS
-2020, where the options do not say otherwise.
+Unless the options say otherwise, the settings are those of the official code of Gu et al.,
+"Implicit Graph Neural Networks", NeurIPS 2020.
 
-chains: directed chains of two classes. Only a chain's first node has a feature that tells its
-class, and every node is to be classified, from 20 labelled ones. The three-layer GCN of PyG in the
-same table sees three hops. What is reported is the test accuracy at the best validation epoch. A
-method that learns with none of the seeds is not tried on longer chains.
+chains: directed chains of two classes. Only the first node of a chain has a feature that tells its
+class. Every node is to be classified, and 20 nodes have labels. The table also has a GCN of PyG,
+whose three layers reach three hops. The accuracy is that on test nodes at the best validation
+epoch. If a method learns nothing with any of the seeds, it is not tried on longer chains.
 
-Sets of graphs (COX2, PROTEINS, PPI) are in examples/experiments.
+examples/experiments has sets of graphs (COX2, PROTEINS, PPI).
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from deq_phantom_plugin.adapters.ignn import IGNN
 
 GCN = "gcn (3 layers)"
 HIDDEN = 16  # channels of all networks
-PATIENCE = 100  # epochs on a chain after all validation nodes are right
-HOPELESS = 0.75  # a method whose best seed is below is not tried on longer chains
+PATIENCE = 100  # epochs after which training stops, once all validation nodes are right
+HOPELESS = 0.75  # a method whose best accuracy is below this is not tried on longer chains
 
 
 @dataclass(frozen=True)
 class Task:
-    """How one data set is trained on.
+    """The training settings of one data set.
 
     Attributes:
-        epochs: the most passes over the training data.
+        epochs: the largest number of passes over the training data.
         lr: Adam's learning rate.
-        kappa: bound of the contractions.
-        lam: damping of methods that leave it out.
-        weight_decay: Adam's.
-        clip: norm to which each parameter's gradient is clipped, infinite for none.
-        f_tol: of the forward solve.
+        kappa: the bound of the contractions.
+        lam: the damping, for methods that do not give it.
+        weight_decay: Adam's weight decay.
+        clip: the norm to which the gradient of each parameter is clipped; infinite for none.
+        f_tol: the tolerance of the forward solve.
     """
 
     epochs: int
@@ -67,7 +67,7 @@ class Task:
 
 
 TASKS = {
-    # A signal falls by a constant factor a node, so that far ones need a tighter solve.
+    # A signal falls by a constant factor per node, so long chains need a smaller tolerance.
     "chains": Task(2000, 0.01, 0.9, 0.8, weight_decay=5e-4, clip=0.5, f_tol=1e-7),
     "Cora": Task(200, 0.01, 0.9, 0.8, weight_decay=5e-4),
 }
@@ -78,13 +78,13 @@ class Run:
     """One training run.
 
     Attributes:
-        data: the data set.
-        method: the spec, or the baseline's name.
-        part: which run of its kind: a seed, and the length of a chain.
-        accuracy: on the test data, in [0, 1]; at the best validation epoch where there is one.
-        last: the same after the last epoch.
-        epochs: that were trained.
-        seconds: they took.
+        data: the name of the data set.
+        method: the spec, or the name of the baseline.
+        part: the seed, and for chains their length.
+        accuracy: the accuracy on test nodes at the best validation epoch, in [0, 1].
+        last: the accuracy on test nodes after the last epoch.
+        epochs: the number of epochs.
+        seconds: the seconds that training took.
     """
 
     data: str
@@ -100,13 +100,14 @@ class Run:
 
 
 def chains(length: int, seed: int, per_class: int = 20, channels: int = 100) -> Any:
-    """Return `per_class` directed chains of each of two classes, and a split of their nodes.
+    """Return directed chains of two classes, with a split of their nodes.
 
     Args:
-        length: nodes a chain.
-        seed: of the split: 20 nodes to train on, 100 to validate, 200 to test.
-        per_class: chains of each class.
-        channels: features of a node, of which the first two tell the class, on first nodes only.
+        length: the number of nodes per chain.
+        seed: the seed of the split: 20 nodes for training, 100 for validation, 200 for tests.
+        per_class: the number of chains per class.
+        channels: the number of features per node. On the first node of a chain, one of the first
+            two features is 1 and tells the class. All other features are 0.
     """
     from torch_geometric.data import Data
 
@@ -124,10 +125,10 @@ def chains(length: int, seed: int, per_class: int = 20, channels: int = 100) -> 
 
 
 def load(name: str, root: str | None) -> Any:
-    """Return a data set of PyG, downloaded to or found in a folder.
+    """Return a data set of PyG, which is read from a folder or downloaded into it.
 
     Raises:
-        SystemExit: without a folder.
+        SystemExit: if no folder is given.
     """
     if root is None:
         raise SystemExit(f"--data {name} needs --root DIR, where PyG finds or puts the files")
@@ -141,7 +142,14 @@ def load(name: str, root: str | None) -> Any:
 
 
 def train_nodes(model: nn.Module, data: Any, task: Task, on_epoch: Callable[[], Any]) -> Run:
-    """Train on the marked nodes of one graph."""
+    """Train on the marked nodes of one graph.
+
+    Args:
+        model: the network.
+        data: the graph, with `train_mask`, `val_mask` and `test_mask`.
+        task: the training settings.
+        on_epoch: is called after each epoch.
+    """
     optimizer = _adam(model, task)
     best, last, since, started = (-1.0, 0.0, 0.0), 0.0, 0, time.perf_counter()
     epoch = 0
@@ -156,7 +164,7 @@ def train_nodes(model: nn.Module, data: Any, task: Task, on_epoch: Callable[[], 
             out = model.eval()(data.x, data.edge_index)
         val, last = (_accuracy(out[m], data.y[m]) for m in (data.val_mask, data.test_mask))
         loss = float(F.cross_entropy(out[data.val_mask], data.y[data.val_mask]))
-        # Of epochs that are equally good, the surest.
+        # Of epochs with equal accuracy, the one with the lowest validation loss is best.
         best = max(best, (val, -loss, last))
         since = since + 10 if best[0] == 1 else 0
         if since >= PATIENCE:
@@ -173,7 +181,7 @@ def _step(optimizer: torch.optim.Adam, loss: Tensor, task: Task) -> None:
     loss.backward()
     if task.clip < float("inf"):
         for parameter in optimizer.param_groups[0]["params"]:
-            nn.utils.clip_grad_norm_(parameter, task.clip)  # each by itself, as the official code
+            nn.utils.clip_grad_norm_(parameter, task.clip)  # one by one, as in the official code
     optimizer.step()
 
 
@@ -185,7 +193,7 @@ def _accuracy(out: Tensor, y: Tensor) -> float:
 
 
 def run_chains(args: argparse.Namespace, task: Task, bar: Any) -> Iterable[Run]:
-    """Train every method on chains of every length with every seed, until it learns none."""
+    """Train every method on chains of rising length with every seed, as long as it learns them."""
     from torch_geometric.nn import GCN as PyGGCN
 
     methods = [GCN, *args.grad]
@@ -220,7 +228,7 @@ def run_citation(args: argparse.Namespace, task: Task, bar: Any) -> Iterable[Run
 
 
 def make_model(in_channels: int, out_channels: int, method: str, task: Task) -> IGNN:
-    """Return a network of one implicit layer with a gradient method."""
+    """Return a network with one implicit layer."""
     grad = dpp.get_strategy(method, {"lam": task.lam})
     return IGNN(
         in_channels, HIDDEN, out_channels, 1, "node", grad, kappa=task.kappa, f_tol=task.f_tol
@@ -237,7 +245,7 @@ EXPERIMENTS: dict[str, Callable[[argparse.Namespace, Task, Any], Iterable[Run]]]
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Return accuracies in percent, mean and standard deviation over seeds or folds."""
+    """Return a table of accuracies in percent: mean and standard deviation over the seeds."""
     groups: dict[tuple[int, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.part.get("length", 0), run.method), []).append(run)
@@ -258,7 +266,7 @@ def _mean_and_std(values: Sequence[float]) -> str:
 
 
 def save(folder: Path, runs: Sequence[Run]) -> None:
-    """Write what there is so far: all runs as CSV, and chains as a plot."""
+    """Write the results so far: all runs as CSV, and a plot for chains of several lengths."""
     name = f"ignn_{runs[0].data.lower()}"
     text = io.StringIO()
     keys = list(runs[0].part)
@@ -273,10 +281,10 @@ def save(folder: Path, runs: Sequence[Run]) -> None:
 
 
 def plot(runs: Sequence[Run]) -> bytes:
-    """Return a PNG of accuracy over chain length: the mean over seeds, and each seed as a dot.
+    """Return a PNG of the accuracy over the chain length: the mean, and each seed as a dot.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
     """
     require("matplotlib", "viz")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -305,7 +313,7 @@ def plot(runs: Sequence[Run]) -> bytes:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Task]:
-    """Return the arguments, and the task with what they change in it."""
+    """Return the arguments, and the task with the changes that they make."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -313,7 +321,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Task]:
     add("--data", choices=list(TASKS), default="chains", help="what to train on (chains)")
     add("--root", help="folder of PyG's data sets; needed by all but chains")
     add("--grad", nargs="+", type=_spec, default=["ift", "upg", "npg"], metavar="SPEC")
-    add("--lam", type=float, help="damping of methods that leave it out (0.8)")
+    add("--lam", type=float, help="damping of methods that do not give it (0.8)")
     add("--lengths", nargs="+", type=int, default=[10, 20], help="nodes in a chain (10 20)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and splits (0 1 2)")
     add("--epochs", type=int, help="the most passes over the data")
@@ -324,11 +332,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Task]:
     add("--out", type=Path, default=Path("runs/ignn"), help="folder for results (runs/ignn)")
     args = parser.parse_args(argv)
     if min(args.lengths) * 40 < 320:
-        parser.error(f"--lengths {min(args.lengths)}: expected 8 or more; 320 nodes are split")
+        parser.error(
+            f"--lengths {min(args.lengths)}: expected 8 or more, since the split needs 320 nodes"
+        )
     names = ("lam", "epochs", "lr", "kappa", "f_tol")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     task = replace(TASKS[args.data], **given)
-    try:  # now, not after the first method's hour
+    try:  # fail now, not after the hour of the first method
         for method in args.grad:
             make_model(1, 1, method, task)
     except ValueError as error:
@@ -345,12 +355,12 @@ def _spec(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Run]:
-    """Run an experiment; its table is printed, and written with every run as far as it is."""
+    """Run an experiment, save the results after every run, and print the table."""
     args, task = parse(argv)
     require("torch_geometric", "graph")
     tqdm = require("tqdm", "experiments").tqdm
 
-    # Far along a chain a solve that stops at f_max_iter is a result like another.
+    # On long chains, a solve that stops at f_max_iter is a normal result.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs: list[Run] = []
     with tqdm(unit=" epochs", mininterval=1, disable=None) as progress:

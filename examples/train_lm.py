@@ -1,17 +1,17 @@
-"""A deep equilibrium language model on a text file, by gradient method.
+"""Trains deep equilibrium language models on a text file with several gradients.
 
     python examples/train_lm.py                        # Python's own language reference
     python examples/train_lm.py --text FILE --methods ift upg upg+jr npg npg+jr=0.1
     python examples/train_lm.py --text FILE --resume   # goes on where it was stopped
 
-A method is a spec of deq_phantom_plugin, and "+jr" adds Jacobian regularisation to it: of
---jac-reg-weight, or of the weight after "=". All methods see the same batches in the same order,
-and begin with the same weights. Tokens are characters, and so is what perplexity is about; it is
-measured on the last tenth of the text. The spectral radius is that of the Jacobian dF/dh at the
-equilibria of eight validation sequences, the mean of their absolute leading eigenvalues.
+A method is a spec of deq_phantom_plugin. "+jr" adds Jacobian regularisation, with the weight
+--jac-reg-weight or with the weight after "=". All methods begin with the same weights, and see the
+same batches in the same order. A token is a character. The perplexity is that per character on the
+last tenth of the text. The spectral radius is that of the Jacobian dF/dh at the equilibrium, as the
+mean over eight validation sequences.
 
-A run that fails has its error in its row, and the others go on. Each model is saved for
-`AutoModelForCausalLM.from_pretrained` (import deq_phantom_plugin.adapters.transformer before).
+If a run fails, its row shows the error, and the other runs go on. Each model is saved for
+`AutoModelForCausalLM.from_pretrained` (import deq_phantom_plugin.adapters.transformer first).
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ EVAL_BATCH, RADIUS_BATCH = 32, 8
 
 @dataclass
 class Run:
-    """One training run, as far as it is.
+    """The results of a training run so far.
 
     Attributes:
-        method: as it was asked for.
-        steps: optimiser steps so far.
-        seconds: of each step.
-        history: what was measured at some of them, each with its `step`.
-        error: what ended it early, None if nothing has.
+        method: the method, as it was given.
+        steps: the number of optimiser steps so far.
+        seconds: the seconds of each step.
+        history: the results of each evaluation, with its `step`.
+        error: the error that ended the run early, or None.
     """
 
     method: str
@@ -80,10 +80,10 @@ class Run:
 
 
 def parse_method(method: str, default_weight: float) -> tuple[str, float]:
-    """Return a method's spec and the weight of its regulariser.
+    """Return the spec of a method and the weight of its regulariser, 0 for none.
 
     Raises:
-        ValueError: if either is invalid.
+        ValueError: if the spec or the weight is invalid.
     """
     spec, jr, weight = method.partition("+jr")
     if jr and weight and not re.fullmatch(r"=\d+(\.\d*)?", weight):
@@ -93,7 +93,7 @@ def parse_method(method: str, default_weight: float) -> tuple[str, float]:
 
 
 def make_model(method: str, args: argparse.Namespace, n_tokens: int) -> DEQTransformerForCausalLM:
-    """Return a model with the same weights for every method."""
+    """Return a model; the weights are the same for every method."""
     spec, weight = parse_method(method, args.jac_reg_weight)
     torch.manual_seed(args.seed)
     return DEQTransformerForCausalLM(
@@ -116,7 +116,10 @@ def make_model(method: str, args: argparse.Namespace, n_tokens: int) -> DEQTrans
 
 
 def evaluate(model: Any, data: Tensor, args: argparse.Namespace) -> dict[str, float]:
-    """Return validation perplexity, and spectral radius, residual and evaluations there."""
+    """Return the perplexity, the spectral radius, the residual and the evaluations of F.
+
+    All are measured on validation sequences.
+    """
     model.eval()
     count = min(args.eval_sequences, len(data) // args.length)
     sequences = data[: count * args.length].view(count, args.length).to(args.device)
@@ -146,7 +149,18 @@ def train(
     n_tokens: int,
     progress: Callable[[int, str], Any],
 ) -> Any:
-    """Train one method from where its checkpoint was left; the run is filled in as it goes."""
+    """Train one method from its last checkpoint to the end, and fill in its run.
+
+    Args:
+        run: the results so far.
+        data: the training text and the validation text.
+        args: the arguments of the command.
+        n_tokens: the number of different characters.
+        progress: is called with a number of steps and the method.
+
+    Returns:
+        The trained model.
+    """
     training, validation = data
     model = make_model(run.method, args, n_tokens).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -191,7 +205,7 @@ HEADER = [
 
 
 def rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Return a row for each run: its last evaluation, or its error."""
+    """Return one row per run, with its last evaluation and its error if there is one."""
     table = []
     for run in runs:
         last = run.history[-1] if run.history else {}
@@ -213,7 +227,7 @@ def rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def save(args: argparse.Namespace, name: str, runs: Sequence[Run]) -> None:
-    """Write what there is so far: numbers as JSON, the table as CSV, curves as PNG."""
+    """Write the results so far: numbers as JSON, the table as CSV, and curves as PNG."""
     content = {"settings": settings(args), "runs": [asdict(run) for run in runs]}
     write_whole(args.out / f"{name}.json", json.dumps(finite(content), indent=1).encode())
     write_whole(args.out / f"{name}.csv", as_csv([HEADER, *rows(runs)]))
@@ -224,7 +238,7 @@ def plot(runs: Sequence[Run]) -> bytes:
     """Return a PNG of validation perplexity and spectral radius over the steps.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
     """
     figure = blank_figure(11, 4)
     perplexity, radius = figure.subplots(1, 2)
@@ -239,7 +253,7 @@ def plot(runs: Sequence[Run]) -> bytes:
                     axes.plot(steps[-1], values[-1], "x", color=f"C{number}")
     perplexity.set(xlabel="step", ylabel="validation perplexity (characters)", yscale="log")
     lowest = min((h["perplexity"] for run in runs for h in run.history), default=1.0)
-    if perplexity.get_ylim()[1] > 5 * lowest:  # what fails shall not flatten what does not
+    if perplexity.get_ylim()[1] > 5 * lowest:  # a run that fails must not flatten the others
         perplexity.set_ylim(0.9 * lowest, 5 * lowest)
     radius.axhline(1, color="0.7", linewidth=0.8)
     radius.set(xlabel="step", ylabel="spectral radius of dF/dh", yscale="log")
@@ -251,7 +265,7 @@ def plot(runs: Sequence[Run]) -> bytes:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the arguments, checked."""
+    """Return the checked arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -259,8 +273,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, help="a text file (Python's language reference)")
     add("--methods", nargs="+", default=["ift", "upg", "npg"], metavar="METHOD")
     add("--steps", type=int, default=1000, help="optimiser steps (1000)")
-    add("--batch", type=int, default=16, help="sequences a step (16)")
-    add("--length", type=int, default=64, help="characters a sequence (64)")
+    add("--batch", type=int, default=16, help="sequences per step (16)")
+    add("--length", type=int, default=64, help="characters per sequence (64)")
     add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate (2e-3)")
     add("--hidden", type=int, default=64, help="size of a state (64)")
     add("--heads", type=int, default=4, help="attention heads (4)")
@@ -282,7 +296,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.steps, args.batch, args.eval_every, args.eval_sequences) < 1 or args.length < 2:
         parser.error("expected steps, batch, eval-every and eval-sequences above 0, length above 1")
-    try:  # now, not after the first method's hour
+    try:  # fail now, not after the hour of the first method
         for method in args.methods:
             make_model(method, args, 1)
     except ValueError as error:
@@ -291,13 +305,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Run]:
-    """Train every method; the table is printed, and written as far as it is."""
+    """Train every method, save the results after each, and print the table."""
     args = parse(argv)
     tqdm = require("tqdm", "experiments").tqdm
 
     name = args.name or ("lm" if args.text is None else f"lm_{slug(args.text.stem)}")
     training, validation, characters = split(args.text, args.length)
-    # A solve that stops at f_max_iter is a result like another; the table has its residual.
+    # A solve that stops at f_max_iter is a normal result; the table shows its residual.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs: list[Run] = []
     with tqdm(
@@ -322,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
 
 
 def continued(model: Any, args: argparse.Namespace, characters: list[str]) -> str:
-    """Return the prompt and what the model makes of it."""
+    """Return the prompt with the text by which the model continues it."""
     known = [characters.index(c) for c in args.prompt if c in characters][: args.length - 1]
     ids = torch.tensor([known], device=args.device)
     torch.manual_seed(args.seed)

@@ -1,20 +1,23 @@
-"""A looped language model on a text file, by depth and gradient of its loop.
+"""Trains looped language models on a text file, with several depths and gradients of the loop.
 
     python examples/train_looped_lm.py                   # Python's own language reference
     python examples/train_looped_lm.py --text FILE --methods "tbptt(k=4)" "tbptt(k=4)@poisson(8)"
     python examples/train_looped_lm.py --text FILE --resume  # goes on where it was stopped
 
-A method is GRAD or GRAD@LOOPS: a spec of deq_phantom_plugin, and how often the block is repeated in
-training, a number or a distribution (8 unless --loops says otherwise). The model is that of
-looped_lm.py. With each seed all methods begin with the same weights and see the same batches in the
-same order. Tokens are characters, and so is what perplexity is about; it is measured on the last
-tenth of the text, with the block repeated 4 to 64 times. The residual is ||F(h) - h|| / ||F(h)|| at
-the end of a loop as long as in training (the mean, where that is drawn), rho the spectral radius of
-dF/dh there, the mean over eight sequences.
+A method is GRAD or GRAD@LOOPS. GRAD is a spec of deq_phantom_plugin. LOOPS is a number or a
+distribution: how often the block is repeated in training (8 unless --loops says otherwise). The
+model is that of looped_lm.py. For each seed, all methods begin with the same weights, and see the
+same batches in the same order. The table shows:
 
-The time of a step is over that of the first method that trained: models take the same steps in
-turn, at eight points of training, so that what is drawn or grows counts as it comes; the mean of
-medians. Memory is the most that such a step allocates. A run that fails has its error in its row.
+- perplexity per character on the last tenth of the text, with the block repeated 4 to 64 times.
+- residual: ||F(h) - h|| / ||F(h)|| at the end of a loop as long as in training. If that length is
+  drawn, the loop has its mean length.
+- rho: the spectral radius of dF/dh there, as the mean over eight sequences.
+- step: the time of a step, divided by that of the first method that trained. The models take the
+  same steps in turn, at eight points of training. The time is the mean of the eight medians.
+- MiB: the memory that such a step allocates at most.
+
+If a run fails, its row shows the error.
 """
 
 from __future__ import annotations
@@ -65,19 +68,19 @@ METHODS = (
     "ift",
 )
 EVAL_BATCH, RADIUS_BATCH = 32, 8
-DIVERGED = 1000  # a perplexity above says no more
+DIVERGED = 1000  # a perplexity above this is not shown as a number
 
 
 @dataclass
 class Run:
-    """One training run, as far as it is.
+    """The results of a training run so far.
 
     Attributes:
-        method: as it was asked for.
-        seed: of weights and batches.
-        steps: optimiser steps so far.
-        history: what was measured at some of them, each with its `step`.
-        error: what ended it early, None if nothing has.
+        method: the method, as it was given.
+        seed: the seed of the weights and the batches.
+        steps: the number of optimiser steps so far.
+        history: the results of each evaluation, with its `step`.
+        error: the error that ended the run early, or None.
     """
 
     method: str
@@ -91,10 +94,10 @@ class Run:
 
 
 def parse_method(method: str, default: int | str) -> tuple[str, int | str]:
-    """Return a method's gradient, and the loops of training.
+    """Return the gradient of a method, and how often its block is repeated in training.
 
     Raises:
-        ValueError: if either is invalid.
+        ValueError: if one of them is invalid.
     """
     grad, at, text = (part.strip() for part in method.partition("@"))
     steps: int | str = text if at else default
@@ -105,7 +108,7 @@ def parse_method(method: str, default: int | str) -> tuple[str, int | str]:
 
 
 def make_model(method: str, args: argparse.Namespace, n_tokens: int) -> LoopedForCausalLM:
-    """Return a model with the same weights for every method."""
+    """Return a model; the weights are the same for every method."""
     grad, steps = parse_method(method, args.loops)
     torch.manual_seed(args.seed)
     return LoopedForCausalLM(
@@ -126,12 +129,12 @@ def make_model(method: str, args: argparse.Namespace, n_tokens: int) -> LoopedFo
 
 
 def make_optimizer(model: LoopedForCausalLM, args: argparse.Namespace) -> torch.optim.AdamW:
-    """Return what trains a model."""
+    """Return the optimiser of a model."""
     return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def evaluate(model: LoopedForCausalLM, data: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Return validation perplexity by number of loops, and where the loop of training ends."""
+    """Return the validation perplexity by number of loops, the residual and the radius."""
     model.eval()
     count = min(args.eval_sequences, len(data) // args.length)
     sequences = data[: count * args.length].view(count, args.length).to(args.device)
@@ -162,7 +165,7 @@ def train(
     n_tokens: int,
     progress: Callable[[int, str], Any],
 ) -> None:
-    """Train one method from where its checkpoint was left; the run is filled in as it goes."""
+    """Train one method from its last checkpoint to the end, and fill in its run."""
     args = of_seed(args, run.seed)
     model = make_model(run.method, args, n_tokens).to(args.device).train()
     optimizer = make_optimizer(model, args)
@@ -183,17 +186,17 @@ def train(
 
 
 def of_seed(args: argparse.Namespace, seed: int) -> argparse.Namespace:
-    """Return the arguments of the runs with a seed."""
+    """Return the arguments with one seed in place of all seeds."""
     return argparse.Namespace(**vars(args), seed=seed)
 
 
 def folder_of(run: Run, args: argparse.Namespace) -> Path:
-    """Return where a run is kept."""
+    """Return the folder of a run."""
     return Path(args.out, slug(run.method), f"seed_{run.seed}")
 
 
 def trained_model(run: Run, args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return a model that was saved, and what would train it on."""
+    """Return a saved model, and an optimiser by which it can be trained on."""
     model = LoopedForCausalLM.from_pretrained(folder_of(run, args)).to(args.device).train()
     return model, make_optimizer(model, args)
 
@@ -210,7 +213,13 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def values(runs: Sequence[Run], key: str, loops: int | None = None) -> list[float]:
-    """Return what was last measured in runs that did not fail."""
+    """Return the last value of a key in each run that did not fail.
+
+    Args:
+        runs: the runs.
+        key: the key in the history.
+        loops: the number of loops, if the value is a perplexity; None otherwise.
+    """
     last = [run.history[-1][key] for run in runs if run.history and run.error is None]
     return [float(value if loops is None else value[str(loops)]) for value in last]
 
@@ -218,7 +227,7 @@ def values(runs: Sequence[Run], key: str, loops: int | None = None) -> list[floa
 def table(
     runs: Sequence[Run], found: dict[str, Any], args: argparse.Namespace
 ) -> tuple[list[str], list[list[str]]]:
-    """Return a header, and a row for each method: means, and deviations over several seeds."""
+    """Return a header, and one row per method with means and deviations over the seeds."""
     header = ["method", *map(str, args.test_loops), "residual", "rho", "step", "MiB", "runs"]
     rows, first = [], next(iter(found.values()), None)
     for method, own in groups(runs).items():
@@ -250,7 +259,7 @@ def _mean_and_deviation(numbers: Sequence[float]) -> str:
 def save(
     runs: Sequence[Run], found: dict[str, Any], args: argparse.Namespace, n_tokens: int
 ) -> None:
-    """Write what there is so far: all as JSON, a row for each run as CSV, perplexity as PNG."""
+    """Write the results so far: all as JSON, one row per run as CSV, and perplexity as PNG."""
     shared = {**settings(args), "seeds": args.seeds, "characters": n_tokens}
     content = {"settings": shared, "runs": [asdict(run) for run in runs], "costs": found}
     name = args.out / args.name
@@ -273,21 +282,23 @@ def save(
 
 
 def plot(runs: Sequence[Run], args: argparse.Namespace) -> bytes:
-    """Return a PNG of perplexity over loops at test time: means, and bands from seed to seed.
+    """Return a PNG of the perplexity over the loops at test time.
+
+    A line is the mean over the seeds, and a band reaches from the lowest to the highest seed.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
     """
     figure = blank_figure(9.5, 4.2)
     axes = figure.add_subplot()
     found = {
         method: [values(own, "perplexity", steps) for steps in args.test_loops]
         for method, own in groups(runs).items()
-        if values(own, "spectral_radius")  # a seed that did not fail
+        if values(own, "spectral_radius")  # empty if all seeds have failed
     }
     means = {m: [statistics.fmean(numbers) for numbers in by] for m, by in found.items()}
     lowest = min((mean for by in means.values() for mean in by), default=1.0)
-    top = 1.4 * lowest  # what fails shall not flatten what does not
+    top = 1.4 * lowest  # a run that fails must not flatten the others
     for number, (method, by_loops) in enumerate(found.items()):
         style, color = "--" if "@" in method else "-", f"C{number % 10}"
         label = method if min(means[method]) < top else f"{method}: above"
@@ -307,18 +318,18 @@ def plot(runs: Sequence[Run], args: argparse.Namespace) -> bytes:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the arguments, checked."""
+    """Return the checked arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--text", type=Path, help="a text file (Python's language reference)")
     add("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
-    add("--loops", default="8", help="of the block in training: a number, a distribution (8)")
+    add("--loops", default="8", help="loops in training: a number or a distribution (8)")
     add("--test-loops", nargs="+", type=int, default=[4, 8, 16, 32, 64], metavar="N")
     add("--steps", type=int, default=1200, help="optimiser steps (1200)")
-    add("--batch", type=int, default=16, help="sequences a step (16)")
-    add("--length", type=int, default=64, help="characters a sequence (64)")
+    add("--batch", type=int, default=16, help="sequences per step (16)")
+    add("--length", type=int, default=64, help="characters per sequence (64)")
     add("--lr", type=float, default=6e-3, help="AdamW's highest learning rate (6e-3)")
     add("--hidden", type=int, default=64, help="size of a state (64)")
     add("--heads", type=int, default=4, help="attention heads (4)")
@@ -341,7 +352,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.test_loops = sorted(set(args.test_loops))
     text = "" if args.text is None else f"_{slug(args.text.stem)}"
     args.name = args.name or f"looped_lm{text}"
-    try:  # now, not after the first method's hour
+    try:  # fail now, not after the hour of the first method
         for method in args.methods:
             make_model(method, of_seed(args, 0), 1)
     except ValueError as error:
@@ -350,15 +361,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Run]:
-    """Train every method with every seed; the table is printed, the rest written as far as it is.
+    """Train every method with every seed, save the results after each run, and print the table.
 
-    Runs go seed by seed, so that what is there early compares all methods.
+    All methods of a seed come before the next seed, so early results compare all methods.
     """
     args = parse(argv)
     tqdm = require("tqdm", "experiments").tqdm
 
     training, validation, characters = split(args.text, args.length)
-    # A loop that ends far from an equilibrium is a result like another; the table has its residual.
+    # A loop that ends far from an equilibrium is a normal result; the table shows its residual.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs: list[Run] = []
     total = args.steps * len(args.methods) * len(args.seeds)

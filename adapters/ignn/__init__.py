@@ -1,12 +1,13 @@
-"""Implicit graph neural networks (IGNN) as PyTorch Geometric layers, the gradient chosen by name.
+"""Implicit graph neural networks (IGNN) as PyTorch Geometric layers, with a gradient by name.
 
-Gu et al., "Implicit Graph Neural Networks", NeurIPS 2020, arXiv:2009.06211. The state of all nodes
-is the equilibrium X = phi(W X A + b(U)) of one layer, so that it has seen the whole graph.
+Source: Gu et al., "Implicit Graph Neural Networks", NeurIPS 2020, arXiv:2009.06211. The states of
+all nodes are the equilibrium X = phi(W X A + b(U)) of one layer. So each state depends on all nodes
+from which a path leads to it.
 
     conv = IGNNConv(16, 32, grad="upg(k=5, lam=0.8)")
     h = conv(x, edge_index, edge_weight)
 
-The paper's matrices are features x nodes; here they are nodes x features, as everywhere in PyG:
+The paper's matrices have the shape (features, nodes). Here they have (nodes, features), as in PyG:
 
     H = phi(A^T H W^T + b),    b = A^T U Omega^T + bias.
 

@@ -1,4 +1,8 @@
-"""The implicit graph layer."""
+"""`IGNNConv`, the implicit graph layer.
+
+The layer projects its weight W, builds the map F(H) = phi(A^T H W^T + A^T U Omega^T + bias) for a
+graph, and hands F to `FixedPoint`, which solves H = F(H) and attaches the gradient.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,8 @@ from .projection import project_rows
 
 Activation = Callable[[Tensor], Tensor]
 
-# Applied to each number, and non-expansive: what well-posedness needs (paper, section 3).
+# The activations act on each number by itself and are non-expansive. Well-posedness needs both
+# (paper, section 3).
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         "elu": F.elu,
@@ -33,49 +38,51 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     }
 )
 
-# The same in place, where backward needs only the result: an array less in every evaluation.
+# In-place versions of the activations whose backward pass needs only their result. They save one
+# array in every evaluation of F.
 _IN_PLACE: Mapping[str, Activation] = MappingProxyType({"relu": torch.relu_, "tanh": torch.tanh_})
 
 
 class IGNNConv(GraphLayer):
     r"""The implicit graph layer H = phi(A^T H W^T + A^T U Omega^T + bias) (paper, eq. 1 and 2).
 
-    W is projected so that ||W||_inf <= kappa / lambda_pf(|A|), which makes the equilibrium exist,
-    unique and reachable by iteration (paper, Theorem 3.1 and section 3). The projection is part of
-    the layer and differentiated with it; the parameter itself is the optimiser's alone. Projected
-    in place, as the official code does before each forward, it would change under gradients that
-    are still to come, differ between workers whose graphs differ, and follow the strictest graph
-    ever seen.
+    W is projected so that ||W||_inf <= kappa / lambda_pf(|A|). Then the equilibrium exists, is
+    unique, and is found by iteration (paper, Theorem 3.1 and section 3). The projection is a part
+    of the layer and is differentiated with it; only the optimiser changes the parameter itself. The
+    official code projects the parameter in place before each forward pass. In place, it would
+    change before pending backward passes, differ between workers whose graphs differ, and keep the
+    bound of the strictest graph so far.
 
-    In training mode the result carries the gradient of `grad`; in evaluation mode, as of any
-    equilibrium of this package, none, but while an explainer of PyG has set a mask of edges.
+    In training mode the result carries the gradient of `grad`. In evaluation mode it carries none,
+    as with every equilibrium of this package, unless an explainer of PyG has set a mask of edges.
 
-    Parameters and features of 16 bits, and autocast, are ways to store what goes in and out: the
-    equilibrium is solved, and differentiated, in 32 bits at least.
+    Parameters and features may have 16 bits, and autocast may be on. The equilibrium is solved and
+    differentiated in at least 32 bits all the same.
 
     Args:
-        in_channels: size of each node's features U; -1 for that of the first ones, or of the
-            checkpoint.
-        out_channels: size of each node's state H.
-        kappa: bound of the contraction, in (0, 1).
+        in_channels: the size of each node's features U; -1 takes the size of the first features, or
+            of the checkpoint.
+        out_channels: the size of each node's state H.
+        kappa: the bound of the contraction, in (0, 1).
         grad: the gradient of the equilibrium, a spec of `dpp.get_strategy`; `dpp.set_grad` changes
             it later.
-        activation: phi, a name in `ACTIVATIONS`, or a function of each number by itself whose slope
-            is at most 1.
+        activation: phi: a name in `ACTIVATIONS`, or a function that acts on each number by itself
+            with a slope of at most 1.
         bias: whether to add a bias, which begins at zero; the official code has none.
-        lambda_pf: the Perron-Frobenius eigenvalue of |A| where it is known, such as 1 after
-            `torch_geometric.nn.conv.gcn_conv.gcn_norm`: a constant, whatever the edge weights are.
-            Computed for each new graph if None, and then differentiated with the edge weights
-            where they require grad; it has no second derivative in them.
-        f_max_iter: the most iterations of the forward solve.
-        f_tol: largest change at which the forward solve stops, relative to states above 1.
+        lambda_pf: the Perron-Frobenius eigenvalue of |A| if it is known, such as 1 after
+            `torch_geometric.nn.conv.gcn_conv.gcn_norm`. It is then a constant, whatever the edge
+            weights are. If it is None, it is computed for each new graph, and differentiated with
+            respect to edge weights that require grad. It has no second derivative in them.
+        f_max_iter: the largest number of iterations of the forward solve.
+        f_tol: the solve stops once no number of the state changes by more than this. The change is
+            relative to the largest number of the state if that is above 1.
         grad_in_eval: whether the gradient is attached in evaluation mode too.
-        compile: whether the map is compiled for the solve and for gradients that go through its
-            graph once, or a mode of `torch.compile`, see docs/howto/compile.md.
+        compile: whether F is compiled for the solve, and for gradients that go through its graph
+            once; or a mode of `torch.compile`, see docs/howto/compile.md.
 
     Shapes:
-        - **input:** node features (num_nodes, in_channels), edge indices (2, num_edges), edge
-          weights (num_edges), optional.
+        - **input:** node features (num_nodes, in_channels), edge indices (2, num_edges), and
+          optionally edge weights (num_edges,).
         - **output:** node states (num_nodes, out_channels).
 
     Raises:
@@ -113,11 +120,12 @@ class IGNNConv(GraphLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw W and Omega as the official code does; the bias is zero.
+        """Draw W and Omega as the official code does, and set the bias to zero.
 
-        W begins where that code's first forward puts it on a normalised graph, but a little inside.
-        Left outside the ball, entries that the projection makes zero would have no gradient; on its
-        surface, rounding (to 16 bits, say) would choose a side of the kink for each row.
+        W begins a little inside the ball of radius kappa, onto which that code's first forward pass
+        projects it on a normalised graph. Outside the ball, the entries that the projection sets to
+        zero would have no gradient. On its surface, rounding to 16 bits would decide for each row
+        whether the projection acts.
         """
         limit = self.out_channels**-0.5
         nn.init.uniform_(self.weight, -limit, limit)
@@ -143,20 +151,20 @@ class IGNNConv(GraphLayer):
         """Return the equilibrium.
 
         Args:
-            x: node features, shape (num_nodes, in_channels); dense, or a sparse tensor of PyTorch.
-            edge_index: (2, num_edges), as a tensor or `EdgeIndex`; or the matrix A^T, PyG's
+            x: node features, shape (num_nodes, in_channels), dense or a sparse tensor of PyTorch.
+            edge_index: shape (2, num_edges), as a tensor or `EdgeIndex`; or the matrix A^T, PyG's
                 `adj_t`, as a sparse tensor or `torch_sparse.SparseTensor`; or a `Graph`.
             edge_weight: shape (num_edges,); ones if None. It may require grad.
-            batch: the graph of each node, shape (num_nodes,). Graphs of a mini-batch share no
-                edges, so that nothing depends on it.
+            batch: the graph of each node, shape (num_nodes,). It has no effect: graphs of a
+                mini-batch share no edges.
 
         Returns:
             Node states, shape (num_nodes, out_channels).
 
         Raises:
-            ValueError: if x or the weights hold NaN or infinite numbers, an edge ends outside the
-                nodes, or shapes do not fit; if x is a pair, of two node types.
-            NotImplementedError: if something of PyG waits for single messages.
+            ValueError: if x or the weights hold NaN or infinite numbers, if an edge ends outside
+                the nodes, if shapes do not fit, or if x is a pair of two node types.
+            NotImplementedError: if a tool of PyG needs the messages of single edges.
         """
         check_features(x, self.in_channels)
         self.check_tools()
@@ -176,11 +184,13 @@ class IGNNConv(GraphLayer):
         return out.to(x.dtype)
 
     def equilibrium_func(self, x: Tensor, graph: Graph) -> Callable[[Tensor], Tensor]:
-        """Return the map whose equilibrium this layer is, on states (num_nodes, out_channels).
+        """Return F, the map whose equilibrium this layer returns.
+
+        F takes and returns states of shape (num_nodes, out_channels).
 
         Args:
             x: node features, shape (num_nodes, in_channels).
-            graph: where they are.
+            graph: the graph of the nodes.
         """
         weight, phi = self.projected_weight(graph), self.activation
         phi = phi if callable(phi) else _IN_PLACE.get(phi, ACTIVATIONS[phi])
@@ -196,15 +206,15 @@ class IGNNConv(GraphLayer):
         return func
 
     def projected_weight(self, graph: Graph) -> Tensor:
-        """Return W as it enters the layer on a graph, shape (out_channels, out_channels).
+        """Return the projection of W for a graph, shape (out_channels, out_channels).
 
-        In 32 bits at least: rounded to 16, it might be outside the ball.
+        It has at least 32 bits: rounding to 16 bits could move it outside the ball.
         """
         radius: Any
         if self.lambda_pf is not None:
             radius = self.kappa / self.lambda_pf
         else:
-            # Of acyclic graphs it is 0; the radius, and its slope, are to stay finite.
+            # The eigenvalue of an acyclic graph is 0; the radius and its slope must stay finite.
             smallest = torch.finfo(graph.weight.dtype).tiny ** 0.5
             radius = self.kappa / graph.lambda_pf.clamp_min(smallest)
         weight = lifted(self.weight)
@@ -220,7 +230,7 @@ class IGNNConv(GraphLayer):
 
 
 def lifted(x: Tensor) -> Tensor:
-    """Return a tensor in 32 bits, if it has fewer."""
+    """Return a tensor with at least 32 bits per number."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -228,7 +238,8 @@ def _check_lambda_pf(lambda_pf: Any) -> float:
     if isinstance(lambda_pf, Tensor) and (lambda_pf.requires_grad or lambda_pf.numel() != 1):
         raise ValueError(
             "lambda_pf is a tensor that requires grad, or holds several numbers; expected one "
-            "number, which is constant, or None: then the eigenvalue is computed and differentiated"
+            "number, which is a constant, or None. With None the eigenvalue is computed and "
+            "differentiated"
         )
     if not lambda_pf > 0:
         raise ValueError(f"lambda_pf={lambda_pf!r}; expected a number above 0, or None")

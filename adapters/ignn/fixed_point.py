@@ -1,4 +1,8 @@
-"""The equilibrium of a map as a module."""
+"""`FixedPoint`, the module of an implicit graph layer that solves and attaches its equilibrium.
+
+It iterates h <- F(h) without a graph until the state stops changing, and then lets the strategy
+attach its gradient.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +24,28 @@ _CHECK_EVERY = 4
 
 
 class FixedPoint(Attaching):
-    """The equilibrium of a map, solved by iteration and attached by a strategy.
+    """Solves h = F(h) by iteration, and attaches the gradient of a strategy.
 
     Args:
-        grad: the strategy's spec, see `dpp.get_strategy`.
-        f_max_iter: the most iterations.
-        f_tol: largest change of a number at which to stop, of the largest number where that is
-            above 1: float32 has no smaller ones there.
+        grad: the spec of the strategy, see `dpp.get_strategy`.
+        f_max_iter: the largest number of iterations.
+        f_tol: the solve stops once no number of the state changes by more than this. The change is
+            relative to the largest number of the state if that is above 1, since rounding in
+            float32 grows with it.
         grad_in_eval: whether the gradient is attached in evaluation mode too.
-        compile: whether the map is compiled for the solve and for strategies that go through its
-            graph once, or a mode of `torch.compile`.
+        compile: whether F is compiled for the solve, and for strategies that go through its graph
+            once; or a mode of `torch.compile`.
 
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
         memory: what the strategy keeps between steps.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     host = "ignn"
-    compiles: bool | str = False  # in pickles from before it is missing
+    compiles: bool | str = False  # older pickles do not have this attribute
 
     def __init__(
         self,
@@ -47,7 +55,7 @@ class FixedPoint(Attaching):
         grad_in_eval: bool = False,
         compile: bool | str = False,
     ) -> None:
-        # Nodes depend on one another: the state is one sample.
+        # Nodes depend on one another, so the whole state is one sample.
         super().__init__(grad, batch_dim=None, grad_in_eval=grad_in_eval)
         if isinstance(f_max_iter, bool) or not isinstance(f_max_iter, int) or f_max_iter < 1:
             raise ValueError(f"f_max_iter={f_max_iter!r}; expected a whole number of at least 1")
@@ -59,21 +67,22 @@ class FixedPoint(Attaching):
 
     @property
     def nfe(self) -> int:
-        """Evaluations of the map in the last solve."""
+        """The number of evaluations of F in the last solve."""
         return int(self._calls.of_solve())
 
     def forward(
         self, func: Callable[[Tensor], Tensor], start: Tensor, explained: bool = False
     ) -> Tensor:
-        """Return the equilibrium: attached in training, as it is in evaluation.
+        """Return the equilibrium, with its gradient attached in training mode.
 
         Args:
-            func: the map.
-            start: where the solve begins.
-            explained: whether to attach it in evaluation, too: explainers differentiate there.
+            func: F, from a state to a state of the same shape.
+            start: the state at which the solve begins.
+            explained: whether the gradient is attached in evaluation mode too, since explainers
+                differentiate there.
 
         Raises:
-            NonFiniteError: if the solve makes a NaN or an infinity.
+            NonFiniteError: if the solve makes NaN or infinite numbers.
         """
         context, func = self.context(start), compiled(func, self.compiles, self, dynamic=None)
         attaching = attaches(self) or (explained and torch.is_grad_enabled())
@@ -93,19 +102,20 @@ class FixedPoint(Attaching):
             return state
         for step in range(1, self.f_max_iter + 1):
             state, last = func(state), state
-            # Looking at the number waits for the device.
+            # Reading the number waits for the device, so this is not done in every iteration.
             if step % _CHECK_EVERY == 0 or step == self.f_max_iter:
                 change = float((state - last).abs().amax() / state.abs().amax().clamp_min(1))
                 if change <= self.f_tol:
                     return state
                 if not math.isfinite(change):
                     raise dpp.NonFiniteError(
-                        f"the forward solve made NaN or infinite states in {step} iterations; look "
+                        f"the forward solve made NaN or infinite states in {step} iterations. Look "
                         "for such numbers in the parameters, or for an activation steeper than 1"
                     )
         warnings.warn(
             f"the forward solve stopped at f_max_iter={self.f_max_iter} with a change of "
-            f"{change:.1e}, above f_tol={self.f_tol}; raise either, or lower kappa",
+            f"{change:.1e}, above f_tol={self.f_tol}: the state is not yet an equilibrium. Raise "
+            "f_max_iter or f_tol, or lower kappa",
             dpp.ConvergenceWarning,
             stacklevel=3,
         )

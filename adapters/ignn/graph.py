@@ -1,8 +1,9 @@
-"""Weighted graphs as implicit layers need them: products along edges, and the largest eigenvalue.
+"""Weighted graphs as implicit layers need them.
 
-A[i, j] is the weight of the edge from node i to node j: nodes collect from those that point at
-them, on directed graphs too. In backward it is the other way round, a product with A; both are
-kept as CSR matrices, made once a graph.
+A `Graph` multiplies states by its adjacency matrix, and knows the largest eigenvalue of |A|.
+A[i, j] is the weight of the edge from node i to node j, so A^T x collects along incoming edges. The
+backward pass of that product multiplies by A. Both matrices are kept in CSR format, and are built
+once per graph. The functions below parse and check the edges as PyG passes them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from .perron import PerronEigenvalue, csr
 
 
 class Edges(NamedTuple):
-    """The edges of a graph, each a column of three.
+    """The edges of a graph.
 
     Attributes:
-        source: where edges begin, shape (E,).
-        target: where they end, shape (E,).
-        weight: of each edge, shape (E,); parallel edges add up.
-        num_nodes: how many nodes there are.
+        source: the node at which each edge begins, shape (E,).
+        target: the node at which each edge ends, shape (E,).
+        weight: the weight of each edge, shape (E,). The weights of parallel edges add up.
+        num_nodes: the number of nodes.
     """
 
     source: Tensor
@@ -41,17 +42,19 @@ class Graph:
     """A weighted graph, ready for products with A^T and, in backward, with A.
 
     Args:
-        source: where edges begin, shape (E,).
-        target: where they end, shape (E,).
-        weight: of each edge, shape (E,); parallel edges add up.
-        num_nodes: how many nodes there are.
+        source: the node at which each edge begins, shape (E,).
+        target: the node at which each edge ends, shape (E,).
+        weight: the weight of each edge, shape (E,). The weights of parallel edges add up.
+        num_nodes: the number of nodes.
 
     Attributes:
-        weight: as given; where it requires grad, products are differentiated with it.
-        has_added_loops: whether a normalisation has put its self-loops, one per node, after the
+        weight: the weights as given. If they require grad, products are differentiated with
+            respect to them.
+        has_added_loops: whether a normalisation has appended self-loops, one per node, after the
             other edges.
-        renew: computes the weights anew, None where they are those of the user. What they were
-            computed by can be differentiated once.
+        renew: computes the weights again from their inputs. A forward pass after the first needs
+            that, since the graph of the first computation can be differentiated only once. None if
+            the weights are the user's own.
 
     Raises:
         ValueError: if an edge ends outside the nodes, or a weight is NaN or infinite.
@@ -61,12 +64,13 @@ class Graph:
         check_edges(Edges(source, target, weight, num_nodes))
         self.num_nodes, self.has_added_loops = num_nodes, False
         self.renew: Callable[[], Tensor] | None = None
-        # Ordinary tensors: a graph that is first seen in inference mode may be trained on later.
+        # The tensors must not be inference tensors: a graph that is first used in inference mode
+        # may be trained on later.
         with torch.inference_mode(False):
             source, target, weight = ordinary(source), ordinary(target), ordinary(weight)
             self.source, self.target, self.weight = source, target, weight
             self._values = weight.detach()
-            if weight.requires_grad:  # and may be trained in place
+            if weight.requires_grad:  # an optimiser may change it in place
                 self._values = self._values.clone()
             self._incoming = _csr(target, source, self._values, num_nodes)
             self._outgoing = _csr(source, target, self._values, num_nodes)
@@ -74,18 +78,21 @@ class Graph:
         self._eigenvalue: list[PerronEigenvalue] = []  # shared with the graphs of `with_weight`
 
     def with_weight(self, weight: Tensor) -> Graph:
-        """Return this graph with the same weights in another tensor, one that requires grad.
+        """Return this graph with its weights in another tensor, which may require grad.
+
+        Args:
+            weight: the same weights, shape (E,).
 
         Raises:
-            ValueError: if they are not the same, but for rounding.
+            ValueError: if the weights differ by more than rounding.
         """
         new, old = weight.detach(), self._values
-        # Normalised anew on a GPU, they may differ in the last bits.
+        # Weights that a GPU has normalised again may differ in their last bits.
         rtol = 100 * torch.finfo(old.dtype).eps
         if new.shape != old.shape or not torch.allclose(new, old, rtol=rtol, atol=0):
             raise ValueError(
-                "the weights of this Graph have changed since it was made, and it holds the old "
-                "ones; make it anew, or pass edge_index and edge_weight in its place"
+                "the weights of this Graph have changed since it was made, so its matrices are out "
+                "of date. Make a new Graph, or pass edge_index and edge_weight in its place"
             )
         twin = copy.copy(self)
         twin.weight, twin.renew = weight, None
@@ -102,13 +109,11 @@ class Graph:
         return self.with_weight(self.weight if self.renew is None else self.renew())
 
     def propagate(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
-        """Return A^T x + bias: what nodes collect along their incoming edges.
-
-        Differentiable to any order.
+        """Return A^T x + bias, shape (num_nodes, channels); differentiable to any order.
 
         Args:
-            x: shape (num_nodes, channels); under autocast it may come in a lower precision.
-            bias: shape (num_nodes, channels).
+            x: shape (num_nodes, channels). Under autocast it may have a lower precision.
+            bias: shape (num_nodes, channels), or None.
         """
         x = x.to(self.weight.dtype)
         return _propagate(x, self.weight, bias, self)
@@ -119,20 +124,21 @@ class Graph:
             product: Tensor = csr_product(*self._parts[transpose], x, bias)
             return product
         matrix = self._outgoing if transpose else self._incoming
-        # Sparse products know no lower precision.
+        # Sparse products are not implemented in a lower precision.
         with torch.autocast(x.device.type, enabled=False):
             return matrix @ x if bias is None else torch.addmm(bias, matrix, x)
 
     @property
     def lambda_pf(self) -> Tensor:
-        """The Perron-Frobenius eigenvalue of |A|, shape (): from above, see `PerronEigenvalue`.
+        """An upper bound of the Perron-Frobenius eigenvalue of |A|, shape ().
 
-        What is returned is never less, so that the layer is well-posed even where the iteration has
-        not converged; on acyclic graphs it is 0. Computed once, and differentiable once in weights
-        that require grad.
+        The bound equals the eigenvalue up to rounding once its iteration has converged, see
+        `PerronEigenvalue`. It is never below the eigenvalue, so the layer is well-posed in any
+        case. For an acyclic graph it is 0. It is computed once, and can be differentiated once
+        with respect to weights that require grad.
         """
         if not self._eigenvalue:
-            with torch.inference_mode(False):  # kept, as the graph is
+            with torch.inference_mode(False):  # it is kept, and may be differentiated later
                 self._eigenvalue.append(
                     PerronEigenvalue(self.target, self.source, self._values, self.num_nodes)
                 )
@@ -141,7 +147,8 @@ class Graph:
 
 
 def _propagate(x: Tensor, weight: Tensor, bias: Tensor | None, graph: Graph) -> Tensor:
-    # Says what it takes to those that look for what F captures: a Function's `apply` does not.
+    # Modes that look for the tensors which F captures see this call. They do not see the `apply` of
+    # an autograd function.
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if has_torch_function(tensors):
         told: Tensor = handle_torch_function(_propagate, tensors, x, weight, bias, graph)
@@ -151,7 +158,7 @@ def _propagate(x: Tensor, weight: Tensor, bias: Tensor | None, graph: Graph) -> 
 
 
 class _Propagate(torch.autograd.Function):
-    """A^T x + bias, or with A."""
+    """Computes A^T x + bias, or A x + bias if `transpose` is set."""
 
     @staticmethod
     def forward(
@@ -182,32 +189,34 @@ class _Propagate(torch.autograd.Function):
 
 
 def _csr(row: Tensor, column: Tensor, value: Tensor, size: int) -> Tensor:
+    """Return a square CSR matrix from entries in any order."""
     order = torch.argsort(row * size + column)
     return csr(row[order], column[order], value[order], size)
 
 
 class LastGraph:
-    """Keeps the last graph, so that training on one sorts its edges once.
+    """Keeps the last graph, so that training on one graph sorts its edges only once.
 
-    It is told by its contents: a tensor that was changed in place is still the same object, and
-    `.data` hides the change from its version.
+    Edges are compared by their values. Comparing tensor objects or versions would not be safe: a
+    tensor that was changed in place is the same object, and a change through `.data` does not
+    increase its version.
     """
 
     def __init__(self) -> None:
         self._last: tuple[Edges, Graph] | None = None
 
     def get(self, edges: Edges, make: Callable[[Edges], Graph]) -> Graph:
-        """Return the graph of these edges: the last one, or what is made of them."""
-        last = self._last  # once: threads of DataParallel share this object
+        """Return the last graph if it has these edges, or a new one that `make` builds."""
+        last = self._last  # read once, since threads of DataParallel share this object
         if last is None or not _are_equal(last[0], edges):
-            with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, without a graph
+            with torch.inference_mode(False), torch.no_grad():  # see Graph.__init__
                 source, target, weight = (tensor.detach().clone() for tensor in edges[:3])
                 own = Edges(source, target, weight, edges.num_nodes)
                 self._last = last = (own, make(own))
         return last[1]
 
     def __reduce__(self) -> tuple[type[LastGraph], tuple[()]]:
-        return LastGraph, ()  # copies and pickles start empty
+        return LastGraph, ()  # copies and pickles begin without a graph
 
 
 def _are_equal(first: Edges, second: Edges) -> bool:
@@ -218,14 +227,14 @@ def _are_equal(first: Edges, second: Edges) -> bool:
 
 
 def parse_edges(edge_index: Any, edge_weight: Tensor | None, x: Tensor) -> Edges:
-    """Return the edges of a graph, however PyG has them.
+    """Return the edges of a graph, in whichever format PyG passes them.
 
     Args:
-        edge_index: (2, num_edges), as a tensor or `EdgeIndex`; or the matrix A^T, PyG's `adj_t`
-            (its rows are targets), as a sparse tensor or `torch_sparse.SparseTensor`.
+        edge_index: shape (2, num_edges), as a tensor or `EdgeIndex`; or the matrix A^T, PyG's
+            `adj_t` (its rows are targets), as a sparse tensor or `torch_sparse.SparseTensor`.
         edge_weight: shape (num_edges,); ones if None.
-        x: node features, shape (num_nodes, channels), which give the dtype; weights have 32 bits
-            at least, as sparse products know no fewer.
+        x: node features, shape (num_nodes, channels). The weights get their dtype, but at least 32
+            bits, since sparse products are not implemented with fewer.
 
     Raises:
         ValueError: if shapes or types do not fit.
@@ -236,12 +245,15 @@ def parse_edges(edge_index: Any, edge_weight: Tensor | None, x: Tensor) -> Edges
             raise ValueError(f"edge_index has shape {tuple(edge_index.shape)}; expected (2, edges)")
         if edge_index.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"edge_index has dtype {edge_index.dtype}; expected torch.int64")
-        # EdgeIndex is a subclass that would check each operation on it.
+        # EdgeIndex is a subclass of Tensor that would check each operation.
         plain = edge_index.as_tensor() if hasattr(edge_index, "as_tensor") else edge_index
         source, target = plain.long()
     else:
         if edge_weight is not None:
-            raise ValueError("edge_weight beside a sparse matrix; its values are the weights")
+            raise ValueError(
+                "edge_weight beside a sparse matrix; expected None, since the values of the matrix "
+                "are the weights"
+            )
         if isinstance(edge_index, Tensor):
             size = edge_index.shape
             matrix = edge_index.to_sparse_coo().coalesce()
@@ -256,7 +268,10 @@ def parse_edges(edge_index: Any, edge_weight: Tensor | None, x: Tensor) -> Edges
                     "(2, edges), an EdgeIndex, or the sparse matrix adj_t"
                 ) from None
         if list(size) != [num_nodes] * 2:
-            raise ValueError(f"adj_t is {size[0]} x {size[1]}, but x has {num_nodes} nodes")
+            raise ValueError(
+                f"adj_t is {size[0]} x {size[1]}, but x has {num_nodes} nodes; expected "
+                f"{num_nodes} x {num_nodes}"
+            )
     if edge_weight is None:
         edge_weight = torch.ones(len(source), dtype=dtype, device=x.device)
     if edge_weight.shape != source.shape:
@@ -268,29 +283,29 @@ def parse_edges(edge_index: Any, edge_weight: Tensor | None, x: Tensor) -> Edges
 
 
 def check_features(x: Any, channels: int) -> None:
-    """Refuse what is no features of one set of nodes.
+    """Refuse an x that does not hold the features of one set of nodes.
 
     Args:
-        x: dense, or one of PyTorch's sparse tensors.
-        channels: how many features each node has; -1 for any number.
+        x: the features, dense or one of PyTorch's sparse tensors.
+        channels: the number of features per node; -1 for any number.
 
     Raises:
-        ValueError: if x is a pair, no tensor, of another shape or dtype, or holds NaN or infinite
-            numbers.
+        ValueError: if x is a pair, is not a tensor, has another shape or dtype, or holds NaN or
+            infinite numbers.
     """
     expected = f"(num_nodes, {'channels' if channels == -1 else channels})"
     if isinstance(x, tuple | list):
         raise ValueError(
             "x is a pair (x_src, x_dst), the features of two node types (bipartite), as "
-            "HeteroConv and to_hetero hand it to a layer between them. An implicit layer has one "
-            "state for one set of nodes, and collects it again and again: expected one tensor and "
-            "an edge type within one node type. HeteroData.to_homogeneous() makes one graph of all"
+            "HeteroConv and to_hetero pass it to a layer between them. An implicit layer feeds the "
+            "states of its nodes back to the same nodes: expected one tensor, and an edge type "
+            "within one node type. HeteroData.to_homogeneous() makes one graph of all node types"
         )
     if isinstance(x, torch.fx.Proxy):
         raise ValueError(
-            "x is a placeholder of torch.fx, by which to_hetero traces models; what an IGNN does "
-            "depends on the graph, and cannot be traced. Make a model of IGNNConv layers: tracing "
-            "does not look into layers"
+            "x is a placeholder of torch.fx, by which to_hetero traces models. What an IGNN "
+            "computes depends on the graph, so it cannot be traced. Build the model from IGNNConv "
+            "layers: tracing does not enter layers"
         )
     if not isinstance(x, Tensor):
         raise ValueError(
@@ -305,11 +320,14 @@ def check_features(x: Any, channels: int) -> None:
     if x.layout != torch.strided:
         values = (x.coalesce() if x.layout == torch.sparse_coo else x).values()
     if not torch.isfinite(values).all():
-        raise ValueError(f"x holds {int((~torch.isfinite(values)).sum())} NaN or infinite numbers")
+        raise ValueError(
+            f"x holds {int((~torch.isfinite(values)).sum())} NaN or infinite numbers; expected "
+            "finite numbers"
+        )
 
 
 def check_edges(edges: Edges) -> None:
-    """Refuse edges that are not between nodes.
+    """Refuse edges that do not connect nodes of the graph, and weights that are not finite.
 
     Raises:
         ValueError: if an edge ends outside the nodes, or a weight is NaN or infinite.
@@ -324,18 +342,28 @@ def check_edges(edges: Edges) -> None:
         )
     if not torch.isfinite(weight).all():
         raise ValueError(
-            f"edge_weight holds {int((~torch.isfinite(weight)).sum())} NaN or infinite numbers"
+            f"edge_weight holds {int((~torch.isfinite(weight)).sum())} NaN or infinite numbers; "
+            "expected finite numbers"
         )
 
 
 def check_graph(graph: Graph, edge_weight: Tensor | None, x: Tensor) -> Graph:
-    """Return a graph that was given in place of edges, for one more forward pass.
+    """Check a graph that is passed in place of edges, and return it for one more forward pass.
+
+    Args:
+        graph: the graph.
+        edge_weight: the weights that were passed beside it; None is expected.
+        x: node features, shape (num_nodes, channels).
 
     Raises:
-        ValueError: if there are weights beside it, or x has other nodes.
+        ValueError: if there are weights beside the graph, or x has another number of nodes.
     """
     if edge_weight is not None:
-        raise ValueError("edge_weight beside a Graph; its weights are in it")
+        raise ValueError(
+            "edge_weight beside a Graph; expected None, since the Graph holds its weights"
+        )
     if graph.num_nodes != len(x):
-        raise ValueError(f"the Graph has {graph.num_nodes} nodes, but x has {len(x)}")
+        raise ValueError(
+            f"the Graph has {graph.num_nodes} nodes, but x has {len(x)}; expected as many"
+        )
     return graph.current()

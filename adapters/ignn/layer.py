@@ -1,4 +1,8 @@
-"""Implicit layers among PyG's: what its explainers, `to_hetero` and lazy sizes ask of a layer."""
+"""`GraphLayer`, the base class that makes an implicit layer a layer of PyTorch Geometric.
+
+It implements what PyG's tools expect of a layer: an input size that is found at the first call, and
+masks of edges, which explainers set. It refuses tools that need the messages of single edges.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from .graph import Graph
 if TYPE_CHECKING:
     MessagePassing = nn.Module
 else:
-    try:  # by this class PyG's tools find the layers of a model
+    try:  # PyG's tools find the layers of a model by this class
         from torch_geometric.nn import MessagePassing
     except ImportError:
         MessagePassing = nn.Module
@@ -22,19 +26,21 @@ _STEPS = ("propagate", "message", "aggregate", "message_and_aggregate", "edge_up
 
 
 class GraphLayer(MessagePassing):
-    """A layer on a graph, one of PyG's where PyG is installed.
+    """A layer on a graph; it is a `MessagePassing` layer if PyG is installed.
 
-    PyG's layers pass messages edge by edge. An implicit layer multiplies by a matrix, again and
-    again: masks of edges act, and what acts on single messages is refused.
-
-    `in_channels` may be -1: it is then that of the first features, or of the checkpoint.
+    PyG's layers pass messages edge by edge. An implicit layer multiplies by a matrix instead, many
+    times. So masks of edges have an effect, and tools that act on single messages are refused.
 
     Args:
-        in_channels: size of each node's features; -1 for what comes.
-        out_channels: size of each node's state.
+        in_channels: the size of each node's features; -1 takes the size of the first features, or
+            of the checkpoint.
+        out_channels: the size of each node's state.
 
     Attributes:
-        omega: the parameter that meets the features, shape (out_channels, in_channels).
+        omega: the parameter that multiplies the features, shape (out_channels, in_channels).
+
+    Raises:
+        ValueError: if a size is not a whole number of at least 1.
     """
 
     omega: nn.Parameter
@@ -54,7 +60,7 @@ class GraphLayer(MessagePassing):
         self.in_channels, self.out_channels = in_channels, out_channels
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "inspector" not in state:  # pickles of 0.1, when this was no layer of PyG's
+        if "inspector" not in state:  # a pickle of 0.1, when this was not a layer of PyG
             super().__init__()
             state = {**vars(self), **state}
         super().__setstate__(state)
@@ -62,19 +68,23 @@ class GraphLayer(MessagePassing):
     # --- a size that is not known yet -------------------------------------------------------------
 
     def make_omega(self) -> nn.Parameter:
-        """Return omega, not drawn yet; it is registered in its place, which optimisers count."""
+        """Return omega without values.
+
+        A subclass registers it where it belongs in the order of parameters, by which optimisers
+        number them.
+        """
         if self.in_channels == -1:
-            return cast(nn.Parameter, UninitializedParameter())  # which stubs take for a Tensor
+            return cast(nn.Parameter, UninitializedParameter())  # a Tensor in PyTorch's stubs
         return nn.Parameter(torch.empty(self.out_channels, self.in_channels))
 
     def reset_omega(self) -> None:
-        """Draw omega; one that has no size yet is drawn with the first features."""
+        """Draw omega; if it has no size yet, it is drawn once the first features are there."""
         raise NotImplementedError
 
     def _fix_in_channels(self, in_channels: int) -> None:
-        """Make omega, if it has no size yet."""
+        """Allocate and draw omega, if it has no size yet."""
         if is_lazy(self.omega):
-            # An ordinary tensor, also where the first features come in inference mode.
+            # The first features may come in inference mode; omega must be trainable later.
             with torch.inference_mode(False):
                 self.omega.materialize((self.out_channels, in_channels))  # type: ignore[attr-defined]
                 self.in_channels = in_channels
@@ -85,7 +95,7 @@ class GraphLayer(MessagePassing):
         if lazy is None:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        self._parameters["omega"] = None  # which cannot be detached
+        self._parameters["omega"] = None  # an uninitialised parameter cannot be detached
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
@@ -106,16 +116,23 @@ class GraphLayer(MessagePassing):
         return getattr(self, "explain", None) is True
 
     def masked(self, graph: Graph) -> Graph:
-        """Return a graph as an explanation sees it: weights times the mask, in its gradient too.
+        """Return a graph whose weights are multiplied by the explainer's mask of edges.
 
-        Loops that a normalisation has added are not masked, as in PyG's own layers.
+        The gradient with respect to the mask is that of the masked weights. Self-loops that a
+        normalisation has added are not masked, as in PyG's own layers.
+
+        Args:
+            graph: the graph before masking.
 
         Raises:
             ValueError: if there is no mask, or it does not fit the graph.
         """
         mask: Any = self._edge_mask
         if mask is None:
-            raise ValueError("explain=True without an edge mask; expected one, of `set_masks`")
+            raise ValueError(
+                "explain=True without an edge mask; expected a mask that `set_masks` of "
+                "torch_geometric.explain has set"
+            )
         if self._apply_sigmoid:
             mask = mask.sigmoid()
         given = len(mask)
@@ -130,17 +147,18 @@ class GraphLayer(MessagePassing):
         return Graph(graph.source, graph.target, weight, graph.num_nodes)
 
     def check_tools(self) -> None:
-        """Refuse what acts on single messages, and the other direction.
+        """Refuse tools that act on single messages, and the flow from target to source.
 
         Raises:
-            NotImplementedError: if hooks or a method of an explainer wait for messages.
+            NotImplementedError: if hooks, or a method of an explainer, need single messages.
             ValueError: if `flow` has been changed.
         """
         name = type(self).__name__
         flow = getattr(self, "flow", "source_to_target")
         if flow != "source_to_target":
             raise ValueError(
-                f"flow={flow!r}; {name} knows 'source_to_target': pass edge_index.flip(0)"
+                f"flow={flow!r}; expected 'source_to_target', the only flow of {name}. Pass "
+                "edge_index.flip(0) to reverse the edges"
             )
         attributes = vars(self)
         hooked = any(
@@ -152,7 +170,7 @@ class GraphLayer(MessagePassing):
             raise NotImplementedError(
                 f"{name} multiplies by a matrix and has no single messages: hooks on messages "
                 "(AttentionExplainer, to_hetero_with_bases) and methods `explain_message` "
-                "(GraphMaskExplainer) do not act on it. Masks of edges do: take GNNExplainer, "
-                "PGExplainer or CaptumExplainer. With conv.explain = False AttentionExplainer "
-                "leaves the layer out"
+                "(GraphMaskExplainer) would have no effect on it. Masks of edges have one: take "
+                "GNNExplainer, PGExplainer or CaptumExplainer. With conv.explain = False, "
+                "AttentionExplainer leaves the layer out"
             )

@@ -1,4 +1,9 @@
-"""The networks of the official code."""
+"""`IGNN`, the networks of the official code, built from `IGNNConv` layers.
+
+The official code is github.com/SwiftieH/IGNN. One class covers its networks for graphs and for
+nodes. It also normalises the adjacency matrix, and keeps the last graph so that its edges are
+sorted once.
+"""
 
 from __future__ import annotations
 
@@ -19,32 +24,33 @@ from .graph import Edges, Graph, LastGraph, check_edges, check_features, check_g
 
 
 class IGNN(nn.Module):
-    """The networks of the official code, on `IGNNConv`; raw scores, without softmax.
+    """A network of implicit graph layers, as in the official code; returns scores, not softmax.
 
-    - `task="graph"`: the layers one after another, the sum over each graph's nodes, two linear
-      layers with dropout between them.
-    - `task="node"`, one layer (chains, citation networks): the layer, its states scaled to length
-      one, dropout, a linear layer.
-    - `task="node"`, several layers (PPI, which has five): each beside a linear skip connection,
-      their sum through ELU, but the last.
+    - `task="graph"`: the layers one after another, the sum over the nodes of each graph, and two
+      linear layers with dropout between them.
+    - `task="node"` with one layer (chains, citation networks): the layer, its states scaled to
+      length one, dropout, and a linear layer.
+    - `task="node"` with several layers (PPI, which has five): each layer is added to a linear skip
+      connection. The sum goes through ELU, except the last one.
 
     Args:
-        in_channels: size of each node's features; -1 for that of the first ones.
-        hidden_channels: size of the states between layers; one number, or one for each
-            (the official code's for PPI are 1024, 512, 512, 256).
-        out_channels: scores a graph or node.
-        num_layers: implicit layers.
+        in_channels: the size of each node's features; -1 takes the size of the first features.
+        hidden_channels: the size of the states between layers: one number for all, or one number
+            per layer (the official code has 1024, 512, 512, 256 for PPI).
+        out_channels: the number of scores per graph or node.
+        num_layers: the number of implicit layers.
         task: "graph" or "node".
         grad: the gradient of every equilibrium, a spec of `dpp.get_strategy`.
-        kappa: bound of the contractions, in (0, 1).
-        dropout: probability; where there are skip connections there is none.
-        normalize: whether the layers see the symmetrically normalised adjacency with self-loops
-            (Kipf & Welling 2017), as the official code has it on all data but PPI.
-        **conv_settings: of `IGNNConv`.
+        kappa: the bound of the contractions, in (0, 1).
+        dropout: the probability of dropout. A network with skip connections has no dropout.
+        normalize: whether the layers get the symmetrically normalised adjacency matrix with
+            self-loops (Kipf & Welling 2017), as in the official code for all data except PPI.
+        **conv_settings: further arguments of `IGNNConv`.
 
     Raises:
         ValueError: if an argument is out of range.
-        ImportError: without PyTorch Geometric, whose pooling and normalisation they use.
+        ImportError: if PyTorch Geometric is not installed, and its pooling or normalisation is
+            needed.
     """
 
     def __init__(
@@ -78,11 +84,12 @@ class IGNN(nn.Module):
         )
         if len(widths) != n_hidden:
             raise ValueError(
-                f"hidden_channels={hidden_channels}; expected one number, or {n_hidden} for "
-                f"{num_layers} layers"
+                f"hidden_channels={hidden_channels}; expected one number, or {n_hidden} numbers "
+                f"for {num_layers} layers"
             )
         sizes = [in_channels, *widths, *([out_channels] if self.has_skips else [])]
-        # A normalised adjacency is similar to a stochastic matrix.
+        # The normalised adjacency matrix is similar to a stochastic matrix, whose leading
+        # eigenvalue is 1.
         known = {"lambda_pf": 1.0} if normalize else {}
         settings = {"bias": False, **known, **conv_settings}
         self.convs = nn.ModuleList(
@@ -113,17 +120,17 @@ class IGNN(nn.Module):
 
         Args:
             x: see `IGNNConv.forward`.
-            edge_index: see `IGNNConv.forward`; a `Graph` is one of `prepare`.
+            edge_index: see `IGNNConv.forward`. A `Graph` must come from `prepare`.
             edge_weight: shape (num_edges,); ones if None. It may require grad.
             batch: the graph of each node, shape (num_nodes,); one graph if None.
-            batch_size: how many graphs there are, PyG's `batch.num_graphs`. Without it the last one
-                is that of the last node: graphs without nodes behind it have no scores.
+            batch_size: the number of graphs, PyG's `batch.num_graphs`. Without it the graph of the
+                last node is taken for the last graph, so later graphs without nodes get no scores.
 
         Returns:
-            Shape (num_graphs, out_channels) or (num_nodes, out_channels).
+            Scores, shape (num_graphs, out_channels) or (num_nodes, out_channels).
 
         Raises:
-            ValueError: see `IGNNConv.forward`; or if `batch` and `batch_size` do not fit.
+            ValueError: see `IGNNConv.forward`; also if `batch` and `batch_size` do not fit.
         """
         self._check_features(x)
         _check_batch(x, batch, batch_size)
@@ -136,7 +143,7 @@ class IGNN(nn.Module):
                 graph = graph.with_weight(self._normalized(edges).weight)
         if self.has_skips:
             if isinstance(self.skips[0], nn.LazyLinear):
-                with torch.inference_mode(False):  # which makes ordinary parameters
+                with torch.inference_mode(False):  # the parameters must be trainable later
                     self.skips[0].initialize_parameters(x)
             for conv, skip in zip(self.convs, self.skips, strict=True):
                 x = F.elu(x) if conv is not self.convs[0] else x
@@ -144,7 +151,7 @@ class IGNN(nn.Module):
             return x
         for conv in self.convs:
             x = conv(x, graph)
-        # In 16 bits the smallest length is zero, and a sum over many nodes stands still.
+        # In 16 bits the smallest length would be zero, and a long sum would stop growing.
         full, dtype = lifted(x), x.dtype
         if self.hidden is None:
             x = F.normalize(full, dim=-1).to(dtype)
@@ -159,8 +166,13 @@ class IGNN(nn.Module):
     def prepare(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Graph:
         """Return a graph as the layers see it, to be passed in place of `edge_index`.
 
-        For mini-batches that come again in every epoch; the last graph is kept anyway. Weights are
-        as they are now, also where they require grad: once they are trained, the graph is refused.
+        Use it for mini-batches that come again in every epoch; the last graph is kept anyway. The
+        graph holds the present weights. Once weights that require grad have changed, it is refused.
+
+        Args:
+            x: see `forward`.
+            edge_index: see `forward`.
+            edge_weight: see `forward`.
         """
         self._check_features(x)
         graph = self._as_seen(parse_edges(edge_index, edge_weight, x))
@@ -177,7 +189,7 @@ class IGNN(nn.Module):
         return self._normalized(parse_edges(edge_index, edge_weight, x)).weight
 
     def _as_seen(self, edges: Edges) -> Graph:
-        check_edges(edges)  # gcn_norm would fail with an error of its own
+        check_edges(edges)  # gcn_norm would fail with a message that does not name the cause
         graph = Graph(*self._normalized(edges))
         graph.has_added_loops = self.normalize
         return graph
@@ -191,9 +203,10 @@ class IGNN(nn.Module):
         if (weight < 0).any():
             raise ValueError(
                 f"edge_weight holds {int((weight < 0).sum())} negative numbers; normalize=True "
-                "takes none, as degrees are sums of weights"
+                "expects numbers of at least 0, since it divides by roots of sums of weights"
             )
-        # Of parallel self-loops gcn_norm keeps one, and gives the others its gradient.
+        # gcn_norm keeps one of several self-loops of a node, and gives its gradient to the others.
+        # So they are added up first.
         loop = source == target
         nodes, place = source[loop].unique(return_inverse=True)
         loops = weight.new_zeros(len(nodes)).index_add(0, place, weight[loop])
@@ -216,10 +229,14 @@ def _linear(in_channels: int, out_channels: int) -> nn.Linear:
 def _check_batch(x: Tensor, batch: Tensor | None, batch_size: int | None) -> None:
     if batch is None:
         if batch_size not in (None, 1):
-            raise ValueError(f"batch_size={batch_size!r} without batch; expected the graph of each")
+            raise ValueError(
+                f"batch_size={batch_size!r} without batch; expected batch, the graph of each node"
+            )
         return
     if batch.shape != (len(x),):
-        raise ValueError(f"batch has shape {tuple(batch.shape)}; expected ({len(x)},)")
+        raise ValueError(
+            f"batch has shape {tuple(batch.shape)}; expected ({len(x)},), one number per node"
+        )
     if len(x) and (batch.min() < 0 or (batch_size is not None and batch.max() >= batch_size)):
         least, most = int(batch.min()), int(batch.max())
         raise ValueError(

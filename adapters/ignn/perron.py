@@ -1,13 +1,16 @@
-"""The largest eigenvalue of a matrix of magnitudes |A|, and its gradient in the entries of A.
+"""The largest eigenvalue of a non-negative matrix |A|, and its gradient in the entries of A.
 
-Perron and Frobenius: the eigenvalue is real, its vectors have no negative entries, and it is the
-largest of those of the strongly connected components. In each component it is simple and its vector
-is positive; by Collatz and Wielandt then, for any positive x,
+Perron and Frobenius: this eigenvalue is real, and its vectors have no negative entries. It is the
+largest of the eigenvalues of the strongly connected components of the graph. Within one component
+the eigenvalue is simple and its vector is positive. So Collatz and Wielandt give bounds for the
+matrix B of a component, with any positive x:
 
     min_i (B x)_i / x_i  <=  eigenvalue  <=  max_i (B x)_i / x_i.
 
-A matrix of several components has none of this: its vectors hold zeros, eigenvalues that are close
-hold one another up, and where one component feeds another like it, power iteration hardly moves.
+This does not hold for a matrix of several components. Its vectors may have zeros. Power iteration
+converges slowly if two components have close eigenvalues, and hardly at all if one of these feeds
+the other. So the components are separated first. Power iteration then runs on all of them at once,
+and components whose upper bound is too low are dropped.
 """
 
 from __future__ import annotations
@@ -24,27 +27,29 @@ from deq_phantom_plugin._plumbing.once import warn_once
 from deq_phantom_plugin.adjoint.spectrum import leading_eigenvalue
 from deq_phantom_plugin.contract.errors import ConvergenceWarning
 
-_STEPS = 20  # of power iteration between two looks at the bounds, which wait for the device
-_PLAIN_TURNS = 5  # with nothing else, which is enough for most graphs
-_MAX_TURNS = 30
-_LARGEST_DENSE = 1000  # rows
-_MOST_NUMBERS = 2**24  # in all dense matrices, or all Krylov spaces, together
-_BASIS = 40
-_SMALLEST = 1e-250  # entry of a vector: _STEPS make it smaller by 3^-_STEPS at most
+_STEPS = 20  # steps of power iteration per turn; reading the bounds after it waits for the device
+_PLAIN_TURNS = 5  # turns before `_improved` is called; they are enough for most graphs
+_MAX_TURNS = 30  # the largest number of turns
+_LARGEST_DENSE = 1000  # rows of the largest component that is solved as a dense matrix
+_MOST_NUMBERS = 2**24  # numbers in all dense matrices, or in all Krylov spaces, together
+_BASIS = 40  # vectors of a Krylov space
+_SMALLEST = 1e-250  # entry of a vector; _STEPS steps shrink it by 3^-_STEPS at most
 
 
 class PerronEigenvalue:
-    """The Perron-Frobenius eigenvalue of |A|, from above, and its gradient.
+    """An upper bound of the Perron-Frobenius eigenvalue of |A|, and its gradient.
 
     Args:
-        row: of each entry of A, shape (E,).
-        column: of each entry, shape (E,).
-        weight: of each entry, shape (E,); those in one place add up before the magnitude is taken.
-        size: how many rows and columns there are.
+        row: the row of each entry of A, shape (E,).
+        column: the column of each entry, shape (E,).
+        weight: the value of each entry, shape (E,). Entries in the same place add up before the
+            magnitude is taken.
+        size: the number of rows, and of columns.
 
     Attributes:
-        value: no less than the eigenvalue, and no more than it by more than rounding where the
-            iteration has converged; 0 where there are no cycles. Of the dtype of the weights.
+        value: the bound, shape (), in the dtype of the weights. It is never below the eigenvalue.
+            It exceeds the eigenvalue by rounding only, if the iteration has converged. It is 0 if
+            the graph has no cycles.
     """
 
     def __init__(self, row: Tensor, column: Tensor, weight: Tensor, size: int) -> None:
@@ -64,22 +69,23 @@ class PerronEigenvalue:
         self._slope: Tensor | None = None
 
     def attached(self, weight: Tensor) -> Tensor:
-        """Return the eigenvalue attached to the weights; once differentiable.
+        """Return the eigenvalue attached to the weights; it can be differentiated once.
 
         Args:
-            weight: those of the entries, in a tensor that requires grad.
+            weight: the values of the entries, shape (E,), in a tensor that requires grad.
         """
         if self._found is None:
-            return self.value  # whatever the weights are
+            return self.value  # without cycles it is 0, whatever the weights are
         value: Tensor = _Attached.apply(weight, self)
         return value
 
     @property
     def slope(self) -> Tensor:
-        """The derivative in each weight, in float64, shape (E,); computed once.
+        """The derivative with respect to each weight, in float64, shape (E,); computed once.
 
-        With left and right vectors u and v it is u_i v_j / (u . v) for |A|_ij. Where two components
-        have the same eigenvalue it is that of one of them: there is a kink.
+        With the left and right eigenvectors u and v, the derivative with respect to |A|_ij is
+        u_i v_j / (u . v). If two components have the same eigenvalue, there is a kink, and this is
+        the derivative of one of them.
         """
         if self._slope is None:
             assert self._found is not None
@@ -88,9 +94,9 @@ class PerronEigenvalue:
             if gap > 1e-8:
                 warn_once(
                     "lambda_pf",
-                    "the gradient of lambda_pf in the edge weights may be off: on this graph its "
-                    f"vectors have converged to {gap:.1e} only. Pass lambda_pf where it is known, "
-                    "or normalise the graph. This warning is given once.",
+                    "the gradient of lambda_pf in the edge weights may be inaccurate: on this "
+                    f"graph its eigenvectors have only converged to {gap:.1e}. Pass lambda_pf if "
+                    "it is known, or normalise the graph. This warning is given once.",
                     ConvergenceWarning,
                 )
             slope = torch.zeros_like(self._sign)
@@ -100,6 +106,8 @@ class PerronEigenvalue:
 
 
 class _Attached(torch.autograd.Function):
+    """Returns the value of a `PerronEigenvalue`; its backward pass multiplies by the slope."""
+
     @staticmethod
     def forward(ctx: Any, weight: Tensor, eigenvalue: PerronEigenvalue) -> Tensor:
         ctx.eigenvalue = eigenvalue
@@ -110,16 +118,16 @@ class _Attached(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(
                 "a second derivative was asked for (create_graph=True) through lambda_pf, the "
-                "Perron-Frobenius eigenvalue of the edge weights, which gives first derivatives "
-                "only. Ask for it in other tensors, or pass lambda_pf as a number, which is "
-                "constant"
+                "Perron-Frobenius eigenvalue of the edge weights, which has first derivatives "
+                "only. Differentiate with respect to other tensors, or pass lambda_pf as a number, "
+                "which is a constant"
             )
         return (grad * ctx.eigenvalue.slope).to(grad.dtype), None
 
 
 @dataclass(frozen=True, eq=False)
 class _Entries:
-    """The entries of a matrix, above 0, no two in one place, in order of their rows."""
+    """The positive entries of a matrix, at most one per place, in order of their rows."""
 
     row: Tensor
     column: Tensor
@@ -131,10 +139,10 @@ class _Leading:
     """The leading eigenvalue of a matrix B.
 
     Attributes:
-        bound: no less than the eigenvalue, in float64, shape ().
-        gap: by how much it may be more, in parts of it.
-        nodes: the indices of its component, ascending, shape (n,).
-        vector: the x with B x = bound x there, positive, shape (n,).
+        bound: an upper bound of the eigenvalue, in float64, shape ().
+        gap: how far the bound may be above the eigenvalue, relative to the bound.
+        nodes: the indices of the rows of its component, ascending, shape (n,).
+        vector: the positive x with B x = bound x in this component, shape (n,).
     """
 
     bound: Tensor
@@ -145,7 +153,16 @@ class _Leading:
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """Some components of a matrix: the entries inside them, and a positive x."""
+    """Some components of a matrix.
+
+    Attributes:
+        row: the row of each entry that lies within a component, shape (E,).
+        column: the column of each entry, shape (E,).
+        value: the value of each entry, shape (E,).
+        labels: the component of each row, shape (n,).
+        nodes: the index of each row in the whole matrix, shape (n,).
+        x: a positive vector, shape (n,).
+    """
 
     row: Tensor
     column: Tensor
@@ -155,7 +172,7 @@ class _Blocks:
     x: Tensor
 
     def kept(self, which: Tensor) -> _Blocks:
-        """Return those of a mask."""
+        """Return the components that a mask selects, numbered anew."""
         nodes, entries = which[self.labels], which[self.labels[self.row]]
         place, number = nodes.cumsum(0) - 1, which.cumsum(0) - 1
         return _Blocks(
@@ -168,7 +185,7 @@ class _Blocks:
         )
 
     def most(self, numbers: Tensor) -> Tensor:
-        """Return the largest of each component's numbers."""
+        """Return the largest number of each component, from one number per row."""
         out = numbers.new_empty(int(self.labels.amax()) + 1)
         return out.scatter_reduce(0, self.labels, numbers, "amax", include_self=False)
 
@@ -176,23 +193,24 @@ class _Blocks:
 def _leading(matrix: _Entries, labels: Tensor) -> _Leading | None:
     """Find the leading eigenvalue by power iteration on all components at once.
 
-    Components that cannot have it are dropped on the way. Adding a multiple of the identity lets
-    it converge on periodic matrices, such as those of bipartite graphs.
+    A component is dropped once its upper bound is below the lower bound of another one. `_power`
+    adds a multiple of the identity, so that the iteration converges on periodic matrices, such as
+    those of bipartite graphs.
 
     Args:
         matrix: B.
-        labels: the component of each row.
+        labels: the component of each row, shape (size,).
 
     Returns:
-        What was found, None where there are no cycles.
+        The leading eigenvalue, or None if there are no cycles.
     """
     inside = labels[matrix.row] == labels[matrix.column]
     row, column, value = (part[inside] for part in (matrix.row, matrix.column, matrix.value))
     if len(value) == 0:
         return None
-    # Rounding lets the bounds come no closer than this.
+    # Rounding keeps the two bounds apart by about this much.
     tol = torch.finfo(value.dtype).eps * (4096 + int(torch.bincount(row).amax()))
-    scale = value.amax()  # taken out, so that nothing overflows
+    scale = value.amax()  # it is divided out, so that nothing overflows
     every = torch.arange(len(labels), device=labels.device)
     blocks = _Blocks(row, column, value / scale, labels, every, value.new_ones(len(labels)))
     for turn in range(_MAX_TURNS):
@@ -206,13 +224,16 @@ def _leading(matrix: _Entries, labels: Tensor) -> _Leading | None:
             break
         blocks, upper = blocks.kept(upper >= least), upper[upper >= least]
     first = torch.zeros_like(upper, dtype=torch.bool)
-    first[upper.argmax()] = True  # of those that have the same
+    first[upper.argmax()] = True  # one of the components that share the eigenvalue
     found = blocks.kept(first)
     return _Leading(bound * scale, gap, found.nodes, found.x)
 
 
 def _power(blocks: _Blocks, krylov: bool) -> tuple[Tensor, Tensor]:
-    """Return x after some steps, and the ratios (B x)_i / x_i before the last one."""
+    """Return x after some steps of power iteration, and the ratios (B x)_i / x_i at the last one.
+
+    A step is x <- (B + s I) x, with s half of the largest ratio.
+    """
     matrix = csr(blocks.row, blocks.column, blocks.value, len(blocks.nodes))
     x = ratio = blocks.x
     if krylov:
@@ -226,12 +247,14 @@ def _power(blocks: _Blocks, krylov: bool) -> tuple[Tensor, Tensor]:
 
 
 def _improved(blocks: _Blocks) -> Tensor:
-    """Return a better x, for where power iteration is slow.
+    """Return a better x if power iteration is slow.
 
-    Of the matrix scaled by x, D^-1 B D with D = diag(x), the leading vectors are close to one
-    everywhere, so that small entries of x become as accurate as large ones. A vector that is not
-    positive has not converged, and leaves its component's x as it was.
+    The leading eigenvectors are computed of the scaled matrix D^-1 B D with D = diag(x). Their
+    entries are close to one, so small entries of x become as accurate as large ones. A vector that
+    is not positive has not converged; then the x of its component stays as it was.
     """
+    # With c components of at most m rows, `slot` numbers the rows within each component. `ones` has
+    # the shape (c, m), and is 1 where a component has a row.
     row, column, labels, x = blocks.row, blocks.column, blocks.labels, blocks.x
     scaled = blocks.value * x[column] / x[row]
     sizes = torch.bincount(labels)
@@ -242,8 +265,8 @@ def _improved(blocks: _Blocks) -> Tensor:
     ones = x.new_zeros(len(sizes), most)
     ones[labels, slot] = 1
     if most <= _LARGEST_DENSE and most * ones.numel() <= _MOST_NUMBERS:
-        # Inverse iteration with the bound as its shift: Noda, "Note on the computation of the
-        # maximal eigenvalue of a non-negative irreducible matrix", 1971.
+        # One step of inverse iteration with the upper bound as its shift: Noda, "Note on the
+        # computation of the maximal eigenvalue of a non-negative irreducible matrix", 1971.
         bound = blocks.most(torch.zeros_like(x).index_add(0, row, scaled))
         dense = bound[:, None, None] * torch.eye(most, dtype=x.dtype, device=x.device)
         dense[labels[row], slot[row], slot[column]] -= scaled
@@ -264,7 +287,7 @@ def _improved(blocks: _Blocks) -> Tensor:
         found = leading_eigenvalue(apply, ones, tol=0.0, max_vjp=basis, basis=basis)
         vectors = found.vector * found.vector.sum(dim=1, keepdim=True).sign()
     z = vectors[labels, slot]
-    converged = -blocks.most(-z) > 0  # false for NaN, too
+    converged = -blocks.most(-z) > 0  # this is false for NaN, too
     z = torch.where(converged[labels], z, 1)
     return x * z / blocks.most(z)[labels]
 
@@ -272,8 +295,10 @@ def _improved(blocks: _Blocks) -> Tensor:
 def _slope(matrix: _Entries, found: _Leading, size: int) -> tuple[Tensor, float]:
     """Return the derivative of the eigenvalue in each entry, and the gap of the left vector.
 
-    The matrix scaled by its right vector has a left vector p with p_i = u_i v_i: its products are
-    taken without u and v, whose entries may lie too far apart for that.
+    Let u and v be the left and right eigenvectors of B. The derivative in B_ij is
+    u_i v_j / (u . v). The entries of u and v may differ by too many orders of magnitude for these
+    products. So B is scaled by its right vector, D^-1 B D with D = diag(v). The left vector p of
+    the scaled matrix has p_i = u_i v_i, and the derivative is p_i / (sum of p) times v_j / v_i.
     """
     place = matrix.row.new_full((size,), -1)
     place[found.nodes] = torch.arange(len(found.nodes), device=place.device)
@@ -294,15 +319,16 @@ def _slope(matrix: _Entries, found: _Leading, size: int) -> tuple[Tensor, float]
 def _components(matrix: _Entries, size: int) -> Tensor:
     """Return the strongly connected component of each row, counted from 0, shape (size,).
 
-    Tarjan, "Depth-first search and linear graph algorithms", 1972, without recursion.
+    The algorithm is that of Tarjan, "Depth-first search and linear graph algorithms", 1972, written
+    without recursion.
     """
     ends = torch.bincount(matrix.row, minlength=size).cumsum(0).tolist()
     following = matrix.column.tolist()
-    edges = [0, *ends[:-1]]  # the one to look at next, of each node
-    index = [-1] * size  # in order of discovery
+    edges = [0, *ends[:-1]]  # the next edge of each node to look at
+    index = [-1] * size  # the order in which nodes are discovered
     low = [0] * size  # the earliest node that is known to be in the same component
     label = [-1] * size
-    waiting: list[int] = []  # discovered, and in no component yet
+    waiting: list[int] = []  # nodes that are discovered and not in a component yet
     discovered = found = 0
     for root in range(size):
         path = [root] if index[root] < 0 else []
@@ -332,11 +358,12 @@ def _components(matrix: _Entries, size: int) -> Tensor:
 
 
 def csr(row: Tensor, column: Tensor, value: Tensor, size: int) -> Tensor:
-    """Return a sparse matrix of entries that are in order of their rows."""
+    """Return a square CSR matrix from entries that are in order of their rows."""
     pointers = F.pad(torch.bincount(row, minlength=size).cumsum(0), (1, 0))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        # Entries in one place are kept apart, which the invariants forbid and products do not mind.
+        # Several entries in one place stay apart. Products are right all the same, but the checks
+        # of invariants would refuse them.
         return torch.sparse_csr_tensor(
             pointers, column, value, size=(size, size), check_invariants=False
         )

@@ -1,8 +1,9 @@
-"""Multiscale deep equilibrium image classifiers (MDEQ) on TorchDEQ, the gradient chosen by name.
+"""Multiscale deep equilibrium image classifiers (MDEQ) on TorchDEQ, with a gradient by name.
 
-Bai, Koltun & Kolter, "Multiscale Deep Equilibrium Models", NeurIPS 2020, arXiv:2006.08656. All
-resolutions of an image are driven to one joint equilibrium of a single layer f (its Figure 1): a
-residual block for each (its Figure 2), then each is fused into every other.
+Source: Bai, Koltun & Kolter, "Multiscale Deep Equilibrium Models", NeurIPS 2020, arXiv:2006.08656.
+The state holds one feature map per resolution of the image. A single layer f has a residual block
+for each resolution (Figure 2 of the paper), and then fuses each resolution into every other (its
+Figure 1). All resolutions are solved together for one equilibrium of f.
 
     model = MDEQ.from_preset("tiny", grad="upg(k=5, lam=0.5)")
     cross_entropy(model(images), labels).backward()
@@ -21,7 +22,7 @@ __all__ = ["MDEQ", "PRESETS", "MDEQConfig", "MDEQSolve", "VariationalDropout2d",
 
 
 def __getattr__(name: str) -> Any:
-    """Find the layers of a whole model that 0.1 has pickled, when they were private and here."""
+    """Return a layer by its old private name; pickles of 0.1 look for it in this module."""
     for module in (multiscale, stem_and_head):
         for known in (name, name.removeprefix("_")):
             if name.startswith("_") and not name.startswith("__") and hasattr(module, known):

@@ -1,4 +1,4 @@
-"""What an MDEQ is made of, and the published ones."""
+"""`MDEQConfig`, the architecture of an MDEQ, and `PRESETS`, the published architectures."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class MDEQConfig:
-    """What an MDEQ is made of; branch 0 has the highest resolution, each next one half of it.
+    """The architecture of an MDEQ.
+
+    A branch is one resolution of the state. Branch 0 has the highest resolution, and each further
+    branch has half the resolution of the one before.
 
     Attributes:
         channels: the channels of the state, one number per branch.
         head_channels: the channels of the classifier's bottlenecks, one number per branch.
-        final_channels: features that the last linear layer sees.
-        f_max_iter: iterations of the forward solve (F_THRES of the official files).
+        final_channels: the number of features that the last linear layer gets.
+        f_max_iter: the number of iterations of the forward solve (F_THRES in the official files).
         f_solver: TorchDEQ's name of the forward solver.
-        groups: of each GroupNorm; the last one of a branch has half as many.
-        expansion: inner width of the residual blocks, in multiples of their channels.
-        blocks: the number of residual blocks, one per branch; empty for one block in each.
-        downsample_times: halvings of the image before f, at most 2.
-        dropout: probability of dropping a channel of a residual block.
+        groups: the number of groups of each GroupNorm; the last GroupNorm of a branch has half.
+        expansion: the inner width of the residual blocks, as a multiple of their channels.
+        blocks: the number of residual blocks, one number per branch; empty for one block each.
+        downsample_times: how often the image is halved before f, at most 2 times.
+        dropout: the probability of dropping a channel of a residual block.
 
     Raises:
-        ValueError: if these do not fit together.
+        ValueError: if the values do not fit together.
     """
 
     channels: tuple[int, ...]
@@ -52,7 +55,7 @@ class MDEQConfig:
         if self.groups < 2 or self.groups % 2 or any(c % self.groups for c in self.channels):
             raise ValueError(
                 f"groups={self.groups} with channels={self.channels}; expected an even number "
-                "that divides them all"
+                "that divides each number of channels"
             )
         if self.downsample_times not in (0, 1, 2):
             raise ValueError(f"downsample_times={self.downsample_times}; expected 0, 1 or 2")
@@ -61,12 +64,13 @@ class MDEQConfig:
 
     @property
     def size_divisor(self) -> int:
-        """Both sides of an image must be multiples of this, so that resolutions match."""
+        """The number of which both sides of an image must be multiples, so that branches match."""
         return int(2 ** (self.downsample_times + len(self.channels) - 1))
 
 
-# Numbers from the files named, in experiments/ of github.com/locuslab/mdeq. Their dropout (0.25 in
-# TINY, 0.3 in CIFAR's LARGE) is left out, as in TorchDEQ's version: ask for it with `dropout=`.
+# The numbers are those of the named files, in experiments/ of github.com/locuslab/mdeq. Their
+# dropout (0.25 in TINY, 0.3 in CIFAR's LARGE) is left out, as in TorchDEQ's version; pass
+# `dropout=` to have it.
 PRESETS: Mapping[str, MDEQConfig] = MappingProxyType(
     {
         # cifar/cls_mdeq_TINY.yaml

@@ -1,4 +1,8 @@
-"""The network."""
+"""`MDEQ`, the whole network: stem, equilibrium and classifier.
+
+The stem turns an image into the injection of f. TorchDEQ solves h = f(h, injection) for one feature
+map per resolution, and this package attaches the gradient. The head classifies the equilibrium.
+"""
 
 from __future__ import annotations
 
@@ -27,44 +31,45 @@ from .stem_and_head import Head, make_stem
 class MDEQ(nn.Module):
     """A multiscale deep equilibrium classifier (arXiv:2006.08656, Figure 1).
 
-    The forward solve is the published one: Broyden from zeros, `config.f_max_iter` iterations,
-    stopped at a relative residual of 1e-3.
+    The forward solve is the published one: Broyden's method from zeros, at most `config.f_max_iter`
+    iterations, stopped at a relative residual of 1e-3.
 
     Args:
         config: the architecture, for instance `PRESETS["tiny"]`.
-        num_classes: logits a sample.
-        in_channels: channels of an image.
+        num_classes: the number of logits per sample.
+        in_channels: the channels of an image.
         grad: the gradient of the equilibrium: a spec of deq_phantom_plugin (name, mapping or
-            strategy), TorchDEQ's number of phantom steps, or a list of these, one for each sampled
+            strategy), TorchDEQ's number of phantom steps, or a list of these, one per sampled
             state. `dpp.set_grad(model, ...)` changes it later. With a number the model cannot be
             pickled, because TorchDEQ keeps a closure for it.
-        dropout: overrides the config's.
-        eval_steps: damped steps h <- (1 - lam) h + lam f(h) that follow the solve in eval mode, as
-            training with `upg` has them. Trained models need none (Section 2 of the supplement of
-            "On Training Implicit Models"); this is there to see that.
-        eval_lam: their damping.
-        compile: whether F is compiled, in the first step alone, or a mode of `torch.compile`, see
-            docs/howto/compile.md.
-        warm_start: "sample" for solves in training that begin at the latest equilibrium of the same
-            images. Each call is then told their numbers, see `dpp.SampleStarts` and
+        dropout: replaces the dropout of the config.
+        eval_steps: the number of damped steps h <- (1 - lam) h + lam f(h) after the solve in
+            evaluation mode, as training with `upg` makes them. Trained models do not need them
+            (Section 2 of the supplement of "On Training Implicit Models"); the option serves to
+            verify that.
+        eval_lam: the damping lam of these steps.
+        compile: whether f is compiled, which happens in the first step; or a mode of
+            `torch.compile`, see docs/howto/compile.md.
+        warm_start: "sample" lets each solve in training begin at the latest equilibrium of the same
+            images. Each call must then pass their numbers, see `dpp.SampleStarts` and
             docs/howto/solvers.md.
-        **deq_settings: for `torchdeq.get_deq`, unchanged; they override the published ones
-            (f_solver, f_max_iter, f_tol, f_stop_mode, core, n_states, tau, ift, ...), and
-            `grad_in_eval=True` for a gradient in evaluation mode too; with an `f_solver` of this
-            package, such as "broyden_fast", also `solve_dtype="bfloat16"`, see
+        **deq_settings: settings of `torchdeq.get_deq`. They replace the published settings
+            (f_solver, f_max_iter, f_tol, f_stop_mode, core, n_states, tau, ift, ...).
+            `grad_in_eval=True` attaches the gradient in evaluation mode too. An `f_solver` of this
+            package, such as "broyden_fast", also takes `solve_dtype="bfloat16"`, see
             docs/howto/solvers.md.
 
     Attributes:
-        last: the last forward solve, None before the first; not saved, copied or pickled.
-        starts: what `warm_start` keeps, None without it; not saved, copied or pickled.
+        last: the last forward solve, None before the first; it is not saved, copied or pickled.
+        starts: what `warm_start` keeps, None without it; it is not saved, copied or pickled.
 
     Raises:
-        ImportError: without TorchDEQ.
-        ValueError: on a `grad`, `dropout`, `eval_steps`, `eval_lam`, `compile` or `warm_start` that
-            cannot be.
+        ImportError: if TorchDEQ is not installed.
+        ValueError: if `grad`, `dropout`, `eval_steps`, `eval_lam`, `compile` or `warm_start` is
+            invalid.
     """
 
-    compiles: bool | str = False  # in pickles from before these are missing
+    compiles: bool | str = False  # older pickles do not have these two attributes
     starts: dpp.SampleStarts | None = None
 
     def __init__(
@@ -123,14 +128,14 @@ class MDEQ(nn.Module):
 
         Args:
             name: "tiny" or "large" (made for CIFAR), "small" or "xl" (for ImageNet).
-            num_classes: logits a sample.
-            in_channels: channels of an image.
+            num_classes: the number of logits per sample.
+            in_channels: the channels of an image.
             grad: the gradient of the equilibrium.
-            **settings: `dropout`, `eval_steps`, `eval_lam`, `compile`, and settings of
-                `torchdeq.get_deq`.
+            **settings: `dropout`, `eval_steps`, `eval_lam`, `compile`, `warm_start`, and settings
+                of `torchdeq.get_deq`.
 
         Raises:
-            ValueError: on an unknown name.
+            ValueError: if the name is unknown.
         """
         if name not in PRESETS:
             near = hint(name, PRESETS)
@@ -140,15 +145,15 @@ class MDEQ(nn.Module):
     def equilibrium_func(
         self, injection: Tensor, shared: Sequence[Tensor | None] | None = None
     ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """Return f at this injection, from a state to the next, for one solve and its backward.
+        """Return f with this injection, for one solve and its backward pass.
 
-        A state comes out in the dtype it had, and f sees it in the injection's memory format, which
-        TorchDEQ's flat vector loses.
+        f maps a state to the next one and keeps its dtype. TorchDEQ passes views of a flat vector,
+        so f first gives each state the memory format of the injection.
 
         Args:
             injection: what `self.stem` returns, shape (B, channels[0], H, W).
-            shared: normalised weights and dropout masks, those of `self.last` for instance; made
-                anew if None.
+            shared: normalised weights and dropout masks, for instance those of `self.last`. If it
+                is None, they are made here.
         """
         modules, memory_format = self._once_per_solve(), _memory_format(injection)
         tensors = self._share(injection) if shared is None else shared
@@ -163,7 +168,7 @@ class MDEQ(nn.Module):
         return func
 
     def initial_state(self, injection: Tensor) -> list[Tensor]:
-        """Return zeros: a tensor a branch, of the injection's dtype, device and memory format."""
+        """Return zeros, one tensor per branch, with the injection's dtype, device and format."""
         batch, _, height, width = injection.shape
         return [
             injection.new_zeros(batch, channels, height >> i, width >> i).contiguous(
@@ -182,24 +187,24 @@ class MDEQ(nn.Module):
         """Classify images.
 
         Args:
-            x: images, shape (B, in_channels, H, W), both sides multiples of
+            x: images, shape (B, in_channels, H, W). Both sides are multiples of
                 `self.config.size_divisor`; B may be 0.
-            all_states: also classify the states that the solve sampled on its way (`n_states`, in
-                training), for `torchdeq.loss.fp_correction`.
-            jac_reg: also return the Jacobian regulariser of this training step, which joins the
-                loss: `logits, penalty = model(x, jac_reg=schedule)`. Its schedule has the step of
-                `dpp.set_step`.
-            samples: the number of each image in the data set, shape (B,), for `warm_start`; not
-                looked at without it, or in evaluation mode.
+            all_states: whether to classify also the states that the solve samples on its way
+                (`n_states`, in training), for `torchdeq.loss.fp_correction`.
+            jac_reg: the schedule of a Jacobian regulariser. If it is given, its penalty is returned
+                as well: `logits, penalty = model(x, jac_reg=schedule)`; add it to the loss. The
+                schedule uses the step of `dpp.set_step`.
+            samples: the number of each image in the data set, shape (B,), for `warm_start`. It is
+                ignored without `warm_start`, and in evaluation mode.
 
         Returns:
-            Logits of shape (B, num_classes); with `all_states` a list of them, in which those of
-            the equilibrium come last. With `jac_reg` a pair of these and a scalar, which is zero
-            outside training and in steps that have no regulariser.
+            Logits of shape (B, num_classes). With `all_states`, a list of them; those of the
+            equilibrium come last. With `jac_reg`, a pair of the logits and a scalar, which is zero
+            outside training and in steps without a regulariser.
 
         Raises:
-            ValueError: on images of another shape; in training with `warm_start` also without
-                `samples`, or with a strategy that owns the solve.
+            ValueError: if the images have another shape. In training with `warm_start`, also if
+                `samples` is missing or a strategy owns the solve.
         """
         self._check(x)
         injection = self.stem(x)
@@ -221,16 +226,20 @@ class MDEQ(nn.Module):
         return logits, injection.new_zeros(()) if penalty is None else penalty
 
     def spectral_radius(self, lam: float | None = None, **options: Any) -> Tensor:
-        """Estimate rho(df/dh) of each sample at the last forward's equilibrium, shape (B,).
+        """Estimate the spectral radius of df/dh at the equilibrium of the last forward pass.
 
-        Ask before the optimiser's step: the affine part of the normalisations is the present one.
+        Call this before the optimiser's step: the weights of the normalisations are the present
+        ones, not those of the last forward pass.
 
         Args:
             lam: a damping factor, for the radius of the damped map instead.
-            **options: of `dpp.spectral_radius`.
+            **options: further arguments of `dpp.spectral_radius`.
+
+        Returns:
+            One radius per sample, shape (B,).
 
         Raises:
-            RuntimeError: before the first forward, or after one on no images.
+            RuntimeError: before the first forward pass, or if the last batch had no images.
         """
         if self.last is None:
             raise RuntimeError("no equilibrium yet: call the model on a batch first")
@@ -251,25 +260,25 @@ class MDEQ(nn.Module):
         shared: list[Tensor | None],
         start: list[Tensor],
     ) -> list[list[Tensor]]:
-        """Return the states for the classifier, the equilibrium last; sets `last`."""
+        """Return the states for the classifier, with the equilibrium last, and set `last`."""
         func = compiled(func, self.compiles, self)
         counted = Counted(lambda *state: func(list(state)))
         states: list[list[Tensor]]
         if len(injection):
             states, info = self.deq(counted, start)
-        else:  # nothing to solve; one evaluation, so that every parameter has a gradient of zero
+        else:  # no images: one evaluation gives every parameter a gradient of zero
             states = [counted(*start)] * (len(self.deq.indexing) if self.training else 1)
             info = {"rel_lowest": injection.new_zeros(0)}
         if not self.training:
             for _ in range(self.eval_steps):
                 states = [*states[:-1], self._damped_step(counted, states[-1])]
         solved = [h.detach() for h in states[-1]]
-        # Where a strategy owns the solve, TorchDEQ has no residual.
+        # If a strategy owns the solve, TorchDEQ does not measure a residual.
         owned = not counted.calls.by_solver()
         if owned and len(injection) and self.training and self.starts is not None:
             raise ValueError(
-                "warm_start='sample' with a strategy that is the gradient of its own steps from "
-                "the initial state; take one that begins at an equilibrium, such as upg"
+                "warm_start='sample' with a strategy that differentiates its own steps from the "
+                "initial state; expected one that begins at an equilibrium, such as 'upg'"
             )
         residual = residual_of(func, solved) if owned else info["rel_lowest"].detach()
         self.last = MDEQSolve(
@@ -281,7 +290,7 @@ class MDEQ(nn.Module):
         )
         return states
 
-    @never_compiled  # for the sake of the step, which changes
+    @never_compiled  # the training step changes, and would cause a new compilation each time
     def _penalty(
         self,
         jac_reg: dpp.JacobianRegularization,
@@ -297,9 +306,11 @@ class MDEQ(nn.Module):
             return [torch.lerp(h, new, self.eval_lam) for h, new in pairs]
 
     def _once_per_solve(self) -> list[OncePerSolve]:
+        """Return the layers of f that use a tensor of the solve, in a fixed order."""
         return [m for m in self.layer.modules() if isinstance(m, OncePerSolve)]
 
     def _share(self, injection: Tensor) -> list[Tensor | None]:
+        """Make the tensors of a solve, in the order of `_once_per_solve`."""
         return [module.make(injection) for module in self._once_per_solve()]
 
     def _check(self, x: Tensor) -> None:

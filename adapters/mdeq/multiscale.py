@@ -1,4 +1,4 @@
-"""The map f: a residual block for each resolution, then each is fused into every other."""
+"""The map f of an MDEQ: residual blocks for each resolution, then a fusion of all resolutions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layers import GroupNorm, VariationalDropout2d, WeightNormConv2d
 
 
 class _ResidualBlock(nn.Module):
-    """The residual block of one resolution (Figure 2)."""
+    """A residual block of one resolution (Figure 2 of arXiv:2006.08656)."""
 
     def __init__(self, channels: int, config: MDEQConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _ResidualBlock(nn.Module):
 
 
 def _resample(source: int, target: int, config: MDEQConfig) -> nn.Module:
-    """Bring branch `source` to the resolution and channels of branch `target`."""
+    """Return a module that brings branch `source` to the resolution and channels of `target`."""
     channels, out = config.channels[source], config.channels[target]
     if source == target:
         return nn.Identity()
@@ -59,7 +59,7 @@ def _resample(source: int, target: int, config: MDEQConfig) -> nn.Module:
 
 
 class _Branch(nn.ModuleList):
-    """The residual blocks of one resolution, of which the first sees the injection."""
+    """The residual blocks of one resolution; the first of them adds the injection."""
 
     def forward(self, x: Tensor, injection: Tensor | None) -> Tensor:
         for block in self:
@@ -68,7 +68,7 @@ class _Branch(nn.ModuleList):
 
 
 class _Fusion(nn.ModuleList):
-    """The sum of all branches, each brought to one of them by a module of its own."""
+    """The sum of all branches, each resampled to one resolution by a module of its own."""
 
     def forward(self, scales: list[Tensor]) -> Tensor:
         brought: list[Tensor] = [to(x) for to, x in zip(self, scales, strict=True)]
@@ -76,7 +76,13 @@ class _Fusion(nn.ModuleList):
 
 
 class MultiscaleLayer(nn.Module):
-    """The map f (Figure 1), on states of one tensor (B, channels[i], H / 2^i, W / 2^i) a branch."""
+    """The map f (Figure 1 of arXiv:2006.08656).
+
+    A state has one tensor per branch, of shape (B, channels[i], H / 2^i, W / 2^i) for branch i.
+
+    Args:
+        config: the architecture.
+    """
 
     def __init__(self, config: MDEQConfig) -> None:
         super().__init__()
@@ -90,7 +96,7 @@ class MultiscaleLayer(nn.Module):
         )
         self.finish = nn.ModuleList(
             nn.Sequential(
-                nn.ReLU(inplace=True),  # of the sum, which is nobody else's
+                nn.ReLU(inplace=True),  # in place is safe: nothing else uses the sum
                 WeightNormConv2d(channels, channels, 1),
                 GroupNorm(config.groups // 2, channels),
             )
@@ -98,8 +104,13 @@ class MultiscaleLayer(nn.Module):
         )
 
     def forward(self, state: Sequence[Tensor], injection: Tensor) -> list[Tensor]:
-        """Return f(state), fused: a tensor a branch."""
-        injections = [injection, *[None] * (len(state) - 1)]  # the highest resolution's only
+        """Return f(state), one tensor per branch.
+
+        Args:
+            state: one tensor per branch.
+            injection: shape (B, channels[0], H, W); it is added in branch 0.
+        """
+        injections = [injection, *[None] * (len(state) - 1)]
         scales = [
             branch(x, u) for branch, x, u in zip(self.branches, state, injections, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""What is remembered of a forward solve."""
+"""`MDEQSolve`, the record of the last forward solve of an MDEQ."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class MDEQSolve:
     """The last forward solve of an `MDEQ`; nothing in it carries an autograd graph.
 
     Attributes:
-        residual: ||f(h) - h|| / ||f(h)|| of each sample, the lowest that was reached, shape (B,).
-        nfe: evaluations of f that the solve took for the batch, an integer tensor of shape ().
-        equilibrium: the last state handed to the classifier, one tensor a branch.
-        injection: what the image enters f as, shape (B, channels[0], H, W).
+        residual: the lowest ||f(h) - h|| / ||f(h)|| that each sample reached, shape (B,).
+        nfe: the number of evaluations of f in the solve of the batch, an integer tensor, shape ().
+        equilibrium: the state that was classified, one tensor per branch.
+        injection: the output of the stem, shape (B, channels[0], H, W).
         shared: the normalised weights and dropout masks of the solve.
     """
 
@@ -34,7 +34,12 @@ class MDEQSolve:
 @never_compiled
 @torch.no_grad()
 def residual_of(func: Callable[[list[Tensor]], list[Tensor]], state: list[Tensor]) -> Tensor:
-    """Return ||f(h) - h|| / ||f(h)|| of each sample."""
+    """Return ||f(h) - h|| / ||f(h)|| of each sample, shape (B,).
+
+    Args:
+        func: f.
+        state: h, a list of tensors whose first dimension is the batch.
+    """
     with Trial(state):
         h, image = (torch.cat([x.flatten(1) for x in s], dim=1) for s in (state, func(state)))
     residual: Tensor = (image - h).norm(dim=1) / (image.norm(dim=1) + 1e-9)

@@ -1,4 +1,4 @@
-"""What is outside f: from the image to the injection, and from the equilibrium to logits."""
+"""The parts of an MDEQ outside f: the stem before the equilibrium, and the classifier after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .config import MDEQConfig
 def _conv_norm(
     channels: int, out: int, size: int, stride: int = 1, bias: bool = False, affine: bool = True
 ) -> nn.Sequential:
-    """Convolution from N(0, 0.01), the official initialisation, and BatchNorm: all outside f."""
+    """Return a convolution and a BatchNorm, drawn as in the official code from N(0, 0.01^2)."""
     conv = nn.Conv2d(channels, out, size, stride, padding=size // 2, bias=bias)
     for parameter in conv.parameters():
         nn.init.normal_(parameter, std=0.01)
@@ -22,7 +22,12 @@ def _conv_norm(
 
 
 def make_stem(in_channels: int, config: MDEQConfig) -> nn.Sequential:
-    """From the image to the injection."""
+    """Return the stem, which turns an image into the injection of f.
+
+    Args:
+        in_channels: the channels of an image.
+        config: the architecture.
+    """
     width, times = config.channels[0], config.downsample_times
     layers = [
         _conv_norm(in_channels, width, 3, stride=2 if times >= 1 else 1),
@@ -36,7 +41,7 @@ def make_stem(in_channels: int, config: MDEQConfig) -> nn.Sequential:
 
 
 class _Bottleneck(nn.Module):
-    """The classifier's residual block, to four times `width` channels."""
+    """A residual block of the classifier, with `4 * width` channels of output."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -55,7 +60,12 @@ class _Bottleneck(nn.Module):
 
 
 class Head(nn.Module):
-    """The classifier: all branches are widened, brought to the lowest resolution and pooled."""
+    """The classifier: it widens all branches, brings them to the lowest resolution and pools.
+
+    Args:
+        config: the architecture.
+        num_classes: the number of logits per sample.
+    """
 
     def __init__(self, config: MDEQConfig, num_classes: int) -> None:
         super().__init__()

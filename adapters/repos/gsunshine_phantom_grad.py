@@ -1,8 +1,9 @@
-"""Gsunshine/phantom_grad: the paper's own release, MDEQ on CIFAR-10 and on ImageNet.
+"""Gsunshine/phantom_grad: the authors' code of "On Training Implicit Models", with MDEQ.
 
+It trains on CIFAR-10 and on ImageNet, in a folder each.
 `MDEQWrapper.forward` unrolls `PG_STEPS` steps damped by `TAU`, which is `upg(k=PG_STEPS, lam=TAU)`.
-`Equilibrium` takes the place of that loop; `PG_STEPS` and `TAU` have no part in the gradient any
-more. The two folders have a wrapper each, with the same seam.
+The patch puts an `Equilibrium` in the place of that loop. `PG_STEPS` and `TAU` then have no effect
+on the gradient. Each of the two folders has a wrapper of its own, with the same seam.
 """
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
 """jacobfa/Attractor: a language model whose last block is iterated to a fixed point.
 
-`Attractor._refine` solves y = f(y, c) and attaches the gradient by an autograd function of its own,
-after `config.backward_type`; its `EQLM` is an older copy. That stays, and runs while `config.grad`
-is null; a name takes its place. What its own names are here:
+`Attractor._refine` solves y = f(y, c), and attaches the gradient by an autograd function of the
+repository, which `config.backward_type` selects. The class `EQLM` is an older copy of the model.
+The repository's gradient stays, and is used as long as `config.grad` is null. A named gradient
+replaces it. The repository's own gradients have these specs here:
 
-    onestep     npg(k=2, lam=1.0), and clip= its adjoint_grad_clip where it has one: not one step
+    onestep     npg(k=2, lam=1.0), with clip=adjoint_grad_clip if that is set; it is not one step
     anderson    ift(solver='anderson', tol=backward_tol, max_iter=backward_max_iter)
-    picard      ift(solver='fixed_point', ...), the same
+    picard      ift(solver='fixed_point', ...) with the same arguments
 
-The last two stop by another rule than ours, the change of the adjoint and not its residual. F is
-evaluated as its own code does it, at a fixed c and with the block in evaluation mode. No gradient
-goes through the start, which is c, but where a method owns the solve (`bptt`, `reversible`).
+The last two stop when the change of the adjoint is small; `ift` stops when its residual is small. F
+is evaluated as in the repository: with a fixed c, and with the block in evaluation mode. No
+gradient flows through the start, which is c, unless a strategy owns the solve (`bptt`,
+`reversible`).
 
-Its `Parcae` draws the depth of a loop, and is left as it is.
+The class `Parcae` draws the depth of a loop. It is not patched.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ def _model(name: str, attach: str, function: str) -> SeamFile:
     """Return the seam of a file with one of the two models.
 
     Args:
-        name: its class.
-        attach: the fingerprint of the function that attaches its own gradient.
-        function: that of the autograd function.
+        name: the class of the model.
+        attach: the fingerprint of the method that attaches the repository's own gradient.
+        function: the fingerprint of the autograd function.
     """
     made = f"{name}.__init__"
     return SeamFile(
@@ -69,6 +71,7 @@ def _model(name: str, attach: str, function: str) -> SeamFile:
 
 
 def _settings(name: str) -> SeamFile:
+    """Return the seam of a file with a settings class, which gets the field `grad`."""
     field = Edit("backward_type:", "grad: Optional[str] = {grad}", scope=name, mode="patch")
     marks = (f"class {name}(Config)", "backward_type:")
     return SeamFile(f"the settings {name}", marks, (field,), imports="")

@@ -1,10 +1,11 @@
 """locuslab/deq: MDEQ-Vision and DEQ-Sequence.
 
-Both solve `(I - J^T) g = v` in a tensor hook, with `torch.cuda.synchronize()` inside, registered in
-the `if self.training:` block of `MDEQNet._forward` and `DEQTransformerLM._forward`. The hook goes;
-`Equilibrium` takes the place of it and of the forward pass that it hung on. The Jacobian
-regularisation has that forward pass to itself, so steps without it save one. The settings
-`B_SOLVER`, `B_THRES` (`--b_solver`, `--b_thres`) have no part in the gradient any more.
+Both code bases solve `(I - J^T) g = v` in a tensor hook, which calls `torch.cuda.synchronize()`.
+They register the hook in the `if self.training:` block of `MDEQNet._forward` and of
+`DEQTransformerLM._forward`. The patch removes the hook, and puts an `Equilibrium` in the place of
+it and of the forward pass to which it belongs. That forward pass stays for the Jacobian
+regularisation only, so training steps without regularisation save one evaluation. The settings
+`B_SOLVER` and `B_THRES` (`--b_solver`, `--b_thres`) then have no effect on the gradient.
 """
 
 from __future__ import annotations

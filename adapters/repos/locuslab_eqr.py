@@ -1,17 +1,19 @@
-"""locuslab/EqR: the Equilibrium Reasoner, and the TRM that it is compared with.
+"""locuslab/EqR: the Equilibrium Reasoner, and the TRM with which it is compared.
 
-`deep_recursion` of the inner network runs `latent_recursion` H_cycles - 1 times without a graph and
-once with one. One evaluation is one `latent_recursion` of (z_H, z_L).
+`deep_recursion` of the inner network runs `latent_recursion` H_cycles - 1 times without a graph,
+and once with a graph. One evaluation of our loop is one `latent_recursion` of (z_H, z_L).
 
-Each level of EqR adds noise (`noise_scale`), drawn anew, in evaluation mode too. What that means:
+Each level of EqR adds noise (`noise_scale`), which every evaluation draws again, in evaluation mode
+too. This has the following consequences:
 
-- `tbptt`, `bptt`, `jfb` and `upg` differentiate the very evaluations that were drawn, and draw no
-  more than the repository's own training, which stays the same to the bit. So do `ift` and `exact`,
-  whose map is the last evaluation as it was drawn, and warn once that F is not the same each time.
-- `npg` and `npg_rr` evaluate once more for their graph, with noise of its own, so that later draws
-  are others; the value is that of the loop.
-- `reversible` evaluates again in backward, and warns that F is not deterministic.
-- Residuals in reports do not fall below the noise.
+- `tbptt`, `bptt`, `jfb` and `upg` differentiate the evaluations with the noise that they had. They
+  draw as often as the repository's own training, which stays the same to the bit. The same holds
+  for `ift` and `exact`: their map is the last evaluation with its noise. These two warn once that
+  F is not the same each time.
+- `npg` and `npg_rr` evaluate F once more for their graph, with new noise, so later draws differ
+  from those of the repository. The value is that of the loop.
+- `reversible` evaluates F again in the backward pass, and warns that F is not deterministic.
+- The residuals in reports do not fall below the noise.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """locuslab/mdeq: the first release of MDEQ.
 
-`MDEQWrapper.forward` runs `f` once in the graph and puts `DEQModule2d.Backward` behind it, an
-autograd function that solves with Broyden on a second copy of `f`. Both go; `Equilibrium` works on
-the list of scales, so nothing is flattened in the backward pass. `MODEL.B_THRES` has no part in the
-gradient any more. The second copy is still built and kept up to date, unused.
+`MDEQWrapper.forward` evaluates `f` once with a graph, and then applies `DEQModule2d.Backward`, an
+autograd function that solves with Broyden's method on a second copy of `f`. The patch replaces both
+by an `Equilibrium`. It works on the list of scales, so nothing is flattened in the backward pass.
+`MODEL.B_THRES` then has no effect on the gradient. The repository still builds and updates the
+second copy of `f`, which is not used.
 """
 
 from __future__ import annotations

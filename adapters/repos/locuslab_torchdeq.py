@@ -1,10 +1,10 @@
 """locuslab/torchdeq: the deq-zoo (mdeq, deq-seq, deq-lm, ignn, deq-flow, deq-inr, deq-ddim).
 
-Its models call `get_deq(args)` and its scripts `add_deq_args(parser)`, so all they need is TorchDEQ
-with our hook in force; then their own `--grad` takes names. deq-lm reports the integer `--grad` as
-a number of steps, which a name has to be turned into. In memory (`deq-phantom run`) the models are
-switched after they are built instead, whatever `--grad` says. The states of ignn (features x nodes)
-and of deq-ddim (denoising steps x image) are one coupled system each, and no batch.
+The models call `get_deq(args)`, and the scripts call `add_deq_args(parser)`. So they only need
+TorchDEQ with our hook; their own `--grad` then takes specs. deq-lm computes with the integer
+`--grad` as a number of steps, so there a spec is converted to a number. Under `deq-phantom run` the
+models are switched after they are built, whatever `--grad` says. The states of ignn (features x
+nodes) and of deq-ddim (denoising steps x image) are one coupled system each, and not a batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ MODEL = SeamFile(
 
 
 def coupled(what: str, mark: str) -> SeamFile:
-    """A model whose state is one system, without a batch dimension."""
+    """Return the seam of a model whose state is one coupled system, without a batch dimension.
+
+    Args:
+        what: the part of the file, for messages.
+        mark: a text that tells this model apart from the others.
+    """
     edit = Edit("self.deq = get_deq(args)", "self.deq.grad_batch_dim = None")
     return replace(
         MODEL, what=what, marks=(*MODEL.marks, mark), edits=(*MODEL.edits, edit), required=False

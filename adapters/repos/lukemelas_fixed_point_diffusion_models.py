@@ -1,17 +1,18 @@
 """lukemelas/fixed-point-diffusion-models: a diffusion transformer with one block in a loop.
 
-Each call of `DiT._forward_fixed_point` draws two numbers from Python's `random`: n evaluations that
-are detached from, and k that carry the graph. Both draws stay, also where a gradient is named that
-does not ask for k; with adaptive sampling its controller gives both. One evaluation is one
-`forward_pass`.
+Each call of `DiT._forward_fixed_point` draws two numbers from Python's `random`: n evaluations
+without a graph, and k with a graph. Both draws stay, even if the named gradient does not use k, so
+later random numbers do not change. With adaptive sampling, the repository's controller gives both
+numbers. One evaluation of our loop is one `forward_pass`.
 
-Its no-grad part builds a graph and detaches from it, for the sake of DDP as its comment says. Here
-it builds none. What DDP would miss are gradients of weights that autocast has cast without autograd
-and kept; `patching.Loop` has them cast anew.
+For the first n evaluations, the repository builds a graph and then detaches from it. Its comment
+says that DDP needs this. The patch builds no graph there. Without care, DDP would then miss the
+gradients of weights that autocast has cast without autograd and cached. `patching.Loop` lets
+autocast cast them again.
 
-Its own training cuts where the loop begins, and so does every gradient but that of the whole loop.
-A solution that was kept from the last call (`fixed_point_reuse_solution`) is cut from always: the
-graph of that call is spent.
+The repository's training detaches the state at which the loop begins. Here the state is detached
+too, unless the gradient is that of the whole loop. A solution from the last call
+(`fixed_point_reuse_solution`) is always detached, since the graph of that call is freed.
 """
 
 from __future__ import annotations

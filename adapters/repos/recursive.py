@@ -1,8 +1,9 @@
-"""What adapters of recursive models share: their loop is given to `patching.Loop`.
+"""What the adapters of recursive models share: they replace the model's loop by `patching.Loop`.
 
-All descend from HRM's code. A model's settings are a pydantic class that its Hydra configuration
-`config/arch/*.yaml` fills, so that `arch.grad=` reaches the loop where both have the field; a spec
-of null is the repository's own training. `pretrain.py` tells the training step.
+All these repositories descend from HRM's code. The settings of a model are a pydantic class, which
+a Hydra configuration `config/arch/*.yaml` fills. The patch adds a field `grad` to both, so
+`arch.grad=` on the command line reaches the loop. A spec of null selects the repository's own
+training. `pretrain.py` passes the training step to the model.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def model(
     """Return the seam of a file with one recursive model.
 
     Args:
-        what: its part, for messages.
+        what: the part of the file, for messages.
         marks: see `SeamFile`.
-        config: the class of its settings.
+        config: the class of the model's settings.
         inner: the class with the loop.
-        levels: the statement of its constructor after which the loop is made.
-        edit: the change of the loop.
-        known: the fingerprints of the function that it changes.
-        steps: the number of evaluations, as an expression.
+        levels: the statement in the constructor of `inner` after which the loop is made.
+        edit: the edit that replaces the loop.
+        known: the fingerprints of the function that `edit` changes.
+        steps: the number of evaluations, as a Python expression.
         required: see `SeamFile`.
     """
     made = f"{inner}.__init__"
@@ -58,9 +59,13 @@ def model(
 
 
 def architecture(name: str) -> SeamFile:
-    """Return the Hydra configuration of the models whose `name` ends so.
+    """Return the seam of the Hydra configuration of a model.
 
-    A mark at the beginning of a line passes over what a run has saved of its whole configuration.
+    The second mark stands at the beginning of a line. So the whole configuration that a run has
+    saved, where this key is indented, does not match.
+
+    Args:
+        name: the end of the model's `name` in the configuration.
     """
     return SeamFile(
         "the configuration",
@@ -72,13 +77,17 @@ def architecture(name: str) -> SeamFile:
 
 
 def training(ends: str, anchor: str, where: Literal["before", "after"], step: str) -> SeamFile:
-    """Return the script whose `train_batch` tells the step, and refuses half a patch.
+    """Return the seam of the training script, whose `train_batch` gets a call of `tell_step`.
+
+    That call passes the training step. It also raises an error if the patch of the model is
+    missing.
 
     Args:
-        ends: how it asks for the end of the training, which tells scripts apart.
-        anchor: the statement beside which it is told.
-        where: on which side.
-        step: the step, from 0, as an expression.
+        ends: the statement by which the script tests for the end of training. It tells scripts
+            apart.
+        anchor: the statement beside which the call is inserted.
+        where: whether the call goes before or after the anchor.
+        step: the training step, counted from 0, as a Python expression.
     """
     told = Edit(anchor, _TELL.format(step=step), where, scope="train_batch", mode="patch")
     return SeamFile("the training script", ("def train_batch(", ends), (told,), required=False)

@@ -1,11 +1,11 @@
-"""SamsungSAILMontreal/TinyRecursiveModels: TRM, and its variants of one latent and of six.
+"""SamsungSAILMontreal/TinyRecursiveModels: TRM, and its variants with one latent and with six.
 
-`forward` of the inner model runs H_cycles - 1 cycles without a graph and the last with one. One
-evaluation is one H cycle, the L_cycles steps of the latents and the step of the answer after them.
-The state is (z_H, z_L), z_L alone in `trm_singlez`, and in `trm_hier6` z_H with the latents that a
-cycle changes: the first L_cycles of six.
+`forward` of the inner model runs H_cycles - 1 cycles without a graph, and the last one with one.
+One evaluation of our loop is one H cycle: L_cycles steps of the latents, and then one step of the
+answer. The state is (z_H, z_L). In `trm_singlez` it is z_L alone. In `trm_hier6` it is z_H and the
+latents that a cycle changes, which are the first L_cycles of the six.
 
-Its `hrm.py` is a copy of HRM's, and patched as that is (`sapientinc_hrm`).
+The repository's `hrm.py` is a copy of HRM's file. The adapter `sapientinc_hrm` patches it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,16 @@ SIX = (
 
 
 def _model(what: str, mark: str, new: str, last: str, known: str, required: bool) -> SeamFile:
+    """Return the seam of a variant.
+
+    Args:
+        what: the part of the file, for messages.
+        mark: a text that tells this variant apart.
+        new: the code that replaces the loop.
+        last: the beginning of the last statement of the loop.
+        known: the fingerprint of `forward`.
+        required: see `SeamFile`.
+    """
     return recursive.model(
         what,
         (f"class {INNER}", mark),

@@ -1,16 +1,18 @@
 """sapientinc/HRM: the Hierarchical Reasoning Model; TinyRecursiveModels and URM have copies of it.
 
-Its loop is no iteration of one map: H_cycles times L_cycles L steps, and an H step after every
-L_cycles of them. All run without a graph but the last L step and the H step after it.
+The loop does not iterate one map. It runs H_cycles times L_cycles L steps, with an H step after
+every L_cycles of them. Only the last L step and the H step after it have a graph.
 
-That pair, L and then H on (z_H, z_L), is the map F of `npg`, `ift`, `jfb`, `upg` and of reports: it
-is what carries the graph in their own training. One evaluation of the loop is one L step, with the
-H step where one is due, and `tbptt(k)` counts these backwards: k=1 is their own training, L_cycles
-are the last cycle, "all" and `bptt` are backpropagation through the true loop. `upg(k)`, and what
-wraps a strategy, such as `guard('tbptt(k)')`, unroll the pair instead: with k above 1 the last k
-evaluations are an L and an H step each, and the value is no longer that of their loop.
+This pair of steps, L and then H on (z_H, z_L), is the map F of `npg`, `ift`, `jfb`, `upg` and of
+reports, since it carries the graph in the repository's own training. One evaluation of our loop is
+one L step, followed by an H step where one is due. `tbptt(k)` differentiates the last k of these:
+k=1 is the repository's own training, and k=L_cycles is the last cycle. `tbptt(k='all')` and `bptt`
+are backpropagation through the true loop. `upg(k)`, and strategies that wrap another one, such as
+`guard('tbptt(k)')`, unroll the pair instead. With k above 1, each of the last k evaluations is then
+an L step and an H step, so the value differs from that of the repository's loop.
 
-The second call of the inner model, for the target of Q, is without autograd and runs the loop.
+The repository calls the inner model a second time for the target of Q, without autograd. That call
+runs the loop without a gradient.
 """
 
 from __future__ import annotations

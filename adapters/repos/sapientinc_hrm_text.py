@@ -1,22 +1,23 @@
-"""sapientinc/HRM-Text: language models that loop, and their pre-training.
+"""sapientinc/HRM-Text: four looped language models, and their pre-training.
 
-All four give a part of their evaluations a graph and run the others without. With a key-value cache
-their own loops run, of which nobody asks for a gradient.
+All four models run a part of their evaluations with a graph, and the others without. With a
+key-value cache the repository's own loops run, since generation needs no gradient.
 
-`ut` and `rins` evaluate one map, the last `bp_cycles` (`L_bp_cycles`) of them with a graph.
+`ut` and `rins` iterate one map. The last `bp_cycles` (`L_bp_cycles`) evaluations have a graph.
 
-`hrm` is HRM's loop (`sapientinc_hrm`) and has its evaluation and its map F. Its `bp_steps` go to H
-steps first and then to L steps, so that with 3 of them and 2 times 3 cycles the first H step
-carries a graph and the L step after it does not. That is no `tbptt(k)`: while no gradient is named,
-each step has the graph that the repository gives it. `bp_warmup_ratio` ramps that number alone.
+`hrm` has HRM's loop, with the evaluation and the map F that `sapientinc_hrm` describes. Its
+`bp_steps` are given to H steps first, and then to L steps. So with 3 of them and 2 times 3 cycles,
+the first H step has a graph and the L step after it has none. No `tbptt(k)` does that. As long as
+no gradient is named, each step has the graph that the repository gives it. `bp_warmup_ratio`
+changes only this number of steps.
 
-`trm` has the same loop with one module for both. There one evaluation is one H cycle, as in
+`trm` has the same loop, with one module for H and L. One evaluation is one H cycle there, as in
 TinyRecursiveModels.
 
-Its states are the tokens of several texts in a row, so a batch is one system, and no samples.
+A state holds the tokens of several texts in one row, so the batch is one system and has no samples.
 
-Its loader asks a checkpoint for every key of the
-model; so the training step, which `pretrain.py` tells in each step, is not saved with it.
+The repository's loader demands every key of the model in a checkpoint. So the training step, which
+`pretrain.py` passes to the model in each step, is not saved in the `state_dict`.
 """
 
 from __future__ import annotations
@@ -90,15 +91,15 @@ def _model(
     """Return the seam of a file with one model.
 
     Args:
-        what: the model's name.
+        what: the name of the model, for messages.
         config: the class of its settings.
-        name: its class.
-        last: its last setting, as it begins.
+        name: the class of the model.
+        last: the beginning of its last setting.
         known: the fingerprint of its forward pass.
-        loop: its loop, as that begins.
-        new: what takes the loop's place where there is no cache.
-        steps: the number of evaluations.
-        own: what it does by itself, as an argument of `patching.Loop`.
+        loop: the beginning of its loop.
+        new: the code that runs in place of the loop if there is no cache.
+        steps: the number of evaluations, as a Python expression.
+        own: the argument `own` of `patching.Loop`, as it is written in the call.
     """
     made = f"{name}.__init__"
     rest = f"steps={steps}{own}, saved=False, batch_dim=None)"
@@ -126,7 +127,12 @@ def _model(
 
 
 def _architecture(name: str, cycles: str) -> SeamFile:
-    """Return the Hydra configuration of the models whose name ends so."""
+    """Return the seam of the Hydra configuration of a model.
+
+    Args:
+        name: the end of the model's name in the configuration.
+        cycles: the key after which `grad` is inserted.
+    """
     return SeamFile(
         "the configuration",
         (f"name: baselines.{name}\n", f"\n{cycles}:"),

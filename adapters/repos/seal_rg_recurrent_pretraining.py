@@ -1,28 +1,32 @@
 """seal-rg/recurrent-pretraining: the depth-recurrent language models of Huginn, "Raven".
 
-`iterate_forward` draws two numbers, evaluates the recurrent block n times without a graph and k
-times with one. Its own draw stays, whatever is named: the loop has n + k evaluations, as many as
-its own training. One evaluation is one `core_block_forward` of the state (B, L, D).
+`iterate_forward` draws two numbers, n and k. It evaluates the recurrent block n times without a
+graph, and then k times with a graph. The draw stays, whatever gradient is named: the loop has n + k
+evaluations, as in the repository's own training. One evaluation of our loop is one
+`core_block_forward` of the state (B, L, D).
 
-Evaluations are numbered: the number scales noise, is embedded (`embed_step`), and counts layers for
-the cache of keys and values. `tbptt` and `bptt` go backwards through the evaluations as they were.
-F of `npg`, `ift`, `jfb`, `upg` and of reports is the last of them, its number included, wherever it
-is evaluated; without noise and `embed_step` all are the same map. With a name no cache is taken in
-training, where a strategy would fill it again. Generation runs under `torch.no_grad`, as it was.
+Evaluations are numbered. The number scales the noise, is embedded (`embed_step`), and counts layers
+for the cache of keys and values. `tbptt` and `bptt` differentiate the evaluations as they were. The
+map F of `npg`, `ift`, `jfb`, `upg` and of reports is the last evaluation, always with its own
+number. Without noise and `embed_step`, all evaluations are the same map. If a gradient is named, no
+cache is accepted in training, since a strategy would write to it again. Generation runs under
+`torch.no_grad`, and does not change.
 
-- `num_steps` of a caller counts too: a pair, or one number, which is n with k = 0. Its own code has
-  no graph then; a named gradient has one in training mode all the same.
-- Noise is drawn in each evaluation: see `locuslab_eqr` for what that means by strategy. Gradient
-  checkpoints here do not keep random state: with noise, what is recomputed in backward has other
-  noise than the value had, in the repository's own training as well.
-- A loss that is divided by k (`mcleish_throttle`) or weighed by n + k still is.
-- Processes draw depths of their own unless `lockstep_n` and `lockstep_k` are set. DDP takes that:
-  gradients of parameters are one backward pass each. Blocks that FSDP shards by themselves do not:
-  every evaluation, and every product with F's Jacobian, waits for all processes. There set both,
-  and take nothing that stops at a tolerance, as `ift` does, or evaluates F again in backward.
-- The training step is the repository's own, a micro-batch, which `max_steps` counts.
+- `num_steps` of a caller is used too. It is a pair, or one number, which is n with k = 0. The
+  repository's code then has no graph. A named gradient has one in training mode all the same.
+- Each evaluation draws noise; `locuslab_eqr` says what that means for each strategy. The gradient
+  checkpoints of this repository do not keep random state. So an evaluation that is repeated in the
+  backward pass has other noise, in the repository's own training as well.
+- A loss that is divided by k (`mcleish_throttle`), or weighed by n + k, stays as it is.
+- Each process draws its own depth, unless `lockstep_n` and `lockstep_k` are set. DDP works with
+  that, since it only waits for the gradients of the parameters. Blocks that FSDP shards by
+  themselves do not: every evaluation, and every product with the Jacobian of F, waits for all
+  processes. In that case set both, and take no strategy that stops at a tolerance (`ift`) or
+  evaluates F again in the backward pass.
+- The training step is the repository's own count of micro-batches, as `max_steps` counts them.
 
-`legacy_modeling_file.py` is imported nowhere and is left alone; so is `vllm`, which does not train.
+`legacy_modeling_file.py` is not imported anywhere, and is not patched. `vllm` does not train, and
+is not patched either.
 """
 
 from __future__ import annotations
@@ -34,7 +38,15 @@ _LOOP = "self.loop = deq_phantom_plugin.patching.Loop({spec})"
 
 
 def _loop(made: str, anchor: str) -> tuple[Edit, Edit]:
-    """Return the edits that make the loop of a model, from its configuration or as named."""
+    """Return the edits that make the loop of a model.
+
+    A patched model reads the spec from its configuration. Under `deq-phantom run` the spec is
+    written into the code.
+
+    Args:
+        made: the constructor of the model.
+        anchor: the statement after which the loop is made.
+    """
     own, named = _LOOP.format(spec="config.grad"), _LOOP.format(spec="{grad}")
     return (
         Edit(anchor, own, scope=made, mode="patch"),
@@ -89,7 +101,8 @@ MINIMAL = SeamFile(
     (
         Edit(
             "_tied_weights_keys =",
-            # A training step is no weight that a loader has to place.
+            # The training step is in the `state_dict`, but it is not a weight. So Transformers'
+            # loader must not report it as missing or unexpected.
             "_keys_to_ignore_on_load_missing = ['loop.memory']\n"
             "_keys_to_ignore_on_load_unexpected = ['loop.memory']",
             scope="RavenPreTrainedModel",

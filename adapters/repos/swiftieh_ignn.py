@@ -1,9 +1,10 @@
 """SwiftieH/IGNN: node and graph classification.
 
-`ImplicitGraph.forward` calls `ImplicitFunction.apply`, an autograd function that solves forward and
-backward by fixed-point iteration, up to `fw_mitr` and `bw_mitr` times. The forward iteration stays;
-`Equilibrium` takes the place of the backward one. The state is features x nodes, and nodes are
-coupled, so it is one system and not a batch of samples.
+`ImplicitGraph.forward` calls `ImplicitFunction.apply`, an autograd function that solves the forward
+and the backward pass by fixed-point iteration, with at most `fw_mitr` and `bw_mitr` iterations. The
+forward iteration stays. An `Equilibrium` takes the place of the backward iteration. The state has
+the shape (features, nodes), and the nodes are coupled. So it is one system, and not a batch of
+samples.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """UbiquantAI/URM: the Universal Reasoning Model, and the TRM beside it.
 
-`forward` of the inner model runs H_cycles - 1 cycles without a graph and the last with one. One
-evaluation is one H cycle: of URM, L_cycles times the input and all layers on the hidden state; of
-TRM, the L_cycles steps of z_L and the step of z_H after them.
+`forward` of the inner model runs H_cycles - 1 cycles without a graph, and the last one with one.
+One evaluation of our loop is one H cycle. In URM, a cycle adds the input and applies all layers to
+the hidden state, L_cycles times. In TRM, it is L_cycles steps of z_L, and then one step of z_H.
 
-Its `hrm_act_v1.py` is a copy of HRM's, and patched as that is (`sapientinc_hrm`); `hrm_act_v2.py`
-has no loop.
+The repository's `hrm_act_v1.py` is a copy of HRM's file. The adapter `sapientinc_hrm` patches it.
+`hrm_act_v2.py` has no loop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Deep equilibrium language models as Transformers models, the gradient chosen by name.
+"""Deep equilibrium language models as Transformers models, with a gradient by name.
 
-Bai, Kolter & Koltun, "Deep Equilibrium Models", NeurIPS 2019, arXiv:1909.01377. The states of all
-tokens are the equilibrium of one weight-tied decoder block that sees the embeddings at every step.
+Source: Bai, Kolter & Koltun, "Deep Equilibrium Models", NeurIPS 2019, arXiv:1909.01377. The states
+of all tokens are the equilibrium of one weight-tied decoder block, into which the embeddings of the
+tokens are injected in every evaluation.
 
     config = DEQTransformerConfig(vocab_size=256, hidden_size=64, num_attention_heads=4, grad="upg")
     model = DEQTransformerForCausalLM(config)
@@ -9,12 +10,12 @@ tokens are the equilibrium of one weight-tied decoder block that sees the embedd
     model.set_grad("npg(k=9)")
     model.generate(input_ids, max_new_tokens=20)
 
-Importing this module registers both classes, so that `AutoModelForCausalLM.from_pretrained` loads
-what `save_pretrained` saved. Give `SetStep()` to a `Trainer` if anything depends on the step.
+Importing this module registers both classes, so `AutoModelForCausalLM.from_pretrained` loads what
+`save_pretrained` has saved. Pass `SetStep()` to a `Trainer` if anything depends on the step.
 
-Each file imports earlier ones alone: versions, solve, inputs, label_smoothing, jac_loss, config,
- block, pretrained, model, causal. `deq_from_layer` is in layer/, on the first two; `SetStep`
-in trainer.
+The files import one another only in this order: versions, solve, inputs, label_smoothing, jac_loss,
+config, block, pretrained, model, causal. `layer/` has `deq_from_layer`, and uses the first two of
+these. `trainer` has `SetStep`.
 """
 
 from deq_phantom_plugin._plumbing.extras import require

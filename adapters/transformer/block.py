@@ -1,4 +1,8 @@
-"""The weight-tied decoder block of a deep equilibrium Transformer, and what it sees in a solve."""
+"""The weight-tied decoder block of a deep equilibrium Transformer.
+
+`DEQTransformerBlock` maps the states of all tokens to the next states. `Surroundings` holds its
+other inputs, which stay the same all through a solve, so that F is a function of the state alone.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,16 @@ __all__ = ["DEQTransformerBlock", "ScaledLinear", "Surroundings", "dropout_mask"
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """All that a block sees in a solve besides the state: F is a function of the state alone.
+    """The inputs of a block besides the state, which stay the same all through a solve.
 
     Attributes:
-        injection: added to queries, keys and values, shape (B, L, 3 * hidden_size).
+        injection: the term that is added to queries, keys and values, shape
+            (B, L, 3 * hidden_size).
         rotation: cos and sin of the positions, each of shape (1 or B, L, head size).
-        attention_mask: as the attention implementation wants it.
-        past: keys and values of the tokens before, each of shape (B, heads, P, head size).
-        keep: dropout masks by the place they are for.
+        attention_mask: the mask in the format of the attention implementation.
+        past: keys and values of the P tokens in the cache, each of shape (B, heads, P, head size);
+            None without a cache.
+        keep: the dropout mask of each place in the block.
     """
 
     injection: Tensor
@@ -36,16 +42,16 @@ class Surroundings:
     keep: dict[str, Tensor]
 
     def drop(self, place: str, x: Tensor) -> Tensor:
-        """Apply the mask of a place, the same at every evaluation of the solve."""
+        """Apply the dropout mask of a place; every evaluation of a solve has the same mask."""
         return x * self.keep[place] if place in self.keep else x
 
 
 class ScaledLinear(nn.Linear):
     """A linear layer of the equilibrium, with weights from N(0, gain^2 / in_features).
 
-    A block of weights as small as Transformers' default of 0.02 does next to nothing, and leaves
-    its equilibrium next to undetermined: rho(J) is 0.99 at the start. With these gains it is
-    0.7 to 0.85 (hidden sizes 64 and 128), for both places of the normalisation.
+    With weights as small as Transformers' default of 0.02, the block hardly changes the state, and
+    its equilibrium is hardly determined: rho(J) is 0.99 at the start of training. With these gains
+    rho(J) is 0.7 to 0.85, for hidden sizes 64 and 128 and for both places of the normalisation.
     """
 
     def __init__(self, size: int, out: int, bias: bool = True, gain: float = 1.0) -> None:
@@ -54,15 +60,17 @@ class ScaledLinear(nn.Linear):
 
 
 class DEQTransformerBlock(nn.Module):
-    """The weight-tied decoder block, which sees its injection in queries, keys and values.
+    """The weight-tied decoder block; its injection is added to queries, keys and values.
 
-    Normalisations have no weights, and with `pre_layer_norm` the feed-forward part adds to the
-    normalised state: both as in the official code (github.com/locuslab/deq, DEQ-Sequence). A
-    residual stream that is never normalised would have an equilibrium only where all parts add
-    up to zero.
+    As in the official code (github.com/locuslab/deq, DEQ-Sequence), normalisations have no weights,
+    and with `pre_layer_norm` the feed-forward part adds to the normalised state. A residual stream
+    without any normalisation would have an equilibrium only where all its parts add up to zero.
+
+    Args:
+        config: the sizes of the block.
     """
 
-    is_causal = True  # what Transformers' attention functions look for
+    is_causal = True  # Transformers' attention functions read this attribute
 
     def __init__(self, config: DEQTransformerConfig) -> None:
         super().__init__()
@@ -78,15 +86,16 @@ class DEQTransformerBlock(nn.Module):
         self.norm = nn.LayerNorm(size, config.layer_norm_eps, elementwise_affine=False)
 
     def forward(self, state: Tensor, around: Surroundings, of: str = "state") -> Any:
-        """Return the next state, shape (B, L, hidden_size), or what lies on the way to it.
+        """Return the next state, shape (B, L, hidden_size), or an intermediate result.
 
-        All ways to the weights lead through here: FSDP, which shards them, gathers them for it.
+        Every use of the weights goes through this method, since FSDP, which shards them, gathers
+        them for a forward pass only.
 
         Args:
             state: shape (B, L, hidden_size).
-            around: what the block sees besides.
-            of: "state"; "heads" for queries, keys and values; "attention" for what the heads found
-                and how they attended.
+            around: the other inputs.
+            of: "state" for the next state; "heads" for queries, keys and values; "attention" for
+                the output of the heads and their attention weights.
         """
         if of == "heads":
             return self._heads(state, around)
@@ -94,21 +103,21 @@ class DEQTransformerBlock(nn.Module):
         return (mixed, weights) if of == "attention" else self._next(state, mixed, around)
 
     def _next(self, state: Tensor, mixed: Tensor, around: Surroundings) -> Tensor:
-        """Return the next state, from what the heads found."""
+        """Return the next state, computed from the output of the heads."""
         pre = self.config.pre_layer_norm
         mixed = self.output(mixed.reshape(state.shape))
         x: Tensor = self.norm(around.drop("attention", mixed) + state)
-        # On rows of tokens: behind a view a compiler does not see that what relu's backward needs
-        # is what `down` keeps anyway, and keeps it twice, as slow booleans.
+        # This works on rows of tokens. Behind a view, a compiler does not see that `down` keeps
+        # what relu's backward pass needs. It would then keep that once more, as slow booleans.
         inner = self.activation(self.up(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         x = x + around.drop("feed_forward", self.down(around.drop("inner", inner)))
         return x if pre else self.norm(x)
 
     def _attend(self, state: Tensor, around: Surroundings) -> tuple[Tensor, Tensor | None]:
-        """Return what the heads found, shape (B, L, heads, head size), and how they attended.
+        """Return the output of the heads and their attention weights.
 
-        The latter has the shape (B, heads, L, P + L); None where the attention implementation
-        does not tell.
+        The output has the shape (B, L, heads, head size), and the weights (B, heads, L, P + L). The
+        weights are None if the attention implementation does not return them.
         """
         query, key, value = self._heads(state, around)
         if around.past is not None:
@@ -133,8 +142,14 @@ class DEQTransformerBlock(nn.Module):
     def keep(self, like: Tensor) -> dict[str, Tensor]:
         """Draw the dropout masks of one solve (Gal & Ghahramani 2016, arXiv:1512.05287).
 
-        That of attention drops a position for all queries of a head: it can then be applied to the
-        values, and works with every attention implementation.
+        The dropout of attention drops a position for all queries of a head. So it can be applied to
+        the values, and works with every attention implementation.
+
+        Args:
+            like: a tensor of shape (B, L, hidden_size) with the dtype and device of the masks.
+
+        Returns:
+            The masks by their place in the block; empty outside training.
         """
         config = self.config
         batch, length, size = like.shape
@@ -153,5 +168,5 @@ class DEQTransformerBlock(nn.Module):
 
 
 def dropout_mask(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    """Draw a mask that keeps the mean, of a dtype and on a device like those of `like`."""
+    """Draw a mask that keeps the mean, with the dtype and the device of `like`."""
     return like.new_empty(shape).bernoulli_(1 - p).div_(1 - p)

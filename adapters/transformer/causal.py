@@ -1,4 +1,4 @@
-"""The language model: an output layer and its loss on the states of a `DEQTransformerModel`."""
+"""The language model: a `DEQTransformerModel`, an output layer, and the loss of the next token."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ __all__ = ["DEQCausalLMOutput", "DEQTransformerForCausalLM"]
 
 @dataclass
 class DEQCausalLMOutput(CausalLMOutputWithPast):
-    """What a `DEQTransformerForCausalLM` returns.
+    """The output of a `DEQTransformerForCausalLM`.
 
     Attributes:
-        loss: cross-entropy, with `jac_loss` added.
+        loss: the cross-entropy, with `jac_loss` added.
         jac_loss: the weighted Jacobian regulariser in this loss; None outside training, and in
-            steps that have none.
-        equilibrium_info: residual and evaluations of the forward solve.
+            steps without a regulariser.
+        equilibrium_info: the residual and the evaluations of the forward solve.
     """
 
     jac_loss: Tensor | None = None
     equilibrium_info: EquilibriumInfo | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Return all that is not None; a `Trainer` with smoothed labels still knows what it was."""
+        """Return all values that are not None, as a tuple that remembers this output.
+
+        A `Trainer` with label smoothing needs this output, see `label_smoothing`.
+        """
         return OutputTuple.of(self, super().to_tuple())
 
 
@@ -52,19 +55,19 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         config: the architecture, its solver and its gradient.
 
     Raises:
-        ImportError: without TorchDEQ.
+        ImportError: if TorchDEQ is not installed.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: DEQTransformerConfig) -> None:
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # of subclasses too, whatever their names
+        self.loss_type = "ForCausalLM"  # Transformers would guess it from the name of a subclass
         self.model = DEQTransformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    # Longer than 60 lines: half are its arguments, and what is said of them.
+    # Longer than 60 lines: half of them are its arguments and their docstring.
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -86,22 +89,24 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
         Args:
             input_ids: tokens, shape (B, L).
             attention_mask: see `DEQTransformerModel.forward`.
-            position_ids: see there.
-            cache: see there.
-            inputs_embeds: see there.
-            labels: `input_ids` again, with -100 where there is nothing to predict, shape (B, L).
-                Predictions of padding, from padding, and from one document of the next, are left
-                out anyway.
-            use_cache: see there.
-            logits_to_keep: how many last positions to return logits of, or which; 0 for all.
-            num_items_in_batch: labels of the whole step, where this is a part of it; the first of
-                each row, which nothing predicts, do not count.
-            output_hidden_states: see there.
-            output_attentions: see there.
-            **kwargs: see there; and `shift_labels`, what each token is to predict, in place of
-                `labels`, shape (B, L).
+            position_ids: see `DEQTransformerModel.forward`.
+            cache: see `DEQTransformerModel.forward`.
+            inputs_embeds: see `DEQTransformerModel.forward`.
+            labels: `input_ids` again, shape (B, L), with -100 where nothing is predicted. The loss
+                leaves out predictions of padding, predictions from padding, and predictions from
+                one document of the next in any case.
+            use_cache: see `DEQTransformerModel.forward`.
+            logits_to_keep: the number of last positions whose logits are returned, or the indices
+                of the positions; 0 for all.
+            num_items_in_batch: the number of labels in the whole step, if this batch is a part of a
+                step. The first label of each row does not count, since nothing predicts it.
+            output_hidden_states: see `DEQTransformerModel.forward`.
+            output_attentions: see `DEQTransformerModel.forward`.
+            **kwargs: see `DEQTransformerModel.forward`. In addition `shift_labels`, shape (B, L):
+                the token that each token predicts, in place of `labels`.
         """
-        # A Trainer takes all that have labels in their names for what each batch must have.
+        # A Trainer demands of each batch all arguments that have "labels" in their names. So
+        # `shift_labels` is not a named argument.
         targets = kwargs.pop("shift_labels", None)
         if targets is None and labels is not None:
             targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
@@ -153,7 +158,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, GenerationMixin):
 
 
 def _smoothed(output: DEQCausalLMOutput, targets: Tensor, items: Any) -> Tensor | None:
-    """Return the regulariser that joins a loss with smoothed labels."""
+    """Return the regulariser that is added to a loss with smoothed labels, or None."""
     jac_loss = output.jac_loss
     if jac_loss is None:
         return None
@@ -161,10 +166,11 @@ def _smoothed(output: DEQCausalLMOutput, targets: Tensor, items: Any) -> Tensor 
     if items is not None and bool((counts != counts[0]).any()):
         warn_once(
             "regulariser beside smoothed labels",
-            "with label smoothing the model does not see the labels. So within part of a step the "
-            "Jacobian regulariser weighs rows by their tokens, while it weighs parts by their "
-            "labels. With rows of several lengths and gradient accumulation it differs a little "
-            "from that of one batch. This is said once.",
+            "with label smoothing the model does not see the labels. So the Jacobian regulariser "
+            "weighs the rows of a batch by their tokens, and the batches of a step by their "
+            "labels. With rows of several lengths and gradient accumulation, it differs a little "
+            "from the regulariser of one large batch. Rows of equal length avoid that. This "
+            "warning is given once.",
             AssumptionWarning,
         )
     return share_of_step(jac_loss, targets, items)
@@ -176,7 +182,7 @@ def _predictable(
     position_ids: Tensor | None,
     named: dict[str, Any],
 ) -> Tensor:
-    """Leave out targets that are padding, predicted from padding, or of another document."""
+    """Set targets to -100 that are padding, predicted from padding, or of another document."""
     batch, length = targets.shape
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         attention_mask = attention_mask[:, -length:]

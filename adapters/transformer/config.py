@@ -1,4 +1,8 @@
-"""The config: what each value must be, and what fits together."""
+"""`DEQTransformerConfig`, the config of the deep equilibrium Transformer.
+
+Each value is checked when it is written, also later in the life of the config. `check` then tests
+whether the values fit together.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ __all__ = ["DEQTransformerConfig", "written"]
 
 
 def written(strategy: Any) -> str | None:
-    """Return a strategy as a config can save it, None if it cannot."""
+    """Return the text of a strategy as a config saves it, or None if it has no such text."""
     text = repr(strategy)
     try:
         return text if dpp.get_strategy(text) == strategy else None
@@ -49,7 +53,7 @@ def _grad(name: str, value: Any) -> None:
 
 
 def _solver(name: str, value: Any) -> None:
-    # The others are such as go with any value.
+    # The other values are chosen so that any valid value goes with them.
     check_settings(
         "jfb", **{"f_solver": "fixed_point_iter", "f_max_iter": 3, "f_tol": 0, name: value}
     )
@@ -73,7 +77,7 @@ def _regularization(name: str, value: Any) -> None:
         raise ValueError(f"jac_reg_{error}") from None
 
 
-# What each value of a config must be, also one that is written later.
+# The check of each value of a config. It also runs when a value is written later.
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), _whole),
     **dict.fromkeys(("num_attention_heads", "max_position_embeddings"), _whole),
@@ -91,50 +95,53 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 
 
 class DEQTransformerConfig(PreTrainedConfig):
-    """What a `DEQTransformerForCausalLM` is made of.
+    """The architecture, the solver and the gradient of a `DEQTransformerForCausalLM`.
 
-    A model reads it in each forward pass. What is written later acts from the next one on and is
-    saved: gradient, solver, `compile`, regulariser, dropout, attention, positions and `use_cache`.
-    What the model's modules were made with is refused then, if it has changed. Models that share a
-    config share what is written into it.
+    A model reads its config in each forward pass. These values may be changed later; a change acts
+    from the next forward pass on, and is saved: gradient, solver, `compile`, regulariser, dropout,
+    attention, positions and `use_cache`. If a value changes with which the modules of the model
+    were built, such as `hidden_size`, the next forward pass raises an error. Models that share a
+    config also share its changes.
 
     Attributes:
-        vocab_size: tokens.
-        hidden_size: of each token's state; a multiple of twice `num_attention_heads`.
-        intermediate_size: inner width of the feed-forward part.
-        num_attention_heads: heads.
-        max_position_embeddings: the longest sequence, or document of a row, before the factor of
-            `rope_parameters`. Positions are rotary, so relative.
-        hidden_act: activation of the feed-forward part; the official code has relu.
+        vocab_size: the number of tokens in the vocabulary.
+        hidden_size: the size of each token's state; a multiple of twice `num_attention_heads`.
+        intermediate_size: the inner width of the feed-forward part.
+        num_attention_heads: the number of attention heads.
+        max_position_embeddings: the longest sequence, or document within a row, before the factor
+            of `rope_parameters`. Positions are rotary, and so relative.
+        hidden_act: the activation of the feed-forward part; the official code has relu.
         pre_layer_norm: False for the source's DEQ (PostLN), True for DEQ (PreLN).
-        dropout: probability of dropping a feature of the embeddings, of the two parts of the block
-            and of the output, the same ones at all positions.
-        attention_dropout: probability of dropping a position from what a head attends to.
-        initializer_range: standard deviation of the embeddings. The block's weights are drawn so
-            that it is a contraction to begin with, whatever its size.
-        layer_norm_eps: of the normalisations.
-        tie_word_embeddings: whether the output layer has the embeddings for its weights.
-        rope_parameters: see Transformers' Llama: linear, dynamic, yarn, llama3 and longrope have a
-            `factor`, by which sequences may be longer.
+        dropout: the probability of dropping a feature of the embeddings, of the two parts of the
+            block, and of the output. All positions drop the same features.
+        attention_dropout: the probability that a head does not attend to a position.
+        initializer_range: the standard deviation of the embeddings. The weights of the block are
+            drawn so that it is a contraction at the start of training, whatever its size.
+        layer_norm_eps: the eps of the normalisations.
+        tie_word_embeddings: whether the output layer uses the embeddings as its weights.
+        rope_parameters: see Transformers' Llama. The types linear, dynamic, yarn, llama3 and
+            longrope have a `factor`, by which sequences may be longer.
         use_cache: whether to return the keys and values of the equilibrium, outside training.
         grad: the gradient of the equilibrium, a spec of `dpp.get_strategy` as a string.
         f_solver: TorchDEQ's name of the forward solver.
-        f_max_iter: the most iterations of the forward solve.
-        f_tol: its relative residual of each sample.
-        solve_dtype: "bfloat16" or "float16" to take most of the forward solve in it; needs an
-            `f_solver` of this package, such as "anderson_fast". Nothing in a model of 16 bits. See
-            docs/howto/solvers.md.
-        grad_in_eval: whether the gradient is attached in evaluation mode too, as `from_pretrained`
-            leaves a model; for saliency maps and attacks.
-        compile: whether the block is compiled for the solve and for gradients that go through its
-            graph once, or a mode of `torch.compile`, see docs/howto/compile.md.
-        jac_reg_weight: of ||J||_F^2 / numel in the loss, see `dpp.JacobianRegularization`.
-        jac_reg_freq: the probability that a training step has it.
-        jac_reg_increment: what the weight grows by every `jac_reg_interval` steps.
-        jac_reg_interval: in training steps, which `dpp.set_step` or `SetStep` tell.
+        f_max_iter: the largest number of iterations of the forward solve.
+        f_tol: the relative residual at which the solve of a sample stops.
+        solve_dtype: "bfloat16" or "float16" to compute most of the forward solve in this dtype. It
+            needs an `f_solver` of this package, such as "anderson_fast", and has no effect in a
+            model of 16 bits. See docs/howto/solvers.md.
+        grad_in_eval: whether the gradient is attached in evaluation mode too, for saliency maps and
+            attacks. `from_pretrained` returns a model in evaluation mode.
+        compile: whether the block is compiled for the solve, and for gradients that go through its
+            graph once; or a mode of `torch.compile`, see docs/howto/compile.md.
+        jac_reg_weight: the weight of ||J||_F^2 / numel in the loss, see
+            `dpp.JacobianRegularization`.
+        jac_reg_freq: the probability that a training step has the regulariser.
+        jac_reg_increment: the number by which the weight grows every `jac_reg_interval` steps.
+        jac_reg_interval: a number of training steps. `dpp.set_step` or `SetStep` pass the step.
 
     Raises:
-        ValueError: if a value cannot be, or these do not fit together; says what is accepted.
+        ValueError: if a value is invalid, or if the values do not fit together; the message says
+            what is accepted.
     """
 
     model_type = "deq_transformer"
@@ -171,7 +178,7 @@ class DEQTransformerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.num_hidden_layers = 1  # of the cache
+        self.num_hidden_layers = 1  # Transformers' caches read these two
         self.num_key_value_heads = self.num_attention_heads
         self.check()
 
@@ -180,37 +187,39 @@ class DEQTransformerConfig(PreTrainedConfig):
         if check is not None:
             check(name, value)
         super().__setattr__(name, value)
-        if name in ("grad", "grad_in_eval"):  # which may also be set at the model: the last counts
+        # `dpp.set_grad` can change these two at the model as well; the last change counts.
+        if name in ("grad", "grad_in_eval"):
             self.__dict__["_writes"] = self.__dict__.get("_writes", 0) + 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is saved."""
+        """Return the values to save."""
         found: dict[str, Any] = super().to_dict()
         found.pop("_writes", None)
-        if found.get("solve_dtype") is None:  # and is what it was before there was one
+        if found.get("solve_dtype") is None:  # the file is then as before this setting existed
             found.pop("solve_dtype", None)
         return found
 
     @property
     def writes(self) -> int:
-        """How often the gradient was written."""
+        """How often `grad` or `grad_in_eval` was written."""
         return int(self.__dict__.get("_writes", 0))
 
     @property
     def solver(self) -> tuple[str, int, float, str | None]:
-        """What says how the equilibrium is solved."""
+        """The settings of the forward solve: solver, iterations, tolerance and dtype."""
         return self.f_solver, self.f_max_iter, self.f_tol, self.solve_dtype
 
     def check(self) -> None:
         """Refuse values that do not fit together.
 
         Raises:
-            ValueError: says which, and what is accepted.
+            ValueError: if there are such values; the message names them and what is accepted.
         """
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size={self.hidden_size} with num_attention_heads="
-                f"{self.num_attention_heads}; expected a multiple of twice the heads"
+                f"{self.num_attention_heads}; expected a multiple of twice the heads, since rotary "
+                "positions turn pairs of features in each head"
             )
         check_settings(self.grad, *self.solver, self.grad_in_eval)
         self.jacobian_regularization()

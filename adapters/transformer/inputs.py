@@ -1,4 +1,8 @@
-"""What a causal model is told of its tokens: padding, documents, positions, who sees whom."""
+"""Reads the arguments that tell a causal model about its tokens.
+
+`read_tokens` turns masks, positions and document boundaries into a `Tokens`, and refuses what could
+be read in two ways. `visible` then makes the mask that the attention implementation wants.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +29,15 @@ __all__ = [
     "visible",
 ]
 
-# Where documents begin, beside positions.
+# The arguments, besides positions, that say where documents begin.
 OF_DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-# What acts, in words.
+# The arguments that have an effect, for messages.
 _TAKEN = (
     "input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, "
     "logits_to_keep, num_items_in_batch, output_hidden_states, output_attentions, shift_labels, "
     f"{', '.join(OF_DOCUMENTS)}"
 )
-# Arguments of Transformers' causal models that have no effect where there is one block and where
-# positions and masks say all.
+# Arguments of Transformers' causal models that are accepted and have no effect here.
 _WITHOUT_EFFECT = {
     "cache_position",
     "max_length_k",
@@ -45,24 +48,24 @@ _WITHOUT_EFFECT = {
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse arguments that somebody would expect to act, and that do not.
+    """Refuse arguments from which a caller would expect an effect that they do not have.
 
     Args:
-        arguments: the ones that a `forward` has no name for.
+        arguments: the keyword arguments that `forward` does not name.
 
     Raises:
-        ValueError: if one of the names that Transformers knows has a value that cannot act.
-        TypeError: if nobody knows the name.
+        ValueError: if Transformers knows the argument, and its value has no effect here.
+        TypeError: if the argument is unknown.
     """
     for name, value in arguments.items():
         if value is None or name in _WITHOUT_EFFECT:
             continue
         if name == "is_causal" and value is False:
-            raise ValueError("is_causal=False; expected True: a token sees those before it alone")
+            raise ValueError("is_causal=False; expected True: tokens do not attend to later ones")
         if name == "output_router_logits" and value:
             raise ValueError("output_router_logits=True; expected False: there is no router")
         if name == "token_type_ids" and bool(torch.as_tensor(value).any()):
-            raise ValueError("token_type_ids that are not all 0; there are no types of tokens")
+            raise ValueError("token_type_ids that are not all 0; expected 0: tokens have no types")
         if name in ("is_causal", "output_router_logits", "token_type_ids"):
             continue
         if name == "num_logits_to_keep":
@@ -71,9 +74,9 @@ def check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def longest_sequence(config: PreTrainedConfig) -> int:
-    """Return how many tokens a sequence may have.
+    """Return the largest number of tokens of a sequence.
 
-    Scaled positions reach as far as their factor says (Transformers' `rope_parameters`).
+    Scaled positions multiply it by their factor (Transformers' `rope_parameters`).
     """
     limit: int = config.max_position_embeddings
     rope = config.rope_parameters or {}
@@ -85,15 +88,15 @@ def longest_sequence(config: PreTrainedConfig) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """What is known of the tokens of a call.
+    """What is known about the tokens of a call: B rows of L tokens, with P tokens in the cache.
 
     Attributes:
-        positions: shape (1 or B, L).
-        mask: who may be seen: None for all, bool of shape (B, P + L), or prepared, of shape
-            (1 or B, 1 or heads, L, P + L).
-        real: where tokens are and no padding, shape (B, L); None for everywhere.
-        documents: the document of each token in its row, shape (B, L), 0 being that of the tokens
-            in the cache; None where each row is one.
+        positions: the position of each token, shape (1 or B, L).
+        mask: the keys to which a query may attend: None for all of them, bool of shape (B, P + L),
+            or a prepared mask of shape (1 or B, 1 or heads, L, P + L).
+        real: True for tokens and False for padding, shape (B, L); None without padding.
+        documents: the number of the document of each token within its row, shape (B, L). Number 0
+            is the document of the tokens in the cache. None if each row is one document.
     """
 
     positions: Tensor
@@ -102,7 +105,7 @@ class Tokens:
     documents: Tensor | None
 
 
-@never_compiled  # numbers in masks decide
+@never_compiled  # the values of masks and positions decide what is done
 def read_tokens(
     shape: tuple[int, int],
     device: torch.device,
@@ -113,22 +116,22 @@ def read_tokens(
     cu_seq_lens_k: Any = None,
     seq_idx: Tensor | None = None,
 ) -> Tokens:
-    """Read what a `forward` was told about its tokens.
+    """Return what the arguments of a `forward` say about its tokens.
 
-    A document begins where its positions begin: at 0, or where they do not grow.
+    A document begins where the positions are 0, or where they do not grow.
 
     Args:
         shape: (B, L).
-        device: of the tokens.
-        before: P, tokens in the cache.
+        device: the device of the tokens.
+        before: P, the number of tokens in the cache.
         attention_mask: see `DEQTransformerModel.forward`.
-        position_ids: see there.
-        cu_seq_lens_q: see there.
-        cu_seq_lens_k: see there.
-        seq_idx: see there.
+        position_ids: see `DEQTransformerModel.forward`.
+        cu_seq_lens_q: see `DEQTransformerModel.forward`.
+        cu_seq_lens_k: see `DEQTransformerModel.forward`.
+        seq_idx: see `DEQTransformerModel.forward`.
 
     Raises:
-        ValueError: names the value and what is accepted.
+        ValueError: if an argument is invalid; the message names its value and what is accepted.
     """
     mask = _checked_mask(attention_mask, shape, before)
     told = mask[:, before:] if mask is not None and mask.dim() == 2 else None
@@ -145,7 +148,7 @@ def read_tokens(
     if mask is None:
         return Tokens(positions, None, None, _several(starts, None, None, before, shape))
     if mask.dim() == 4:
-        # What sees nothing is padding. Who sees whom has been said: documents say no more.
+        # A query that may attend to nothing is padding. The mask already keeps documents apart.
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
         return Tokens(positions, mask, _unless_all(seen.any(-1).any(1).expand(shape)), None)
     real, past = mask[:, before:], mask[:, :before].any(-1)
@@ -154,13 +157,13 @@ def read_tokens(
 
 @never_compiled
 def check_length(tokens: Tokens, shape: tuple[int, int], before: int, limit: int) -> None:
-    """Refuse sequences that are too long, and none at all.
+    """Refuse sequences that are too long, and inputs without tokens.
 
     Args:
-        tokens: what is known of them.
+        tokens: what is known about the tokens.
         shape: (B, L).
-        before: tokens in the cache.
-        limit: of each document, see `longest_sequence`.
+        before: P, the number of tokens in the cache.
+        limit: the largest number of tokens of a document, see `longest_sequence`.
 
     Raises:
         ValueError: if there is no token, or a document has too many.
@@ -189,24 +192,31 @@ def visible(
 ) -> Any:
     """Return the mask that the attention implementation of a config wants.
 
-    Each padded query sees its own token if it would see none: some attention kernels give NaN for
-    it, and 0 times NaN is NaN in a backward pass.
+    A padded query that could attend to nothing attends to its own token. Some attention kernels
+    would give NaN for it otherwise, and 0 times NaN is NaN in a backward pass.
+
+    Args:
+        config: the config, which names the attention implementation.
+        embeddings: shape (B, L, hidden_size).
+        tokens: what is known about the tokens.
+        cache: the cache, or None.
+        before: P, the number of tokens in the cache.
 
     Raises:
-        ValueError: if the implementation cannot have such a mask.
+        ValueError: if the implementation does not accept such a mask.
     """
     implementation = config._attn_implementation
     documents, mask = tokens.documents, tokens.mask
     known = implementation == "eager" or implementation in ALL_ATTENTION_FUNCTIONS
     if not known or implementation.startswith(("flash", "flex", "paged")):
         raise ValueError(
-            f"attn_implementation={implementation!r}; expected sdpa, eager, or one of your own "
-            "that is registered with its mask"
+            f"attn_implementation={implementation!r}; expected sdpa, eager, or an implementation "
+            "of your own that is registered with its mask"
         )
     if mask is not None and mask.dim() == 4:
         if mask.dtype != torch.bool:
             mask = mask.to(embeddings.dtype)
-        elif implementation == "eager":  # which adds it to the scores
+        elif implementation == "eager":  # eager attention adds the mask to the scores
             least = torch.finfo(embeddings.dtype).min
             mask = embeddings.new_zeros(()).where(mask, least)
         return _see_themselves(mask, before)
@@ -227,15 +237,15 @@ def visible(
     hidden = documents is not None or (mask is not None and not bool(mask.all()))
     if made is None and hidden and before + embeddings.shape[1] > 1:
         raise ValueError(
-            f"attn_implementation={implementation!r} has no mask, and so cannot leave out padding "
-            "or other documents; register one with AttentionMaskInterface"
+            f"attn_implementation={implementation!r} has no mask, so tokens would attend to "
+            "padding or to other documents; register a mask with AttentionMaskInterface"
         )
-    # Only where there is padding can a query see nothing.
+    # A query can be without keys only if there is padding.
     return made if tokens.real is None else _see_themselves(made, before)
 
 
 def _see_themselves(mask: Any, before: int) -> Any:
-    """Let queries that see no key see their own token."""
+    """Let queries that may attend to no key attend to their own token."""
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return mask
     boolean = mask.dtype == torch.bool
@@ -247,7 +257,7 @@ def _see_themselves(mask: Any, before: int) -> Any:
 
 
 def _checked_mask(mask: Any, shape: tuple[int, int], before: int) -> Tensor | None:
-    """Return a mask of 2 or 4 dimensions that can only be read in one way."""
+    """Return a mask of 2 or 4 dimensions, and refuse what could be read in two ways."""
     if isinstance(mask, dict):
         if set(mask) != {"full_attention"}:
             raise ValueError(
@@ -303,16 +313,17 @@ def _starts(
     before: int,
     device: torch.device,
 ) -> Tensor | None:
-    """Return where documents begin, shape (B, L); None where nothing tells."""
+    """Return where documents begin, bool of shape (B, L); None if no argument says so."""
     batch, length = shape
     starts = None
     if position_ids is not None and length:
         _check_rows("position_ids", position_ids, shape)
         positions = position_ids.to(device).expand(shape)
         if not positions.is_floating_point():
-            positions = positions.long()  # not unsigned: -1 is before all
-        # After padding one has to go on from the last token or, as in generation, from the padding.
-        # The first of all follows what is in the cache, if it is no beginning.
+            positions = positions.long()  # signed, since -1 stands before the first position
+        # A token after padding belongs to the same document if its position is above that of the
+        # last token, or above that of the padding beside it (generation numbers padding, too). The
+        # first token continues what is in the cache, unless its position is 0.
         count = torch.arange(length, device=device).expand(shape)
         last = count if real is None else count.where(real.to(device), -1).cummax(-1).values
         last = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
@@ -324,7 +335,7 @@ def _starts(
     given = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
     given = {name: value for name, value in given.items() if value is not None}
     if given and before:
-        raise ValueError(f"{', '.join(given)} with a cache; expected position_ids")
+        raise ValueError(f"{', '.join(given)} with a cache; expected position_ids in their place")
     for name, value in given.items():
         if name == "seq_idx":
             _check_rows(name, value, shape)
@@ -357,11 +368,11 @@ def _several(
     before: int,
     shape: tuple[int, int],
 ) -> Tensor | None:
-    """Return the documents of tokens, None where each row is one and goes on in it."""
+    """Return the documents of tokens; None if each row is one document, that of its cache."""
     if starts is None or 0 in shape:
         return None
     documents = starts.cumsum(-1)
-    if not before:  # where the first of all must begin
+    if not before:  # without a cache, the first token begins document 0
         documents = documents - documents[:, :1]
     low = documents if real is None else documents.masked_fill(~real, starts.shape[1] + 1)
     high = documents if real is None else documents.masked_fill(~real, -1)
@@ -374,4 +385,5 @@ def _several(
 
 
 def _unless_all(real: Tensor) -> Tensor | None:
+    """Return a mask, or None if all of it is True."""
     return None if bool(real.all()) else real

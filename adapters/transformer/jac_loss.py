@@ -1,4 +1,8 @@
-"""The Jacobian regulariser in a loss: of sequences, of a part of a step, and whether it joined."""
+"""The Jacobian regulariser in the loss of a language model.
+
+`by_sequence` weighs it by sequence. `share_of_step` scales it for gradient accumulation. `Joins`
+warns if a loss of the user's own leaves it out.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,19 @@ __all__ = ["Joins", "by_sequence", "share_of_step"]
 def by_sequence(
     func: Callable[[Tensor], Tensor], state: Tensor, real: Tensor | None, weights: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
-    """Scale F: ||J||_F^2 of each sequence over its own tokens, times its share; not of padding."""
+    """Return F scaled such that the regulariser weighs each sequence by its share of the batch.
+
+    The regulariser is ||J||_F^2 / (B L D), with D = hidden_size. With the scaled F, sequence b
+    contributes share_b ||J_b||_F^2 / (count_b D), where count_b is the number of its tokens without
+    padding. The scale is multiplied into J, and J is squared, so the scale is the square root of
+    share_b B L / count_b.
+
+    Args:
+        func: F, from and to shape (B, L, hidden_size).
+        state: h, shape (B, L, hidden_size).
+        real: True for tokens and False for padding, shape (B, L, 1); None without padding.
+        weights: the share of each sequence, up to a factor, shape (B,); its tokens if None.
+    """
     batch, length, _ = state.shape
     count = state.new_full((batch,), length) if real is None else real.sum((1, 2))
     share = (count if weights is None else weights).to(state.dtype)
@@ -33,12 +49,12 @@ def by_sequence(
 def share_of_step(
     jac_loss: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None
 ) -> Tensor:
-    """Weigh the regulariser of a part of a step by its labels, as cross-entropy is.
+    """Scale the regulariser of one batch of a step by its share of the labels, as cross-entropy is.
 
     Args:
-        jac_loss: of this part.
-        targets: what each token is to predict, -100 for nothing.
-        num_items_in_batch: labels of the whole step; None where this is all of it.
+        jac_loss: the regulariser of this batch, a scalar.
+        targets: the token that each token predicts, shape (B, L); -100 for none.
+        num_items_in_batch: the number of labels in the whole step; None if this batch is the step.
     """
     if num_items_in_batch is None:
         return jac_loss
@@ -47,9 +63,9 @@ def share_of_step(
 
 
 class Joins:
-    """Finds out whether the regulariser of a step joined the loss that was differentiated.
+    """Finds out whether the regulariser of a step was a part of the loss that was differentiated.
 
-    Who computes a loss of their own, a Trainer's `compute_loss_func` among them, has to add it.
+    A loss of the user's own, such as a Trainer's `compute_loss_func`, has to add the regulariser.
     """
 
     def __init__(self) -> None:
@@ -57,13 +73,14 @@ class Joins:
 
     @never_compiled
     def watch(self, states: Tensor, jac_loss: Tensor | None) -> None:
-        """Say so if the last backward pass left the regulariser out, and watch the next one."""
+        """Warn if the last backward pass left the regulariser out, and watch the next one."""
         if self._passed == {"states"}:
             warn_once(
                 "regulariser left out",
                 "a backward pass went through the states of a DEQ transformer in training, and "
-                "not through its Jacobian regulariser (config.jac_reg_weight); a loss of your own, "
-                "such as a Trainer's compute_loss_func, has to add output.jac_loss",
+                "not through its Jacobian regulariser (config.jac_reg_weight), so the regulariser "
+                "had no effect. Add output.jac_loss to a loss of your own, such as a Trainer's "
+                "compute_loss_func",
                 AssumptionWarning,
             )
         self._passed = passed = set()

@@ -1,8 +1,9 @@
-"""Label smoothing of a Transformers `Trainer`, which knows causal models by a list of their names.
+"""Corrects the label smoothing of a Transformers `Trainer` for the causal models of this package.
 
-With `label_smoothing_factor` a Trainer takes the labels out of the batch and computes the loss from
-the logits. A model that is not on its list is scored by the token that it sees, not by the next
-one, and what else was in the model's own loss is lost.
+With `label_smoothing_factor`, a Trainer takes the labels out of the batch, and computes the loss
+from the logits. It recognises causal models by a list of names. For any other model it would
+compare the logits with the token that the model sees, not with the next token. Other terms of the
+model's own loss would be lost. So the smoother is hooked for the outputs of our models.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["OutputTuple", "smooth_outputs_of"]
 
 
 class OutputTuple(tuple[Any, ...]):
-    """An output as a tuple (`return_dict=False`), which still knows what it was.
+    """The values of an output (`return_dict=False`), with a reference to the output itself.
 
     Attributes:
         output: the output.
@@ -29,19 +30,19 @@ class OutputTuple(tuple[Any, ...]):
 
     @classmethod
     def of(cls, output: Any, values: tuple[Any, ...]) -> OutputTuple:
-        """Return the values of an output."""
+        """Return a tuple of values that remembers its output."""
         made = cls(values)
         made.output = output
         return made
 
 
 def smooth_outputs_of(output: type, extra: Callable[[Any, Tensor, Any], Tensor | None]) -> None:
-    """Let Transformers' label smoothing know the outputs of a causal model, whatever its name.
+    """Hook Transformers' label smoothing for the outputs of a causal model.
 
     Args:
-        output: their class; those of other classes are smoothed as ever.
-        extra: from an output, the labels of the next tokens and `num_items_in_batch` to what joins
-            the loss, None for nothing.
+        output: the class of the outputs. Outputs of other classes are smoothed as before.
+        extra: a function of an output, the labels of the next tokens and `num_items_in_batch`. It
+            returns a term to add to the loss, or None.
     """
 
     def hook(original: Callable[..., Tensor]) -> Callable[..., Tensor]:

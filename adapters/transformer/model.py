@@ -1,4 +1,8 @@
-"""The model of all tokens' states: embeddings, and the equilibrium of one block."""
+"""`DEQTransformerModel`: embeddings, and the equilibrium of one block for the states of all tokens.
+
+The forward pass reads its arguments (`inputs`), solves for the equilibrium (`solve`), and adds what
+the config asks for: a Jacobian regulariser, a cache, attention weights.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +36,12 @@ __all__ = ["DEQModelOutput", "DEQTransformerModel"]
 
 @dataclass
 class DEQModelOutput(BaseModelOutputWithPast):
-    """What a `DEQTransformerModel` returns.
+    """The output of a `DEQTransformerModel`.
 
     Attributes:
         jac_loss: the weighted Jacobian regulariser of this step, a differentiable scalar; None
-            outside training, and in steps that have none.
-        equilibrium_info: residual and evaluations of the forward solve.
+            outside training, and in steps without a regulariser.
+        equilibrium_info: the residual and the evaluations of the forward solve.
     """
 
     jac_loss: Tensor | None = None
@@ -47,11 +51,14 @@ class DEQModelOutput(BaseModelOutputWithPast):
 class DEQTransformerModel(DEQTransformerPreTrainedModel):
     """Embeddings, the equilibrium block and its solver, without an output layer.
 
-    In training mode the states carry the gradient of `config.grad`; in evaluation mode, as of any
-    equilibrium of this package, none unless `config.grad_in_eval` was set when it was made.
+    In training mode the states carry the gradient of `config.grad`. In evaluation mode they carry
+    none, as with every equilibrium of this package, unless `config.grad_in_eval` is set.
+
+    Args:
+        config: the architecture, its solver and its gradient.
     """
 
-    deq: Any  # TorchDEQ's, with attributes of this package
+    deq: Any  # TorchDEQ's module, with attributes that this package adds
 
     def __init__(self, config: DEQTransformerConfig) -> None:
         super().__init__(config)
@@ -69,7 +76,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self._joins = Joins()
         self.post_init()
 
-    # Longer than 60 lines: two in three are its arguments, and what is said of them.
+    # Longer than 60 lines: most of them are its arguments and their docstring.
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -90,49 +97,51 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
     ) -> DEQModelOutput:
         """Solve for the states of all tokens.
 
-        A token's state depends on those before it alone, which therefore stay at equilibrium when
-        tokens are added: with the keys and values of a cache only the new tokens are solved for.
-        Like the source's memory, such a cache carries no gradient.
+        The state of a token depends only on tokens before it. So these stay at their equilibrium
+        when tokens are added: with the keys and values of a cache, only the new tokens are solved
+        for. Like the source's memory, a cache carries no gradient.
 
-        Several documents in one row do not see one another. A document begins where
-        `position_ids` are 0 or do not grow, or where `cu_seq_lens_q` or `seq_idx` say so
-        (Transformers' `DataCollatorWithFlattening` gives any of these).
+        Several documents in one row do not attend to one another. A document begins where
+        `position_ids` are 0 or do not grow, or where `cu_seq_lens_q` or `seq_idx` say so.
+        Transformers' `DataCollatorWithFlattening` passes any of these.
 
         Args:
             input_ids: tokens, shape (B, L).
-            attention_mask: 1 for tokens and 0 for padding, shape (B, P + L), P tokens in the cache;
-                or one prepared, of shape (B, 1 or heads, L, P + L): bool, True for what is seen, or
-                floating numbers that are added to the scores. The latter says all: positions then
-                tell no documents apart, and tokens that see nothing are padding.
-            position_ids: shape (B, L); counted from the cache's length, or from the beginning of
-                each document, if None.
-            cache: a `DynamicCache` from an earlier call, of rows of one document.
-            inputs_embeds: in place of `input_ids`, shape (B, L, hidden_size).
-            use_cache: whether to return a cache; `config.use_cache` if None, but not in training.
-            output_hidden_states: whether to return embeddings and states, as `hidden_states`, or
-                which of the two; `config.output_hidden_states` if None.
-            output_attentions: whether to return how heads attend at the equilibrium, as
-                `attentions`; `config.output_attentions` if None. Needs eager attention.
+            attention_mask: 1 for tokens and 0 for padding, shape (B, P + L) with P tokens in the
+                cache. Or a prepared mask, shape (B, 1 or heads, L, P + L): bool, with True for what
+                is attended to, or floating numbers that are added to the scores. A prepared mask
+                replaces the boundaries of documents, and tokens that attend to nothing are padding.
+            position_ids: shape (B, L). If None, they are counted from the length of the cache, or
+                from the beginning of each document.
+            cache: a `DynamicCache` from an earlier call, whose rows hold one document each.
+            inputs_embeds: embeddings in place of `input_ids`, shape (B, L, hidden_size).
+            use_cache: whether to return a cache. If None, it is `config.use_cache` outside
+                training, and False in training.
+            output_hidden_states: whether to return embeddings and states as `hidden_states`, or
+                the indices of those to return; `config.output_hidden_states` if None.
+            output_attentions: whether to return the attention weights at the equilibrium, as
+                `attentions`; `config.output_attentions` if None. This needs eager attention.
             past_key_values: the name of `cache` before Transformers 5.24.
-            cu_seq_lens_q: where documents end in a single row, from 0 to L.
+            cu_seq_lens_q: the ends of the documents in a single row, from 0 to L.
             cu_seq_lens_k: the same.
             seq_idx: the number of each token's document, shape (B, L).
-            jac_weights: how much each sequence counts in the regulariser, shape (B,); as many
-                tokens as it has if None.
-            **kwargs: what Transformers passes and needs nothing done.
+            jac_weights: the weight of each sequence in the regulariser, shape (B,); the number of
+                its tokens if None.
+            **kwargs: arguments that Transformers passes and that have no effect here.
 
         Raises:
             ValueError: if there are no tokens, or more than `config.max_position_embeddings`, which
                 `config.rope_parameters` may scale; if the cache is of another kind; if a mask
-                could be read in two ways; if what was written into the config cannot act any more;
-                if the forward solve has diverged (in training).
-            TypeError: on an argument that is unknown.
+                could be read in two ways; if a value of the config was changed that cannot change
+                any more; or if the forward solve has diverged (in training).
+            TypeError: if an argument is unknown.
         """
         check_arguments(kwargs)
         self.follow_config()
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected either input_ids or inputs_embeds")
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"{given} of input_ids and inputs_embeds; expected one of the two")
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache, cache = self._cache(use_cache, past_key_values if cache is None else cache)
         before = 0 if cache is None else cache.get_seq_length()
@@ -170,21 +179,21 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         )
 
     def _compiles(self, before: int) -> bool | str:
-        """Return how to compile F: not behind a cache, whose length changes with every token."""
+        """Return how to compile F; with a cache it is not compiled, since each length would be."""
         return False if before else self.config.compile
 
     def _cache(
         self, use_cache: bool | None, cache: Cache | None
     ) -> tuple[bool, DynamicCache | None]:
-        """Return whether to return a cache, and the one to go on from."""
+        """Return whether to return a cache, and the cache to continue."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if not isinstance(cache, DynamicCache | None):
             raise ValueError(
-                f"the cache is a {type(cache).__name__}; expected a DynamicCache: in `generate` "
-                "cache_implementation='dynamic'"
+                f"the cache is a {type(cache).__name__}; expected a DynamicCache, which `generate` "
+                "makes with cache_implementation='dynamic'"
             )
         return use_cache, cache
 
@@ -208,7 +217,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         p = self.config.dropout
         return x * dropout_mask(x, (x.shape[0], 1, x.shape[2]), p) if self.training and p > 0 else x
 
-    @never_compiled  # for the sake of the step, which changes
+    @never_compiled  # the training step changes, and would cause a new compilation each time
     def _jac_loss(
         self,
         func: Callable[[Tensor], Tensor],
@@ -232,25 +241,26 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             cache.several_documents = True
 
     def _attentions(self, state: Tensor, around: Surroundings) -> tuple[Tensor]:
-        """Return how heads attend at a state."""
+        """Return the attention weights at a state, shape (B, heads, L, P + L), in a tuple."""
         _, weights = self.block(state, around, of="attention")
         if weights is None:
             raise ValueError(
                 f"output_attentions=True with attn_implementation="
-                f"{self.config._attn_implementation!r}, which does not tell; expected eager: "
-                "model.set_attn_implementation('eager')"
+                f"{self.config._attn_implementation!r}, which does not return attention weights; "
+                "expected 'eager': call model.set_attn_implementation('eager')"
             )
         return (weights,)
 
     @never_compiled
     def follow_config(self) -> None:
-        """Let what has been written into the config act.
+        """Apply the changes of the config.
 
-        `grad`, the solver and the positions are followed here; the rest is read where it is used.
+        Changes of `grad`, of the solver and of the positions are applied here. The other values are
+        read where they are used.
 
         Raises:
-            ValueError: if something was written that could only have acted before the model was
-                made, or if values do not fit together.
+            ValueError: if a value was changed that only has an effect before the model is built, or
+                if the values do not fit together.
         """
         config = self.config
         config.check()
@@ -259,14 +269,15 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             if now[name] != value:
                 raise ValueError(
                     f"config.{name}={now[name]!r} was written after a model was made with "
-                    f"{value!r}, on which it has no effect; put it back, or make a new model"
+                    f"{value!r}, and the model cannot change it; write {value!r} again, or make a "
+                    "new model"
                 )
-        # What others put in the place of the embeddings may not tell.
+        # A module that takes the place of the embeddings may lack this attribute.
         embeddings = getattr(self.embed_tokens, "num_embeddings", config.vocab_size)
         if config.vocab_size != embeddings:
             raise ValueError(
-                f"config.vocab_size={config.vocab_size} with {embeddings} embeddings; expected "
-                "model.resize_token_embeddings to change both"
+                f"config.vocab_size={config.vocab_size} with {embeddings} embeddings; expected as "
+                "many: call model.resize_token_embeddings, which changes both"
             )
         solver = config.solver
         if solver != self._followed["solver"]:
@@ -284,7 +295,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
             self._followed["positions"] = _positions(config)
 
     def acting_grad(self) -> str:
-        """Return what `config.grad` is to say of the gradient that acts, as far as it can."""
+        """Return the spec of the gradient in force, or `config.grad` if it has no spec."""
         acting = self.deq.produce_grad[-1].strategy
         if acting == dpp.get_strategy(self.config.grad):
             return self.config.grad
@@ -292,8 +303,9 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         if text is None:
             warn_once(
                 "grad is not saved",
-                f"the gradient that acts, {acting!r}, cannot be written in a config; saved is "
-                f"config.grad={self.config.grad!r}",
+                f"the gradient in force, {acting!r}, cannot be written in a config, so a model "
+                f"that is loaded from it has another one: config.grad={self.config.grad!r}. Call "
+                "dpp.set_grad after loading",
                 AssumptionWarning,
             )
             return self.config.grad
@@ -307,13 +319,16 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         lam: float | None = None,
         **options: Any,
     ) -> Tensor:
-        """Estimate rho(dF/dh) of each sample at its equilibrium, shape (B,).
+        """Estimate the spectral radius of dF/dh at the equilibrium of each sample.
 
         Args:
             input_ids: tokens, shape (B, L).
             attention_mask: shape (B, L).
             lam: a damping factor, for the radius of the damped map instead.
-            **options: of `dpp.spectral_radius`.
+            **options: further arguments of `dpp.spectral_radius`.
+
+        Returns:
+            One radius per sample, shape (B,).
         """
         solves: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
         handle = self.deq.register_forward_hook(
@@ -329,7 +344,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
 def _selected(
     states: tuple[Tensor, ...], which: bool | int | list[int] | None
 ) -> tuple[Any, ...] | None:
-    """Return all states, or those of some indices, None in the place of others."""
+    """Return all states, or those of some indices with None in the place of the others."""
     if isinstance(which, bool) or which is None:
         return states if which else None
     indices = [which] if isinstance(which, int) else list(which)
@@ -338,28 +353,28 @@ def _selected(
 
 
 def _check_documents(cache: Any, before: int, tokens: Tokens) -> None:
-    """Refuse to go on after several documents: a cache does not tell them apart."""
+    """Refuse a cache of several documents, since a cache does not know which token is of which."""
     prepared = tokens.mask is not None and tokens.mask.dim() == 4
     if before and getattr(cache, "several_documents", False) and not prepared:
         raise ValueError(
-            "the cache holds rows of several documents, as position_ids said; expected a cache of "
-            "one document per row, or a prepared attention_mask"
+            "the cache holds rows of several documents, and new tokens would attend to all of "
+            "them; expected a cache of one document per row, or a prepared attention_mask"
         )
 
 
 def _made_with(config: DEQTransformerConfig) -> dict[str, Any]:
-    """Return what a model is made with, and cannot follow later."""
+    """Return the values with which a model is built, and which cannot change later."""
     names = "hidden_size intermediate_size num_attention_heads hidden_act layer_norm_eps"
     return {name: getattr(config, name) for name in names.split()}
 
 
 def _positions(config: DEQTransformerConfig) -> tuple[Any, ...]:
-    """Return what rotary positions are made with."""
+    """Return the values from which rotary positions are computed."""
     return copy.deepcopy(config.rope_parameters), config.max_position_embeddings
 
 
 def _rotary(config: Any) -> LlamaRotaryEmbedding:
-    """Return rotary positions: those of Llama, which reads nothing of a config that is not here."""
+    """Return Llama's rotary positions, which need only values that our config has."""
     return LlamaRotaryEmbedding(config)
 
 

@@ -1,4 +1,4 @@
-"""What both models share: how they are initialised, saved, and given a gradient."""
+"""The base class of both models: it initialises weights, saves models and switches the gradient."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ __all__ = ["DEQTransformerPreTrainedModel"]
 
 
 class DEQTransformerPreTrainedModel(PreTrainedModel):
-    """What both models share."""
+    """The base class of `DEQTransformerModel` and `DEQTransformerForCausalLM`."""
 
     config: DEQTransformerConfig
     config_class = DEQTransformerConfig
     base_model_prefix = "model"
-    # FSDP of Accelerate and of a Trainer shards apart what is named here. Not so the block: a solve
-    # would gather its weights in each evaluation, and wait for processes that need fewer.
+    # The FSDP of Accelerate and of a Trainer shards each module that is named here by itself. The
+    # block must not be sharded by itself: a solve would gather its weights in each evaluation, and
+    # would wait for processes that need fewer evaluations.
     _no_split_modules = []  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
-    # The step of training is no weight; `load_state_dict` takes it, and so does a Trainer.
+    # The training step is in the `state_dict`, but it is not a weight. So `from_pretrained` must
+    # not report it as missing or unexpected.
     _keys_to_ignore_on_load_unexpected = [r"grad_memory"]  # noqa: RUF012
     _keys_to_ignore_on_load_missing = [r"grad_memory"]  # noqa: RUF012
 
@@ -36,18 +38,18 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ScaledLinear):
-            # Unlike PyTorch's, this leaves weights alone that were loaded.
+            # Unlike PyTorch's function, this one does not change weights that were loaded.
             initialization.normal_(module.weight, std=module.gain * module.in_features**-0.5)
 
     def set_grad(self, spec: Any) -> None:
-        """Switch the gradient of the equilibrium, and let the config say so.
+        """Switch the gradient of the equilibrium, and write it into the config.
 
         Args:
-            spec: see `dpp.get_strategy`. `dpp.set_grad` also takes a function, which a config could
-                not save.
+            spec: see `dpp.get_strategy`. `dpp.set_grad` also takes a function, which a config
+                cannot save.
 
         Raises:
-            ValueError: if the spec is invalid; then nothing is switched.
+            ValueError: if the spec is invalid; in that case nothing is switched.
         """
         strategy = dpp.get_strategy(spec)
         text = written(strategy)
@@ -58,9 +60,11 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
         self._base()._followed["writes"] = self.config.writes
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save weights and config, with the gradient that acts: `dpp.set_grad` may have set it.
+        """Save weights and config, with the gradient in force, which `dpp.set_grad` may have set.
 
-        See Transformers' method for the arguments.
+        Args:
+            *args: see Transformers' method.
+            **kwargs: see Transformers' method.
         """
         base, config = self._base(), self.config
         base.follow_config()
@@ -73,17 +77,17 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
             base._followed["writes"] = config.writes
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what Transformers does for stacks of layers.
+        """Refuse gradient checkpointing, which Transformers has for stacks of layers.
 
         Raises:
-            ValueError: says what to do instead.
+            ValueError: always; the message says what to do instead.
         """
         raise ValueError(
-            "gradient checkpointing is for stacks of layers; an equilibrium keeps no graph of its "
-            "solve. npg, jfb and ift keep that of one evaluation, and so does "
-            "model.set_grad('upg(checkpoint=True)')"
+            "gradient checkpointing is for stacks of layers, and this model has one block. An "
+            "equilibrium keeps no graph of its solve. npg, jfb and ift keep the graph of one "
+            "evaluation, and so does upg after model.set_grad('upg(checkpoint=True)')"
         )
 
     def _base(self) -> Any:
-        """The `DEQTransformerModel` that has the equilibrium: this one, or the one inside."""
+        """Return the `DEQTransformerModel` that has the equilibrium: this model, or its part."""
         return getattr(self, self.base_model_prefix, self)

@@ -1,4 +1,8 @@
-"""What the Transformer adapters share: one equilibrium solved by TorchDEQ, and what it tells."""
+"""What the Transformer adapters share: an equilibrium that TorchDEQ solves.
+
+`make_equilibrium` builds TorchDEQ's module from checked settings. `solvable` prepares F. `solve`
+returns the state and an `EquilibriumInfo`.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +37,12 @@ __all__ = [
 
 @dataclass
 class EquilibriumInfo(ModelOutput):
-    """What a forward solve reached and spent; nothing in it carries an autograd graph.
+    """The result and the cost of a forward solve; nothing in it carries an autograd graph.
 
     Attributes:
-        residual: ||F(h) - h|| / ||F(h)|| of each sample, the lowest that was reached, shape (B,);
-            padding does not count.
-        nfe: evaluations of F that the solve took for the batch, an integer tensor of shape ().
+        residual: the lowest ||F(h) - h|| / ||F(h)|| that each sample reached, shape (B,). Padding
+            does not count.
+        nfe: the number of evaluations of F in the solve of the batch, an integer tensor, shape ().
     """
 
     residual: Tensor | None = None
@@ -53,27 +57,28 @@ def check_settings(
     solve_dtype: Any = None,
     grad_in_eval: bool = False,
 ) -> None:
-    """Refuse settings of an equilibrium before there is one.
+    """Check the settings of an equilibrium before it is built.
 
     Args:
         grad: a spec of `dpp.get_strategy`.
         f_solver: TorchDEQ's name of a solver.
-        f_max_iter: the most iterations of the forward solve.
-        f_tol: relative residual at which it stops.
-        solve_dtype: "bfloat16" or "float16" to take most of the solve in it.
+        f_max_iter: the largest number of iterations of the forward solve.
+        f_tol: the relative residual at which the forward solve stops.
+        solve_dtype: "bfloat16" or "float16" to compute most of the solve in this dtype; None for
+            the dtype of the state.
         grad_in_eval: whether the gradient is attached in evaluation mode too.
 
     Raises:
-        ValueError: names the value and what is accepted.
-        ImportError: without TorchDEQ.
+        ValueError: if a setting is invalid; the message names its value and what is accepted.
+        ImportError: if TorchDEQ is not installed.
     """
     dpp.get_strategy(grad)
     boolean("grad_in_eval", grad_in_eval)
-    dpp.enable("torchdeq")  # which adds solvers of its own
+    dpp.enable("torchdeq")  # this adds the solvers of this package to TorchDEQ's
     known = require("torchdeq.solver", "text")._solvers
     if f_solver not in known:
         raise ValueError(f"f_solver={f_solver!r}; expected one of {', '.join(sorted(known))}")
-    # TorchDEQ's Anderson returns its initial state below 3.
+    # With fewer than 3 iterations, TorchDEQ's Anderson solver returns its initial state.
     least = 3 if f_solver == "anderson" else 1
     if isinstance(f_max_iter, bool) or not isinstance(f_max_iter, int) or f_max_iter < least:
         raise ValueError(
@@ -92,7 +97,7 @@ def make_equilibrium(
     solve_dtype: Any = None,
     grad_in_eval: bool = False,
 ) -> nn.Module:
-    """Return TorchDEQ's module with a gradient chosen by name; see `check_settings`."""
+    """Return TorchDEQ's module with these settings; for the arguments see `check_settings`."""
     check_settings(grad, f_solver, f_max_iter, f_tol, solve_dtype, grad_in_eval)
     settings = {"f_solver": f_solver, "f_max_iter": f_max_iter, "f_tol": f_tol}
     settings |= {"f_stop_mode": "rel", "grad": grad, "grad_in_eval": grad_in_eval}
@@ -106,14 +111,14 @@ def change_solver(
     """Give an equilibrium another forward solver; its gradient and its memory stay.
 
     Args:
-        deq: of `make_equilibrium`.
-        f_solver: see `check_settings`, as the others.
-        f_max_iter: see there.
-        f_tol: see there.
-        solve_dtype: see there.
+        deq: a module from `make_equilibrium`.
+        f_solver: see `check_settings`.
+        f_max_iter: see `check_settings`.
+        f_tol: see `check_settings`.
+        solve_dtype: see `check_settings`.
     """
     new: Any = make_equilibrium("jfb", f_solver, f_max_iter, f_tol, solve_dtype)
-    # What TorchDEQ and its host derive from these.
+    # The attributes that TorchDEQ and its host derive from these settings.
     derived = ("f_solver", "no_stat", "f_max_iter", "eval_f_max_iter", "f_tol", "indexing")
     for name in (*derived, "solve_dtype"):
         setattr(deq, name, getattr(new, name))
@@ -128,27 +133,27 @@ def solvable(
     compile: bool | str = False,
     owner: nn.Module | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """Return F as it is solved: with the same draws, such as dropout, at every evaluation.
+    """Return F prepared for a solve: every evaluation has the same random draws, such as dropout.
 
     Args:
-        func: F in the dtype of the model.
-        dtype: that dtype.
-        real: where tokens are and no padding, shape (B, L, 1); None for everywhere.
-        compile: whether to compile F, or a mode of `torch.compile`. Another length of sequences is
-            one more compilation, of code for all lengths.
-        owner: the module that has compiled code of its own.
+        func: F in the dtype of the model, from and to shape (B, L, hidden_size).
+        dtype: the dtype of the model.
+        real: True for tokens and False for padding, shape (B, L, 1); None without padding.
+        compile: whether to compile F, or a mode of `torch.compile`. The second length of sequences
+            causes one more compilation, of code for all lengths.
+        owner: the module that keeps its compiled code.
     """
 
     def image(state: Tensor) -> Tensor:
         found = func(state.to(dtype)).to(state.dtype)
-        # Padding rests at zero, where it adds nothing to any residual.
+        # The states of padding stay zero, so they add nothing to a residual.
         return found if real is None else found.where(real, 0)
 
     return SameDraws(compiled(image, compile, owner, dynamic=None))
 
 
 def start(like: Tensor) -> Tensor:
-    """Return the initial state, zero: solvers want more than half precision."""
+    """Return the initial state: zeros with the shape of `like`, in at least 32 bits."""
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
@@ -158,18 +163,21 @@ def solve(
     """Solve h = F(h) from zero.
 
     Args:
-        deq: of `make_equilibrium`; in training mode the state carries its gradient, and in
-            evaluation mode where it was told to.
+        deq: a module from `make_equilibrium`. In training mode, or with `grad_in_eval`, the state
+            carries its gradient.
         func: F, from and to shape (B, ...).
-        like: a tensor of the state's shape, in the model's dtype.
+        like: a tensor with the shape of the state, in the dtype of the model.
+
+    Returns:
+        The equilibrium, and what the solve reached and cost.
     """
     counted = Counted(func)
-    # Of a model in 16 bits there is nothing to lower, which its state does not show.
+    # `solve_dtype` has no effect in a model of 16 bits. TorchDEQ sees a state of 32 bits here.
     in_16_bits = like.dtype in (torch.bfloat16, torch.float16)
     options = {"solve_dtype": None} if in_16_bits else None
     states, info = deq(counted, start(like), solver_kwargs=options)
     state: Tensor = states[-1]
-    # Where a strategy owns the solve, TorchDEQ has no residual.
+    # If a strategy owns the solve, TorchDEQ does not measure a residual.
     known = counted.calls.by_solver()
     residual = info["rel_lowest"].detach() if known else _residual(func, state.detach())
     return state, EquilibriumInfo(residual=residual, nfe=counted.calls.of_solve())

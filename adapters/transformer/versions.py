@@ -1,4 +1,4 @@
-"""What has another name in another version of Transformers."""
+"""Names that differ between versions of Transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers.masking_utils import create_causal_mask
 
 __all__ = ["CACHE"]
 
-# What Transformers calls the cache, in arguments and in outputs; 5.24 renamed it.
+# Transformers' name of the cache, in arguments and in outputs. Version 5.24 has changed it.
 CACHE = (
     "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 )

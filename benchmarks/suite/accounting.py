@@ -1,4 +1,4 @@
-"""What code spends besides time: evaluations of f, products with its Jacobian, bytes, launches."""
+"""Counts what code uses besides time: evaluations of f, backward passes, bytes and launches."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ MIB = 2**20
 
 
 class Counted:
-    """A map f that can be made to count its evaluations and the backward passes through it.
+    """A map f that can count its evaluations and the backward passes through them.
+
+    Args:
+        func: f.
 
     Attributes:
-        counting: whether it does; off while times are taken.
-        evaluations: of f.
-        backwards: passes of a gradient through an evaluation of f.
+        counting: whether it counts. This is False while times are taken.
+        evaluations: the number of evaluations of f.
+        backwards: the number of backward passes through an evaluation of f.
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
@@ -44,7 +47,7 @@ class Counted:
 
     @contextmanager
     def count(self) -> Iterator[None]:
-        """Count from zero inside a `with` block."""
+        """Count inside a `with` block, beginning at zero."""
         self.counting, self.evaluations, self.backwards = True, 0, 0
         try:
             yield
@@ -53,6 +56,8 @@ class Counted:
 
 
 class _CountBackward(torch.autograd.Function):
+    """The identity; its backward pass counts."""
+
     @staticmethod
     def forward(ctx: Any, counted: Counted, *leaves: Tensor) -> tuple[Tensor, ...]:
         ctx.counted = counted
@@ -65,13 +70,13 @@ class _CountBackward(torch.autograd.Function):
 
 
 def saved_bytes(run: Callable[[], Any], known: Iterable[Tensor]) -> int:
-    """Return the most bytes that autograd held for backward at once while `run` ran.
+    """Return the largest number of bytes that autograd held for the backward pass at one time.
 
-    Exact and the same every time. A storage counts once, however often it is saved.
+    The number is exact, and the same every time. A storage counts once, however often it is saved.
 
     Args:
-        run: builds graphs and goes back through them.
-        known: tensors that would be there anyway, such as parameters; these do not count.
+        run: builds graphs, and differentiates them.
+        known: tensors that exist in any case, such as parameters. They do not count.
     """
     ledger = _Ledger({storage.data_ptr() for storage in _storages(list(known))})
     with torch.autograd.graph.saved_tensors_hooks(ledger.hold, lambda held: held.tensor):
@@ -80,13 +85,15 @@ def saved_bytes(run: Callable[[], Any], known: Iterable[Tensor]) -> int:
 
 
 class _Ledger:
+    """Counts how many saved tensors hold each storage, and the bytes of all held storages."""
+
     def __init__(self, known: set[int]) -> None:
         self._known = known
         self._holders: dict[int, int] = {}
         self._now = self.peak = 0
 
     def hold(self, tensor: Tensor) -> _Held:
-        # A sparse tensor has several places.
+        # A sparse tensor has several storages.
         return _Held(self, tensor, [(s.data_ptr(), s.nbytes()) for s in _storages(tensor)])
 
     def add(self, key: int, size: int, holders: int) -> None:
@@ -100,7 +107,7 @@ class _Ledger:
 
 
 class _Held:
-    """What autograd keeps in a tensor's place; gone when the graph lets go of it."""
+    """Stands for a saved tensor; it is deleted when autograd frees the graph."""
 
     def __init__(self, ledger: _Ledger, tensor: Tensor, places: list[tuple[int, int]]) -> None:
         self.tensor = tensor
@@ -113,8 +120,8 @@ class _Held:
             self._ledger.add(key, size, -1)
 
 
-# Names of the profiler's events. The last is how a number gets from a tensor to Python on any
-# device, so that host-device syncs can be counted on a machine without one.
+# Names of the profiler's events. The last event moves a number from a tensor to Python, on any
+# device. So synchronisations of host and device can be counted on a machine without a GPU.
 _EVENTS = {
     "kernel_launches": (
         "cudaLaunchKernel",
@@ -129,13 +136,13 @@ _EVENTS = {
 
 
 def profiled(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Return how often `run` calls operators, launches kernels and waits for the device."""
+    """Return how often `run` calls operators, launches kernels, and waits for the device."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize(device)
     with torch.profiler.profile(activities=activities) as profiler:
-        run()  # the profiler's own synchronisation at the end is counted: one more for everybody
+        run()  # the profiler itself synchronises at the end, which adds one for every contender
     counts = {event.key: event.count for event in profiler.key_averages()}
     found: dict[str, float] = {
         "operators": sum(n for name, n in counts.items() if name.startswith("aten::"))
@@ -145,7 +152,7 @@ def profiled(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     return found
 
 
-# What is dispatched and launches nothing: views, memory that is taken, questions about a tensor.
+# Operators that are dispatched and launch no kernel: views, allocations, queries of properties.
 _NO_LAUNCH = """
     _local_scalar_dense _reshape_alias _unsafe_view alias as_strided detach diagonal empty
     empty_like empty_strided expand is_same_size lift_fresh narrow new_empty new_empty_strided
@@ -157,7 +164,7 @@ _READS = {"__bool__", "__float__", "__index__", "__int__", "cpu", "item", "numpy
 
 
 class _Dispatched(TorchDispatchMode):
-    """Counts operators by name; those on a list of tensors as often as there are tensors."""
+    """Counts operators by name. An operator on a list of tensors counts once per tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +179,7 @@ class _Dispatched(TorchDispatchMode):
 
 
 class _Read(TorchFunctionMode):
-    """Counts how often numbers get from a tensor to Python."""
+    """Counts how often numbers are moved from a tensor to Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,10 +193,10 @@ class _Read(TorchFunctionMode):
 
 
 def launches(run: Callable[[], Any]) -> dict[str, float]:
-    """Return how many operators that launch kernels `run` dispatches, and how often the host reads.
+    """Return how many operators with a kernel `run` dispatches, and how often the host reads.
 
-    The same on any machine, as far as code does the same there. A compiled region is not looked
-    into.
+    The numbers are the same on every machine on which the code does the same. Operators inside a
+    compiled region are not counted.
     """
     with _Dispatched() as dispatched, _Read() as read:
         run()

@@ -1,4 +1,8 @@
-"""One contest: several contenders at the same work, measured in turn."""
+"""Runs a contest: several contenders do the same work in turn, and are measured.
+
+`hold` warms all contenders up, times them in turn, counts what they use, and adds rows and ratios
+to the results. A contender that cannot run gets a row that says why.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,14 @@ T = TypeVar("T")
 
 
 class Unavailable(Exception):
-    """A contender that cannot run here; says why."""
+    """A contender, or a group, cannot run here; the message says why."""
 
 
 def available(builders: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """Yield what can be built here.
+    """Yield what can be built on this machine.
 
     Raises:
-        Unavailable: at the end, if something could not; gives the reasons.
+        Unavailable: at the end, if something could not be built; the message has the reasons.
     """
     reasons: dict[str, None] = {}
     for build in builders:
@@ -42,16 +46,17 @@ def available(builders: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the suite is run.
+    """The settings of a run of the suite.
 
     Attributes:
-        device: where.
-        dtype: of weights, states and data.
-        repeats: rounds of each contest.
-        quick: tiny sizes, for tests of the suite itself.
-        images: an .npz of JPEG images, None for what scikit-learn ships, or random ones.
-        graphs: root of PyG's data sets, None for none.
-        cache: folder for trained weights.
+        device: the device on which all contenders run.
+        dtype: the dtype of weights, states and data.
+        repeats: the number of rounds of each contest.
+        quick: whether sizes are tiny, for tests of the suite itself.
+        images: an .npz file of JPEG images. If it is None, scikit-learn's digits are used, or
+            random images without scikit-learn.
+        graphs: the root folder of PyG's data sets; None if there is none.
+        cache: the folder for trained weights.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -65,15 +70,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody's way to do the work.
+    """One way to do the work of a contest.
 
     Attributes:
-        method: what it is; unique in its contest.
-        peer: whose it is.
-        make: returns the code that is timed, all preparations done.
-        numbers: what is known of it beforehand.
-        measure: called once after the contest for more numbers.
-        func: f, if it is not the contest's.
+        method: the name of the way, which is unique in its contest.
+        peer: whose code it is, see `Row`.
+        make: prepares everything, and returns the code that is timed.
+        numbers: numbers that are known before the contest, or that `make` fills in.
+        measure: returns more numbers; it is called once after the contest.
+        func: f, if it is not that of the contest.
     """
 
     method: str
@@ -86,10 +91,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Two methods to compare, and the most that the ratio of their times may be.
+    """Two methods whose times are compared.
 
-    A list of methods stands for the fastest of them. `of` names a number of the rows that is
-    compared in place of the time.
+    Attributes:
+        over: the method in the numerator. A list stands for the fastest of its methods.
+        under: the method in the denominator, or a list.
+        target: the largest ratio that meets the target; None for no target.
+        of: the name of a number of the rows that is compared in place of the time.
     """
 
     over: str | Sequence[str]
@@ -100,17 +108,17 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Contest:
-    """A piece of work, who competes, and what else is told of each.
+    """A piece of work and its contenders.
 
     Attributes:
-        group: of the suite.
-        work: says what the work is.
-        contenders: who competes.
-        ratios: that are reported.
+        group: the name of the group.
+        work: a description of the work.
+        contenders: the contenders.
+        ratios: the ratios that are reported.
         func: f, if its evaluations can be counted.
-        known: tensors that are there anyway, for the count of bytes; None for no count.
-        repeats: the most rounds, where they take long; the settings' if None.
-        per_call: how often a contender's code does the work; times are for once.
+        known: tensors that exist in any case, for the count of bytes; None for no count.
+        repeats: the largest number of rounds, for work that takes long; None for the settings'.
+        per_call: how often a contender's code does the work. Times are divided by it.
     """
 
     group: str
@@ -131,12 +139,12 @@ def hold(contest: Contest, settings: Settings, results: Results) -> None:
     for contender in contest.contenders:
         try:
             run = contender.make()
-            run()  # the warm-up; a GPU's allocator and a compiler want a second one
+            run()  # warms up; on a GPU, the allocator and a compiler need a second time
             if settings.device.type == "cuda":
                 run()
         except Unavailable as reason:
             missing[contender.method] = str(reason)
-        except Exception as error:  # a peer may fail in any way, and the others go on
+        except Exception as error:  # other packages may fail in any way; the contest goes on
             missing[contender.method] = f"{type(error).__name__}: {error}".partition("\n")[0]
             print(f"  {contender.method}: {missing[contender.method]}", file=sys.stderr)
         else:
@@ -172,7 +180,7 @@ def hold(contest: Contest, settings: Settings, results: Results) -> None:
 def _spent(
     contest: Contest, contender: Contender, run: Run, device: torch.device
 ) -> dict[str, float]:
-    """Return evaluations and bytes, from runs of their own."""
+    """Return evaluations, backward passes and bytes, counted in separate runs."""
     numbers: dict[str, float] = {}
     func = contender.func or contest.func
     if func is not None:
@@ -188,6 +196,8 @@ def _spent(
 def _ratio(
     contest: Contest, ratio: Ratio, seconds: dict[str, list[float]], missing: dict[str, str]
 ) -> RatioRow:
+    """Return a ratio of the methods that ran, or a row that says which one is missing."""
+
     def fastest(names: str | Sequence[str]) -> str:
         names = [names] if isinstance(names, str) else list(names)
         ran = [name for name in names if name in seconds]

@@ -1,4 +1,4 @@
-"""Images to train and measure on: from a file, or what is at hand."""
+"""Loads the images of the benchmarks: from a file, from scikit-learn, or random ones."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Images:
     """Standardised colour images and their labels.
 
     Attributes:
-        name: says what they are.
+        name: a description of the images.
         pixels: shape (N, 3, 32, 32).
-        labels: shape (N,).
+        labels: the class of each image, shape (N,).
     """
 
     name: str
@@ -30,7 +30,7 @@ class Images:
     labels: Tensor
 
     def batch(self, size: int, side: int, memory_format: torch.memory_format) -> Tensor:
-        """Return the first images, resized, in a memory format."""
+        """Return the first images, shape (size, 3, side, side), in a memory format."""
         pixels = self.pixels[:size]
         if side != pixels.shape[-1]:
             pixels = F.interpolate(pixels, side, mode="bilinear", antialias=True)
@@ -39,10 +39,13 @@ class Images:
 
 @lru_cache(maxsize=1)
 def load_images(file: Path | None) -> Images:
-    """Return images from an .npz file of JPEGs, else scikit-learn's digits, else random ones.
+    """Return images from an .npz file of JPEGs.
 
-    The file has `train_jpeg` (bytes of all images), `train_offsets` (where each begins, and the
-    end) and `train_labels`.
+    Without a file, they are scikit-learn's digits, or random images without scikit-learn.
+
+    Args:
+        file: has `train_jpeg` (the bytes of all images), `train_offsets` (where each image begins,
+            and the end of the last one) and `train_labels`.
     """
     if file is not None:
         return _standardised(f"{N_IMAGES} JPEG images of {file.name}", *_from_file(file))

@@ -1,4 +1,7 @@
-"""How each library does the work, and the floors: hand-written loops with nothing around them."""
+"""How each library does the work, and the floors.
+
+A floor is a loop written by hand, with nothing around it: the least that such code can cost.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def strategy(spec: str) -> dpp.GradStrategy:
     """Return a strategy of this package.
 
     Raises:
-        Unavailable: if it has none of that name or with those arguments.
+        Unavailable: if there is no strategy of this name, or if it does not take these arguments.
     """
     try:
         return dpp.get_strategy(spec)
@@ -38,7 +41,7 @@ def strategy(spec: str) -> dpp.GradStrategy:
 
 
 def attached(problem: Problem, spec: str, context: dpp.Context | None = None) -> Run:
-    """Attach one of our strategies to the state as it is, and go back."""
+    """Return code that attaches one of our strategies at the equilibrium, and differentiates."""
     named = strategy(spec)
     return lambda: problem.backward(dpp.attach(problem.func, problem.equilibrium, named, context))
 
@@ -47,10 +50,13 @@ def attached(problem: Problem, spec: str, context: dpp.Context | None = None) ->
 
 
 def torchdeq(**settings: Any) -> Any:
-    """Return TorchDEQ's module, hooked by us: integers and `ift=True` run its own code.
+    """Return TorchDEQ's module with our hook. An integer `grad`, or `ift=True`, runs its own code.
+
+    Args:
+        **settings: the settings of `get_deq`.
 
     Raises:
-        Unavailable: without TorchDEQ, or if it has no solver of that name.
+        Unavailable: if TorchDEQ is not installed, or if it has no solver of this name.
     """
     if why := why_not("torchdeq"):
         raise Unavailable(why)
@@ -67,12 +73,15 @@ def torchdeq(**settings: Any) -> Any:
 
 
 def seam(problem: Problem, no_stat: bool = False, **settings: Any) -> Run:
-    """Attach in TorchDEQ's module, and go back; its forward solver returns where it starts.
+    """Return code that attaches in TorchDEQ's module, and differentiates.
+
+    The forward solver of the module returns its start, so only the gradient is measured.
 
     Args:
         problem: the work.
-        no_stat: TorchDEQ's setting of that name: a list of tensors stays a list.
-        **settings: of `get_deq`; `grad` may be an integer (TorchDEQ's own) or a name (ours).
+        no_stat: TorchDEQ's setting of this name, with which a list of tensors stays a list.
+        **settings: the settings of `get_deq`. `grad` may be an integer, which is TorchDEQ's own
+            gradient, or a spec of ours.
     """
     deq = torchdeq(no_stat=no_stat, **settings)
     deq.f_solver = _where_it_starts
@@ -85,13 +94,14 @@ def seam(problem: Problem, no_stat: bool = False, **settings: Any) -> Run:
 
 
 def _where_it_starts(func: Callable, x0: Any, **settings: Any) -> tuple[Any, list[Any], Any]:
+    """Be a forward solver that returns its start."""
     from torchdeq.solver.stat import SolverStat
 
     return x0, [x0], SolverStat()
 
 
 def evaluations(solver: str, n: int) -> int:
-    """Return the `max_iter` at which a solver of TorchDEQ's table evaluates f `n` times."""
+    """Return the `max_iter` with which a solver in TorchDEQ's table evaluates f `n` times."""
     return n - 1 if solver.startswith("broyden") else n
 
 
@@ -99,11 +109,14 @@ def evaluations(solver: str, n: int) -> int:
 
 
 class Silva(nn.Module):
-    """silva-networks' engine in the place of TorchDEQ's module.
+    """The engine of silva-networks, with the interface of TorchDEQ's module.
 
     Args:
-        parameters: what gradients are for, other than the state.
-        **settings: of `SolverConfig`.
+        parameters: the tensors, besides the state, that get gradients.
+        **settings: the settings of `SolverConfig`.
+
+    Raises:
+        Unavailable: if silva-networks is not installed.
     """
 
     def __init__(self, parameters: Iterable[Tensor], **settings: Any) -> None:
@@ -113,15 +126,15 @@ class Silva(nn.Module):
         from silva_networks.deq_engine import SILVADEQEngine
         from silva_networks.solvers import SolverConfig
 
-        # A tolerance must be positive; this one is never met, so the iterations are as many as
-        # they are for the others. Recording residuals cannot be had cheaper: it computes them
-        # for its stopping test anyway.
+        # A tolerance must be positive. This one is never reached, so there are as many iterations
+        # as for the others. The engine computes residuals for its stopping test in any case, so
+        # they cannot be left out.
         config = SolverConfig(tol=1e-30, backward_tol=1e-30, **settings)
-        self._engine = [SILVADEQEngine(config)]  # in a list: not part of anybody's model
+        self._engine = [SILVADEQEngine(config)]  # in a list, so that it is not a submodule
         self._tensors = tuple(parameters)
 
     def forward(self, func: Callable[..., Any], start: State) -> tuple[list[State], Any]:
-        """Solve and attach."""
+        """Solve, attach the gradient, and return the states and a dict as TorchDEQ does."""
         single = isinstance(start, Tensor)
         state = self._engine[0](
             func if single else lambda leaves: list(func(*leaves)), start, tensors=self._tensors
@@ -135,8 +148,12 @@ class Silva(nn.Module):
 def checkout(repository: str, folder: str) -> Path:
     """Return a folder of a checkout in `.hosts`, or in the folder that DEQ_PHANTOM_HOSTS names.
 
+    Args:
+        repository: the repository as owner/name.
+        folder: a path in the checkout.
+
     Raises:
-        Unavailable: if it is not there.
+        Unavailable: if there is no such checkout.
     """
     hosts = Path(os.environ.get("DEQ_PHANTOM_HOSTS", Path(__file__).parents[2] / ".hosts"))
     found = hosts / repository.partition("/")[2] / folder
@@ -146,12 +163,18 @@ def checkout(repository: str, folder: str) -> Path:
 
 
 class PhantomGrad(nn.Module):
-    """The layer of Gsunshine/phantom_grad, whose paper's code it is, in TorchDEQ's place.
+    """The layer of Gsunshine/phantom_grad, with the interface of TorchDEQ's module.
+
+    The repository is the code of "On Training Implicit Models".
 
     Args:
-        k: its `pg_steps`.
-        lam: its `tau`.
-        updates: of its Broyden solve; None for a solve that returns where it starts.
+        k: the layer's `pg_steps`.
+        lam: the layer's `tau`.
+        updates: the number of updates of its Broyden solve; None for a solve that returns its
+            start.
+
+    Raises:
+        Unavailable: if there is no checkout of the repository.
     """
 
     def __init__(self, k: int, lam: float, updates: int | None) -> None:
@@ -159,7 +182,7 @@ class PhantomGrad(nn.Module):
         lib = checkout("Gsunshine/phantom_grad", "MDEQ/MDEQ_CIFAR/lib")
         if str(lib) not in sys.path:
             sys.path.append(str(lib))
-        # Not as a part of its package, which imports the models too.
+        # The file is loaded alone, since its package would also import the models.
         spec = importlib.util.spec_from_file_location(
             "phantom_grad_layer", lib / "models" / "mdeq_forward_backward.py"
         )
@@ -172,16 +195,16 @@ class PhantomGrad(nn.Module):
             raise Unavailable(f"Gsunshine/phantom_grad: {error}") from None
         if updates is None:
             layer.DEQFunc2d = SimpleNamespace(apply=lambda func, leaves, *rest: leaves)
-        self._layer = [layer.MDEQWrapper(None, lam, k)]  # in a list: not part of anybody's model
+        self._layer = [layer.MDEQWrapper(None, lam, k)]  # in a list, so it is not a submodule
         self._updates = updates
 
     def forward(self, func: Callable[..., Any], start: State) -> tuple[list[State], Any]:
-        """Solve and attach."""
+        """Solve, attach the gradient, and return the states and a dict as TorchDEQ does."""
         if isinstance(start, Tensor):
             raise Unavailable("a list of images only")
         layer = self._layer[0].train(self.training)
         layer.func = lambda leaves, *rest: list(func(*leaves))
-        state = layer(start, start[0], threshold=self._updates)  # any injection: f has its own
+        state = layer(start, start[0], threshold=self._updates)  # f has its own injection
         return [state], {"rel_lowest": torch.zeros(1)}
 
 
@@ -189,7 +212,7 @@ class PhantomGrad(nn.Module):
 
 
 def upg_floor(problem: Problem, k: int, lam: float) -> Run:
-    """Take k damped steps and go back, by hand."""
+    """Return code that takes k damped steps and differentiates them, written by hand."""
 
     def run() -> None:
         state = problem.equilibrium
@@ -204,7 +227,10 @@ def upg_floor(problem: Problem, k: int, lam: float) -> Run:
 
 
 def npg_floor(problem: Problem, k: int, lam: float) -> Run:
-    """Take k - 1 products on one graph and go back, by hand."""
+    """Return code that computes k terms of the damped Neumann series, written by hand.
+
+    It takes k - 1 products on one graph, and one backward pass.
+    """
 
     def run() -> None:
         leaves, structure = tree_flatten(problem.equilibrium)
@@ -216,14 +242,14 @@ def npg_floor(problem: Problem, k: int, lam: float) -> Run:
             g = [vi + torch.lerp(gi, ji, lam) for vi, gi, ji in zip(v, g, images, strict=True)]
         for tensor in problem.tensors:
             tensor.grad = None
-        # Into the state as well, as a training step's `loss.backward()` does.
+        # This also computes the gradient of the state, as `loss.backward()` does in training.
         torch.autograd.backward(outputs, [lam * gi for gi in g])
 
     return run
 
 
 def solve_floor(problem: Problem, n: int) -> Run:
-    """Evaluate f n times without autograd."""
+    """Return code that evaluates f n times without autograd, written by hand."""
 
     @torch.no_grad()
     def run() -> State:

@@ -1,4 +1,4 @@
-"""Rows and ratios, and how they are written: JSON for programs, Markdown for people."""
+"""The results of the suite, and how they are written: as JSON and as Markdown tables."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Row:
     """One contender at one piece of work.
 
     Attributes:
-        group: of the suite.
-        work: the problem.
-        method: what was run.
+        group: the name of the group.
+        work: a description of the work.
+        method: the name of the contender.
         peer: whose code it is: "ours", "torchdeq", "silva", "floor" or a repository.
-        numbers: by name; empty if it did not run.
-        missing: why it did not run.
+        numbers: the measured numbers by name; empty if the contender did not run.
+        missing: the reason why it did not run, or an empty string.
     """
 
     group: str
@@ -35,18 +35,20 @@ class Row:
 
 @dataclass(frozen=True)
 class RatioRow:
-    """The time, or another number, of one contender over that of another in the same rounds.
+    """The time, or another number, of one contender divided by that of another one.
+
+    Times are compared round by round.
 
     Attributes:
-        group: of the suite.
-        work: the problem.
-        over: the method above the line.
-        under: the method below.
-        median: of the rounds.
-        low: first quartile.
-        high: third quartile.
-        target: the most it may be; None for a figure that is only shown.
-        missing: why there is none.
+        group: the name of the group.
+        work: a description of the work.
+        over: the method in the numerator.
+        under: the method in the denominator.
+        median: the median over the rounds.
+        low: the first quartile.
+        high: the third quartile.
+        target: the largest ratio that meets the target; None for no target.
+        missing: the reason why there is no ratio, or an empty string.
     """
 
     group: str
@@ -61,7 +63,7 @@ class RatioRow:
 
     @property
     def verdict(self) -> str:
-        """Whether the target is met."""
+        """Whether the target is "met" or "missed"; empty without a target or a ratio."""
         if self.median is None or self.target is None:
             return ""
         return "met" if self.median <= self.target else "missed"
@@ -69,13 +71,13 @@ class RatioRow:
 
 @dataclass
 class Results:
-    """All that a run of the suite found.
+    """The results of a run of the suite.
 
     Attributes:
-        environment: versions, device, threads, date, data.
-        rows: by group and work, in the order measured.
-        ratios: likewise.
-        notes: what a reader has to know, one sentence each.
+        environment: the versions, the device, the threads, the date and the data.
+        rows: the rows, in the order in which they were measured.
+        ratios: the ratios, in the same order.
+        notes: sentences that a reader of the tables has to know.
     """
 
     environment: dict[str, Any]
@@ -151,7 +153,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return the same with numbers that JSON lacks as None."""
+    """Return a value with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

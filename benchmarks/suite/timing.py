@@ -1,4 +1,4 @@
-"""Times of several pieces of code taken in turn, so that a slow minute hits all of them alike."""
+"""Times several pieces of code in turn, so that a slow minute affects all of them equally."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ Stopwatch = Callable[[Run], float]
 
 @dataclass(frozen=True)
 class Spread:
-    """The median and the quartiles of some numbers."""
+    """The median and the quartiles of some numbers.
+
+    Attributes:
+        median: the median.
+        low: the first quartile.
+        high: the third quartile.
+    """
 
     median: float
     low: float
@@ -25,7 +31,7 @@ class Spread:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Spread:
-        """Return those of at least one number."""
+        """Return the spread of one or more numbers."""
         if len(numbers) == 1:
             return cls(numbers[0], numbers[0], numbers[0])
         low, median, high = statistics.quantiles(numbers, n=4, method="inclusive")
@@ -33,7 +39,7 @@ class Spread:
 
 
 def stopwatch(device: torch.device) -> Stopwatch:
-    """Return what measures on a device: CUDA events there, the wall clock elsewhere."""
+    """Return a stopwatch for a device: CUDA events on a GPU, the wall clock elsewhere."""
     if device.type != "cuda":
 
         def on_host(run: Run) -> float:
@@ -56,10 +62,14 @@ def stopwatch(device: torch.device) -> Stopwatch:
 
 
 def interleave(runs: Mapping[str, Run], repeats: int, measure: Stopwatch) -> dict[str, list[float]]:
-    """Return the seconds of each piece of code, `repeats` times each: A B C, A B C, ...
+    """Time each piece of code once per round, and return the seconds of all rounds.
 
-    Whoever comes first in one round comes second in the next, so that nobody always follows the
-    same neighbour's caches.
+    The order rotates: A B C, B C A, C A B, ... So the first one of a round is not always the same.
+
+    Args:
+        runs: the pieces of code by name.
+        repeats: the number of rounds.
+        measure: runs a piece of code and returns its seconds.
     """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}

@@ -1,4 +1,8 @@
-"""The work: maps with their equilibria, and models to train, the same for every contender."""
+"""The work of the contests: maps with their equilibria, and models to train.
+
+A `Problem` is a map F at its equilibrium. A `Training` is a model whose equilibrium module can be
+replaced. All contenders of a contest get the same one.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,11 @@ from .accounting import Counted
 from .contest import Settings, Unavailable
 from .data import load_images
 
-# DESIGN and deq-zoo call the first "small"; it is our preset "tiny".
+# The deq-zoo calls the first one "small"; it is our preset "tiny".
 MDEQ_NAMES = {"tiny": "MDEQ-tiny (deq-zoo's small)", "small": 'MDEQ "small" preset'}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TRAIN_STEPS = {"tiny": 300, "small": 100}
-# Of more steps with Jacobian regularisation, and its weight: then most solves converge.
+# Further steps with Jacobian regularisation, and its weight. After them, most solves converge.
 REGULARISED_STEPS, JACOBIAN_WEIGHT = 200, 1.0
 
 
@@ -32,13 +36,13 @@ class Problem:
     """A map at its equilibrium, with the gradient that comes in there.
 
     Attributes:
-        name: says what it is.
-        func: F, from a state to a state; a state is a tensor or a list of tensors.
-        start: where a forward solve begins.
+        name: a description of the problem.
+        func: F, from a state to a state. A state is a tensor or a list of tensors.
+        start: the state at which a forward solve begins.
         equilibrium: h*, detached.
-        cotangents: dL/dh*, a tensor a leaf.
-        tensors: what F captures and gradients are for; leaves of autograd.
-        residual: ||F(h*) - h*|| / ||F(h*)||, the worst sample's.
+        cotangents: v = dL/dh*, one tensor per tensor of the state.
+        tensors: the leaf tensors of F that get gradients.
+        residual: the largest ||F(h*) - h*|| / ||F(h*)|| of all samples.
     """
 
     name: str
@@ -50,24 +54,24 @@ class Problem:
     residual: float
 
     def spread(self, *leaves: Tensor) -> Any:
-        """Evaluate F as TorchDEQ calls it: each leaf an argument."""
+        """Evaluate F as TorchDEQ calls it, with one argument per tensor of the state."""
         return self.func(leaves[0] if isinstance(self.start, Tensor) else list(leaves))
 
     def backward(self, attached: State) -> None:
-        """Go back from an attached equilibrium into `tensors`."""
+        """Differentiate an attached equilibrium with respect to `tensors`."""
         for tensor in self.tensors:
             tensor.grad = None
         torch.autograd.backward(tree_leaves(attached), self.cotangents)
 
     @property
     def known(self) -> list[Tensor]:
-        """What is there before anything runs."""
+        """The tensors that exist before anything runs."""
         return [*self.tensors, *tree_leaves(self.equilibrium), *self.cotangents]
 
 
 @torch.no_grad()
 def residuals(func: Callable[[State], State], state: State) -> Tensor:
-    """Return ||F(h) - h|| / ||F(h)|| of each sample."""
+    """Return ||F(h) - h|| / ||F(h)|| of each sample, shape (B,)."""
     h, image = (
         torch.cat([leaf.flatten(1) for leaf in tree_leaves(s)], dim=1) for s in (state, func(state))
     )
@@ -78,12 +82,15 @@ def residuals(func: Callable[[State], State], state: State) -> Tensor:
 
 
 class Synthetic(nn.Module):
-    """F(h) = phi(W (h + u)), with W symmetric and of spectral norm L (supplement, section 4.1).
+    """F(h) = phi(W (h + u)), where W is symmetric and has the spectral norm L.
+
+    Source: section 4.1 of the supplement of "On Training Implicit Models".
 
     Args:
-        width: D.
+        width: D, the size of a state.
         norm: L.
         activation: phi.
+        settings: the settings of the suite.
     """
 
     def __init__(
@@ -92,7 +99,7 @@ class Synthetic(nn.Module):
         super().__init__()
         raw = torch.randn(width, width, generator=torch.Generator().manual_seed(width))
         weight = (raw + raw.mT) / 2
-        # Both ends of a random symmetric matrix lie near sqrt(D / 2); exactness costs D^3.
+        # The extreme eigenvalues are computed exactly, which costs D^3 operations.
         ends = torch.linalg.eigvalsh(weight.double())[[0, -1]]
         weight = weight * float(norm / ends[ends.abs().argmax()])
         self.weight = nn.Parameter(weight.to(settings.device, settings.dtype))
@@ -100,11 +107,11 @@ class Synthetic(nn.Module):
         self.deq: Any = None
 
     def map(self, u: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return F for an injection of shape (B, D)."""
+        """Return F for an injection u of shape (B, D)."""
         return lambda h: self.activation(F.linear(h + u, self.weight))
 
     def forward(self, u: Tensor) -> Tensor:
-        """Return the equilibrium, attached by whatever `deq` is."""
+        """Return the equilibrium that the module `deq` solves for and attaches, shape (B, D)."""
         states, _ = self.deq(self.map(u), torch.zeros_like(u))
         return states[-1]
 
@@ -116,7 +123,7 @@ def synthetic(
     norm: float = 0.9,
     activation: Callable[[Tensor], Tensor] = torch.tanh,
 ) -> Problem:
-    """Return the synthetic map at its equilibrium; phi is tanh or `torch.clone` for a linear F."""
+    """Return the synthetic map at its equilibrium; phi is tanh, or `torch.clone` for a linear F."""
     generator = torch.Generator().manual_seed(batch)
     model = Synthetic(width, norm, activation, settings)
     u = torch.randn(batch, width, generator=generator).to(model.weight).requires_grad_()
@@ -124,7 +131,7 @@ def synthetic(
     func = model.map(u)
     with torch.no_grad():
         if activation is torch.clone:
-            # (I - W) h = W u; an iteration would need a thousand steps at a norm of 0.99.
+            # (I - W) h = W u; an iteration would need a thousand steps with a norm of 0.99.
             weight = model.weight.double()
             identity = torch.eye(width, dtype=weight.dtype, device=weight.device)
             h = torch.linalg.solve(identity - weight, weight @ u.double().mT).mT.to(u.dtype)
@@ -143,6 +150,7 @@ def synthetic(
 
 
 def _mdeq_class() -> type[nn.Module]:
+    """Return a subclass of our MDEQ for the benchmarks."""
     try:
         import torchdeq  # noqa: F401
     except ImportError:
@@ -150,10 +158,10 @@ def _mdeq_class() -> type[nn.Module]:
     from deq_phantom_plugin.adapters.mdeq import MDEQ
 
     class BenchMDEQ(MDEQ):
-        """An MDEQ whose f can leave the state's memory format as it comes.
+        """An MDEQ whose f need not restore the memory format of the state.
 
-        The adapter's f restores the images' memory format, which TorchDEQ's flat vector loses.
-        Without that it is what a user of TorchDEQ writes, the deq-zoo's MDEQ for one.
+        TorchDEQ's flat vector loses that format, and the f of our adapter restores it. Without
+        that, f is as users of TorchDEQ write it, for instance in the deq-zoo's MDEQ.
         """
 
         restores_format = True
@@ -161,7 +169,7 @@ def _mdeq_class() -> type[nn.Module]:
         def equilibrium_func(
             self, injection: Tensor, shared: Sequence[Tensor | None] | None = None
         ) -> Callable[[list[Tensor]], list[Tensor]]:
-            """Return f at this injection."""
+            """Return f with this injection, see `MDEQ.equilibrium_func`."""
             if self.restores_format:
                 return super().equilibrium_func(injection, shared)
             modules = [m for m in self.layer.modules() if hasattr(m, "make")]
@@ -183,9 +191,9 @@ def _mdeq_class() -> type[nn.Module]:
 
 @lru_cache(maxsize=3)
 def trained_mdeq(preset: str, settings: Settings, regularised: bool = False) -> Any:
-    """Return an MDEQ after some steps of Adam with UPG, from the cache if it is there.
+    """Return an MDEQ after some steps of Adam with UPG; it is cached on disk.
 
-    A regularised one has taken more steps, with a loss that counts the Jacobian's norm.
+    If `regularised`, further steps with Jacobian regularisation follow.
     """
     cls = _mdeq_class()
     images = load_images(settings.images)
@@ -228,9 +236,10 @@ def mdeq(
     side: int = 32,
     regularised: bool = False,
 ) -> Problem:
-    """Return a trained MDEQ at the equilibrium of a batch of images, and its loss's gradient.
+    """Return a trained MDEQ at the equilibrium of a batch of images, with the gradient of its loss.
 
-    Its f leaves the state's memory format as it comes; see `restoring`.
+    f does not restore the memory format of the state, see `restoring`. If `regularised`, the batch
+    has the images with the lowest residuals, of twice as many.
     """
     if settings.quick:
         batch, side = min(batch, 2), 8
@@ -242,12 +251,11 @@ def mdeq(
     iterations = 5 if settings.quick else 60
     equilibrium = _solved(model, pixels, iterations)
     if regularised:
-        # Of these many, those with an equilibrium.
         func = model.equilibrium_func(model.last.injection, model.last.shared)
         chosen = residuals(func, equilibrium).argsort()[:batch].sort().values
         pixels, labels = pixels[chosen].contiguous(memory_format=FORMATS[layout]), labels[chosen]
         equilibrium = _solved(model, pixels, iterations)
-    # TorchDEQ's solver hands back views of a flat vector.
+    # TorchDEQ's solver returns views of a flat vector. The clones have the format of the images.
     kept = FORMATS[layout]
     leaves = [h.clone(memory_format=kept).requires_grad_() for h in equilibrium]
     loss = F.cross_entropy(model.head(leaves), labels)
@@ -258,7 +266,8 @@ def mdeq(
     shared = [t if t is None else t.clone().requires_grad_() for t in model.last.shared]
     model.restores_format = False
     func = model.equilibrium_func(injection, shared)
-    # The weights of convolutions are `shared`; what is left of f's own are the normalisations'.
+    # The weights of f's convolutions are in `shared`. Its other parameters are those of the
+    # normalisations.
     affine = [p for name, p in model.layer.named_parameters() if "weight_" not in name]
     tensors = [injection, *(t for t in shared if t is not None), *affine]
     name = f"{MDEQ_NAMES[preset]}, batch {batch} of {side} x {side}, {layout}"
@@ -273,7 +282,7 @@ def mdeq(
 
 
 def restoring(problem: Problem) -> Problem:
-    """Return a problem whose f first restores the memory format of `start`, as our adapter's."""
+    """Return a problem whose f first restores the memory format of `start`, as our adapter does."""
     formats = [
         torch.contiguous_format if h.is_contiguous() else torch.channels_last for h in problem.start
     ]
@@ -286,11 +295,11 @@ def restoring(problem: Problem) -> Problem:
 
 
 def _solved(model: Any, pixels: Tensor, iterations: int) -> list[Tensor]:
-    """Return the equilibrium of images, as tight as it gets."""
+    """Return the equilibrium of images, solved with Broyden's method to a small tolerance."""
     from torchdeq import get_deq
 
     before = model.deq
-    # In evaluation mode nothing is attached; BatchNorm goes on with the batch's own statistics.
+    # Only `deq` is in evaluation mode: BatchNorm goes on with the batch's own statistics.
     model.deq = get_deq(
         f_solver="broyden", f_max_iter=iterations, f_tol=1e-6, f_stop_mode="rel"
     ).eval()
@@ -307,13 +316,13 @@ def _solved(model: Any, pixels: Tensor, iterations: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Training:
-    """A model to take training steps with, whose equilibrium module can be swapped.
+    """A model for training steps, whose equilibrium module can be replaced.
 
     Attributes:
-        name: says what it is.
+        name: a description of the model and the batch.
         holder: the module whose attribute `deq` solves and attaches.
         loss: computes the loss of the batch.
-        parameters: of the model.
+        parameters: the parameters of the model.
     """
 
     name: str
@@ -339,7 +348,7 @@ def mdeq_training(preset: str, settings: Settings, layout: str) -> Training:
 
 
 def transformer_training(width: int, batch: int, length: int, settings: Settings) -> Training:
-    """Return a DEQ transformer, as it is drawn, and random tokens to predict."""
+    """Return an untrained DEQ transformer, and random tokens to predict."""
     try:
         from deq_phantom_plugin.adapters.transformer import (
             DEQTransformerConfig,
@@ -368,7 +377,7 @@ def transformer_training(width: int, batch: int, length: int, settings: Settings
 
 
 def synthetic_training(width: int, batch: int, settings: Settings) -> Training:
-    """Return the synthetic map, and the mean squared error to random numbers."""
+    """Return the synthetic map as a model; its loss is the mean squared error to random numbers."""
     model = Synthetic(width, 0.9, torch.tanh, settings)
     generator = torch.Generator().manual_seed(0)
     u, y = (torch.randn(batch, width, generator=generator).to(model.weight) for _ in range(2))

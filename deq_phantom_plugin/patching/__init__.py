@@ -1,7 +1,8 @@
-"""Existing repositories switch gradient method by name: patched on disk, or as they are run.
+"""Lets existing repositories switch their gradient method by name.
 
-What is imported here is all that patched code uses; the engine's files are imported by the command
-line when it needs them.
+`deq-phantom patch` changes the files of a repository; `deq-phantom run` changes its modules in
+memory as they load. This package imports only what patched code calls. The command line imports
+the engine (`patch`, `run`, `doctor`) when it needs it.
 """
 
 from .equilibrium import Equilibrium, default_grad, grad_argument, steps, switch, tell_step

@@ -1,4 +1,9 @@
-"""What an adapter of a repository states; nothing here imports the parser."""
+"""The classes of which an adapter consists: `Adapter`, `Project`, `SeamFile` and `Edit`.
+
+An adapter describes how one foreign repository is patched. Its *seam* is the set of files and
+statements that have a part in the gradient. These classes hold data only. This file does not
+import LibCST, the parser, so adapters can be read where LibCST is not installed.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +17,31 @@ from .._plumbing import entry_points
 Mode = Literal["patch", "run"]
 
 IMPORT = "import deq_phantom_plugin.patching"
-"""What edited files import, unless their `SeamFile` says otherwise."""
+"""The statement that is put at the top of an edited file, unless its `SeamFile` has another."""
 
 PYTHON, YAML = (".py",), (".yaml", ".yml")
-"""How names of files end."""
+"""The endings of the names of Python and YAML files."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One change of statements; everything else in the file stays as it is, down to the bytes.
+    """One change of a file; every other byte of the file stays as it is.
 
-    In YAML, a line `key: value` that goes after the line which begins with the anchor.
+    In a Python file an edit replaces statements, or inserts statements beside one. In a YAML file
+    an edit inserts the line `new`, of the form `key: value`, after the line that begins with
+    `anchor`; `where`, `through` and `scope` have no effect there.
 
     Attributes:
-        anchor: how the statement begins; spaces and line breaks do not count.
-        new: Python at column 0, with `{grad}` for the spec as a literal.
-        where: whether `new` takes the statement's place, or goes before or after it.
-        through: the last statement to replace, as it begins; the anchor's own if empty.
-        scope: the function that the statement is in, such as "Net.forward"; any if empty.
-        mode: "patch" or "run" for an edit that only one of the two needs.
-        optional: whether it is left out where there is no such statement. Any other anchor that
-            is not there exactly once makes the file an unknown version.
+        anchor: the beginning of the statement. Spaces and line breaks are ignored.
+        new: the new Python code, at column 0. `{grad}` in it stands for the spec as a literal.
+        where: whether `new` replaces the statement, or goes before or after it.
+        through: the beginning of the last statement to replace. If it is empty, only the
+            statement at the anchor is replaced.
+        scope: the class or function whose body holds the statement, such as "Net.forward". If it
+            is empty, the statement may be anywhere.
+        mode: "patch" or "run" if only one of the two needs this edit; None for both.
+        optional: whether the edit is left out if the file has no such statement. Without it, a
+            file that does not hold the anchor exactly once is of an unknown version.
     """
 
     anchor: str
@@ -46,17 +55,18 @@ class Edit:
 
 @dataclass(frozen=True)
 class SeamFile:
-    """A kind of file with a part in the gradient, told by what is in it and not by its name.
+    """A kind of file that has a part in the gradient; it is recognised by its content.
 
     Attributes:
-        what: its part, for messages.
-        marks: texts that are all in such a file.
-        edits: its changes.
-        known: functions that are replaced in part, and the fingerprints (`rewrite.fingerprint`)
-            of the versions that the edits were written for; any other is refused.
-        required: whether a repository without such a file is not this one.
-        imports: statements that the changes need at the top.
-        endings: how the names of such files end: `PYTHON` or `YAML`.
+        what: the part that the file has, for messages.
+        marks: texts that the file contains, every one of them. The name of the file does not count.
+        edits: the changes of the file.
+        known: the functions of which the edits replace a part, each with the fingerprints
+            (`rewrite.fingerprint`) of the versions that the edits were written for. Every other
+            version is refused.
+        required: whether a folder without such a file is not recognised as the repository.
+        imports: statements that the edits need at the top of the file.
+        endings: the endings of the names of such files, `PYTHON` or `YAML`.
     """
 
     what: str
@@ -70,12 +80,12 @@ class SeamFile:
 
 @dataclass(frozen=True)
 class Project:
-    """One code base of a repository.
+    """One code base of a repository, which may hold several.
 
     Attributes:
-        name: such as "locuslab/deq MDEQ-Vision".
-        switch: where the patched code base takes a spec, in words.
-        files: its seam.
+        name: the name of the code base, such as "locuslab/deq MDEQ-Vision".
+        switch: where the user writes a spec once the code base is patched, in words.
+        files: the seam of the code base.
     """
 
     name: str
@@ -85,12 +95,13 @@ class Project:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is known of a repository.
+    """All that is known of one repository.
 
     Attributes:
-        repository: owner/name on GitHub.
-        commits: those that the edits were tried on; others pass if the seam is the same.
-        projects: its code bases.
+        repository: the repository as owner/name on GitHub.
+        commits: the commits that the edits were tried on. Other commits are accepted if their seam
+            is the same.
+        projects: the code bases of the repository.
     """
 
     repository: str
@@ -99,9 +110,13 @@ class Adapter:
 
 
 def known_adapters() -> Sequence[Adapter]:
-    """Return the adapters of all installed packages; warn of each broken entry point."""
+    """Return the adapters of all installed packages, and warn about each broken entry point."""
     loaded = entry_points.load_working(entry_points.ADAPTERS)
     for name, adapter in loaded.items():
         if not isinstance(adapter, Adapter):
-            warnings.warn(f"the entry point {name} is {adapter!r}, no Adapter", stacklevel=2)
+            warnings.warn(
+                f"the entry point {name!r} of {entry_points.ADAPTERS!r} is {adapter!r}; expected "
+                "an Adapter. It is ignored, so its repository is not recognised",
+                stacklevel=2,
+            )
     return [adapter for adapter in loaded.values() if isinstance(adapter, Adapter)]

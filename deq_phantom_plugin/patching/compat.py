@@ -1,4 +1,11 @@
-"""Shims that let old research code run on today's torch; off unless asked for by name."""
+"""Shims that let old research code run with current versions of its libraries.
+
+A shim restores a function that a library has removed, or stands in for a package that is not
+installed. No shim is applied unless it is asked for by name (`--compat NAME`).
+
+This file is also copied beside the modules of other processes, see `inject`. So it imports torch
+and NumPy only inside the shims, and nothing of this package.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +17,25 @@ from typing import Any
 
 
 def apply(*names: str) -> None:
-    """Apply shims by name; those of libraries that are not installed are passed over.
+    """Apply shims by name.
+
+    A shim whose library is not installed is skipped, with a line on stderr.
+
+    Args:
+        *names: keys of `SHIMS`.
 
     Raises:
-        ValueError: if there is no shim of a name.
+        ValueError: if a name is not a key of `SHIMS`.
     """
     for name in names:
         if name not in SHIMS:
-            raise ValueError(f"unknown compatibility shim {name!r}; there are {', '.join(SHIMS)}")
+            raise ValueError(
+                f"unknown compatibility shim {name!r}; expected one of {', '.join(SHIMS)}"
+            )
         try:
             SHIMS[name]()
         except ModuleNotFoundError as error:
-            print(f"deq-phantom: shim {name} not applied: {error}", file=sys.stderr)
+            print(f"deq-phantom: the shim {name} was not applied: {error}", file=sys.stderr)
 
 
 def _cpu() -> None:
@@ -33,9 +47,9 @@ def _cpu() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     for name in ("synchronize", "empty_cache", "manual_seed", "manual_seed_all", "set_device"):
-        # One object a name: torch.compile keeps a table of these functions.
+        # One function object per name: torch.compile keeps a table of these functions.
         setattr(torch.cuda, name, lambda *args, **kwargs: None)
-    torch.version.cuda = torch.version.cuda or "0.0"  # which scripts take apart
+    torch.version.cuda = torch.version.cuda or "0.0"  # scripts split it as a string
     original = torch.set_default_tensor_type
 
     def set_default_tensor_type(kind: Any) -> None:
@@ -55,7 +69,7 @@ def _cpu() -> None:
 
 
 def _linalg() -> None:
-    """`torch.solve(B, A)` is back, as `torch.linalg.solve(A, B)`."""
+    """`torch.solve(B, A)` works again: it calls `torch.linalg.solve(A, B)`."""
     import torch
 
     def solve(right: Any, left: Any) -> tuple[Any, None]:
@@ -65,7 +79,7 @@ def _linalg() -> None:
 
 
 def _load() -> None:
-    """`torch.load` unpickles whole models, as it did before 2.6; only for files you trust."""
+    """`torch.load` unpickles whole models, as before 2.6; use it only for files that you trust."""
     import functools
 
     import torch
@@ -75,7 +89,7 @@ def _load() -> None:
 
 
 def _numpy() -> None:
-    """`np.int`, `np.float`, `np.bool`, `np.object`, `np.str` and `np.Inf` are back."""
+    """`np.int`, `np.float`, `np.bool`, `np.object`, `np.str`, `np.Inf` and `np.NaN` work again."""
     import numpy as np
 
     names: dict[str, Any] = {"int": int, "float": float, "bool": bool, "object": object}
@@ -86,12 +100,12 @@ def _numpy() -> None:
 
 
 def _torch_sparse() -> None:
-    """`import torch_sparse` works where it is not installed, for code that never calls it."""
+    """`import torch_sparse` works without the package, for code that never calls it."""
     _stand_in("torch_sparse")
 
 
 def _flash_attn() -> None:
-    """`flash_attn_func` where it is not installed, by `scaled_dot_product_attention`."""
+    """`flash_attn_func` works without the package, by `scaled_dot_product_attention`."""
     from torch.nn.functional import scaled_dot_product_attention
 
     def flash_attn_func(
@@ -102,11 +116,14 @@ def _flash_attn() -> None:
         softmax_scale: float | None = None,
         causal: bool = False,
     ) -> Any:
-        """Attention of tensors (batch, length, heads, dim); k and v may have fewer heads."""
-        if causal and q.shape[1] != k.shape[1]:  # whose masks begin at opposite corners
+        """Attend. Shapes are (batch, length, heads, dim); k and v may have fewer heads."""
+        # With unequal lengths, FlashAttention aligns its causal mask at the end, PyTorch at the
+        # beginning.
+        if causal and q.shape[1] != k.shape[1]:
             raise ValueError(
-                f"causal=True of {q.shape[1]} queries and {k.shape[1]} keys; the shim expects as "
-                "many"
+                f"causal=True with {q.shape[1]} queries and {k.shape[1]} keys, which the shim "
+                "flash_attn cannot mask as FlashAttention does; expected as many keys as queries, "
+                "or flash_attn itself"
             )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -119,11 +136,11 @@ def _flash_attn() -> None:
 
 
 def _adam_atan2() -> None:
-    """`AdamATan2` where it is not installed, in plain PyTorch."""
+    """`AdamATan2` works without the package `adam_atan2`, in plain PyTorch."""
     import torch
 
     class AdamATan2(torch.optim.Optimizer):
-        """Adam with decoupled weight decay, whose quotient m / (sqrt(v) + eps) is an atan2."""
+        """Adam with decoupled weight decay, and atan2(m, sqrt(v)) for m / (sqrt(v) + eps)."""
 
         def __init__(
             self,
@@ -136,7 +153,7 @@ def _adam_atan2() -> None:
 
         @torch.no_grad()
         def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-            """Take a step; return what the closure returns."""
+            """Take a step, and return what the closure returns."""
             loss = None if closure is None else torch.enable_grad()(closure)()
             for group in self.param_groups:
                 first, second = group["betas"]
@@ -158,11 +175,11 @@ def _adam_atan2() -> None:
 
 
 def _stand_in(name: str, **content: Any) -> None:
-    """Put a module in the place of a package that is not installed."""
+    """Register a module with this content under the name of a package that is not installed."""
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         return
     module = types.ModuleType(name)
-    module.__spec__ = importlib.util.spec_from_loader(name, None)  # who looks for it asks for one
+    module.__spec__ = importlib.util.spec_from_loader(name, None)  # `find_spec` asks for one
     vars(module).update(content)
     sys.modules[name] = module
 
@@ -176,8 +193,8 @@ SHIMS: dict[str, Callable[[], None]] = {
     "numpy": _numpy,
     "torch_sparse": _torch_sparse,
 }
-"""Name -> shim; the first line of its docstring says what it does."""
+"""The shims by name. The command line prints the first line of a shim's docstring."""
 
 LIBRARY = dict.fromkeys(("adam_atan2", "cpu", "flash_attn", "linalg", "load"), "torch")
 LIBRARY["numpy"] = "numpy"
-"""The module after whose import a shim can be applied; the others need none."""
+"""The module after whose import a shim is applied. A shim that is not here needs no import."""

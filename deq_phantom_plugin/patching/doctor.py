@@ -1,4 +1,9 @@
-"""What is installed, hooked and patched, and what is missing."""
+"""Writes the reports of `deq-phantom doctor`.
+
+`diagnose` lists the versions of the packages, the hosts, the strategies, and the state of a
+patched repository. It also says what is broken or missing, and how to install it. `issue_report`
+adds what a report of a wrong gradient needs.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +25,16 @@ from ..strategies.registry import list_strategies, strategy_class
 from .patch import check_committed, status
 from .repository import Match, check_root, check_unpatched, outside_links, plan, recognise
 
-# The module to import, where it is not called as its package is.
+# The modules to import of packages whose module has another name.
 _MODULES = {
     "pillow": "PIL.Image",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
     "transformers": "transformers.modeling_utils",
 }
-# Extras for those who change this package: nobody else misses what is in them.
+# Extras for developers of this package. Their packages are not reported as missing.
 _DEVELOPERS = ("docs", "test")
-# What changes the numbers of the same code.
+# Environment variables that can change the numbers which the same code computes.
 _VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -45,8 +50,11 @@ _VARIABLES = (
 def diagnose(root: Path | None = None) -> str:
     """Return a report of this installation, and of a repository if one is given.
 
+    Args:
+        root: the folder of the repository, or None.
+
     Raises:
-        ValueError: if the repository is no folder.
+        ValueError: if `root` is not a folder.
     """
     # The metadata of a wheel may lack the local part of PyTorch's version, such as +cu130.
     lines = [
@@ -54,7 +62,7 @@ def diagnose(root: Path | None = None) -> str:
         f"{'deq-phantom-plugin':17} {version('deq-phantom-plugin')}",
         f"{'torch':17} {torch.__version__}, {_build()}",
     ]
-    unusable: dict[str, None] = {}  # the reasons, each once
+    unusable: dict[str, None] = {}  # a dict as an ordered set: each reason is printed once
     packages = _packages()
     for name, number in packages.items():
         why = "" if number is None else _why_broken(name)
@@ -86,13 +94,16 @@ def diagnose(root: Path | None = None) -> str:
 
 
 def issue_report(root: Path | None = None) -> str:
-    """Return what an issue on a wrong gradient needs; the user's home folder is not named in it.
+    """Return the text that an issue about a wrong gradient needs.
 
-    Beside what `diagnose` says, it has the machine, the settings that change numbers, and gradients
-    whose closed form is known.
+    It has what `diagnose` says, the machine, the settings that change numbers, and a comparison of
+    gradients with their closed form. The path of the user's home folder is replaced by `~`.
+
+    Args:
+        root: the folder of the repository, or None.
 
     Raises:
-        ValueError: if the repository is no folder.
+        ValueError: if `root` is not a folder.
     """
     settings = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     lines = [
@@ -109,7 +120,7 @@ def issue_report(root: Path | None = None) -> str:
 
 
 def _build() -> str:
-    """Return in words what PyTorch was built for, and what it sees of that."""
+    """Return in words what PyTorch was built for, and the GPUs that it sees."""
     for kind, name in (("cuda", "CUDA"), ("hip", "ROCm"), ("xpu", "XPU")):
         if number := getattr(torch.version, kind, None):
             of_kind = torch.xpu if kind == "xpu" else torch.cuda
@@ -119,7 +130,7 @@ def _build() -> str:
 
 
 def _packages() -> dict[str, str | None]:
-    """Return the version of each package that an extra for users has, None where it is missing."""
+    """Return the version of each package in the users' extras, None if it is not installed."""
     names = {
         name for extra, names in extras().items() if extra not in _DEVELOPERS for name in names
     }
@@ -134,13 +145,13 @@ def _version(name: str) -> str | None:
 
 
 def _why_broken(name: str) -> str:
-    """Return in words why a package that is installed cannot be imported, nothing where it can."""
+    """Return why an installed package cannot be imported, or an empty string if it can be."""
     module = _MODULES.get(name, name.replace("-", "_"))
     return why_not(module) if is_there(module.partition(".")[0]) else ""
 
 
 def _smallest(name: str) -> str:
-    """Return the extra with the fewest packages that has this one."""
+    """Return the smallest extra that contains this package."""
     return min((len(names), extra) for extra, names in extras().items() if name in names)[1]
 
 
@@ -165,7 +176,7 @@ def _origin(name: str) -> str:
 
 
 def _obstacles(root: Path, matches: Sequence[Match]) -> list[str]:
-    """Return what `patch` would refuse."""
+    """Return the reasons for which `patch` would refuse this repository."""
     try:
         check_unpatched(root)
         if not matches:

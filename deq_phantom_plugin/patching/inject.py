@@ -1,8 +1,9 @@
-"""Gives modules their patched source as they load.
+"""Loads the patched source of modules in the processes that `deq-phantom run` starts.
 
-This file runs as `sitecustomize` of every Python process under `deq-phantom run`, from a folder
-that holds `plan.json` beside it. It imports nothing but the standard library, since most of those
-processes never load a patched module.
+`run.py` copies this file as `sitecustomize.py` into a temporary folder on PYTHONPATH, with
+`plan.json` beside it. So every Python process under `deq-phantom run` executes it at its start. It
+installs an import hook that gives the planned modules their patched source and applies shims.
+It imports only the standard library, since most of those processes never load a patched module.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class _PatchedLoader(importlib.machinery.SourceFileLoader):
-    """Loads one file's patched source in place of its own, past the cache of bytecode."""
+    """Loads the patched source of one file in place of its own, and does not use `.pyc` files."""
 
     def __init__(self, fullname: str, path: str, entry: dict[str, str]) -> None:
         super().__init__(fullname, path)
@@ -32,12 +33,16 @@ class _PatchedLoader(importlib.machinery.SourceFileLoader):
         with open(self.path, "rb") as stream:
             digest = hashlib.sha256(stream.read()).hexdigest()
         if digest != self.entry["digest"]:
-            raise ImportError(f"{self.path} has changed since `deq-phantom run` read it")
+            raise ImportError(
+                f"{self.path} has changed since `deq-phantom run` read it, so its patched source "
+                "is out of date; start `deq-phantom run` again"
+            )
         with open(os.path.join(HERE, self.entry["source"]), "rb") as stream:
             content = stream.read()
+        # `run` warns if no such file exists at the end: then no patched module was imported.
         open(os.path.join(HERE, self.entry["source"] + ".loaded"), "a").close()
         code = compile(content, self.path, "exec", dont_inherit=True)
-        # Tracebacks show the lines that run, not those on disk: `traceback` looks here.
+        # `traceback` reads lines from this cache, so it shows those that run, not those on disk.
         lines = importlib.util.decode_source(content).splitlines(keepends=True)
         linecache.cache[self.path] = (len(content), None, lines, self.path)
         if sys.excepthook is sys.__excepthook__:
@@ -46,7 +51,7 @@ class _PatchedLoader(importlib.machinery.SourceFileLoader):
 
 
 class _ShimLoader:
-    """Loads a library, then applies the shims that wait for it."""
+    """Loads a library, then applies the shims that need this library."""
 
     def __init__(self, loader: Any, names: list[str]) -> None:
         self.loader, self.names = loader, names
@@ -64,6 +69,8 @@ class _ShimLoader:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    """Finds modules as Python does, and replaces the loader of those that the plan names."""
+
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
         self.waiting = dict(plan["shims"])
@@ -91,14 +98,15 @@ def _install() -> None:
 
 
 def _apply(names: list[str]) -> None:
-    # A copy of `compat`, since importing our package would import torch, which may be loading.
+    # `run` has put a copy of `compat` here. Importing it from our package would import torch, which
+    # may be loading at this moment.
     import _deq_phantom_compat as compat  # type: ignore[import-not-found]
 
     compat.apply(*names)
 
 
 def _run_hidden() -> None:
-    """Run the `sitecustomize` that this one hides, if there is one."""
+    """Run another `sitecustomize` that this one hides, if there is one."""
     rest = [folder for folder in sys.path if os.path.abspath(folder) != HERE]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", rest)
     if spec is not None and spec.loader is not None:

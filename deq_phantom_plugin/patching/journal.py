@@ -1,4 +1,10 @@
-"""Writes several files as one: all of them or none, also when the process is killed in between."""
+"""Writes several files as one change: all of them or none, even if the process is killed.
+
+`commit` writes the new content beside the old files and saves the old content in a journal. Only
+then does it replace the files. If the process is killed, the journal stays, and `recover` restores
+the old content. The record folder `.deq-phantom` of the repository holds the journal, and the
+manifest that remembers the last change.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +25,14 @@ _MANIFEST = "manifest.json"
 
 
 class Interrupted(ValueError):
-    """A change of several files that was not finished."""
+    """A change of several files was interrupted before it was finished."""
 
 
 def read_manifest(root: Path) -> dict[str, Any] | None:
-    """Return what was remembered with the last change, None if nothing was.
+    """Return the manifest that the last change saved, or None if there is none.
+
+    Args:
+        root: the folder of the repository, resolved.
 
     Raises:
         Interrupted: if a change was not finished.
@@ -31,26 +40,27 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
     """
     if os.path.lexists(root / RECORD / _JOURNAL):
         raise Interrupted(
-            f"a change of {root} was interrupted; `deq-phantom patch {root} --recover` restores "
-            "the files as they were before it"
+            f"a change of {root} was interrupted, so some of its files may be new and some old; "
+            f"`deq-phantom patch {root} --recover` restores all files as they were before it"
         )
     path = root / RECORD / _MANIFEST
     return _loaded(path) if os.path.lexists(path) else None
 
 
 def commit(root: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any] | None) -> None:
-    """Give files new content and remember the manifest: all or nothing.
+    """Give files new content and save the manifest: all of this or nothing.
 
-    Everything is on disk, beside the old, before the first file is replaced; a full disk shows
-    by then. An error undoes what was done; a kill leaves a journal for `recover`.
+    All new content is on disk before the first file is replaced, so a full disk is noticed in time.
+    If an error occurs, the change is undone. If the process is killed, the journal stays for
+    `recover`.
 
     Args:
-        root: the folder, resolved.
-        files: new content, by path relative to the root; the files exist.
-        manifest: what to remember; None for nothing any more.
+        root: the folder of the repository, resolved.
+        files: the new content, by path relative to the root. The files exist already.
+        manifest: what to remember of this change; None removes the manifest.
 
     Raises:
-        OSError: if something cannot be written; nothing has changed then.
+        OSError: if something cannot be written; in that case no file has changed.
     """
     record = root / RECORD
     try:
@@ -80,11 +90,14 @@ def commit(root: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any] |
 def recover(root: Path) -> list[str]:
     """Undo a change that was not finished.
 
+    Args:
+        root: the folder of the repository, resolved.
+
     Returns:
-        The files that were restored, by path relative to the root.
+        The paths of the restored files, relative to the root.
 
     Raises:
-        ValueError: if what there is to undo cannot be read.
+        ValueError: if the journal cannot be read.
         OSError: if something cannot be written; `recover` can be called again.
     """
     record = root / RECORD
@@ -107,13 +120,17 @@ def recover(root: Path) -> list[str]:
 
 
 def contents(root: Path, files: Mapping[str, str]) -> dict[str, bytes]:
-    """Return the files of a record, by path relative to the root.
+    """Return the decoded files of a record, by path relative to the root.
 
-    A record comes with the repository, and may say anything.
+    A record may come with a foreign repository, so its paths are not trusted.
+
+    Args:
+        root: the folder of the repository, resolved.
+        files: contents in base64, by path relative to the root.
 
     Raises:
-        ValueError: if one is no Python or YAML file of the repository, which is all that a patch
-            changes.
+        ValueError: if a path is not that of a Python or YAML file of the repository. A patch
+            changes no other files.
     """
     for path in files:
         target = root / path
@@ -123,19 +140,27 @@ def contents(root: Path, files: Mapping[str, str]) -> dict[str, bytes]:
             or not target.is_relative_to(root)
             or os.path.realpath(target) != str(target)
         ):
-            raise ValueError(f"{path!r} is no Python or YAML file of the repository")
+            raise ValueError(
+                f"the record names {path!r}; expected only Python and YAML files of the repository"
+            )
     return {path: base64.b64decode(text, validate=True) for path, text in files.items()}
 
 
 def _loaded(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of the record."""
     if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path} is not a file; restore the files by git")
+        raise ValueError(f"{path} is not a regular file; restore the repository's files by git")
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; restore the files by git") from None
+        raise ValueError(
+            f"{path} is damaged: {error}; restore the repository's files by git"
+        ) from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no dict; restore the files by git")
+        raise ValueError(
+            f"{path} is damaged: it holds a {type(found).__name__}, expected a JSON object; "
+            "restore the repository's files by git"
+        )
     return found
 
 
@@ -148,7 +173,7 @@ def _before(root: Path, journal: dict[str, Any]) -> tuple[dict[str, bytes], dict
         return contents(root, journal["files"]), manifest
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"the journal of a change of {root} is damaged: {error!r}; restore the files by git"
+            f"the journal of a change of {root} is damaged: {error!r}; restore its files by git"
         ) from None
 
 
@@ -164,9 +189,9 @@ def _remember(record: Path, manifest: Mapping[str, Any] | None) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, and stays through a power cut."""
+    """Write a file completely or not at all; the file survives a power cut."""
     part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)  # never through a link that somebody left there
+    part.unlink(missing_ok=True)  # so that no link which lies there is written through
     with open(part, "xb") as stream:
         stream.write(content)
         stream.flush()
@@ -179,13 +204,13 @@ def _forget(path: Path) -> None:
 
 
 def _tidy(record: Path) -> None:
-    """Remove what a change leaves behind, and the record if it remembers nothing."""
+    """Remove temporary files, and the whole record folder if it has no manifest."""
     for path in record.iterdir():
-        if path.is_dir() and not path.is_symlink():  # not ours
+        if path.is_dir() and not path.is_symlink():  # this package creates no folders there
             continue
         if path.name.startswith("new.") or path.name == "old" or path.name.endswith(".part"):
             _forget(path)
     if not (record / _MANIFEST).exists():
         _forget(record / ".gitignore")
-        with contextlib.suppress(OSError):  # somebody keeps a file of their own there
+        with contextlib.suppress(OSError):  # a user may keep a file of their own there
             record.rmdir()

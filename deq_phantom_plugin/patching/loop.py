@@ -1,4 +1,9 @@
-"""What a patched recursive or recurrent model calls in place of its own loop."""
+"""What a patched recursive or recurrent model calls in place of its own loop.
+
+`Loop` evaluates F a given number of times, and attaches the gradient of a strategy to the last
+state. As long as no gradient is named, it differentiates the evaluations that the model's own code
+would differentiate.
+"""
 
 from __future__ import annotations
 
@@ -24,28 +29,32 @@ from ..strategies.registry import Spec, get_strategy
 class Loop(Equilibrium):
     """A loop of a patched model, whose gradient is the model's own until one is named.
 
-    A `dpp.Equilibrium(steps=...)`, but for three things. While no gradient is named, its own is
-    that of evaluation mode too, as in the code that it replaces; a loop that is no iteration of one
-    map says what each of its evaluations is; and a model that draws its depth gives the number of
-    evaluations with each call, and how many of them it would go back through.
+    It is a `dpp.Equilibrium(steps=...)` with three differences:
+
+    - As long as no gradient is named, the model's own gradient is attached in evaluation mode too,
+      as in the code that this module replaces.
+    - A loop that does not iterate one map passes `at`, which computes each of its evaluations.
+    - A model that draws its depth passes the number of evaluations with each call, and how many of
+      them carry its own graph.
 
     Args:
-        grad: the strategy's spec, see `get_strategy`; None for the model's own.
-        steps: the number of evaluations; None where each call brings it.
-        own: a spec of what the model does by itself.
-        saved: whether the training step is in the model's `state_dict`: a loader that asks a
-            checkpoint for every key of the model would refuse those from before the patch.
+        grad: the spec of the strategy, see `get_strategy`; None for the model's own gradient.
+        steps: the number of evaluations; None if each call passes it.
+        own: a spec that describes the model's own gradient.
+        saved: whether the training step is saved in the model's `state_dict`. Pass False if the
+            model is loaded by code that demands every key of the model in a checkpoint: that code
+            would refuse checkpoints from before the patch.
         batch_dim: see `Context.batch_dim`.
 
     Attributes:
-        grad: the strategy; None may be written too.
+        grad: the strategy. It may be set to None, which selects the model's own gradient.
 
     Raises:
         ValueError: if an argument is out of range.
     """
 
     _models_own: GradStrategy
-    _open: Spec | None = None  # a spec that leaves the steps to each call
+    _open: Spec | None = None  # the spec, if its strategy depends on the steps of each call
 
     def __init__(
         self,
@@ -63,6 +72,7 @@ class Loop(Equilibrium):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "grad":
+            # If the strategy differs between 1 and 2 steps, it depends on their number.
             one, two = (get_strategy(value or "jfb", {"steps": n}) for n in (1, 2))
             self.__dict__["_open"] = value if self.steps is None and one != two else None
         super().__setattr__(name, value)
@@ -73,7 +83,7 @@ class Loop(Equilibrium):
         return self.grad is self._models_own
 
     def strategy_of(self, spec: Spec | None) -> GradStrategy:
-        """Return the strategy that a spec names here, the model's own for None."""
+        """Return the strategy that a spec names here, or the model's own if the spec is None."""
         return self._models_own if spec is None else super().strategy_of(spec)
 
     def forward(  # type: ignore[override]  # a loop has no warm start
@@ -89,12 +99,15 @@ class Loop(Equilibrium):
 
         Args:
             func: F, from a state to a state of the same structure.
-            start: where the loop begins.
-            at: evaluation number i of the loop, from 0, as (i, state) -> state, where it is no
-                iteration of F: see `deq_phantom_plugin.loop.looped`.
-            steps: the number of evaluations of this call, 0 or more; None for the module's.
-            graph: how many of them, the last, carry the model's own graph; None for what `own`
-                says. A gradient that is named does not ask.
+            start: the state at which the loop begins.
+            at: computes evaluation number i, counted from 0, as (i, state) -> state. Pass it if the
+                loop does not iterate F, see `deq_phantom_plugin.loop.looped`.
+            steps: the number of evaluations of this call, 0 or more; None for the module's number.
+            graph: how many of the last evaluations carry the model's own graph; None for the
+                number that `own` says. It has no effect if a gradient is named.
+
+        Raises:
+            ValueError: if neither this call nor the module has a number of evaluations.
         """
         number = self._number(start) if steps is None else int(steps)
         if number == 0:
@@ -113,24 +126,25 @@ class Loop(Equilibrium):
             self._watching(), func, start, number, strategy.resolve(context), context, at=at
         )
 
-    @never_compiled  # or for each number of evaluations anew
+    @never_compiled  # it would be compiled again for each number of evaluations
     def numbered(
         self, evaluate: At, start: State, free: int, graph: int, cache: Any = None
     ) -> tuple[State, State]:
-        """Return the state at the end of a loop and the state before its last evaluation.
+        """Return the state at the end of a loop, and the state before its last evaluation.
 
-        For a recurrence whose evaluations count along. F is the last of them; a cache that they
-        write to, one entry each, is refused where a gradient evaluates F again.
+        This is for a recurrence whose evaluations depend on their number. The last evaluation is
+        the map F of the gradient. A strategy may evaluate F again, which would write to a cache
+        once more. So a cache is refused if a gradient is named or observed.
 
         Args:
-            evaluate: evaluation number i, from 0: (i, state) -> state.
-            start: where the loop begins.
-            free: how many evaluations the model has without a graph; none if negative.
-            graph: how many it has after them with one.
-            cache: what evaluations write to, None for nothing.
+            evaluate: computes evaluation number i, counted from 0: (i, state) -> state.
+            start: the state at which the loop begins.
+            free: the number of evaluations without a graph; a negative number counts as 0.
+            graph: the number of evaluations with a graph, which follow them.
+            cache: what the evaluations write to, one entry each; None if there is none.
 
         Raises:
-            ValueError: if there is a cache in training and a gradient is named, or observed.
+            ValueError: if there is a cache in training, and a gradient is named or observed.
         """
         carrying = max(int(graph), 0)
         steps = max(int(free), 0) + carrying
@@ -143,15 +157,19 @@ class Loop(Equilibrium):
 
     def _number(self, start: State) -> int:
         if self.steps is None:
-            raise ValueError("steps=None; expected the number of evaluations of this call")
+            raise ValueError(
+                "steps=None; expected the number of evaluations of this call, since this Loop was "
+                "made without one"
+            )
         return super()._number(start)
 
 
 def _left_out(memory: nn.Module, saved: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Take the step out of a `state_dict` again."""
+    """Remove the training step from a `state_dict`; a hook of `Loop(saved=False)`."""
     del saved[f"{prefix}step"]
 
 
 @never_compiled
 def _of_steps(spec: Spec, number: int) -> GradStrategy:
+    """Return the strategy of a spec for a loop with this number of evaluations."""
     return get_strategy(spec, {"steps": number})

@@ -1,4 +1,9 @@
-"""Applies and reverts an adapter on the files of a repository."""
+"""Patches the files of a repository, and reverts the patch: the engine of `deq-phantom patch`.
+
+`prepare` works out what would change, `apply` writes it, and `revert` restores the original files
+byte for byte. The original content is kept in the record folder of the repository. `journal`
+writes the files, all of them or none.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +22,14 @@ from .repository import RECORD, Change, Match, check_root, check_unpatched, git,
 
 @dataclass(frozen=True)
 class Patched:
-    """What the record of a patched repository says.
+    """The record of a patched repository.
 
     Attributes:
-        grad: the spec that is the default there.
-        compat: the shims that its files apply.
-        projects: the names of the code bases.
-        originals: content before the patch, by path relative to the root.
-        digests: SHA-256 of the patched content, by path.
+        grad: the spec that is the default of the patched repository.
+        compat: the names of the shims that its files apply.
+        projects: the names of its patched code bases.
+        originals: the content of each file before the patch, by path relative to the root.
+        digests: the SHA-256 of the patched content of each file, by path relative to the root.
     """
 
     grad: str
@@ -34,7 +39,7 @@ class Patched:
     digests: Mapping[str, str]
 
     def changed(self, root: Path) -> list[str]:
-        """Return the files that are no longer as the patch left them."""
+        """Return the paths of the files that have changed since the patch."""
         return [
             path
             for path, digest in self.digests.items()
@@ -42,14 +47,17 @@ class Patched:
         ]
 
     def original(self, root: Path) -> Callable[[str], bytes]:
-        """Return a reader of files as they were before the patch."""
+        """Return a function from a relative path to the content of that file before the patch."""
         return lambda path: (
             self.originals[path] if path in self.originals else (root / path).read_bytes()
         )
 
 
 def status(root: Path) -> Patched | None:
-    """Return what is remembered of a patch, None if there is none.
+    """Return the record of the patch of a repository, or None if it is not patched.
+
+    Args:
+        root: the folder of the repository, resolved.
 
     Raises:
         Interrupted: if a patch or its revert was not finished.
@@ -67,27 +75,33 @@ def status(root: Path) -> Patched | None:
             digests=dict(manifest["digests"]),
         )
         if patched.originals.keys() != patched.digests.keys():
-            raise ValueError("its two lists of files differ")
+            raise ValueError("its originals and its digests are of different files")
         return patched
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the record of the patch of {root} is damaged: {error!r}") from None
+        raise ValueError(
+            f"the record of the patch of {root} is damaged: {error!r}; restore its files by git "
+            f"and delete {RECORD}"
+        ) from None
 
 
 def prepare(
     root: Path, grad: str, compat: Sequence[str] | None = None
 ) -> tuple[list[Match], list[Change], dict[str, Any]]:
-    """Return what a patch would recognise, change and remember; writes nothing.
+    """Work out what a patch would change; this function writes nothing.
 
-    A repository that is patched already is planned anew from its original files, so that another
-    spec takes the place of the first.
+    If the repository is patched already, the plan starts from its original files. So the new spec
+    replaces the old one.
 
     Args:
         root: the folder of the repository.
-        grad: a spec as text, the default of the patched repository.
-        compat: names of shims that its files apply; those of an earlier patch if None.
+        grad: the spec as text, which becomes the default of the patched repository.
+        compat: the names of the shims that its files apply; None for those of an earlier patch.
+
+    Returns:
+        The code bases that were recognised, the changes of files, and the manifest to save.
 
     Raises:
-        ValueError: see `plan`; if files were changed since the last patch, or have uncommitted
+        ValueError: see `plan`; also if files were changed since the last patch, or have uncommitted
             changes.
     """
     root = check_root(root)
@@ -101,7 +115,7 @@ def prepare(
     else:
         _check_unchanged(root, patched)
         matches, changes = plan(root, grad, "patch", compat, patched.original(root))
-        # A file of the first patch that the second leaves alone goes back to what it was.
+        # A file that only the first patch has changed goes back to its original content.
         planned = {change.path for change in changes}
         changes += [
             Change(path, content, content)
@@ -121,7 +135,12 @@ def prepare(
 
 
 def apply(root: Path, steps: Sequence[Change], manifest: Mapping[str, Any]) -> None:
-    """Write what `prepare` returned: all files or none.
+    """Write the changes that `prepare` returned: all files or none.
+
+    Args:
+        root: the folder of the repository.
+        steps: the changes.
+        manifest: the manifest.
 
     Raises:
         OSError: if something cannot be written; nothing has changed then.
@@ -131,11 +150,17 @@ def apply(root: Path, steps: Sequence[Change], manifest: Mapping[str, Any]) -> N
 
 
 def revert(root: Path) -> list[str]:
-    """Restore the files byte for byte; return their paths, none if nothing was patched.
+    """Restore the original files byte for byte.
+
+    Args:
+        root: the folder of the repository.
+
+    Returns:
+        The paths of the restored files, relative to the root; empty if nothing was patched.
 
     Raises:
         ValueError: if a file was changed since it was patched, or the record of the patch is gone.
-        OSError: if something cannot be written; nothing has changed then.
+        OSError: if something cannot be written; in that case no file has changed.
     """
     root = check_root(root)
     patched = status(root)
@@ -148,11 +173,17 @@ def revert(root: Path) -> list[str]:
 
 
 def recover(root: Path) -> list[str]:
-    """Undo a patch or revert that was interrupted; return the files that were restored.
+    """Undo a patch, or a revert, that was interrupted.
+
+    Args:
+        root: the folder of the repository.
+
+    Returns:
+        The paths of the restored files, relative to the root.
 
     Raises:
         ValueError: if the record of a patch is gone or damaged.
-        OSError: if something cannot be written; it can be tried again.
+        OSError: if something cannot be written; `recover` can be called again.
     """
     root = check_root(root)
     restored = journal.recover(root)
@@ -183,14 +214,14 @@ def _check_unchanged(root: Path, patched: Patched) -> None:
     changed = patched.changed(root)
     if changed:
         raise ValueError(
-            f"changed since {root} was patched with {patched.grad}: {', '.join(changed)}; put "
-            f"those changes aside first, or restore all of {', '.join(patched.digests)} by git and "
-            f"delete {RECORD}; nothing was changed"
+            f"changed since {root} was patched with {patched.grad}: {', '.join(changed)}. Your "
+            "changes would be lost, so nothing was done. Undo them first, or restore all of "
+            f"{', '.join(patched.digests)} by git and delete {RECORD}"
         )
 
 
 def check_committed(root: Path, paths: Sequence[str]) -> None:
-    """Refuse files that git knows to be changed; without git there is nothing to ask."""
+    """Raise a ValueError if files have uncommitted changes; without git, check nothing."""
     status = ("status", "--porcelain", "-z", "--ignore-submodules=all", "--", *paths)
     answer = git(root, "--literal-pathspecs", *status)
     if answer:

@@ -1,4 +1,10 @@
-"""Recognises a repository by the content of its seam, and works out what would change."""
+"""Recognises a repository by the content of its seam, and works out what would change.
+
+`recognise` compares the Python and YAML files of a folder with the marks of all adapters. `plan`
+then applies the edits of the adapters that match, in memory, and refuses versions of the seam for
+which the edits were not written. A repository may be hostile: links out of it are not followed, and
+git runs no program that the repository names.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +20,29 @@ from .adapter import IMPORT, PYTHON, YAML, Adapter, Edit, Mode, Project, SeamFil
 from .compat import SHIMS
 
 RECORD = ".deq-phantom"
-"""The folder in a patched repository that remembers what the files were."""
+"""The record folder of a patched repository, which keeps the original content of its files."""
 
 _KEPT = {"checkpoints", "outputs", "wandb"}  # where runs keep copies of the source
 SKIPPED = {".git", ".hg", ".svn", RECORD, "__pycache__", "node_modules", ".venv", "venv"} | _KEPT
-"""Folders that are no part of the source."""
+"""The names of folders that are not searched, since they do not hold the source."""
 
 _PATIENCE = 60  # seconds for git
-_LARGEST = 2**24  # bytes; no source with a seam is that long
+_LARGEST = 2**24  # bytes; no source file with a seam is longer
 _HOW = (
-    "an adapter is a small object that names the seam, see adapters/repos/ in deq-phantom-plugin; "
-    "packages offer theirs through the entry-point group 'deq_phantom_plugin.adapters'"
+    "you can write an adapter for it: a small object that names the seam, see adapters/repos/ in "
+    "deq-phantom-plugin. Another package registers its adapters in the entry-point group "
+    "'deq_phantom_plugin.adapters'"
 )
 
 
 @dataclass(frozen=True)
 class Match:
-    """A code base that was recognised.
+    """A code base that was recognised in a folder.
 
     Attributes:
-        adapter: what is known of its repository.
-        project: which of its code bases.
-        files: its seam, by path relative to the root.
+        adapter: the adapter of its repository.
+        project: the code base.
+        files: the files of its seam, by path relative to the root.
     """
 
     adapter: Adapter
@@ -45,7 +52,13 @@ class Match:
 
 @dataclass(frozen=True)
 class Change:
-    """One file of a plan: its path relative to the root, as it is, and as it would be."""
+    """One change of a plan.
+
+    Attributes:
+        path: the path of the file, relative to the root.
+        old: the content of the file before the change.
+        new: the content after the change.
+    """
 
     path: str
     old: bytes
@@ -53,10 +66,10 @@ class Change:
 
 
 def check_root(root: Path) -> Path:
-    """Return the resolved root.
+    """Check that a path can be the root of a repository, and return it resolved.
 
     Raises:
-        ValueError: if it is no folder, or lies in a repository that was patched as a whole.
+        ValueError: if it is not a folder, or lies in a repository that was patched as a whole.
     """
     if not root.exists():
         raise ValueError(f"there is no {root}; expected the folder of a repository")
@@ -68,16 +81,19 @@ def check_root(root: Path) -> Path:
             raise ValueError(f"{root} is a part of {folder}, which was patched; name that folder")
     record = root / RECORD
     if record.is_symlink() or (record.exists() and not record.is_dir()):
-        raise ValueError(f"{record} is not a folder; patches are remembered there: move it away")
+        raise ValueError(
+            f"{record} is not a folder, but the record of a patch goes there; move it away"
+        )
     return root
 
 
 def recognise(root: Path, read: Callable[[str], bytes] | None = None) -> list[Match]:
-    """Return the code bases found in a folder.
+    """Return the code bases that are found in a folder.
 
     Args:
         root: the folder, resolved.
-        read: returns a file's original content, given its relative path; from disk if None.
+        read: a function from a relative path to the original content of the file. If it is None,
+            files are read from disk.
 
     Raises:
         ValueError: if two code bases claim one file.
@@ -117,18 +133,21 @@ def plan(
     compat: Sequence[str] = (),
     read: Callable[[str], bytes] | None = None,
 ) -> tuple[list[Match], list[Change]]:
-    """Return what was recognised in a folder and what would change there; writes nothing.
+    """Work out what a patch or a run would change in a folder; this function writes nothing.
 
     Args:
         root: the folder, resolved.
-        grad: a spec as text.
-        mode: for files on disk, or for modules as they load.
-        compat: names of shims that patched files apply.
+        grad: the spec as text.
+        mode: "patch" for files on disk, "run" for modules as they load.
+        compat: the names of the shims that patched files apply.
         read: see `recognise`.
 
+    Returns:
+        The code bases that were recognised, and the changes of their files.
+
     Raises:
-        ValueError: if the spec or a shim's name is invalid, nothing is recognised, a seam is of an
-            unknown version, or a file lies outside the folder.
+        ValueError: if the spec or the name of a shim is invalid, if nothing is recognised, if the
+            seam is of an unknown version, or if a file of the seam is a symbolic link.
     """
     from .rewrite import SeamError, fingerprint
 
@@ -161,20 +180,23 @@ def plan(
         raise ValueError(
             f"{root} looks like {names}, but its seam is of an unknown version:\n"
             + "\n".join(unknown)
-            + f"\nknown are commits {commits} (`git diff` against one shows what differs); nothing "
-            "was changed"
+            + "\nThe edits were not written for this version, so nothing was changed. Known are "
+            f"the commits {commits}; `git diff` against one of them shows what differs"
         )
     return matches, [change for change in changes if change.old != change.new]
 
 
 def check_shims(names: Sequence[str]) -> None:
-    """Raise a ValueError if a name is no shim's; lists those there are."""
+    """Raise a ValueError if a name is not that of a shim; the message lists all shims."""
     for name in names:
         if name not in SHIMS:
-            raise ValueError(f"unknown compatibility shim {name!r}; there are {', '.join(SHIMS)}")
+            raise ValueError(
+                f"unknown compatibility shim {name!r}; expected one of {', '.join(SHIMS)}"
+            )
 
 
 def _files(root: Path, endings: tuple[str, ...] = PYTHON) -> Iterator[str]:
+    """Yield the paths of the source files below a folder, relative to it, in a fixed order."""
     for folder, folders, names in os.walk(root):  # does not follow links to folders
         folders[:] = sorted(name for name in folders if name not in SKIPPED)
         for name in sorted(names):
@@ -186,12 +208,12 @@ def _files(root: Path, endings: tuple[str, ...] = PYTHON) -> Iterator[str]:
 
 
 def outside_links(root: Path) -> list[str]:
-    """Return the files that lie elsewhere and are passed over, by path relative to the root."""
+    """Return the links to files outside the folder, which are skipped, by relative path."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
         links = (Path(folder, name) for name in names if name.endswith((*PYTHON, *YAML)))
-        # A link that leads round in a circle has no `resolve`.
+        # `Path.resolve` fails for a link that leads in a circle; `os.path.realpath` does not.
         found += [
             p
             for p in links
@@ -201,36 +223,48 @@ def outside_links(root: Path) -> list[str]:
 
 
 def check_unpatched(root: Path, read: Callable[[str], bytes] | None = None) -> None:
-    """Refuse a repository without a record of a patch that has parts of one.
+    """Refuse a repository that holds parts of a patch but no record of it.
+
+    Args:
+        root: the folder of the repository, resolved.
+        read: see `recognise`.
 
     Raises:
-        ValueError: names the files.
+        ValueError: if there are such files; the message names them.
     """
     read = read or (lambda path: (root / path).read_bytes())
     marked = {path for path in _files(root) if IMPORT.encode() in read(path)}
-    marked -= _untracked(root) if marked else set()  # somebody's own
+    marked -= _untracked(root) if marked else set()  # the user's own files may import us
     if marked:
         raise ValueError(
             f"there is no record of a patch of {root}, but these have parts of one: "
-            f"{', '.join(sorted(marked))}; restore them by git (git checkout -- FILES); nothing "
-            "was changed"
+            f"{', '.join(sorted(marked))}. A second patch would mix with them, so nothing was "
+            "changed; restore them by git first (git checkout -- FILES)"
         )
 
 
 def _untracked(root: Path) -> set[str]:
-    """Return the files that git does not know, none where there is no git."""
+    """Return the Python files that git does not track; an empty set without git."""
     answer = git(root, "ls-files", "-z", "--others", "--", "*.py")
     return set(os.fsdecode(answer or b"").split("\0"))
 
 
 def git(root: Path, *args: str) -> bytes | None:
-    """Return what git prints, None where there is no git or no repository.
+    """Run git in a folder and return what it prints.
 
-    A repository's configuration can name programs that git runs when it looks at files
-    (`core.fsmonitor`, hooks, filters); none of them is run. The index is not written.
+    The configuration of a repository can name programs that git runs when it looks at files
+    (`core.fsmonitor`, hooks, filters). None of them is run here. The index is not written.
+
+    Args:
+        root: the folder.
+        *args: the arguments of git.
+
+    Returns:
+        The output of git; None if git is not installed, or if it fails, as it does where there is
+        no repository.
 
     Raises:
-        ValueError: if git does not answer.
+        ValueError: if git does not answer within a minute.
     """
     settings = {"core.fsmonitor": "false", "core.hooksPath": os.devnull}
     filters = ["config", "--includes", "--show-scope", "--name-only", "-z", "--get-regexp"]
@@ -243,6 +277,7 @@ def git(root: Path, *args: str) -> bytes | None:
 
 
 def _git(root: Path, settings: Mapping[str, str], *args: str) -> bytes | None:
+    """Run git with some settings overridden, without locks, network or lazy fetches."""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1"}
     environment["GIT_ALLOW_PROTOCOL"] = "none"
     first = int(environment.get("GIT_CONFIG_COUNT") or 0)
@@ -258,28 +293,36 @@ def _git(root: Path, settings: Mapping[str, str], *args: str) -> bytes | None:
     except FileNotFoundError:
         return None
     except subprocess.TimeoutExpired:
-        raise ValueError(f"git does not answer in {root}; nothing was changed") from None
+        raise ValueError(
+            f"git does not answer in {root} within {_PATIENCE} seconds; nothing was changed. Run "
+            "`git status` there to see what it waits for"
+        ) from None
     return answer.stdout if answer.returncode == 0 else None
 
 
 def _check_inside(root: Path, path: str) -> None:
     if (root / path).is_symlink():
-        raise ValueError(f"{path} is a symbolic link, which is not followed; nothing was changed")
+        raise ValueError(
+            f"{path} is a symbolic link, and links are not patched since their targets may belong "
+            "to something else; nothing was changed. Replace it by a copy of its target"
+        )
 
 
 def _check_claims(matches: list[Match]) -> None:
+    """Raise a ValueError if two code bases would patch the same file in different ways."""
     claims: dict[str, tuple[SeamFile, Match]] = {}
     for match in matches:
         for path, kind in match.files.items():
             other = claims.setdefault(path, (kind, match))
             if other[0] != kind:
                 raise ValueError(
-                    f"{path} is claimed by {other[1].project.name} and {match.project.name}; "
-                    "name the folder of one of them"
+                    f"{path} is claimed by {other[1].project.name} and {match.project.name}, whose "
+                    "edits differ; name the folder of one of them"
                 )
 
 
 def _edited(old: bytes, kind: SeamFile, grad: str, mode: Mode, compat: Sequence[str]) -> bytes:
+    """Return the content of a file of the seam with the edits of this mode applied."""
     from .rewrite import rewrite
     from .settings import insert
 
@@ -291,10 +334,12 @@ def _edited(old: bytes, kind: SeamFile, grad: str, mode: Mode, compat: Sequence[
 
 
 def _filled(edits: Sequence[Edit], grad: str) -> list[Edit]:
+    """Return edits with `{grad}` replaced by a spec, which is written as a literal."""
     return [replace(edit, new=edit.new.replace("{grad}", grad)) for edit in edits]
 
 
 def _imports(kind: SeamFile, compat: Sequence[str]) -> str:
+    """Return the statements for the top of a file, which also apply the shims."""
     if not compat or not kind.imports:
         return kind.imports
     names = ", ".join(repr(name) for name in compat)

@@ -1,4 +1,8 @@
-"""Edits applied to source, with LibCST: comments, spacing and line endings stay."""
+"""Applies edits to Python source with LibCST, which keeps comments, spacing and line endings.
+
+`rewrite` finds the statement at which each edit is anchored. It refuses a source in which an anchor
+does not occur exactly once, since the edit was then written for another version.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +18,24 @@ cst = require("libcst", "patch")
 
 
 class SeamError(ValueError):
-    """A seam that is not as an adapter knows it."""
+    """A file of the seam is not as its adapter describes it."""
 
 
 def rewrite(source: bytes, edits: Sequence[Edit], imports: str = "") -> bytes:
-    """Return source with edits applied.
+    """Return the source of a file with edits applied.
 
     Args:
-        source: a file's bytes.
-        edits: what to change.
-        imports: statements for the top, below the docstring and `from __future__`.
+        source: the bytes of the file.
+        edits: the edits, see `Edit`.
+        imports: statements for the top, below the docstring and the imports from `__future__`.
 
     Raises:
-        SeamError: if the source does not parse, or an anchor is not there exactly once.
+        SeamError: if the source does not parse, or if an anchor does not occur exactly once.
     """
     try:
         return _rewritten(source, edits, imports)
     except (RecursionError, MemoryError):
-        raise SeamError("it is nested too deeply") from None
+        raise SeamError("its code is nested too deeply to be parsed") from None
 
 
 def _rewritten(source: bytes, edits: Sequence[Edit], imports: str) -> bytes:
@@ -41,7 +45,7 @@ def _rewritten(source: bytes, edits: Sequence[Edit], imports: str) -> bytes:
     except (cst.ParserSyntaxError, ValueError, SyntaxError) as error:
         raise SeamError(f"it does not parse: {error}") from None
     if module.bytes != kept:
-        raise SeamError("it has characters that would not be kept")
+        raise SeamError("it has characters that LibCST does not keep")
     rewriter = _Rewriter(module, edits)
     edited = module.visit(rewriter)
     for edit, hits in zip(edits, rewriter.hits, strict=True):
@@ -58,6 +62,8 @@ def _rewritten(source: bytes, edits: Sequence[Edit], imports: str) -> bytes:
 
 
 class _Rewriter(cst.CSTTransformer):  # type: ignore[misc,name-defined]
+    """Visits all statements, applies the edits at their anchors, and counts the hits of each."""
+
     def __init__(self, module: Any, edits: Sequence[Edit]) -> None:
         super().__init__()
         self.module = module
@@ -98,7 +104,7 @@ class _Rewriter(cst.CSTTransformer):  # type: ignore[misc,name-defined]
     def _edited(self, original: Any, updated: Any) -> Any:
         codes = [self._code(statement) for statement in original.body]
         body = list(updated.body)
-        # From the end, so that earlier places stay right.
+        # From the end, so that the indices of earlier places stay valid.
         for number, first, last in sorted(self._places(codes), key=lambda hit: -hit[1]):
             edit = self.edits[number]
             self.hits[number] += 1
@@ -113,6 +119,7 @@ class _Rewriter(cst.CSTTransformer):  # type: ignore[misc,name-defined]
         return updated.with_changes(body=body)
 
     def _places(self, codes: list[str]) -> Iterator[tuple[int, int, int]]:
+        """Yield the number of an edit, and the indices of its first and last statement."""
         scope = ".".join(self.scope)
         for number, edit in enumerate(self.edits):
             if edit.scope not in ("", scope):
@@ -130,7 +137,7 @@ class _Rewriter(cst.CSTTransformer):  # type: ignore[misc,name-defined]
 
 
 def _split_tail(source: bytes) -> tuple[bytes, bytes]:
-    """Take off what follows the last statement, in which LibCST does not keep every blank."""
+    """Split off what follows the last statement, where LibCST does not keep every blank."""
     statements = ast.parse(source).body
     last = statements[-1].end_lineno if statements else 0
     lines = source.splitlines(keepends=True)
@@ -138,15 +145,17 @@ def _split_tail(source: bytes) -> tuple[bytes, bytes]:
 
 
 def _unindented(lines: Sequence[Any]) -> list[Any]:
-    """Return lines above a statement, those that are empty without blanks."""
+    """Return the lines above a statement, with the indentation of empty lines removed."""
     return [line.with_changes(indent=line.comment is not None) for line in lines]
 
 
 def _squeezed(code: str) -> str:
+    """Return code without any white space, as anchors are compared."""
     return "".join(code.split())
 
 
 def _after_preamble(body: list[Any]) -> int:
+    """Return the index of the first statement after the docstring and `from __future__`."""
     place = 0
     for i, statement in enumerate(body):
         first = statement.body[0] if isinstance(statement, cst.SimpleStatementLine) else None

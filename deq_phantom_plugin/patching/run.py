@@ -1,4 +1,8 @@
-"""Runs a command with a repository patched in memory: no file of it is touched."""
+"""Runs a command with a repository patched in memory: the engine of `deq-phantom run`.
+
+No file of the repository changes. `run` writes the patched sources into a temporary folder, and
+`inject`, which is copied there as `sitecustomize.py`, loads them in place of the originals.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from .repository import RECORD, Change, Match, check_root, plan
 
 
 def find_root(start: Path) -> Path:
-    """Return the innermost folder around `start` that is a repository, `start` if none is."""
+    """Return the innermost repository that contains `start`, or `start` if there is none."""
     for folder in (start, *start.parents):
         if (folder / ".git").exists() or (folder / RECORD).is_dir():
             return folder
@@ -31,12 +35,15 @@ def find_root(start: Path) -> Path:
 
 
 def prepare(root: Path, grad: str, compat: Sequence[str] = ()) -> tuple[list[Match], list[Change]]:
-    """Return what a run would recognise and change in memory.
+    """Work out what a run would change in memory.
 
     Args:
         root: the folder of the repository.
-        grad: a spec as text.
-        compat: names of shims.
+        grad: the spec as text.
+        compat: the names of the shims to apply.
+
+    Returns:
+        The code bases that were recognised, and the changes of their modules.
 
     Raises:
         ValueError: see `plan`.
@@ -55,18 +62,20 @@ def run(
 ) -> int:
     """Run a command in which the modules of a repository load with their changes.
 
-    The processes that it starts are covered too, as long as they inherit the environment and do not
-    run Python isolated (`-I`, `-E`).
+    The changes also act in the processes that the command starts, as long as they inherit the
+    environment and do not run Python in isolated mode (`-I`, `-E`).
 
     Args:
         root: the folder of the repository.
-        grad: the spec; it also wins over what scripts of a patched repository have themselves.
-        changes: see `prepare`.
+        grad: the spec. It also takes precedence over the spec that the scripts of a patched
+            repository choose.
+        changes: the changes that `prepare` returned.
         command: the command and its arguments.
-        compat: names of shims.
+        compat: the names of the shims to apply.
 
     Returns:
-        Its exit status; 128 + n if signal n ended it, 127 if there is no such command.
+        The exit status of the command; 128 + n if signal n ended it, 127 if it could not be
+        started.
     """
     root = check_root(root)
     folder = Path(tempfile.mkdtemp(prefix="deq-phantom-"))
@@ -78,8 +87,8 @@ def run(
         if code == 0 and changes and not list(folder.glob("*.loaded")):
             files = ", ".join(change.path for change in changes)
             print(
-                f"deq-phantom: warning: no changed module was imported ({files}); did the command "
-                f"run code of {root}?",
+                f"deq-phantom: warning: no changed module was imported ({files}), so --grad had no "
+                f"effect. Check that the command runs the code of {root}",
                 file=sys.stderr,
             )
         return code
@@ -88,6 +97,7 @@ def run(
 
 
 def _write(folder: Path, root: Path, changes: Sequence[Change], compat: Sequence[str]) -> None:
+    """Write the patched sources, the plan for `inject`, and `inject` itself into a folder."""
     files = {}
     for number, change in enumerate(changes):
         (folder / f"{number}.py").write_bytes(change.new)
@@ -107,6 +117,7 @@ def _write(folder: Path, root: Path, changes: Sequence[Change], compat: Sequence
 
 
 def _call(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command, pass signals on to it, and return its exit status as a shell would."""
     try:
         process = subprocess.Popen(command, env=environment)
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
@@ -117,14 +128,17 @@ def _call(command: Sequence[str], environment: dict[str, str]) -> int:
             try:
                 code = process.wait()
                 break
-            except KeyboardInterrupt:  # the command has it too, and decides
+            except KeyboardInterrupt:  # the command receives it as well, and decides what to do
                 continue
     return 128 - code if code < 0 else code
 
 
 @contextlib.contextmanager
 def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass signals on that schedulers send to one process alone; a terminal's Ctrl-C is not."""
+    """Pass on the signals that a scheduler sends to this process only.
+
+    A terminal sends Ctrl-C to both processes, so this signal is not passed on.
+    """
     names = [name for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
     before = {}
     if threading.current_thread() is threading.main_thread():

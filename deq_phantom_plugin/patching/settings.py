@@ -1,4 +1,4 @@
-"""Lines inserted into files of settings in YAML; every other byte stays."""
+"""Inserts lines into YAML files of settings; every other byte of the file stays as it is."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from .rewrite import SeamError
 
 
 def insert(source: bytes, edits: Sequence[Edit]) -> bytes:
-    """Return a file of settings with lines inserted.
+    """Return a YAML file with lines inserted.
 
     Args:
-        source: a file's bytes.
-        edits: each a line `key: value` to insert after the line that begins with its anchor.
+        source: the bytes of the file.
+        edits: the edits. Each inserts its line `key: value` after the line that begins with its
+            anchor.
 
     Raises:
-        SeamError: if there is not exactly one such line, its value goes on in the next, or the key
-            is there already.
+        SeamError: if there is not exactly one line with the anchor, if the value of that line goes
+            on in the next line, or if the file has the key already.
     """
     for edit in edits:
         lines = source.splitlines(keepends=True)
@@ -32,7 +33,7 @@ def insert(source: bytes, edits: Sequence[Edit]) -> bytes:
             raise SeamError(f"the value of {edit.anchor!r} goes on in the next line")
         before = lines[places[0]]
         ending = before[len(before.rstrip(b"\r\n")) :]
-        if not ending:  # the last line of the file, which has no end of its own
+        if not ending:  # the last line of the file may have no line end
             lines[places[0]] += b"\r\n" if b"\r\n" in source else b"\n"
         lines.insert(places[0] + 1, edit.new.encode() + ending)
         source = b"".join(lines)

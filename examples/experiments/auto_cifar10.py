@@ -1,10 +1,11 @@
-"""MDEQ on CIFAR-10 by fixed gradients and by `auto`: how soon each is as good as `ift`.
+"""MDEQ on CIFAR-10 with fixed gradients and with `auto`: the time until each is as good as `ift`.
 
     python examples/experiments/auto_cifar10.py                    # smoke: generated images
     python examples/experiments/auto_cifar10.py --size cpu --data cifar10-jpeg.npz
 
-All methods of a seed take their steps in turn. One that is not as good as `ift` is at its end goes
-on until it is, or has taken as long. What a method has reached is the median of three evaluations.
+All methods of a seed take their steps in turn. A method that has taken all its steps and is not yet
+as good as `ift` at its end goes on, until it is or has taken as long as `ift`. The level of a
+method is the median of its last three evaluations.
 """
 
 from pathlib import Path

@@ -1,10 +1,11 @@
-"""A transformer on Shakespeare by fixed gradients and by `auto`: how soon each is like `ift`.
+"""A transformer on Shakespeare with fixed gradients and with `auto`: the time to match `ift`.
 
     python examples/experiments/auto_text.py                    # smoke: Python's own reference
     python examples/experiments/auto_text.py --size cpu --data DIR
 
-All methods of a seed take their steps in turn. One that is not as good as `ift` is at its end goes
-on until it is, or has taken as long. What a method has reached is the median of three evaluations.
+All methods of a seed take their steps in turn. A method that has taken all its steps and is not yet
+as good as `ift` at its end goes on, until it is or has taken as long as `ift`. The level of a
+method is the median of its last three evaluations.
 """
 
 from pathlib import Path

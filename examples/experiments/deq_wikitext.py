@@ -4,9 +4,9 @@
     python examples/experiments/deq_wikitext.py --size cpu --data DIR --time 11
     torchrun --nproc-per-node 4 examples/experiments/deq_wikitext.py --size paper --data DIR
 
-The data are a folder of text files with whitespace-separated tokens. Three things are not as in the
-official code: positions are rotary, a piece of text does not see the one before it, and there is
-one softmax for all words.
+The data are a folder of text files with whitespace-separated tokens. The model differs from the
+official code in three points: positions are rotary, a piece of text does not attend to the piece
+before it, and one softmax covers all words.
 """
 
 from pathlib import Path

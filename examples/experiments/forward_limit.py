@@ -1,10 +1,10 @@
-"""MDEQ-Tiny on CIFAR-10: how few evaluations of the forward solve train as well as 22.
+"""MDEQ-Tiny on CIFAR-10: which number of forward evaluations trains as well as 22.
 
     python examples/experiments/forward_limit.py                 # smoke: generated images
     python examples/experiments/forward_limit.py --size cpu --data cifar10-jpeg.npz
 
-All runs of a seed take their steps in turn. One that is not as good as `upg-22` is at its end goes
-on until it is, or has taken as long.
+All runs of a seed take their steps in turn. A run that has taken all its steps and is not yet as
+good as `upg-22` at its end goes on, until it is or has taken as long as `upg-22`.
 """
 
 from pathlib import Path

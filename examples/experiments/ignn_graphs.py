@@ -1,12 +1,13 @@
-"""IGNN on COX2 and PROTEINS by gradient method, ten folds (Section 4.3 of the supplement).
+"""IGNN on COX2 and PROTEINS with several gradients, ten folds (Section 4.3 of the supplement).
 
     python examples/experiments/ignn_graphs.py                   # smoke: generated graphs
     python examples/experiments/ignn_graphs.py --size cpu --data DIR --time 11
     torchrun --nproc-per-node 4 examples/experiments/ignn_graphs.py --size paper --data DIR
 
-The official code reports the best epoch of each fold on the fold's own test graphs, which flatters;
-that is `best`. Its test graphs are normalised differently from its training graphs (each edge
-twice), which is not copied here. Processes of torchrun share out the folds.
+The official code reports the best epoch of each fold on the test graphs of that fold, which is too
+optimistic; the column `best` does the same. The official code normalises its test graphs in another
+way than its training graphs (each edge counts twice); this is not done here. With torchrun, each
+process trains some of the folds.
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""IGNN on PPI by gradient method, the best of three runs (Section 4.3 of the supplement).
+"""IGNN on PPI with several gradients, the best of three runs (Section 4.3 of the supplement).
 
     python examples/experiments/ignn_ppi.py                      # smoke: generated graphs
     torchrun --nproc-per-node 3 examples/experiments/ignn_ppi.py --size paper --data DIR
 
-F1 is micro-averaged over the labels of the test graphs' nodes, at the best validation epoch.
-Processes of torchrun share out the runs.
+F1 is micro-averaged over the labels of the nodes in the test graphs, at the best validation epoch.
+With torchrun, each process trains some of the runs.
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""MDEQ-Tiny on CIFAR-10 by gradient method (Section 4.2 of the supplement).
+"""MDEQ-Tiny on CIFAR-10 with several gradients (Section 4.2 of the supplement).
 
     python examples/experiments/mdeq_ablation.py                 # smoke: generated images
     python examples/experiments/mdeq_ablation.py --size cpu --data cifar10-jpeg.npz --time 11
     torchrun --nproc-per-node 2 examples/experiments/mdeq_ablation.py --size paper --data DIR
 
-The data are the archive of JPEGs, or torchvision's folder of CIFAR-10.
+The data are the archive cifar10-jpeg.npz, or torchvision's folder of CIFAR-10.
 """
 
 from pathlib import Path

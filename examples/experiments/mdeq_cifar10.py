@@ -4,7 +4,7 @@
     python examples/experiments/mdeq_cifar10.py --size cpu --data cifar10-jpeg.npz
     torchrun --nproc-per-node 4 examples/experiments/mdeq_cifar10.py --size paper --data DIR
 
-The data are the archive of JPEGs, or torchvision's folder of CIFAR-10.
+The data are the archive cifar10-jpeg.npz, or torchvision's folder of CIFAR-10.
 """
 
 from pathlib import Path

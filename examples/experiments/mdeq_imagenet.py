@@ -1,6 +1,6 @@
 """MDEQ-Small on ImageNet with UPG (Section 4.3 of the supplement).
 
-The data are a folder with train/ and val/, each with one subfolder of images a class.
+The data are a folder with train/ and val/, each with one subfolder of images per class.
 
     python examples/experiments/mdeq_imagenet.py                  # smoke: generated images
     python examples/experiments/mdeq_imagenet.py --size cpu --data FOLDER

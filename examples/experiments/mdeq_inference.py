@@ -1,10 +1,10 @@
-"""Accuracy with and without unrolling steps at inference (Section 2 of the supplement).
+"""The accuracy of MDEQ with and without damped steps at inference (Section 2 of the supplement).
 
     python examples/experiments/mdeq_inference.py                # smoke: generated images
     python examples/experiments/mdeq_inference.py --size cpu --data cifar10-jpeg.npz
     torchrun --nproc-per-node 2 examples/experiments/mdeq_inference.py --size paper --data DIR
 
-The data are the archive of JPEGs, or torchvision's folder of CIFAR-10.
+The data are the archive cifar10-jpeg.npz, or torchvision's folder of CIFAR-10.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from harness.vision import VisionSettings, VisionTask
 
 
 def columns(records: list[Record]) -> list[Column]:
-    """Return a column for each number of steps that was tried."""
+    """Return the columns of the table: one per number of steps, and the residual."""
     prefix = "accuracy_"
     keys = {key for record in records for row in record.history for key in row}
     tried = sorted(int(key.removeprefix(prefix)) for key in keys if key.startswith(prefix))

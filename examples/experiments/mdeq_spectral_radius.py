@@ -1,10 +1,10 @@
-"""Spectral radii of f and of the damped map along training (Section 4.3 of the supplement).
+"""Spectral radii of f and of the damped map during training (Section 4.3 of the supplement).
 
     python examples/experiments/mdeq_spectral_radius.py          # smoke: generated images
     python examples/experiments/mdeq_spectral_radius.py --size cpu --data cifar10-jpeg.npz
     torchrun --nproc-per-node 2 examples/experiments/mdeq_spectral_radius.py --size paper --data DIR
 
-The data are the archive of JPEGs, or torchvision's folder of CIFAR-10.
+The data are the archive cifar10-jpeg.npz, or torchvision's folder of CIFAR-10.
 """
 
 from pathlib import Path

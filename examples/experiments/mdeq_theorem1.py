@@ -1,10 +1,11 @@
-"""MDEQ-Tiny on CIFAR-10: the cosines of phantom gradients with the exact one along training.
+"""MDEQ-Tiny on CIFAR-10: the cosines of phantom gradients with the exact one during training.
 
     python examples/experiments/mdeq_theorem1.py                 # smoke: generated images
     python examples/experiments/mdeq_theorem1.py --size cpu --data cifar10-jpeg.npz
 
-Theorem 1 of the paper gives a condition under which the inner product of the two is positive. Each
-is measured on test images with the weights of that step, whatever gradient trains them.
+Theorem 1 of the paper gives a condition under which the inner product of a phantom gradient and the
+exact gradient is positive. All cosines are measured on test images with the weights of that step,
+whichever gradient trains them.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from harness.results import Column, Curve, best, last
 from harness.vision import VisionSettings, VisionTask
 
 UPG = [f"upg(k={k}, lam=0.5)" for k in (1, 3, 5, 9)]
-NPG = [f"npg(k={k}, lam=0.5)" for k in (3, 5, 9)]  # with one term it has the direction of upg(k=1)
+NPG = [f"npg(k={k}, lam=0.5)" for k in (3, 5, 9)]  # npg(k=1) has the direction of upg(k=1)
 
 EXPERIMENT = Experiment(
     Path(__file__),

@@ -1,13 +1,13 @@
-"""A tiny recursive model (TRM) on Sudoku by gradient method of its loop.
+"""A tiny recursive model (TRM) on Sudoku, with several gradients of its loop.
 
     python examples/experiments/recursive_sudoku.py              # smoke: a few 4x4 puzzles
     python examples/experiments/recursive_sudoku.py --size cpu --time 41
     torchrun --nproc-per-node 3 examples/experiments/recursive_sudoku.py --size paper
 
-Not an experiment of the source: the model of "Less is More: Recursive Reasoning with Tiny Networks"
-(Jolicoeur-Martineau 2025), from the package tiny-recursive-model. Its loop are the refinement
-blocks of one call; its own training has a graph of the last. Processes of torchrun share out the
-runs.
+This is not an experiment of the paper. The model is that of "Less is More: Recursive Reasoning with
+Tiny Networks" (Jolicoeur-Martineau 2025), from the package tiny-recursive-model. Its loop consists
+of the refinement blocks of one call. Its own training has a graph of the last block. With torchrun,
+each process trains some of the runs.
 """
 
 from pathlib import Path

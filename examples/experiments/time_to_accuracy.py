@@ -3,9 +3,10 @@
     python examples/experiments/time_to_accuracy.py              # smoke: generated images
     python examples/experiments/time_to_accuracy.py --size cpu --data cifar10-jpeg.npz
 
-All runs of a seed take their steps in turn. One that is not as good as `torchdeq-ift` is at its end
-goes on until it is, or has taken as long. The runs of silva-networks need its environment
-(`make .venv-silva/.installed`, and the extra `experiments`), that of phantom_grad a checkout.
+All runs of a seed take their steps in turn. A run that has taken all its steps and is not yet as
+good as `torchdeq-ift` at its end goes on, until it is or has taken as long as `torchdeq-ift`. The
+runs of silva-networks need its environment (`make .venv-silva/.installed`, and the extra
+`experiments`). The run of phantom_grad needs a checkout of that repository.
 """
 
 from pathlib import Path

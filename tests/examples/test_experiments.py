@@ -173,7 +173,10 @@ def test_the_command_line_names_what_is_wrong(capsys, harness):
         (["--set", "epochs=0"], "0 steps, evaluated every 4; expected at least 1"),
         (["--set", "grad=ugp"], r"ignn_graphs, upg: unknown strategy 'ugp'.*did you mean 'upg'"),
         (["--set", "dataset=FOO"], "dataset='FOO'; expected COX2"),
-        (["--set", "dataset=COX2", "--data", "nowhere"], "--data nowhere is no folder; expected"),
+        (
+            ["--set", "dataset=COX2", "--data", "nowhere"],
+            "--data nowhere is not a folder; expected",
+        ),
         (["--repeats", "99"], "fold 99 of generated graphs; expected 0 to 9"),
     ],
 )
@@ -333,7 +336,7 @@ def test_missing_data_are_described(tmp_path, harness):
         load("cifar10", None, 0, 0, 32)
     with pytest.raises(SystemExit, match="is not there"):
         load("folder", tmp_path / "nothing", 0, 0, 32)
-    with pytest.raises(SystemExit, match="one subfolder of images a class"):
+    with pytest.raises(SystemExit, match="one subfolder of images per class"):
         load("folder", tmp_path, 0, 0, 32)
     with pytest.raises(ValueError, match="dataset='mnist'; expected cifar10"):
         load("mnist", None, 0, 0, 32)
@@ -782,7 +785,7 @@ def test_failures_are_named_with_the_way_to_try_again(tmp_path, capsys, harness)
     table = harness("command").main(experiment("ignn_graphs"), [*command, "--set", "lr=1e9"])
     assert "0 (1 failed)" in table
     said = capsys.readouterr().err
-    assert re.search(r"upg 0 failed after \d+ of \d+ steps: .*; tried again with --fresh", said)
+    assert re.search(r"upg 0 failed after \d+ of \d+ steps: .*; --fresh tries it again", said)
 
 
 def test_an_unreadable_checkpoint_is_named(tmp_path, harness):
@@ -864,7 +867,7 @@ def test_a_run_in_the_time_of_another_takes_the_steps_that_fit(tmp_path, harness
 def test_a_run_needs_the_one_whose_time_it_takes(capsys, harness):
     with pytest.raises(SystemExit):
         harness("command").main(experiment("mdeq_ablation"), ["--runs", "ift-in-time-of-upg"])
-    message = "ift-in-time-of-upg takes the time of upg; expected that among --runs"
+    message = "ift-in-time-of-upg takes the time of upg; expected upg among --runs"
     assert message in capsys.readouterr().err
 
 

@@ -226,7 +226,7 @@ def test_a_change_since_the_patch_is_refused(repo, capsys, args):
     command("patch", repo, "--grad", "upg")
     (repo / "train.py").write_text("# mine")
     said = refused(capsys, repo, "patch", repo, *args)
-    assert "with upg: train.py; put" in said
+    assert "with upg: train.py. Your" in said
     assert "restore all of model.py, train.py by git and delete .deq-phantom" in said
 
 
@@ -243,7 +243,7 @@ def test_a_lost_record_is_no_reason_to_say_that_nothing_is_patched(repo, capsys,
     command("patch", repo, "--grad", "upg")
     shutil.rmtree(repo / RECORD)
     said = refused(capsys, repo, "patch", repo, *args)
-    assert "have parts of one: model.py, train.py; restore them by git" in said
+    assert "have parts of one: model.py, train.py. A second patch would mix" in said
     command("doctor", repo)
     assert "have parts of one: model.py, train.py" in capsys.readouterr().out
 
@@ -817,7 +817,7 @@ def test_attention_by_the_shim_is_that_of_a_softmax(monkeypatch):
         got = flash_attn_func(q=q, k=k, v=v, causal=causal)
         torch.testing.assert_close(got, want)
         assert got.is_contiguous()
-    with pytest.raises(ValueError, match="causal=True of 5 queries and 4 keys"):
+    with pytest.raises(ValueError, match="causal=True with 5 queries and 4 keys"):
         flash_attn_func(q, k[:, :4], v[:, :4], causal=True)
 
 

@@ -1,4 +1,4 @@
-"""Equilibrium blocks out of Transformers' own decoder layers, which work in the model around."""
+"""Turns Transformers' own decoder layers into equilibrium blocks that work in their models."""
 
 from ..versions import CACHE
 from .equilibrium import EquilibriumLayer, deq_from_layer

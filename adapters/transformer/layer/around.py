@@ -1,4 +1,8 @@
-"""What the model around a layer keeps of it: a cache, and outputs that it collects."""
+"""What the model around an equilibrium layer keeps of it: a cache, and the outputs it collects.
+
+A solve evaluates the layer many times, but the model must see one layer with one result. `Past`
+keeps the evaluations from writing to the cache. `Collected` removes their collected outputs.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,15 @@ __all__ = ["Collected", "Past"]
 
 
 class Past:
-    """A cache as a solve sees it: in place of the cache, in the arguments of one layer.
+    """Stands in for a cache in the arguments of one layer during a solve.
 
-    Each evaluation of F adds its own keys and values to those that were there before the solve, and
-    leaves the cache alone: evaluations in backward too, when the model has gone on.
+    Each evaluation of F appends its own keys and values to those from before the solve, and does
+    not change the cache. This also holds for evaluations in the backward pass, when the model has
+    gone on with its cache.
 
     Args:
-        cache: the model's.
-        index: of the layer in it.
+        cache: the cache of the model.
+        index: the index of the layer in the cache.
     """
 
     def __init__(self, cache: Cache, index: int) -> None:
@@ -32,30 +37,30 @@ class Past:
 
     @property
     def length(self) -> Any:
-        """How many tokens are in it; of a static one a tensor."""
+        """The number of tokens in the cache; a tensor if the cache is static."""
         return self._before.get_seq_length(self._index)
 
     @property
     def is_static(self) -> bool:
-        """Whether its tensors have their final length from the start."""
+        """Whether the tensors of the cache have their final length from the start."""
         layers = self._before.layers[self._index : self._index + 1]
         return any(isinstance(layer, StaticLayer) for layer in layers)
 
     def alone(self) -> Cache:
-        """Return a cache that has no other layer: those before this one have got new tokens."""
+        """Return a cache of this layer only; the layers before it already hold the new tokens."""
         alone = copy.copy(self._before)
         alone.layers = self._before.layers[self._index : self._index + 1]
         return alone
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return keys and values of all tokens."""
+        """Return the keys and values of all tokens, those in the cache first."""
         cache = self._cache if self._writes else self._apart(self._before)
         return cache.update(*args, **kwargs)
 
     @staticmethod
     @contextmanager
     def written(past: Past | None) -> Iterator[None]:
-        """Let evaluations of F write to the cache inside a `with` block."""
+        """Let the evaluations of F write to the cache inside a `with` block."""
         if past is not None:
             past._writes = True
         try:
@@ -65,26 +70,30 @@ class Past:
                 past._writes = False
 
     def _apart(self, cache: Cache) -> Cache:
-        """Return a copy whose update changes nothing of the cache."""
+        """Return a copy of a cache whose `update` does not change the original."""
         apart = copy.copy(cache)
         apart.layers = list(cache.layers)
         if self._index < len(apart.layers):
             layer = apart.layers[self._index] = copy.copy(apart.layers[self._index])
-            if isinstance(layer, StaticLayer):  # which writes in place
+            if isinstance(layer, StaticLayer):  # a static layer writes into its tensors
                 for name, value in vars(layer).items():
                     if isinstance(value, Tensor):
                         setattr(layer, name, value.clone())
         return apart
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else a layer asks of its cache."""
+        """Return any other attribute that a layer reads, from the cache itself."""
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._cache, name)
 
 
 class Collected:
-    """What a model collects of its layers' outputs, by hooks that see each evaluation of F."""
+    """The outputs of layers that a model collects, by hooks that see each evaluation of F.
+
+    An object of this class remembers what was collected before the solve, so that the outputs of
+    the evaluations can be removed.
+    """
 
     def __init__(self) -> None:
         found = output_capturing._active_collector.get() or {}
@@ -93,16 +102,16 @@ class Collected:
         self._lengths = {key: len(value) for key, value in self._lists.items()}
 
     def wants(self, key: str) -> bool:
-        """Whether outputs of a kind are collected."""
+        """Whether the model collects outputs of this kind."""
         return key in self._lists
 
     def forget(self, *keys: str) -> None:
-        """Take away what was collected since this was made, of some kinds or all."""
+        """Remove what was collected since this object was made, of these kinds or of all."""
         for key in keys or self._lists:
             del self._lists[key][self._lengths[key] :]
 
     def states(self, first: Tensor, output: Tensor) -> None:
-        """Collect the output of this layer, and what went into it if it is the first."""
+        """Collect the output of this layer, and its input if it is the first layer."""
         if not self.wants("hidden_states"):
             return
         self.forget("hidden_states")

@@ -1,4 +1,8 @@
-"""A decoder layer as an equilibrium."""
+"""`deq_from_layer`, which turns a decoder layer of Transformers into an equilibrium block.
+
+`EquilibriumLayer` is that block. It can take the place of the layer in its model: it accepts the
+same arguments, writes the equilibrium's keys and values to the cache, and returns the same type.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ __all__ = ["EquilibriumLayer", "deq_from_layer"]
 
 
 def _rotary(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """Return the rotary embedding that the layer's own file has."""
+    """Return the rotary embedding from the module in which the layer is defined."""
     module = importlib.import_module(type(layer).__module__)
     name = type(layer).__name__.replace("DecoderLayer", "RotaryEmbedding")
     embedding: nn.Module = getattr(module, name)(config)
@@ -31,10 +35,10 @@ def _rotary(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
 
 
 def _no_positions(layer: nn.Module, config: PreTrainedConfig) -> None:
-    """Return nothing: positions are in the embeddings."""
+    """Return None: the embeddings of such a model contain the positions."""
 
 
-# Model type -> what makes the positions that its decoder layers take.
+# Model type -> what computes the positions that its decoder layers need.
 _POSITIONS: Mapping[str, Callable[[nn.Module, PreTrainedConfig], nn.Module | None]] = (
     MappingProxyType(
         {
@@ -48,7 +52,7 @@ _POSITIONS: Mapping[str, Callable[[nn.Module, PreTrainedConfig], nn.Module | Non
 )
 
 
-# Longer than 60 lines: two in three are its arguments, and what is said of them.
+# Longer than 60 lines: most of them are its arguments and their docstring.
 def deq_from_layer(
     layer: nn.Module,
     model_type: str | None = None,
@@ -65,29 +69,32 @@ def deq_from_layer(
 
         block = deq_from_layer(llama.model.layers[0], grad="npg(k=9)")
         states = block(embeddings, attention_mask)
-        llama.model.layers[0] = block  # works in the model that it came from, `generate` included
+        llama.model.layers[0] = block  # the block works in its model, also in `generate`
 
-    Limits: decoder layers of GPT-2, Llama, Mistral, Qwen2 and Qwen3, without cross-attention.
-    Nothing makes the equilibrium of a layer from a trained stack exist: look at
-    `block.last.residual`, and train it as an equilibrium.
+    Decoder layers of GPT-2, Llama, Mistral, Qwen2 and Qwen3 are supported, without cross-attention.
+    A layer from a trained stack need not have an equilibrium. Look at `block.last.residual`, and
+    train the block as an equilibrium.
 
     Args:
-        layer: the layer, taken over with its parameters; pass a deep copy to keep it apart.
-        model_type: its `config.model_type`; found in the layer if None.
+        layer: the layer. The block uses its parameters; pass a deep copy to keep them apart.
+        model_type: the `config.model_type` of the layer; if None, it is read from the layer.
         grad: the gradient of the equilibrium, a spec of `dpp.get_strategy`; `dpp.set_grad` changes
             it later.
         f_solver: TorchDEQ's name of the forward solver.
-        f_max_iter: the most iterations of the forward solve.
-        f_tol: its relative residual of each sample.
+        f_max_iter: the largest number of iterations of the forward solve.
+        f_tol: the relative residual at which the solve of a sample stops.
         grad_in_eval: whether the gradient is attached in evaluation mode too.
-        compile: whether F is compiled for the solve and for gradients that go through its graph
-            once, or a mode of `torch.compile`, see docs/howto/compile.md.
-        solve_dtype: "bfloat16" or "float16" to take most of the forward solve in it; needs an
-            `f_solver` of this package, such as "anderson_fast". See docs/howto/solvers.md.
+        compile: whether F is compiled for the solve, and for gradients that go through its graph
+            once; or a mode of `torch.compile`, see docs/howto/compile.md.
+        solve_dtype: "bfloat16" or "float16" to compute most of the forward solve in this dtype. It
+            needs an `f_solver` of this package, such as "anderson_fast". See docs/howto/solvers.md.
+
+    Returns:
+        The block.
 
     Raises:
-        ValueError: if layers of this type are unknown, with a list of those that are not; or on a
-            setting out of range.
+        ValueError: if layers of this type are not supported, with a list of those that are; or if a
+            setting is out of range.
     """
     configs = (vars(m).get("config") for m in layer.modules())
     config = next((c for c in configs if isinstance(c, PreTrainedConfig)), None)
@@ -99,9 +106,12 @@ def deq_from_layer(
         )
     kind = config.model_type if model_type is None else model_type
     if kind not in _POSITIONS:
-        raise ValueError(f"no equilibrium block for layers of {kind!r}; there is one for {known}")
+        raise ValueError(f"no equilibrium block for layers of {kind!r}; expected one of {known}")
     if "DecoderLayer" not in type(layer).__name__ and type(layer).__name__ != "GPT2Block":
-        raise ValueError(f"{type(layer).__name__} is not a decoder layer of {kind}")
+        raise ValueError(
+            f"{type(layer).__name__} is not a decoder layer of {kind}; expected a whole layer of "
+            "the model, such as model.model.layers[0] or model.transformer.h[0]"
+        )
     if config._attn_implementation is None:
         config._attn_implementation = "sdpa"
     return EquilibriumLayer(
@@ -116,27 +126,27 @@ def deq_from_layer(
 class EquilibriumLayer(nn.Module):
     """The equilibrium h = norm(layer(h + x)) of a decoder layer, for an injection x.
 
-    The normalisation has no weights. Without it the residual stream of the layer would have an
+    The normalisation has no weights. Without it, the residual stream of the layer would have an
     equilibrium only where all its parts add up to zero. Dropout inside the layer draws the same
-    masks at every evaluation of a solve.
+    masks in every evaluation of a solve.
 
-    It takes what the model around gives to the layer, returns what that returns, and passes for it
-    where the model reads its attributes. A token's equilibrium does not depend on later tokens. So
-    a cache gets the keys and values of the equilibrium, once a solve, and with those of earlier
-    tokens in it only the new ones are solved for.
+    The block accepts the arguments of the layer and returns what the layer returns. It also
+    forwards attributes, which the model around may read. The equilibrium of a token does not depend
+    on later tokens. So a cache gets the keys and values of the equilibrium once per solve. With a
+    cache, only the new tokens are solved for.
 
     Args:
         layer: the decoder layer.
-        config: its config.
-        rotary: makes the positions it takes, None for none.
-        deq: of `solve.make_equilibrium`.
+        config: the config of the layer.
+        rotary: computes the positions that the layer needs; None if it needs none.
+        deq: TorchDEQ's module, from `solve.make_equilibrium`.
         compile: see `deq_from_layer`.
 
     Attributes:
-        last: residual and evaluations of the last forward solve, None before the first.
+        last: the residual and the evaluations of the last forward solve, None before the first.
     """
 
-    compiles: bool | str = False  # in pickles from before it is missing
+    compiles: bool | str = False  # older pickles do not have this attribute
 
     def __init__(
         self,
@@ -158,26 +168,29 @@ class EquilibriumLayer(nn.Module):
 
         Args:
             hidden_states: the injection x, shape (B, L, hidden_size).
-            *args: `attention_mask` and `position_ids`; or what the layer takes, in its own order.
-            **kwargs: the same by name. All but these go to the layer as they are:
+            *args: `attention_mask` and `position_ids`; or the arguments of the layer, in its order.
+            **kwargs: the same arguments by name. These are read here, and all others go to the
+                layer unchanged:
 
-                - `attention_mask`: 1 for tokens and 0 for padding, whose states are zero, shape
-                  (B, P + L) with P tokens in the cache; or prepared for the layer, shape
-                  (1 or B, 1 or heads, L, keys), where states of queries that see no key are zero;
-                - `position_ids`: shape (1 or B, L); counted from P if None. Where they restart, and
-                  the mask is none of four dimensions, documents do not see one another;
-                - `position_embeddings`: cos and sin of the positions; made here if None;
+                - `attention_mask`: 1 for tokens and 0 for padding, shape (B, P + L) with P tokens
+                  in the cache. The states of padding are zero. Or a mask that is prepared for the
+                  layer, shape (1 or B, 1 or heads, L, keys). The states of queries that attend to
+                  no key are then zero.
+                - `position_ids`: shape (1 or B, L); counted from P if None. A document begins where
+                  they restart, and documents do not attend to one another, unless the mask is a
+                  prepared one.
+                - `position_embeddings`: cos and sin of the positions; computed here if None.
                 - `cache` (`past_key_values` before Transformers 5.24): gets the keys and values.
 
         Raises:
-            ValueError: if a shape does not fit; on cross-attention.
+            ValueError: if a shape does not fit, or if there is cross-attention.
         """
         func, past = self._problem(hidden_states, args, kwargs)
         collected = Collected()
         state, self.last = solve(self.deq, func, hidden_states)
         collected.forget()
         if past is not None or collected.wants("attentions"):
-            # Once more at the equilibrium, for what the layer leaves behind.
+            # One more evaluation at the equilibrium fills the cache and the collected attentions.
             with Past.written(past):
                 func(state)
         output = state.to(hidden_states.dtype)
@@ -187,13 +200,13 @@ class EquilibriumLayer(nn.Module):
     def equilibrium_func(
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Callable[[Tensor], Tensor]:
-        """Return the map whose equilibrium this is; for the arguments see `forward`."""
+        """Return F, the map whose equilibrium this block returns; for arguments see `forward`."""
         return self._problem(hidden_states, args, kwargs)[0]
 
     def _problem(
         self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Callable[[Tensor], Tensor], Past | None]:
-        """Return the map, and the cache as it sees that."""
+        """Return F, and the stand-in for the cache in its arguments."""
         if x.dim() != 3 or x.shape[-1] != self.config.hidden_size or 0 in x.shape:
             raise ValueError(
                 f"hidden_states of shape {tuple(x.shape)}; expected (batch, length, "
@@ -201,7 +214,10 @@ class EquilibriumLayer(nn.Module):
             )
         settings = self._named(args, kwargs)
         if settings.get("encoder_hidden_states") is not None:
-            raise ValueError("encoder_hidden_states; an equilibrium block has no cross-attention")
+            raise ValueError(
+                "encoder_hidden_states; expected None, since an equilibrium block has no "
+                "cross-attention"
+            )
         cache = settings[CACHE]
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
@@ -216,7 +232,7 @@ class EquilibriumLayer(nn.Module):
             self.config, self._window, x, settings["attention_mask"], positions, past
         )
         settings["attention_mask"] = mask
-        x = x if real is None else x.where(real, 0)  # what padding holds does not matter
+        x = x if real is None else x.where(real, 0)  # the values of padding must not matter
         if self.rotary is not None and settings.get("position_embeddings") is None:
             settings["position_embeddings"] = self.rotary(x, positions)
 
@@ -224,7 +240,7 @@ class EquilibriumLayer(nn.Module):
             image: Tensor = self.norm(self.layer(state + x, **settings))
             return image
 
-        # A cache's length changes with every token.
+        # With a cache, each new length would be compiled again.
         compile = self.compiles if past is None else False
         return solvable(func, x.dtype, real, compile, self), past
 
@@ -232,7 +248,8 @@ class EquilibriumLayer(nn.Module):
         """Return the arguments of the layer by their names."""
         names = self._names
         if names[0] == CACHE and len(args) < 3 and not isinstance(next(iter(args), None), Cache):
-            names = ["attention_mask", "position_ids"]  # GPT-2's model gives three
+            # GPT-2's model passes three arguments by position. With fewer, they are these.
+            names = ["attention_mask", "position_ids"]
         settings = {**dict(zip(names, args, strict=False)), **kwargs}
         given = [settings.pop(name, None) for name in ("past_key_values", "cache")]
         settings[CACHE] = next((cache for cache in given if cache is not None), None)
@@ -240,18 +257,18 @@ class EquilibriumLayer(nn.Module):
 
     @property
     def _attention(self) -> Any:
-        """The layer's self-attention."""
+        """The self-attention module of the layer."""
         return next(module for module in self.layer.modules() if hasattr(module, "layer_idx"))
 
     @property
     def _window(self) -> int | None:
-        """How many tokens a token sees, None for all before it."""
+        """The number of tokens to which a token attends; None for all tokens before it."""
         own = getattr(self.config, "sliding_window", None)
         window: int | None = getattr(self._attention, "sliding_window", own)
         return window
 
     def __getattr__(self, name: str) -> Any:
-        """Models read attributes of their layers."""
+        """Return an attribute of the layer, since models read attributes of their layers."""
         try:
             return super().__getattr__(name)
         except AttributeError:

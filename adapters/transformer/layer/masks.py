@@ -1,4 +1,4 @@
-"""The attention mask as a decoder layer takes it, and where states are not those of padding."""
+"""Prepares the attention mask for a decoder layer, and finds the states that are not padding."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ def layer_mask(
     position_ids: Tensor,
     past: Past | None,
 ) -> tuple[Any, Tensor | None]:
-    """Return the mask as the layer takes it, and where states are not those of padding.
+    """Return the mask for the layer, and where states are not those of padding.
 
-    A query that sees no key is shown all of them: what a kernel makes of no key may be NaN, and
-    that times zero is NaN in the backward pass. Its state is zero in any case.
+    A query that may attend to no key gets all keys instead. A kernel may return NaN for a query
+    without keys, and 0 times NaN is NaN in the backward pass. The state of such a query is set to
+    zero in any case.
 
     Args:
-        config: of the layer.
-        window: how many tokens a token sees, None for all before it.
+        config: the config of the layer.
+        window: the number of tokens to which a token attends; None for all tokens before it.
         x: the injection, shape (B, L, hidden_size).
-        attention_mask: None, of two dimensions, or prepared.
+        attention_mask: None, a mask of two dimensions, or a prepared mask of four.
         position_ids: shape (1 or B, L).
-        past: the cache.
+        past: the stand-in for the cache, or None.
 
     Returns:
-        The mask, and None or shape (B, L, 1).
+        The mask; and True where a state is not padding, shape (B, L, 1), or None without padding.
 
     Raises:
         ValueError: if the mask does not fit.
@@ -58,9 +59,9 @@ def layer_mask(
         if isinstance(mask, Tensor) and mask.is_floating_point():
             mask = _added(mask, x.dtype)
     if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return mask, real  # as FlashAttention and FlexAttention take them
+        return mask, real  # masks of FlashAttention and FlexAttention stay as they are
     if mask.dtype == torch.bool and config._attn_implementation == "eager":
-        hidden = torch.finfo(x.dtype).min  # where it would be added as 0 and 1
+        hidden = torch.finfo(x.dtype).min  # eager attention adds the mask to the scores
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, hidden)
     if mask.dtype == torch.bool:
         sees = mask.any(-1, keepdim=True)
@@ -73,7 +74,7 @@ def layer_mask(
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask that is added to the scores, in their dtype."""
+    """Return a mask that is added to the scores, converted to their dtype."""
     if bool(((mask == 0) | (mask == 1)).all()) and bool(mask.any()):
         raise ValueError(
             "an attention_mask of zeros and ones in floating numbers, which are added to the "
@@ -84,7 +85,12 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _tokens(mask: Tensor, x: Tensor, past: Past | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return a mask of two dimensions, None if it hides nothing, and where new tokens are."""
+    """Check a mask of two dimensions.
+
+    Returns:
+        The mask, and True where the new tokens are not padding, shape (B, L, 1). Both are None if
+        the mask hides nothing.
+    """
     batch, length = x.shape[:2]
     before = 0 if past is None else int(past.length)
     # A static cache may be given a mask of its whole length.
@@ -127,7 +133,7 @@ def _causal_mask(
     position_ids: Tensor,
     past: Past | None,
 ) -> Any:
-    """Return the mask that Transformers makes, documents told apart."""
+    """Return the mask that Transformers makes, and keep documents apart."""
     fresh = past is None or (not past.is_static and past.length == 0)
     make = create_causal_mask if window is None else create_sliding_window_causal_mask
     settings: dict[str, Any] = {}
@@ -138,7 +144,7 @@ def _causal_mask(
             if "flash" in (config._attn_implementation or ""):
                 raise ValueError(
                     "attention_mask with padding and position_ids that restart, which "
-                    "FlashAttention does not take together; expected one of them"
+                    "FlashAttention does not accept together; expected one of them"
                 )
             settings["and_mask_function"] = packed_sequence_mask_function(documents)
     return make(
@@ -152,10 +158,10 @@ def _causal_mask(
 
 
 def _documents(position_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
-    """Number the documents that a row of tokens holds, None if none holds several.
+    """Return the number of each token's document, shape (B, L); None if each row has one document.
 
-    One begins where positions do not go on from those of the last token before or, after padding,
-    from those that the padding has, as in generation.
+    A document begins where the position does not follow that of the last token. After padding, it
+    may also follow the position of the padding, since generation numbers padding, too.
     """
     real = attention_mask > 0
     positions = position_ids.expand(real.shape)

@@ -1,1 +1,1 @@
-"""The groups of the suite, one file each: `contests(settings)` yields what is to be measured."""
+"""The groups of the suite, one file per group; its `contests(settings)` yields the contests."""

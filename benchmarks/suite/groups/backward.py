@@ -1,4 +1,4 @@
-"""Attach + backward at a fixed equilibrium: phantom gradients against TorchDEQ's, and floors."""
+"""Times phantom gradients (attach + backward) at a fixed equilibrium: ours, TorchDEQ's, floors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ UPG, NPG = "upg(k=5, lam=0.5)", "npg(k=5, lam=0.5)"
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a model and memory format.
+    """Yield one contest per model and memory format.
 
-    All contenders have the same f, which leaves the memory format as it comes. TorchDEQ's is also
-    shown with an f that restores it, as our MDEQ adapter's does.
+    All contenders have the same f, which does not restore the memory format. TorchDEQ is also
+    measured with an f that restores it, as that of our MDEQ adapter does.
     """
     for preset in ("tiny",) if settings.quick else ("tiny", "small"):
         for layout in work.FORMATS:
@@ -70,7 +70,7 @@ def _contest(preset: str, layout: str, settings: Settings) -> Contest:
 
 
 def _layer(problem: work.Problem) -> Run:
-    """Attach in phantom_grad's layer, and go back."""
+    """Return code that attaches in phantom_grad's layer, and differentiates."""
     layer = PhantomGrad(K, LAM, updates=None)
 
     def run() -> None:

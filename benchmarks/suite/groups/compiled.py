@@ -1,7 +1,7 @@
-"""A whole training step whose F is compiled by `compile=True`, over the same step as it is written.
+"""Compares a training step whose F is compiled (`compile=True`) with the same step without it.
 
-The step is taken once before its time counts: that one compiles. `graphs later` counts what is
-compiled after it, which is to be nothing.
+The first step, which compiles, is not timed. `graphs` is the number of graphs that it compiles, and
+`graphs later` the number that later steps compile, which should be zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EAGER, COMPILED = f"{UPG}, F as written", f"{UPG}, compile=True"
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a model."""
+    """Yield one contest per model."""
     builders: list[Callable[[], tuple[Training, float | None]]] = [
         lambda: (work.mdeq_training("tiny", settings, "contiguous"), 0.92),
         lambda: (work.mdeq_training("tiny", settings, "channels_last"), None),
@@ -61,6 +61,7 @@ def _contender(method: str, compile: bool, training: Training) -> Contender:
 
 
 def _graphs() -> int:
+    """Return the number of graphs that were compiled so far."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])

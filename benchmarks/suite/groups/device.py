@@ -1,6 +1,6 @@
-"""What matters on an accelerator: kernel launches and host-device syncs a step, bf16, compile.
+"""Measures training steps for an accelerator: kernel launches, synchronisations, bf16 and compile.
 
-Runs anywhere: where no kernels are launched, operators and numbers read by the host are counted.
+The group runs on any machine. Without a GPU, it counts operators, and numbers that the host reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MODES = ("eager", "bf16 autocast", "torch.compile")
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a model and mode; the same steps as in group `step`, fewer of them."""
+    """Yield one contest per model and mode; they have some of the contenders of group `step`."""
     trainings: list[Callable[[], Training]] = [
         lambda: work.synthetic_training(*(16, 4) if settings.quick else (2048, 64), settings),
         lambda: work.mdeq_training("tiny", settings, "channels_last"),
@@ -86,14 +86,15 @@ def _in_mode(training: Training, deq: Any, mode: str, settings: Settings) -> Run
 
 
 def _compiled(training: Training, plain: Run) -> Run:
-    """Return a step in which f is compiled: the layer of an MDEQ, a transformer's block."""
+    """Return a step in which a part of f is compiled: an MDEQ's layer, a transformer's block."""
     holder = training.holder
     name = next((n for n in ("layer", "block", "activation") if hasattr(holder, n)), None)
     if name is None:
         raise Unavailable("nothing to compile")
     eager = getattr(holder, name)
     if isinstance(eager, torch.nn.Module):
-        # As `eager.compile()` does, but for our steps only: others run the same module.
+        # This is what `eager.compile()` does, but only during our steps, since other contenders use
+        # the same module.
         owner, attribute, value = eager, "_compiled_call_impl", torch.compile(eager._call_impl)
     else:
         owner, attribute, value = holder, name, torch.compile(eager)
@@ -108,8 +109,8 @@ def _compiled(training: Training, plain: Run) -> Run:
             setattr(owner, attribute, before)
 
     def run() -> None:
-        # Contenders share compiled code, and by default that of the first, which keeps no graph,
-        # is good for one backward pass.
+        # Contenders share compiled code. By default, the code that is compiled for the first one
+        # donates its buffers, and then works for only one backward pass.
         with torch._functorch.config.patch(donated_buffer=False), swapped():
             plain()
 

@@ -1,4 +1,4 @@
-"""The forward solve alone: 22 evaluations of f with each solver, residuals side by side."""
+"""Times the forward solve alone: 22 evaluations of f with each solver, and its residuals."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ SOLVERS = ("fixed_point_iter", "anderson", "broyden")
 FAST = {"fixed_point_iter": "fixed_point_fast", "anderson": "anderson_fast"}
 FAST["broyden"] = "broyden_fast"
 TARGETS = {"broyden": 0.55}
-# Its names, in the order of ours, and the iterations that make N evaluations.
+# silva-networks' names of the solvers, in the order of `SOLVERS`, with the number of iterations
+# that makes N evaluations.
 SILVA = {"picard": N, "anderson": N, "broyden": N - 1}
 HISTORY = {"picard": 1, "anderson": 6, "broyden": N}
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a memory format; f restores it, as our MDEQ adapter's does, for all."""
+    """Yield one contest per memory format; f restores it for all contenders."""
     for layout in work.FORMATS:
         problem = work.restoring(work.mdeq("tiny", settings, layout))
         contenders = [Contender("floor", "floor", lambda p=problem: solve_floor(p, N))]
@@ -59,20 +60,20 @@ def contests(settings: Settings) -> Iterator[Contest]:
 
 
 def _torchdeq(solver: str) -> torch.nn.Module:
-    """Return TorchDEQ's module in evaluation mode: nothing is attached."""
+    """Return TorchDEQ's module in evaluation mode, in which nothing is attached."""
     settings = {"f_max_iter": evaluations(solver, N), "f_tol": 0.0, "f_stop_mode": "rel"}
     return torchdeq(f_solver=solver, **settings).eval()
 
 
 def _silva(solver: str, iterations: int) -> torch.nn.Module:
-    """Return silva-networks' engine, which takes the whole batch for one coupled system."""
+    """Return silva-networks' engine, which treats the whole batch as one coupled system."""
     return Silva(
         [], solver=solver, max_iter=iterations, history=HISTORY[solver], backward_mode="implicit"
     )
 
 
 def run_module(problem: Problem, deq: torch.nn.Module) -> Run:
-    """Solve in a module, without autograd."""
+    """Return code that solves in a module without autograd."""
 
     @torch.no_grad()
     def run() -> object:
@@ -83,9 +84,10 @@ def run_module(problem: Problem, deq: torch.nn.Module) -> Run:
 
 
 def _residuals(problem: Problem, make: Callable[[], torch.nn.Module]) -> dict[str, float]:
+    """Return the median and the largest residual of a solve; empty if the solve fails."""
     try:
         state = run_module(problem, make())()
-    except Exception:  # reported where it was timed
+    except Exception:  # the contest has already reported it
         return {}
     found = work.residuals(problem.func, state)
     return {"residual, median": float(found.median()), "residual, worst": float(found.max())}

@@ -1,8 +1,8 @@
-"""Implicit gradients: the time of a backward pass whose g solves (I - J^T) g = v well enough.
+"""Times the backward pass of implicit gradients that solve (I - J^T) g = v to a given tolerance.
 
-Good enough is ||v + J^T g - g|| / ||v|| in every sample, measured on the g that comes out. Ours
-take that tolerance as an argument; TorchDEQ's solvers stop on the change of their iterate instead,
-so each gets the smallest `b_max_iter` that reaches it: its best case.
+The tolerance holds for ||v + J^T g - g|| / ||v|| in every sample, measured on the resulting g. Our
+solvers take it as an argument. TorchDEQ's solvers stop by the change of their iterate instead. So
+each of them gets the smallest `b_max_iter` that reaches the tolerance, which is its best case.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ..peers import attached, seam
 from ..timing import Run
 from ..work import Problem
 
-CAPS = {"synthetic": 200, "MDEQ": 80}  # the most products
+CAPS = {"synthetic": 200, "MDEQ": 80}  # the largest number of products
 TOLERANCES = (1e-2, 1e-4)
 PEERS = ("fixed_point_iter", "anderson", "broyden")
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield a contest a problem and tolerance."""
+    """Yield one contest per problem and tolerance."""
     for problem in _problems(settings):
         adjoint = Adjoint(problem)
         for tol in TOLERANCES:
@@ -82,13 +82,13 @@ def _contest(problem: Problem, adjoint: Adjoint, tol: float) -> Contest:
 
 
 class Adjoint:
-    """The adjoint system of a problem: who solves it how well.
+    """The adjoint system of a problem; it checks how well a contender solves it.
 
     Args:
         problem: the problem.
 
     Attributes:
-        cap: the most products to take.
+        cap: the largest number of products.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -97,7 +97,7 @@ class Adjoint:
         leaves, self.structure = tree_flatten(problem.equilibrium)
         with torch.no_grad():
             after = tree_leaves(problem.func(problem.equilibrium))
-        # IFTGrad linearises at F(h*), everybody else at h*.
+        # TorchDEQ's `ift` linearises F at F(h*), and all others at h*.
         self._graphs = {False: self._graph(leaves), True: self._graph(after)}
         self._norm = _flat(problem.cotangents).norm(dim=1)
 
@@ -106,7 +106,12 @@ class Adjoint:
         return inputs, tree_leaves(self.problem.func(tree_unflatten(inputs, self.structure)))
 
     def residual(self, g: list[Tensor], after: bool = False) -> Tensor:
-        """Return ||v + J^T g - g|| / ||v|| of each sample, J taken at h* or at F(h*)."""
+        """Return ||v + J^T g - g|| / ||v|| of each sample, shape (B,).
+
+        Args:
+            g: one tensor per tensor of the state.
+            after: whether J is that at F(h*), and not that at h*.
+        """
         inputs, outputs = self._graphs[after]
         images = torch.autograd.grad(outputs, inputs, g, retain_graph=True)
         v = self.problem.cotangents
@@ -114,12 +119,20 @@ class Adjoint:
         return error.norm(dim=1) / self._norm
 
     def ours(self, spec: str, tol: float, numbers: dict[str, float]) -> Run:
-        """Return the backward pass of one of our strategies, once it is known to reach `tol`."""
+        """Return the backward pass of one of our strategies.
+
+        Raises:
+            Unavailable: if it does not reach the tolerance.
+        """
         g = self._solution(lambda problem: attached(problem, spec))
         return self._accepted(g, attached(self.problem, spec), tol, False, numbers)
 
     def peer(self, solver: str, hook: bool, tol: float, numbers: dict[str, float]) -> Run:
-        """Return TorchDEQ's, with the fewest iterations that reach `tol`."""
+        """Return the backward pass of TorchDEQ with the fewest iterations that reach `tol`.
+
+        Raises:
+            Unavailable: if it does not reach the tolerance.
+        """
 
         def settings(n: int) -> dict[str, Any]:
             kind = {"hook_ift": True} if hook else {"ift": True}
@@ -140,22 +153,23 @@ class Adjoint:
         self, g: list[Tensor], run: Run, tol: float, after: bool, numbers: dict[str, float]
     ) -> Run:
         residual = float(self.residual(g, after).max())
-        # A little slack: ours compute it in another order.
+        # A little slack, since our solvers compute the residual in another order.
         if not residual <= tol * 1.05:
             raise Unavailable(f"residual {residual:.1e} within {self.cap} products")
         numbers["residual, worst"] = residual
         return run
 
     def _solution(self, make: Callable[[Problem], Run]) -> list[Tensor]:
-        """Return the g of a contender: the gradient at an addend to F(h*)."""
+        """Return the g of a contender, which is the gradient of a zero that is added to F(h*)."""
         func, probes = with_probe(self.problem.func, self.problem.equilibrium)
         make(replace(self.problem, func=Counted(func), tensors=[*self.problem.tensors, *probes]))()
         return [probe.grad for probe in probes]
 
     def _evaluations(self, solver: str, tol: float, after: bool) -> int | None:
-        """Return after how many products a solver of TorchDEQ's has seen a g that is good enough.
+        """Return the number of products after which a solver of TorchDEQ reaches the tolerance.
 
-        Each sample's best counts, as it does for what the solver returns.
+        The best g of each sample so far counts, since the solver returns that. The result is None
+        if the tolerance is not reached.
         """
         from torchdeq.solver import get_solver
 
@@ -185,7 +199,7 @@ class Adjoint:
 
 
 class _ReachedError(Exception):
-    """The search is over."""
+    """All samples have reached the tolerance, so the solve can stop."""
 
 
 def _flat(leaves: Any) -> Tensor:

@@ -1,9 +1,9 @@
-"""One implicit graph layer: the official code against `IGNNConv`, forward and backward.
+"""Compares one implicit graph layer of the official code with `IGNNConv`, forward and backward.
 
-On the first 128 graphs of PROTEINS, with the same weights and 64 channels. The official code has
-to be in `.hosts/IGNN`, or in `IGNN` in the folder that DEQ_PHANTOM_HOSTS names
-(https://github.com/SwiftieH/IGNN); the graphs in the folder of `--graphs`, where PyG finds them or
-downloads them to, or in the zip file there that holds their text files.
+The data are the first 128 graphs of PROTEINS. Both layers have the same weights and 64 channels.
+The official code (https://github.com/SwiftieH/IGNN) must be in `.hosts/IGNN`, or in `IGNN` in the
+folder that DEQ_PHANTOM_HOSTS names. The graphs are in the folder of `--graphs`. PyG reads them
+there, or downloads them to it. PROTEINS.zip with their text files in this folder is read, too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def contests(settings: Settings) -> Iterator[Contest]:
 
 
 class _Setting:
-    """The layers, with the same weights, on the same graphs."""
+    """Builds the layers with the same weights, on the same graphs."""
 
     def __init__(self, batch: Any, edges: Tensor, weight: Tensor, settings: Settings) -> None:
         from deq_phantom_plugin.adapters.ignn import Graph, project_rows
@@ -57,7 +57,7 @@ class _Setting:
         self.edges, self.edge_weight = edges.to(settings.device), weight.to(self.x)
         self.graph = Graph(*self.edges, self.edge_weight, self.nodes)
         torch.manual_seed(0)
-        # As the official layer draws them: uniform, up to 1 / sqrt(channels).
+        # The official layer draws them uniformly between -1 and 1 over sqrt(channels).
         width = CHANNELS**-0.5
         raw, omega = (
             torch.empty(CHANNELS, columns).uniform_(-width, width).to(self.x)
@@ -90,6 +90,8 @@ class _Setting:
 
 
 def _pass(layer: Callable[[], Tensor], setting: _Setting) -> Run:
+    """Return a forward and a backward pass through a layer."""
+
     def run() -> None:
         for tensor in setting.known:
             tensor.grad = None
@@ -110,7 +112,7 @@ def _graphs(settings: Settings) -> tuple[Any, str]:
     from torch_geometric.data import Batch, Data
 
     if settings.graphs is None:
-        # Chains with random features: only so that the suite can be tried without data.
+        # Chains with random features, so that the suite can be tried without data.
         length = 8 if settings.quick else 39
         path = torch.arange(length - 1)
         pairs = torch.stack([path, path + 1])

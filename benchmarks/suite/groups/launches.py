@@ -1,6 +1,7 @@
-"""Operators that launch kernels in a training step of MDEQ-tiny: exact, the same on any machine.
+"""Counts the operators that launch kernels in a training step of MDEQ-tiny.
 
-Of its forward and backward passes: the optimiser's are the same for all.
+The numbers are exact, and the same on every machine. They are those of the forward and the backward
+pass. The optimiser does not count, since it is the same for all contenders.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Bytes: what autograd holds between forward and backward, and the peak of a whole pass.
+"""Measures the memory of attaching a gradient and differentiating it, on MDEQ-tiny.
 
-Of attach + backward on MDEQ-tiny. Counted, not sampled: the same every time. On CUDA the peak is
-the allocator's.
+It measures the bytes that autograd holds between the forward and the backward pass, and the peak of
+both passes together. The bytes are counted, not sampled, so they are the same every time. On CUDA
+the peak is that of the allocator.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def contests(settings: Settings) -> Iterator[Contest]:
     specs += [f"upg(k={k}, checkpoint=True)" for k in steps]
     specs += [f"ift(solver={name!r}, tol=1e-12, max_iter=20)" for name in ("gmres", "broyden")]
     specs += ["ift(solver='bicgstab', tol=1e-12, max_iter=20)", "jfb"]
-    # 20 evaluations of f in each.
+    # Each of these two evaluates f 20 times.
     specs += ["bptt(steps=20)", "reversible(steps=10)"]
     contenders = [Contender(spec, "ours", lambda s=spec: attached(problem, s)) for spec in specs]
     for k in steps:

@@ -1,4 +1,4 @@
-"""The bookkeeping of a strategy: microseconds a call, with an f that does next to nothing."""
+"""Times the overhead of a strategy per call, with an f that does almost nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ THEIRS = {
 def contests(settings: Settings) -> Iterator[Contest]:
     """Yield the contest: attach + backward, through TorchDEQ's module and without it.
 
-    f multiplies by a number below one: by one, I - J would have no inverse.
+    f multiplies by a number below one. With one, I - J would have no inverse.
     """
     calls = 5 if settings.quick else 100
     place = {"device": settings.device, "dtype": settings.dtype}

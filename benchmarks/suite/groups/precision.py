@@ -1,7 +1,7 @@
-"""A training step whose forward solve is in 16 bits, over the same step in full precision.
+"""Compares a training step whose forward solve is in 16 bits with one in full precision.
 
-The same budget for both, of 22 evaluations and of as many as a tolerance takes. Where a processor
-has no units for bfloat16 it does not pay.
+Both have the same budget: 22 evaluations, or as many evaluations as a tolerance needs. A processor
+without units for bfloat16 does not gain from 16 bits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .step import FORWARD, counts, step
 SOLVERS = ("broyden_fast", "anderson_fast")
 DTYPES = (None, "bfloat16")
 TARGET = 0.85
-# The tolerance of each contest, and the most evaluations: a fixed number, then what is needed.
+# The tolerance of each contest, and its largest number of evaluations. The first takes all of them.
 BUDGETS = ((0.0, FORWARD), (1e-2, 60), (1e-3, 60))
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a model and budget."""
+    """Yield one contest per model and budget."""
     trainings: list[Callable[[], Training]] = [
         lambda layout=layout: work.mdeq_training("tiny", settings, layout)
         for layout in work.FORMATS
@@ -79,15 +79,15 @@ class _Lowered:
     """Counts evaluations of f under autocast.
 
     Args:
-        holder: the module whose `deq` evaluates it.
+        holder: the module whose `deq` evaluates f.
     """
 
     def __init__(self, holder: torch.nn.Module) -> None:
         self._holder, self._n = holder, 0
 
     def count(self, run: Run) -> dict[str, float]:
-        """Return how many there are in a step."""
-        run()  # puts its module in place
+        """Return the number of such evaluations in a step."""
+        run()  # sets the contender's module as `deq`
 
         def before(module: torch.nn.Module, args: tuple) -> tuple:
             return (self._noting(args[0]), *args[1:])

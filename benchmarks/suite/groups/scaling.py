@@ -1,4 +1,4 @@
-"""How time and bytes grow with k, the batch and the state: attach + backward on MDEQ-tiny."""
+"""Measures how time and bytes of attach + backward grow with k, batch and state, on MDEQ-tiny."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDES = (16, 48)
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a k, then one a batch size, then one a size of image."""
+    """Yield one contest per k, then one per batch size, and then one per size of image."""
     problem = work.mdeq("tiny", settings, "channels_last")
     for k in (1, 2) if settings.quick else STEPS:
         yield _contest(f"k={k}: {problem.name}", problem, k)

@@ -1,4 +1,4 @@
-"""silva-networks' own backward modes, and the strategies that take their place in it by name."""
+"""Compares silva-networks' own backward modes with our strategies, which replace them by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .synthetic import solved
 N = 22  # iterations of the forward solve, and products of an implicit gradient
 SIZES = ((512, 32), (2048, 32))
 BROYDEN: dict[str, Any] = {"solver": "broyden", "max_iter": N, "history": N}
-# Its mode, the spec in its place, and what both are given.
+# The mode of silva-networks, our spec in its place, and the options that both get.
 PAIRS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("phantom", "upg", {"phantom_steps": 5, "phantom_tau": 0.5}),
     ("neumann", "npg(k=5, lam=0.5)", {"neumann_terms": 5, "alpha": 0.5}),
@@ -27,7 +27,7 @@ PAIRS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a size."""
+    """Yield one contest per size."""
     if why := why_not("silva_networks"):
         raise Unavailable(f"{why}: make bench-silva")
     dpp.enable("silva")

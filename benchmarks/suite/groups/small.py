@@ -1,4 +1,4 @@
-"""A step where F takes microseconds: what is around it decides. Solve, attach, go back."""
+"""Times a step (solve, attach, differentiate) whose F takes microseconds, so overhead dominates."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from .synthetic import solved
 N, K = 20, 5  # evaluations of the solve, and of the gradient
 SIZES = ((16, 1), (128, 1), (128, 32), (1024, 8))
 LOOP = "the loop by hand"
-# TorchDEQ's name -> ours, silva-networks'.
+# TorchDEQ's name of a solver -> our name, silva-networks' name.
 SOLVERS = {
     "fixed_point_iter": ("fixed_point_fast", "picard"),
     "anderson": ("anderson_fast", "anderson"),
     "broyden": ("broyden_fast", "broyden"),
 }
-# Over TorchDEQ's step at batch 1, at batch 32; over the loop at D=1024.
+# Targets of our step: over TorchDEQ's at batch 1 (TARGETS) and in batches (BATCHED), and over the
+# loop by hand at D=1024 (LARGE).
 TARGETS = {"fixed_point_iter": 0.40, "anderson": 0.45, "broyden": 0.42}
 BATCHED, LARGE = 0.50, {"fixed_point_iter": 1.05, "anderson": 1.15, "broyden": 1.25}
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a size."""
+    """Yield one contest per size."""
     for width, batch in SIZES[:1] if settings.quick else SIZES:
         problem = work.synthetic(width, batch, settings)
         contenders = [_contender(LOOP, "floor", lambda p=problem: _loop(p))]

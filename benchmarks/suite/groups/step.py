@@ -1,4 +1,4 @@
-"""A whole training step: solve, attach, backward, optimiser."""
+"""Times a whole training step: solve, attach, backward pass, optimiser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..peers import PhantomGrad, Silva, evaluations, torchdeq
 from ..timing import Run
 from ..work import Training, residuals
 
-FORWARD, BACKWARD = 22, 24  # evaluations of f, of the solve and of TorchDEQ's adjoint solve
+FORWARD, BACKWARD = 22, 24  # evaluations of f in the solve, and products in the adjoint solve
 PG, IFT = "broyden + phantom gradient (5, 0.5)", "broyden + ift (broyden, 24)"
 LAYER = "phantom_grad: its layer (Broyden, pg_steps=5, tau=0.5)"
 AS_IN_ZOO = ", f as in the deq-zoo"
@@ -38,7 +38,7 @@ SILVA: dict[str, dict[str, Any]] = {
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a model; the learning rate is zero, so that all see the same weights."""
+    """Yield one contest per model; the learning rate is zero, so the weights stay the same."""
     for training in trainings(settings):
         contenders = list(_contenders(training, settings))
         upg = "broyden_fast + upg"
@@ -61,7 +61,7 @@ def contests(settings: Settings) -> Iterator[Contest]:
 
 
 def trainings(settings: Settings) -> Iterator[Training]:
-    """Yield the models, those that can be had."""
+    """Yield the models that can be built on this machine."""
     builders: list[Callable[[], Training]] = [
         lambda: work.synthetic_training(*(16, 4) if settings.quick else (512, 64), settings)
     ]
@@ -86,18 +86,18 @@ def _contenders(training: Training, settings: Settings) -> Iterator[Contender]:
     implicit = peer("broyden", ift=True, b_solver="broyden", b_max_iter=BACKWARD - 1, b_tol=0.0)
     yield _contender(f"torchdeq: {PG}", "torchdeq", phantom, training)
     yield _contender(f"torchdeq: {IFT}", "torchdeq", implicit, training)
-    # Only with an MDEQ in channels_last does it matter who restores the memory format.
+    # It matters only for an MDEQ in channels_last whether f restores the memory format.
     if "channels_last" in training.name:
         for name, make in ((PG, phantom), (IFT, implicit)):
             yield _contender(f"torchdeq: {name}{AS_IN_ZOO}", "torchdeq", make, training, False)
     if "MDEQ" in training.name:
-        # Its solver, too, counts its Broyden updates, one evaluation less than it takes.
+        # Its solver counts Broyden updates, of which there is one less than evaluations.
         layer = lambda: PhantomGrad(5, 0.5, updates=FORWARD - 1)  # noqa: E731
         yield _contender(LAYER, "Gsunshine/phantom_grad", layer, training)
     for name, spec in OURS.items():
         yield _contender(name, "ours", peer("broyden_fast", grad=spec), training)
     for name, options in SILVA.items():
-        # Its `max_iter` are Broyden updates, each with one evaluation after the first.
+        # Its `max_iter` counts Broyden updates, of which there is one less than evaluations.
         yield _contender(
             f"silva: {name}",
             "silva",
@@ -132,7 +132,7 @@ def step(training: Training, deq: Any, restores_format: bool = True) -> Run:
     """Return a training step in which a module solves and attaches."""
     optimizer = torch.optim.Adam(training.parameters, lr=0.0)
     if not any(isinstance(module, dpp.Memory) for module in deq.modules()):
-        deq.memory = dpp.Memory()  # the transformer adapter looks for the training step in one
+        deq.memory = dpp.Memory()  # the transformer adapter reads the training step from it
 
     def run() -> None:
         training.holder.deq = deq
@@ -145,7 +145,7 @@ def step(training: Training, deq: Any, restores_format: bool = True) -> Run:
 
 
 def counts(training: Training, run: Run) -> dict[str, float]:
-    """Return how often a step evaluates f and goes back through it, and where its solve ends."""
+    """Return the evaluations of f and the backward passes in a step, and its largest residual."""
     counted: list[Counted] = []
     found: dict[str, float] = {}
 
@@ -156,12 +156,13 @@ def counts(training: Training, run: Run) -> dict[str, float]:
 
     def after(module: Any, args: Any, output: Any) -> None:
         func, state = counted[0].func, tree_map(torch.Tensor.detach, output[0][-1])
-        # The returned state: phantom gradients have taken their damped steps from the solve's.
+        # This is the returned state. Phantom gradients have taken their damped steps from the state
+        # of the solve.
         single = isinstance(state, torch.Tensor)
         residual = residuals(func if single else lambda leaves: list(func(*leaves)), state)
         found["residual, worst"] = float(residual.max())
 
-    run()  # puts its module in place
+    run()  # sets the contender's module as `deq`
     deq = training.holder.deq
     handles = [deq.register_forward_pre_hook(before), deq.register_forward_hook(after)]
     try:

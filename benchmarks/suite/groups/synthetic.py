@@ -1,4 +1,4 @@
-"""Solve + attach + backward on the synthetic map of the source, from small to large."""
+"""Times solve + attach + backward on the synthetic map of the supplement, from small to large."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ UPG, NPG = "upg(k=5, lam=0.5)", "npg(k=5, lam=0.5)"
 IFT = f"ift(tol=1e-12, max_iter={N})"
 SILVA: dict[str, dict[str, Any]] = {
     "phantom": {"backward_mode": "phantom", "phantom_steps": 5, "phantom_tau": 0.5},
-    # Its damping is that of the forward solve as well; the work is the same.
+    # `alpha` damps the forward solve as well, which does not change the amount of work.
     "neumann": {"backward_mode": "neumann", "neumann_terms": 5, "alpha": 0.5},
     "implicit (gmres)": {"backward_mode": "implicit", "backward_max_iter": N},
 }
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a size."""
+    """Yield one contest per size."""
     for width, batch in ((16, 2),) if settings.quick else SIZES:
         problem = work.synthetic(width, batch, settings)
         solve = {"f_solver": "fixed_point_iter", "f_max_iter": N, "f_tol": 0.0}
@@ -75,7 +75,7 @@ def contests(settings: Settings) -> Iterator[Contest]:
 
 
 def solved(problem: Problem, deq: torch.nn.Module) -> Run:
-    """Solve, attach and go back in a module."""
+    """Return code that solves and attaches in a module, and differentiates."""
 
     def run() -> None:
         states, _ = deq(problem.spread, problem.start)

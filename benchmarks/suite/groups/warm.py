@@ -1,8 +1,8 @@
-"""Warm starts: an IGNN trained on one graph, its adjoint solve from zero or from the last step's g.
+"""Compares adjoint solves that begin at zero with warm starts, which begin at the last step's g.
 
-On chains, and on Cora where the folder of `--graphs` has `Cora/raw`. Each contender trains a model
-of its own from the same weights, so that the k-th run of each is the same step. Dropout draws
-another incoming gradient each step, which is what a warm start cannot foresee.
+An IGNN is trained on one graph of chains, and on Cora if the folder of `--graphs` has `Cora/raw`.
+Each contender trains a model of its own from the same weights, so the k-th run of each is the same
+step. With dropout, the incoming gradient changes at random in each step, so the last g helps less.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from deq_phantom_plugin.contract.state import State
 from ..contest import Contender, Contest, Ratio, Settings, Unavailable
 from ..timing import Run
 
-STEPS = 10  # a run
-# Dropout, and the steps before the first run.
+STEPS = 10  # training steps per run
+# The dropout, and the number of steps before the first run.
 STAGES = ((0.0, 0), (0.0, 200), (0.5, 200))
 
 
@@ -40,7 +40,7 @@ class _Watched(dpp.GradStrategy):
 
 
 def contests(settings: Settings) -> Iterator[Contest]:
-    """Yield one contest a dropout and tolerance."""
+    """Yield one contest per graph, stage and tolerance."""
     try:
         import torch_geometric  # noqa: F401
     except ImportError:
@@ -84,7 +84,7 @@ def _spec(solver: str, tol: float, warm: bool) -> str:
 def _training(
     graph: Any, dropout: float, before: int, strategy: _Watched, settings: Settings
 ) -> Run:
-    """Return some training steps, with the settings of the official code on Cora."""
+    """Return code that takes training steps, with the settings of the official code on Cora."""
     from deq_phantom_plugin.adapters.ignn import IGNN
 
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
-"""What the experiments share: settings from YAML, resumable training, results.
+"""What the experiments share: settings from YAML, training that can be resumed, and results.
 
-`plan` reads a YAML file, `training` takes one run through its steps, `command` is the command line
-over all runs, `results` the table and the plot. `vision`, `language` and `graph` are the models.
+`plan` reads a YAML file. `training` takes one run through its steps, and `race` lets several runs
+take turns. `command` is the command line over all runs. `results` writes the table and the plot.
+`vision`, `language`, `graph` and `recursive` hold the models that are trained.
 """

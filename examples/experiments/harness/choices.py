@@ -1,4 +1,4 @@
-"""What `auto` chose in each run, and when, as a picture."""
+"""Draws which gradient `auto` chose in each run, and at which steps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from .training import Record
 
 
 def plot(records: Sequence[Record], title: str) -> bytes | None:
-    """Return a PNG, or None where no run has chosen anything.
+    """Return a PNG with one bar per equilibrium and run, or None if no run has used `auto`.
 
-    A bar for each equilibrium of each run, over its steps, with what was in force.
+    A bar covers the steps of its run. Its parts show the spec that was in force.
+
+    Args:
+        records: the records of the runs.
+        title: the title of the experiment.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
     """
     bars = [bar for record in records for bar in _bars(record)]
     if not bars:
@@ -48,12 +52,12 @@ def plot(records: Sequence[Record], title: str) -> bytes | None:
 
 
 def _short(spec: str) -> str:
-    """Return a spec as narrow as it can be read."""
+    """Return a spec in a short form, without the names of its arguments."""
     return spec.replace("k=", "").replace("lam=", "").replace("tol=", "").replace(", ", " ")
 
 
 def _bars(record: Record) -> list[tuple[str, list[tuple[int, int, str]]]]:
-    """Return each equilibrium of a run, with begin, end and spec of what was in force there."""
+    """Return the label of each equilibrium of a run, with (begin, end, spec) for each choice."""
     names = list(dict.fromkeys(choice["equilibrium"] for choice in record.choices))
     bars = []
     for name in names:
@@ -68,4 +72,5 @@ def _bars(record: Record) -> list[tuple[str, list[tuple[int, int, str]]]]:
 
 
 def _joined(parts: list[tuple[int, int, str]]) -> tuple[int, int, str]:
+    """Return one part for consecutive parts with the same spec."""
     return parts[0][0], parts[-1][1], parts[0][2]

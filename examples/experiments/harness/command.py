@@ -1,4 +1,9 @@
-"""The command line that all experiments have."""
+"""The command line that all experiments share.
+
+An experiment describes itself by an `Experiment` and calls `main`. `parse` reads the arguments and
+the YAML file, `Runs` trains each run with each seed or fold and can resume it, and `results` writes
+the table. All runs of a command lie in one folder.
+"""
 
 from __future__ import annotations
 
@@ -29,23 +34,25 @@ from .race import run as take_turns
 from .training import Record, Stop, Task, refuse_other_settings, restore, step_times, train
 
 ROOT = Path("runs/experiments")
-ROUNDS = 5  # of step times that a run's length is measured by
+ROUNDS = 5  # timed steps by which the length of a run is measured (`same_time_as`)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one experiment consists of.
+    """The description of one experiment.
 
     Attributes:
-        file: its script; the YAML file lies beside it.
-        settings: the dataclass of a run's settings, all of which `task` depends on; one named
-            `same_time_as`, where it has that, names a run whose time this one is to take.
-        task: builds a run from its settings, seed or fold, data path (None without) and device.
-        title: of the plot.
-        columns: of the table, or what makes them from the records; those of the race without.
-        curves: of the plot, the same.
-        race: where the runs of a seed or fold take their steps in turn, for what.
-        joint: whether torchrun's processes share every batch. If not, they share out the runs.
+        file: the script of the experiment; the YAML file lies beside it.
+        settings: the dataclass of a run's settings. If it has a field `same_time_as`, this names
+            another run; the run then takes as many steps as fit into the time of that one.
+        task: builds a run from its settings, its seed or fold, the data path or None, and a device.
+        title: the title of the plot.
+        columns: the columns of the table, or a function that makes them from the records. If they
+            are left out, they are those of the race.
+        curves: the curves of the plot. If they are left out, they are those of the race.
+        race: the goal of the runs, if the runs of a seed or fold take their steps in turn.
+        joint: whether the processes of torchrun share every batch. If not, each process trains some
+            of the runs.
     """
 
     file: Path
@@ -59,10 +66,15 @@ class Experiment:
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
-    """Train all runs that the command line asks for and return the table."""
+    """Train all runs that the command line asks for, and return the table.
+
+    Args:
+        experiment: the experiment.
+        argv: the arguments; those of the process if None.
+    """
     args, plan = parse(experiment, argv)
     device = processes.start(args.device)
-    # A solve that stops at its most iterations is a result like another.
+    # A solve that stops at its largest number of iterations is a normal result here.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs = Runs(experiment, plan, args.data, device, (args.out or ROOT / plan.name) / plan.size)
     leading = processes.rank() == 0
@@ -96,7 +108,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
         with alone():
             times = runs.step_times(args.time)
         if leading and not times:
-            print("no run is finished, and no steps were timed", file=sys.stderr)
+            print("no run is finished, so no steps were timed", file=sys.stderr)
         elif leading:
             table = runs.write(times)
     if table:
@@ -111,7 +123,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
 def parse(
     experiment: Experiment, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, Plan[Any]]:
-    """Return the arguments, and the plan that they choose."""
+    """Return the arguments, and the plan that they select."""
     parser = argparse.ArgumentParser(
         description=sys.modules["__main__"].__doc__ if argv is None else experiment.title,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -148,7 +160,9 @@ def parse(
         for name, settings in plan.runs.items():
             base = getattr(settings, "same_time_as", "")
             if base and base not in plan.runs:
-                raise ValueError(f"{name} takes the time of {base}; expected that among --runs")
+                raise ValueError(
+                    f"{name} takes the time of {base}; expected {base} among --runs, too"
+                )
     except ValueError as error:
         parser.error(str(error))
     return args, plan
@@ -156,14 +170,14 @@ def parse(
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of one command, each with each of its seeds or folds.
+    """The runs of one command, each with all its seeds or folds.
 
     Attributes:
-        experiment: which they belong to.
-        plan: their settings.
-        data: where the data lie, None for those that need none.
-        device: where they compute.
-        out: for a folder a run, and what `write` writes.
+        experiment: the experiment.
+        plan: the settings of the runs.
+        data: the path of the data; None if they are generated.
+        device: the device on which the runs compute.
+        out: the folder for results, with one folder per run.
     """
 
     experiment: Experiment
@@ -173,20 +187,20 @@ class Runs:
     out: Path
 
     def all(self) -> list[tuple[str, int]]:
-        """Return names and repeats."""
+        """Return the name and the repeat (seed or fold) of every run."""
         return [(name, repeat) for repeat in self.plan.repeats for name in self.plan.runs]
 
     def of_this_process(self) -> list[Callable[[Callable[[], bool]], None]]:
-        """Return what this process is to train, of torchrun's; each asks whether time is over.
+        """Return the jobs of this process. A job is called with a function: whether time is over.
 
         Raises:
-            SystemExit: if several are to race.
+            SystemExit: if runs that take turns are started in several processes.
         """
         race = self.experiment.race
         if race is not None and processes.count() > 1:
             raise SystemExit(
-                "runs that take turns are timed, in one process: give each command its own "
-                "--repeats, in place of torchrun"
+                "runs that take turns are timed, so they must run in one process. In place of "
+                "torchrun, start one command per process, with --repeats of its own"
             )
         if race is not None:
             return [functools.partial(self.race, race, repeat) for repeat in self.plan.repeats]
@@ -194,16 +208,17 @@ class Runs:
         return jobs if self.experiment.joint else jobs[processes.rank() :: processes.count()]
 
     def folder(self, name: str, repeat: int) -> Path:
-        """Return where a run's checkpoint, record and events are."""
+        """Return the folder of a run's checkpoint, record and TensorBoard events."""
         return self.out / name / str(repeat)
 
     def check(self) -> None:
-        """Build each run once, so that what cannot be ends the command before anything is done.
+        """Build each run once, so that invalid settings end the command before any training.
 
-        It also leaves the data unpacked, which processes that work alone would all do at once.
+        This also unpacks the data once. Otherwise all processes that work alone would unpack them
+        at the same time.
 
         Raises:
-            SystemExit: as `build` does.
+            SystemExit: see `build`.
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -216,19 +231,20 @@ class Runs:
             self.build(names[0], repeat)
 
     def refuse_others(self, dropped: Sequence[tuple[str, int]]) -> None:
-        """Refuse seeds or folds that were trained with other settings than these runs.
+        """Refuse records in the folder that were trained with other settings than these runs.
 
-        The table has their means.
+        The table shows means over all records of a run, so their settings must be the same.
 
         Args:
-            dropped: those that are about to be.
+            dropped: the runs that are about to be deleted, which do not count.
 
         Raises:
-            SystemExit: if there are any; names the folder and the settings.
+            SystemExit: if there is such a record; the message names the folder and the settings.
         """
         for name, settings in self.plan.runs.items():
             for path in sorted((self.out / name).glob("*/record.json")):
-                with contextlib.suppress(ValueError, LookupError):  # the checkpoint tells, then
+                # A record that cannot be read is passed over; the checkpoint has the settings, too.
+                with contextlib.suppress(ValueError, LookupError):
                     record = json.loads(path.read_text())
                     if (name, record["repeat"]) not in dropped:
                         refuse_other_settings(path.parent, record["settings"], _plain(settings))
@@ -237,16 +253,16 @@ class Runs:
         """Return a line for each run of this command that failed."""
         return [
             f"{r.name} {r.repeat} failed after {r.steps} of {r.total} steps: {r.error}; "
-            "tried again with --fresh"
+            "--fresh tries it again"
             for r in results.load_records(self.out)
             if r.error is not None and (r.name, r.repeat) in self.all()
         ]
 
     def build(self, name: str, repeat: int) -> Task:
-        """Return a run as it begins.
+        """Return the task of a run before its first step.
 
         Raises:
-            SystemExit: if its settings cannot be; names the run.
+            SystemExit: if its settings are invalid; the message names the run.
         """
         where = f"{self.plan.name}, {name}"
         try:
@@ -261,18 +277,18 @@ class Runs:
         return task
 
     def resume(self, name: str, repeat: int) -> tuple[Task, Record, bool]:
-        """Return a run as it was left, or as it begins, and whether it was left."""
+        """Return the task and the record of a run, and whether they come from a checkpoint."""
         task = self.build(name, repeat)
         record = Record(name, repeat, _plain(self.plan.runs[name]), task.steps)
         return task, record, restore(task, record, self.folder(name, repeat))
 
     def train(self, name: str, repeat: int, is_over: Callable[[], bool]) -> None:
-        """Train one run, or go on with it, until it is done or `is_over` says so (`Stop`)."""
+        """Train or resume one run until it is done; if `is_over` returns True, raise `Stop`."""
         task, record, was_left = self.resume(name, repeat)
         base = getattr(self.plan.runs[name], "same_time_as", "")
         if base and not was_left:
             record.total = self.steps_in_same_time(name, base, repeat)
-            task = self.build(name, repeat)  # of the random state that a run begins with
+            task = self.build(name, repeat)  # again, with the random state of a fresh run
             task.steps = record.total
         if record.is_done:
             return
@@ -281,11 +297,11 @@ class Runs:
                 bar.update(record.steps - bar.n)
 
     def race(self, race: Race, repeat: int, is_over: Callable[[], bool]) -> None:
-        """Train all runs of a seed or fold in turn, or go on with them (`Stop`)."""
+        """Train or resume all runs of a seed or fold in turn; may raise `Stop` as `train` does."""
         with contextlib.ExitStack() as stack:
             runs = []
             for name in self.plan.runs:
-                self.build(name, repeat).step(0)  # what is slow the first time counts for nobody
+                self.build(name, repeat).step(0)  # warms up, so that no run pays for it
                 task, record, _ = self.resume(name, repeat)
                 runs.append((record, stack.enter_context(self.opened(task, record))))
             records = [record for record, _ in runs]
@@ -300,7 +316,7 @@ class Runs:
     def opened(
         self, task: Task, record: Record, is_over: Callable[[], bool] = lambda: False
     ) -> Iterator[Iterator[None]]:
-        """Give what takes the steps that a run has left; its curves are written for TensorBoard."""
+        """Yield an iterator that takes the remaining steps of a run, and log to TensorBoard."""
         folder, writer = self.folder(record.name, record.repeat), None
         if processes.rank() == 0:
             require("tensorboard", "experiments")
@@ -315,16 +331,19 @@ class Runs:
                 writer.close()
 
     def steps_in_same_time(self, name: str, base: str, repeat: int) -> int:
-        """Return how many steps of a run take as long as all those of another, by steps of both."""
+        """Return how many steps of run `name` take as long as all steps of run `base`.
+
+        Some steps of both are timed in turn.
+        """
         tasks = {key: self.build(key, repeat) for key in (base, name)}
         times = step_times({key: (task, 0) for key, task in tasks.items()}, ROUNDS, self.device)
         shares = [theirs / ours for theirs, ours in zip(times[base], times[name], strict=True)]
-        # Processes measure different times and have to take the same steps.
+        # Processes measure different times, but must take the same number of steps.
         share = processes.total(torch.tensor(statistics.median(shares), device=self.device))
         return max(1, round(tasks[base].steps * float(share) / processes.count()))
 
     def step_times(self, rounds: int) -> dict[str, list[float]]:
-        """Return the seconds of the last steps of the first repeat's models, taken in turn."""
+        """Return the seconds per step of the trained models of the first repeat, timed in turn."""
         tasks = {}
         for name in self.plan.runs:
             task, record, was_left = self.resume(name, self.plan.repeats[0])
@@ -333,12 +352,12 @@ class Runs:
         return step_times(tasks, rounds, self.device)
 
     def known_times(self, but: Collection[str]) -> dict[str, list[float]]:
-        """Return the step times that were taken before, but those of some runs."""
+        """Return the step times of earlier commands, without those of the runs in `but`."""
         times = results.load_times(self.out)
         return {name: found for name, found in times.items() if name not in but}
 
     def write(self, times: dict[str, list[float]]) -> str:
-        """Write what all runs in the folder have shown, and return the table, empty without any."""
+        """Write the results of all runs in the folder, and return the table, or an empty text."""
         records = results.load_records(self.out)
         if not records:
             return ""
@@ -365,11 +384,11 @@ def _bar(name: str, record: Record) -> Any:
         desc=name,
         unit=" steps",
         mininterval=1,
-        disable=processes.rank() > 0 or None,  # None: where nobody watches, as in a log
+        disable=processes.rank() > 0 or None,  # None disables it if the output is not a terminal
     )
 
 
 def _plain(settings: Any) -> dict[str, Any]:
-    """Return settings as JSON has them, so that those of a checkpoint compare equal."""
+    """Return settings as JSON stores them, so that they can be compared with a checkpoint's."""
     found = dataclasses.asdict(settings)
     return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}

@@ -1,4 +1,4 @@
-"""An IGNN that learns to classify graphs, or the nodes of graphs."""
+"""Trains an IGNN that classifies graphs, or the nodes of graphs; loads or generates the graphs."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ HELP = (
 
 @dataclass(frozen=True)
 class GraphSettings:
-    """How an IGNN is trained.
+    """The settings of a training run of an IGNN.
 
     Attributes:
-        dataset: "COX2" or "PROTEINS", classified in ten folds; "PPI", whose nodes have labels;
-            "generated graphs" or "generated nodes", of the same kinds.
-        hidden: size of the states; one number or one for each of the hidden layers.
-        num_layers: implicit layers.
-        kappa: bound of the contractions.
-        dropout: before the last linear layer.
-        grad: the gradient's spec.
-        lam: damping of a spec that leaves it out.
-        f_tol: of the forward solve.
-        epochs: passes over the data.
-        batch_size: graphs a step.
+        dataset: "COX2" or "PROTEINS", whose graphs are classified in ten folds; "PPI", whose nodes
+            are classified; or "generated graphs" and "generated nodes" of the same two kinds.
+        hidden: the size of the states: one number, or one number per hidden layer.
+        num_layers: the number of implicit layers.
+        kappa: the bound of the contractions.
+        dropout: the dropout before the last linear layer.
+        grad: the spec of the gradient.
+        lam: the damping, for a spec that does not give it.
+        f_tol: the tolerance of the forward solve.
+        epochs: the number of passes over the data.
+        batch_size: the number of graphs per step.
         lr: Adam's learning rate.
-        halve_after: epochs after which the rate is halved; 0 for never.
-        weight_decay: Adam's.
-        eval_epochs: epochs between evaluations.
-        same_time_as: a run whose time this one takes, in as many steps as that allows.
-        report_grads: gradients whose cosines are measured, see `reported`; none for none.
-        report_every: steps between these measurements; 0 for those between evaluations.
+        halve_after: the number of epochs after which the rate is halved; 0 for never.
+        weight_decay: Adam's weight decay.
+        eval_epochs: the number of epochs between evaluations.
+        same_time_as: the name of another run. This run takes as many steps as fit into its time.
+        report_grads: the specs of gradients whose cosines are measured, see `reported`; or none.
+        report_every: the number of steps between these reports; 0 for one per evaluation.
     """
 
     dataset: str
@@ -80,10 +80,10 @@ class GraphTask(Task):
     """Trains an IGNN; see `Task`.
 
     Args:
-        settings: how.
-        repeat: the fold, of data sets with folds; the seed of the weights and dropout.
-        data: where the graphs lie.
-        device: where to train.
+        settings: the settings.
+        repeat: the seed of the weights and of dropout; for data sets with folds also the fold.
+        data: the folder of the graphs, None if they are generated.
+        device: the device on which to train.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class GraphTask(Task):
             f_tol=s.f_tol,
             **({"normalize": False} if is_nodes else {}),
         ).to(device)
-        # Batches are those of all epochs, as in the official code, so that they are prepared once.
+        # All epochs have the same batches, as in the official code. So they are prepared once.
         self.splits = [
             [(b, self.model.prepare(b.x, b.edge_index)) for b in (b.to(device) for b in split)]
             for split in splits
@@ -119,7 +119,7 @@ class GraphTask(Task):
         self.eval_every = s.eval_epochs * self.epoch_steps
 
     def step(self, number: int) -> Tensor:
-        """Take a step."""
+        """Take optimiser step `number` and return its loss, see `Task`."""
         s = self.settings
         epoch, place = divmod(number, self.epoch_steps)
         torch.manual_seed(processes.seed(self.seed, number))
@@ -128,7 +128,7 @@ class GraphTask(Task):
             group["lr"] = s.lr * (0.5 if s.halve_after and epoch >= s.halve_after else 1.0)
         self.model.train()
         self.optimizer.zero_grad()
-        if self.is_nodes:  # in another order in each epoch, as in the official code
+        if self.is_nodes:  # each epoch has an order of its own, as in the official code
             place = int(processes.epoch_order(self.seed, epoch, self.epoch_steps)[place])
         batch, graph = self.splits[0][place]
         loss = self._loss(self._scores(batch, graph), batch)
@@ -137,7 +137,7 @@ class GraphTask(Task):
         return loss.detach()
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Return what is measured: accuracies of graphs, or micro F1 of the labels of nodes."""
+        """Return the accuracy on test graphs, or micro F1 on validation and test nodes."""
         s = self.settings
         self.model.eval()
         found = self._measured()
@@ -173,20 +173,31 @@ class GraphTask(Task):
 def load_graphs(
     s: GraphSettings, fold: int, path: Path | None
 ) -> tuple[list[Sequence[Any]], int, int, bool]:
-    """Return the splits as lists of batches, features, classes, and whether nodes are classified.
+    """Load a data set.
 
-    Graphs have a training and a test split, nodes have a validation split in between.
+    Args:
+        s: the settings.
+        fold: the fold of a data set of graphs.
+        path: the folder of the data, None if they are generated.
+
+    Returns:
+        The splits as lists of batches, the number of features, the number of classes, and whether
+        nodes are classified. The splits are training and test for graphs; for nodes they are
+        training, validation and test.
 
     Raises:
-        SystemExit: without a folder for what is not generated, or with one for what is.
-        ValueError: on an unknown name, or a fold that is not one of ten.
+        SystemExit: if a folder is missing, or is given for generated data.
+        ValueError: if the name is unknown, or the fold is not one of ten.
     """
     require("torch_geometric", "graph")
     from torch_geometric.datasets import PPI
     from torch_geometric.loader import DataLoader
 
     if s.dataset.startswith("generated") and path is not None:
-        raise SystemExit(f"--data {path} for {s.dataset}; add --set dataset=COX2 or another")
+        raise SystemExit(
+            f"--data {path} for {s.dataset}, which are not read from files; leave --data out, or "
+            "add --set dataset=COX2 or another data set"
+        )
     if s.dataset == "generated nodes":
         splits = [[_generated_nodes(seed) for seed in seeds] for seeds in ((0, 1, 2), (3,), (4,))]
         return splits, 8, 4, True
@@ -196,7 +207,7 @@ def load_graphs(
     if path is None and s.dataset != "generated graphs":
         raise SystemExit(f"{s.dataset} needs --data DIR: {HELP}")
     if path is not None and not path.is_dir():
-        raise SystemExit(f"--data {path} is no folder; expected {HELP}")
+        raise SystemExit(f"--data {path} is not a folder; expected {HELP}")
     if s.dataset == "PPI":
         with _downloads_into(path / "PPI"):
             sets = [PPI(str(path / "PPI"), split=split) for split in ("train", "val", "test")]
@@ -204,12 +215,12 @@ def load_graphs(
     if not 0 <= fold < FOLDS:
         raise ValueError(f"fold {fold} of {s.dataset}; expected 0 to {FOLDS - 1}")
     dataset = _generated_graphs() if s.dataset == "generated graphs" else _tu(path, s.dataset)
-    # Shuffled once, as in the official code: PROTEINS has its graphs by class.
+    # Shuffled once, as in the official code, since the graphs of PROTEINS are sorted by class.
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     dataset = [dataset[i] for i in order.tolist()]
     labels = torch.cat([graph.y for graph in dataset])
     model_selection = require("sklearn.model_selection", "experiments")
-    # Of one seed for all, so that the folds of all methods are the same.
+    # With a fixed seed, so that all methods have the same folds.
     folds = model_selection.StratifiedKFold(FOLDS, shuffle=True, random_state=0)
     indices = list(folds.split(labels, labels))[fold]
     batches = [list(DataLoader([dataset[i] for i in ids], s.batch_size)) for ids in indices]
@@ -218,7 +229,7 @@ def load_graphs(
 
 @functools.cache
 def _tu(path: Path, name: str) -> Any:
-    """Return a TU data set: PyG's own folder, or what a zip file holds, or a download by PyG."""
+    """Return a TU data set: from PyG's folder, from a zip file, or downloaded by PyG."""
     from torch_geometric.datasets import TUDataset
 
     archive = path / f"{name}.zip"
@@ -236,7 +247,7 @@ def _tu(path: Path, name: str) -> Any:
 
 @contextmanager
 def _downloads_into(folder: Path) -> Iterator[None]:
-    """Say what is missing where PyTorch Geometric cannot download it, and leave nothing behind."""
+    """Turn a failed download by PyTorch Geometric into a clear error, and remove its folder."""
     was_there = folder.exists()
     try:
         yield
@@ -249,7 +260,7 @@ def _downloads_into(folder: Path) -> Iterator[None]:
 
 
 def _generated_graphs(count: int = 120, nodes: int = 12) -> list[Any]:
-    """Return rings, and rings with chords, whose nodes all look alike but for noise."""
+    """Return rings (class 0) and rings with chords (class 1); features are degree and noise."""
     from torch_geometric.data import Data
 
     generator = torch.Generator().manual_seed(0)
@@ -268,7 +279,7 @@ def _generated_graphs(count: int = 120, nodes: int = 12) -> list[Any]:
 
 
 def _generated_nodes(seed: int, nodes: int = 60, features: int = 8, labels: int = 4) -> Any:
-    """Return a random graph whose nodes' labels follow from their neighbours' features."""
+    """Return a random graph; a node's labels are signs of sums over its neighbours' features."""
     from torch_geometric.data import Data
 
     generator = torch.Generator().manual_seed(seed)

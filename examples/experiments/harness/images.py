@@ -1,4 +1,4 @@
-"""Images to train on: CIFAR-10, digits, a folder as ImageNet is one, or generated ones."""
+"""Loads images to train on: CIFAR-10, digits, a folder such as ImageNet's, or generated images."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from torch import Tensor
 from deq_phantom_plugin._plumbing.extras import require
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
-# Means and standard deviations of the official code (locuslab/mdeq, tools/cls_train.py).
+# The means and standard deviations of CIFAR-10 and ImageNet are those of the official code
+# (locuslab/mdeq, tools/cls_train.py).
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-DIGITS = ((0.305,) * 3, (0.376,) * 3)  # of all of them
+DIGITS = ((0.305,) * 3, (0.376,) * 3)  # measured on all digits
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-SIDE = 32  # of CIFAR-10's images
-PADDING = 4  # the official augmentation on CIFAR-10
-CROP = 0.875  # of the resized image's side, that is seen in evaluation on ImageNet
-WORKERS = 8
+SIDE = 32  # the side of CIFAR-10's images in pixels
+PADDING = 4  # pixels on each side, for the random crops of the official code on CIFAR-10
+CROP = 0.875  # the share of an image's shorter side that is kept in evaluation on ImageNet
+WORKERS = 8  # threads that read files
 
 HELP = {
     "cifar10": (
         "the archive cifar10-jpeg.npz, or torchvision's folder of CIFAR-10, with "
         "cifar-10-batches-py in it"
     ),
-    "folder": "a folder with train/ and val/, each with one subfolder of images a class",
+    "folder": "a folder with train/ and val/, each with one subfolder of images per class",
 }
 
 
@@ -41,8 +42,8 @@ class ImageSet(ABC):
     """Images with labels.
 
     Attributes:
-        labels: shape (N,), int64.
-        classes: how many there are.
+        labels: the class of each image, shape (N,), int64.
+        classes: the number of classes.
     """
 
     labels: Tensor
@@ -53,19 +54,19 @@ class ImageSet(ABC):
         """Return standardised images, shape (len(indices), 3, H, W), float32.
 
         Args:
-            indices: of the images.
-            augment: draws random crops and flips; none without it.
+            indices: the indices of the images, shape (n,).
+            augment: a generator that draws random crops and flips; None for no augmentation.
         """
 
 
 class StoredImages(ImageSet):
-    """Images in memory, augmented by flips and by crops of the image in a frame of zeros.
+    """Images in memory; the augmentation flips them and crops them from a frame of zeros.
 
     Args:
         pixels: shape (N, 3, H, W), uint8.
-        labels: shape (N,).
-        classes: how many there are.
-        moments: mean and standard deviation of each channel, in units of 255.
+        labels: the class of each image, shape (N,).
+        classes: the number of classes.
+        moments: mean and standard deviation of each channel, for pixels divided by 255.
     """
 
     def __init__(
@@ -92,17 +93,17 @@ class StoredImages(ImageSet):
 
 
 class FolderImages(ImageSet):
-    """Image files, read when they are needed, by several threads.
+    """Image files, which several threads read when they are needed.
 
-    In training a random part of the image of 8 to 100 % of its area and an aspect ratio of 3/4 to
-    4/3, flipped or not; in evaluation its centre. Both as the official code has it.
+    As in the official code, training takes a random part of the image, with 8 to 100 % of its area
+    and an aspect ratio of 3/4 to 4/3, and flips it at random. Evaluation takes the centre.
 
     Args:
-        folder: one subfolder a class.
-        size: side of the squares.
+        folder: a folder with one subfolder per class.
+        size: the side of the square images in pixels.
 
     Raises:
-        ValueError: without such subfolders, or if one is empty.
+        ValueError: if there are fewer than two subfolders, or if one is empty.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
@@ -145,7 +146,7 @@ class FolderImages(ImageSet):
             left, top = (width - side) / 2, (height - side) / 2
         else:
             area = (0.08 + 0.92 * numbers[0]) * width * height
-            aspect = (3 / 4) ** (1 - 2 * numbers[1])  # uniform on a logarithmic scale
+            aspect = (3 / 4) ** (1 - 2 * numbers[1])  # its logarithm is uniform
             across = min(width, (area * aspect) ** 0.5)
             down = min(height, (area / aspect) ** 0.5)
             left, top = numbers[2] * (width - across), numbers[3] * (height - down)
@@ -166,19 +167,23 @@ def load_images(
 
     Args:
         name: "cifar10", "digits" (scikit-learn's), "folder", or "generated".
-        path: where the data lie, unless they are generated.
-        train: training images, the first ones; 0 for all of them.
-        test: test images, the same.
-        size: side of an image: 8 of digits; of CIFAR-10 32, or a divisor, to which it is averaged.
+        path: the path of the data; None for digits and generated images.
+        train: the number of training images, which are the first ones; 0 for all of them.
+        test: the number of test images, which are the first ones; 0 for all of them.
+        size: the side of an image in pixels: 8 for digits; 32 for CIFAR-10, or a divisor of 32, to
+            which the images are averaged.
 
     Raises:
-        SystemExit: if there is nothing at the path, or a path where none is needed; says what is
-            expected there.
-        ValueError: on an unknown name, or a size that its images cannot have.
+        SystemExit: if there is nothing at the path, or if a path is given and not needed; the
+            message says what is expected.
+        ValueError: if the name is unknown, or the images cannot have this size.
     """
     if name in ("generated", "digits"):
         if path is not None:
-            raise SystemExit(f"--data {path} for {name} images; add --set dataset=cifar10")
+            raise SystemExit(
+                f"--data {path} for {name} images, which are not read from files; leave --data "
+                "out, or add --set dataset=cifar10"
+            )
         if name == "digits":
             return digits(train, test, size)
         return generate(train, 0, size), generate(test, 1, size)
@@ -199,7 +204,7 @@ def load_images(
 
 
 def generate(count: int, seed: int, size: int, classes: int = 10) -> ImageSet:
-    """Return noisy gratings, whose direction and frequency tell their class."""
+    """Return noisy gratings; their direction and frequency depend on their class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     angle = labels * torch.pi / classes
@@ -214,19 +219,22 @@ def generate(count: int, seed: int, size: int, classes: int = 10) -> ImageSet:
 
 
 def digits(train: int, test: int, size: int) -> tuple[ImageSet, ImageSet]:
-    """Return scikit-learn's handwritten digits, in grey: those to train on and others.
+    """Return scikit-learn's handwritten digits in grey, for training and for tests.
 
     Raises:
-        SystemExit: if it has fewer.
-        ValueError: if their side is another.
+        SystemExit: if there are fewer digits than that.
+        ValueError: if the size is not that of the digits.
     """
     found = require("sklearn.datasets", "vision").load_digits()
     count, side = found.images.shape[:2]
     if size != side:
         raise ValueError(f"image_size={size} of digits; expected {side}")
     if min(train, test) < 1 or train + test > count:
-        raise SystemExit(f"{train} digits and {test} to test on; there are {count}")
-    # Shuffled once: the last ones were written by other people than the first.
+        raise SystemExit(
+            f"{train} digits and {test} to test on; there are {count}. Expected at least 1 of "
+            f"each, and at most {count} together"
+        )
+    # Shuffled once, since the last digits were written by other people than the first.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     pixels = (torch.tensor(found.images) * (255 / 16)).to(torch.uint8)
     pixels, labels = pixels[order, None].expand(-1, 3, -1, -1), torch.tensor(found.target)[order]
@@ -236,14 +244,16 @@ def digits(train: int, test: int, size: int) -> tuple[ImageSet, ImageSet]:
 
 
 def _averaged(pixels: Tensor, size: int) -> Tensor:
+    """Return CIFAR-10 images averaged to a smaller size, uint8."""
     if size == SIDE:
         return pixels.contiguous()
     return torch.nn.functional.adaptive_avg_pool2d(pixels.float(), size).round().to(torch.uint8)
 
 
 def _read_archive(path: Path, split: str, count: int, size: int) -> ImageSet:
+    """Read images from the archive cifar10-jpeg.npz."""
     image, numpy = require("PIL.Image", "vision"), require("numpy", "vision")
-    # NumPy takes what is no archive for a pickle, and advises to trust it.
+    # NumPy takes a file that is not an archive for a pickle, and advises to allow pickles.
     if not zipfile.is_zipfile(path):
         raise SystemExit(f"{path} is no archive; expected {HELP['cifar10']}")
     try:
@@ -264,7 +274,7 @@ def _read_archive(path: Path, split: str, count: int, size: int) -> ImageSet:
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads arrays and what holds them, and refuses everything else: pickles can run code."""
+    """Reads arrays and their containers only, since other pickles can run code."""
 
     ALLOWED = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"),

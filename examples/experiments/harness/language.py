@@ -1,4 +1,4 @@
-"""A deep equilibrium transformer that learns to predict the next word."""
+"""Trains a deep equilibrium transformer that predicts the next word, or the next character."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from .schedule import after_pretraining, cosine
 from .text import columns, load_text, segment, segments
 from .training import Diverged, Task
 
-RADIUS_TEXTS = 4
+RADIUS_TEXTS = 4  # test texts whose spectral radius is measured
 
 
 @dataclass(frozen=True)
 class LanguageSettings:
-    """How a transformer is trained.
+    """The settings of a training run of a transformer.
 
     Attributes:
-        train_file: name of the training text in the data folder.
-        test_file: name of the test text; the last tenth of the other without.
-        characters: whether these are predicted, and not words.
-        test_segments: pieces of the test text that are looked at; 0 for all.
-        hidden: size of a state.
-        heads: of the attention.
-        intermediate: inner width of the feed-forward part.
+        train_file: the name of the training text in the data folder.
+        test_file: the name of the test text; if it is empty, the last tenth of the training text.
+        characters: whether characters are predicted, and not words.
+        test_segments: the number of pieces of the test text that are evaluated; 0 for all.
+        hidden: the size of a state.
+        heads: the number of attention heads.
+        intermediate: the inner width of the feed-forward part.
         pre_layer_norm: False for DEQ (PostLN), True for DEQ (PreLN).
-        dropout: of features.
-        attention_dropout: of what a head attends to.
-        grad: the gradient's spec.
-        pretrain_steps: steps in which backpropagation goes through a few evaluations of f.
-        pretrain_layers: how many.
-        f_solver: forward solver.
-        f_max_iter: its most evaluations of f.
-        f_tol: its relative residual.
-        jac_weight: of the Jacobian regulariser; 0 for none.
-        jac_freq: the part of the steps that have it.
-        jac_increment: what the weight grows by every `jac_interval` steps.
-        jac_interval: see there.
-        steps: optimiser steps.
-        batch_size: texts a step, of all processes together.
-        length: tokens to predict of each.
+        dropout: the dropout of features.
+        attention_dropout: the dropout of the positions to which a head attends.
+        grad: the spec of the gradient.
+        pretrain_steps: the number of first steps that backpropagate through a few evaluations of f.
+        pretrain_layers: the number of these evaluations.
+        f_solver: the forward solver.
+        f_max_iter: the largest number of iterations of the forward solve.
+        f_tol: the relative residual at which the forward solve stops.
+        jac_weight: the weight of the Jacobian regulariser; 0 for none.
+        jac_freq: the share of the steps that have the regulariser.
+        jac_increment: the number by which the weight grows every `jac_interval` steps.
+        jac_interval: see `jac_increment`.
+        steps: the number of optimiser steps.
+        batch_size: the number of texts per step, in all processes together.
+        length: the number of tokens to predict per text.
         lr: Adam's largest learning rate.
-        warmup: steps of its linear rise.
-        anneal: whether it then falls to zero along half a cosine.
-        clip: norm that gradients are clipped to.
-        eval_every: steps between evaluations.
-        eval_batch: texts of an evaluation's batch.
-        same_time_as: a run whose time this one takes, in as many steps as that allows.
-        report_grads: gradients whose cosines are measured, see `reported`; none for none.
-        report_every: steps between these measurements; 0 for those between evaluations.
+        warmup: the number of steps in which the learning rate rises linearly.
+        anneal: whether the learning rate then falls to zero along half a cosine.
+        clip: the norm to which gradients are clipped.
+        eval_every: the number of steps between evaluations.
+        eval_batch: the number of texts per batch of an evaluation.
+        same_time_as: the name of another run. This run takes as many steps as fit into its time.
+        report_grads: the specs of gradients whose cosines are measured, see `reported`; or none.
+        report_every: the number of steps between these reports; 0 for one per evaluation.
     """
 
     train_file: str
@@ -99,10 +99,10 @@ class LanguageTask(Task):
     """Trains a deep equilibrium transformer; see `Task`.
 
     Args:
-        settings: how.
-        seed: of the weights and dropout; texts come in their own order.
-        data: the folder of texts.
-        device: where to train.
+        settings: the settings.
+        seed: the seed of the weights and of dropout. The texts come in their own order.
+        data: the folder of texts; None for Python's own language reference.
+        device: the device on which to train.
     """
 
     model: DEQTransformerForCausalLM
@@ -118,7 +118,7 @@ class LanguageTask(Task):
             columns(test, s.eval_batch),
         )
         segments(self.train_texts, s.length)
-        processes.share(self.train_texts)  # refused here and not in the first step
+        processes.share(self.train_texts)  # fails here, and not in the first step
         segments(self.test_texts, s.length)
         self.steps, self.eval_every = s.steps, s.eval_every
         torch.manual_seed(seed)
@@ -145,7 +145,7 @@ class LanguageTask(Task):
         self.optimizer = torch.optim.Adam(self.model.parameters(), s.lr)
 
     def step(self, number: int) -> Tensor:
-        """Take a step; its loss is the cross-entropy, without the regulariser."""
+        """Take optimiser step `number`; the loss is the cross-entropy without the regulariser."""
         s = self.settings
         texts = processes.share(self.train_texts)
         ids = segment(texts, number, s.length).to(self.device)
@@ -159,7 +159,7 @@ class LanguageTask(Task):
         output = self.parallel(ids, labels=ids)
         output.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
-        if not norm.isfinite():  # of the joint gradients: in all processes
+        if not norm.isfinite():  # the gradients are averaged, so all processes see the same norm
             raise Diverged(f"the norm of the gradients in step {number} is {float(norm)}")
         self.optimizer.step()
         loss: Tensor = output.loss.detach()

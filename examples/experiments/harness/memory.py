@@ -1,4 +1,4 @@
-"""The most bytes of tensors that are alive at once."""
+"""`PeakMemory`, which counts the largest number of bytes of tensors that are alive at once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of what is made inside a `with` block, on any device.
+    """Counts the bytes of the tensors that are made inside a `with` block, on any device.
 
-    A storage counts once, from the operation that returns it until nothing holds it. The number is
-    the same every time and in every process: what an allocator keeps, and what an operation needs
-    for itself alone, are not in it.
+    A storage counts once, from the operation that returns it until nothing refers to it. Memory
+    that an allocator keeps, and memory that an operation uses internally, do not count. So the
+    number is the same in every process and every time.
 
     Attributes:
-        peak: the most bytes at once.
+        peak: the largest number of bytes at one time.
     """
 
     def __init__(self) -> None:
@@ -48,4 +48,5 @@ class PeakMemory(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
+    """Return a number that identifies the storage of a tensor."""
     return tensor.untyped_storage()._cdata

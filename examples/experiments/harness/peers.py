@@ -1,7 +1,7 @@
-"""Other libraries' layers in the place of TorchDEQ's module, so that all train one network.
+"""Equilibrium layers of other libraries, for the comparison of libraries on one network.
 
-They are those that the benchmarks compare with: silva-networks, with an environment of its own,
-and phantom_grad, from a checkout in `.hosts`.
+They take the place of TorchDEQ's module in an MDEQ. The libraries are those of the benchmarks:
+silva-networks, which has an environment of its own, and phantom_grad, from a checkout in `.hosts`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from deq_phantom_plugin.adapters.mdeq.solve import residual_of
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
-# By our names for them; k and lam are those of the paper's recipe, the products TINY.yaml's.
+# The settings of each layer, by our name for it. k and lam are those of the paper's recipe. The
+# number of products is that of TINY.yaml.
 LAYERS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
         "phantom_grad": {"k": 5, "lam": 0.5},
@@ -32,13 +33,15 @@ LAYERS: Mapping[str, dict[str, Any]] = MappingProxyType(
 
 
 class Layer(nn.Module):
-    """A layer whose residuals are measured in evaluation, which is not timed.
+    """A layer of another library, with the interface of TorchDEQ's module.
+
+    The residual is measured in evaluation mode only, which is not timed.
 
     Args:
-        layer: of another library, from F and a start to states and what TorchDEQ tells of a solve.
+        layer: the layer. It takes F and a start, and returns states and a dict as TorchDEQ does.
     """
 
-    indexing: tuple[int, ...] = (1,)  # TorchDEQ's; one state
+    indexing: tuple[int, ...] = (1,)  # as in TorchDEQ: one state is returned
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -48,7 +51,7 @@ class Layer(nn.Module):
     def forward(
         self, func: Callable[..., Any], start: list[Tensor]
     ) -> tuple[list[Any], dict[str, Tensor]]:
-        """Solve and attach."""
+        """Solve, attach the gradient, and return the states and a dict with the residual."""
         states, info = self.layer(func, start)
         if not self.training:
             info = {"rel_lowest": residual_of(lambda state: list(func(*state)), states[-1])}
@@ -60,11 +63,13 @@ def layer(name: str, evaluations: int, network: nn.Module) -> Layer:
 
     Args:
         name: one of `LAYERS`.
-        evaluations: of f that a solve may take, and one more, as TorchDEQ's Broyden counts them.
+        evaluations: the largest number of evaluations of f in a solve. Like TorchDEQ's Broyden, a
+            solve makes one more.
         network: f.
 
     Raises:
-        ValueError: if it is unknown, or cannot be had here; says how to get it.
+        ValueError: if the name is unknown, or if the library is missing; the message says how to
+            get it.
     """
     if name not in LAYERS:
         raise ValueError(f"layer={name!r}; expected torchdeq, or one of {', '.join(LAYERS)}")

@@ -1,15 +1,15 @@
-"""From an experiment's YAML file to the settings of every run.
+"""Reads the YAML file of an experiment, and returns the settings of every run.
 
     repeats: {paper: [0, 1, 2], smoke: [0]}   # seeds, or folds
-    select: {smoke: [upg]}                    # the runs of a size; all where it is left out
+    select: {smoke: [upg]}                    # the runs of a size; all runs if it is left out
     paper: {lr: 0.1, epochs: 50}              # all settings
-    cpu: {epochs: 5}                          # what a smaller size changes
+    cpu: {epochs: 5}                          # the changes for a smaller size
     smoke: {epochs: 1}
     runs:
-      ift: {grad: ift}                        # what a run changes
-      upg: {grad: "upg(k=5, lam=0.5)", smoke: {f_max_iter: 4}}  # and what it changes in a size
+      ift: {grad: ift}                        # the changes of a run
+      upg: {grad: "upg(k=5, lam=0.5)", smoke: {f_max_iter: 4}}  # its changes for one size
 
-Bad files are refused with the place and what is accepted there.
+An invalid file raises an error that names the place in the file, and what is accepted there.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Plan(Generic[S]):
-    """What is to be trained.
+    """The runs that are to be trained.
 
     Attributes:
-        name: the experiment's, the stem of its file.
+        name: the name of the experiment, which is the stem of its file.
         size: one of `SIZES`.
-        repeats: the seeds or folds that every run is trained with.
-        runs: the settings of each run.
+        repeats: the seeds or folds with which every run is trained.
+        runs: the settings of each run, by its name.
     """
 
     name: str
@@ -55,19 +55,19 @@ def load_plan(
     runs: Sequence[str] = (),
     repeats: Sequence[int] = (),
 ) -> Plan[S]:
-    """Read an experiment.
+    """Read the YAML file of an experiment.
 
     Args:
         path: the YAML file.
         size: one of `SIZES`.
         kind: the dataclass of a run's settings.
-        changes: settings that all runs take in place of the file's.
-        runs: names of the runs to keep; those that the file selects if empty.
-        repeats: in place of the file's.
+        changes: settings that replace those of the file in all runs.
+        runs: the names of the runs to keep; if empty, those that the file selects.
+        repeats: seeds or folds that replace those of the file.
 
     Raises:
-        ValueError: if a name is unknown, a value has the wrong type, or a setting is missing; names
-            the place in the file and what is accepted.
+        ValueError: if a name is unknown, a value has the wrong type, or a setting is missing. The
+            message names the place in the file, and what is accepted.
     """
     yaml = require("yaml", "experiments")
     try:
@@ -98,7 +98,10 @@ def load_plan(
             if field.name not in merged and field.default is dataclasses.MISSING
         ]
         if missing:
-            raise ValueError(f"{path.name}: {name}: no {', '.join(missing)}")
+            raise ValueError(
+                f"{path.name}: {name}: no {', '.join(missing)}; expected these in the part 'paper' "
+                "or in the run"
+            )
         found[name] = kind(**merged)
     return Plan(path.stem, size, tuple(repeats or content["repeats"][size]), found)
 
@@ -107,7 +110,7 @@ def parse_change(text: str) -> tuple[str, Any]:
     """Return the key and value of `--set key=value`; the value is YAML.
 
     Raises:
-        ValueError: without an equals sign, or if the value is not YAML.
+        ValueError: if there is no equals sign, or if the value is not YAML.
     """
     yaml = require("yaml", "experiments")
     key, equals, value = text.partition("=")
@@ -120,6 +123,7 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 
 def _known(names: Iterable[str], valid: Iterable[str], place: str) -> None:
+    """Raise a ValueError if a name is not valid at a place of the file."""
     for name in names:
         if name not in valid:
             near = hint(name, valid)
@@ -127,7 +131,7 @@ def _known(names: Iterable[str], valid: Iterable[str], place: str) -> None:
 
 
 def _checked(kind: type, key: str, value: Any, place: str) -> Any:
-    """Return a value in its field's type: lists become tuples, and whole numbers floats."""
+    """Return a value in the type of its field; lists become tuples, whole numbers become floats."""
     wanted = typing.get_type_hints(kind)[key]
     options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     for option in options:
@@ -135,7 +139,7 @@ def _checked(kind: type, key: str, value: Any, place: str) -> Any:
         if base is tuple and isinstance(value, list):
             return tuple(value)
         if base is float and not isinstance(value, bool):
-            with contextlib.suppress(TypeError, ValueError):  # YAML takes 1e-3 for a string
+            with contextlib.suppress(TypeError, ValueError):  # YAML reads 1e-3 as a string
                 return float(value)
         if isinstance(value, base) and (base is bool or not isinstance(value, bool)):
             return value

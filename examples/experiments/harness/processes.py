@@ -1,4 +1,7 @@
-"""Training in several processes, started by torchrun; with one process all of this does nothing."""
+"""Training in several processes that torchrun has started.
+
+With one process, all functions of this file do nothing, or return their input.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ _alone = False
 
 
 def start(device: str) -> torch.device:
-    """Join the processes of torchrun, if there are any, and return this one's device.
+    """Join the processes of torchrun, if there are any, and return the device of this process.
 
     Args:
-        device: "cpu", "cuda", ...; "auto" for a GPU where there is one.
+        device: "cpu", "cuda", ...; "auto" for a GPU if there is one.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,20 +31,20 @@ def start(device: str) -> torch.device:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    # One that has done its runs waits for the others, however long theirs take.
+    # A process that has finished its runs waits for the others, however long they take.
     dist.init_process_group(timeout=datetime.timedelta(days=30))
     return torch.device(device)
 
 
 def stop() -> None:
-    """Leave the other processes."""
+    """Leave the group of processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let every process work by itself, as if it were the only one."""
+    """Let every process work by itself inside a `with` block, as if it were the only one."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -51,46 +54,54 @@ def alone() -> Iterator[None]:
 
 
 def are_joint() -> bool:
-    """Whether there are processes that work together."""
+    """Return whether several processes work together."""
     return dist.is_initialized() and not _alone
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the number of this process, counted from 0."""
     return dist.get_rank() if are_joint() else 0
 
 
 def count() -> int:
-    """Return how many processes there are."""
+    """Return the number of processes that work together."""
     return dist.get_world_size() if are_joint() else 1
 
 
 def share(samples: Tensor) -> Tensor:
-    """Return this process's part of a joint batch, every n-th of its samples.
+    """Return the part of a joint batch that belongs to this process: every n-th of its samples.
 
     Raises:
-        ValueError: if the parts would not be of one size; gradients are averaged over processes.
+        ValueError: if the parts would differ in size. The average over processes would then not be
+            the gradient of the batch.
     """
     if len(samples) % count():
         raise ValueError(
-            f"a batch of {len(samples)} for {count()} processes; expected a multiple of them"
+            f"a batch of {len(samples)} for {count()} processes; expected a multiple of the number "
+            "of processes, so that their parts are equal"
         )
     return samples[rank() :: count()]
 
 
 def seed(run: int, step: int) -> int:
-    """Return the seed of this process in a step of a run, another one for each."""
+    """Return a seed that differs for each run, step and process."""
     return (run * 1_000_003 + step) * count() + rank()
 
 
 def epoch_order(run: int, epoch: int, samples: int) -> Tensor:
-    """Return the order of the samples in an epoch of a run, the same in all processes."""
+    """Return the order of the samples in an epoch, which is the same in all processes.
+
+    Args:
+        run: the seed of the run.
+        epoch: the epoch.
+        samples: the number of samples.
+    """
     generator = torch.Generator().manual_seed(run * 1_000_003 + epoch)
     return torch.randperm(samples, generator=generator)
 
 
 def total(numbers: Tensor) -> Tensor:
-    """Return the sum over all processes, in place."""
+    """Add up a tensor over all processes, in place, and return it."""
     if are_joint():
         dist.all_reduce(numbers)
     return numbers
@@ -108,7 +119,10 @@ def wait() -> None:
 
 
 def agree(model: nn.Module) -> None:
-    """Give all processes the first one's buffers: running means of their own samples differ."""
+    """Copy the buffers of the first process to all others.
+
+    Running means differ between processes, since each has seen its own samples.
+    """
     if are_joint():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

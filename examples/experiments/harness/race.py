@@ -1,8 +1,8 @@
-"""Runs that take their steps in turn, on one machine, and how soon each is good enough.
+"""Lets several runs take their steps in turn on one machine, and measures when each is good enough.
 
-All take the steps of one of them, the base. One that is not yet as good as the base is at its end
-goes on, until it is or has taken as long as the base did. So a cheap gradient may take more steps,
-which is what it is cheap for.
+One of the runs is the base. All runs first take as many steps as the base. A run that is then not
+yet as good as the base at its end goes on, until it is or has taken as long as the base. So a run
+with a cheap gradient may take more steps.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from dataclasses import dataclass
 from .results import Column, Curve, last, median_of, milliseconds
 from .training import Record
 
-SMOOTH = 3  # evaluations, whose median is what a run has reached: single ones are lucky
+SMOOTH = 3  # the level of a run is the median of so many evaluations; a single one may be lucky
 
 
 @dataclass(frozen=True)
 class Race:
-    """What is to be reached.
+    """The goal of a race.
 
     Attributes:
-        key: of the history.
-        label: what it is called.
-        higher: whether more of it is better.
-        scale: what it is multiplied by in the table.
-        text: how it is written there.
-        base: the run whose end is the target.
+        key: the key in the history of the value that is compared.
+        label: the name of the value in the table and the plot.
+        higher: whether a higher value is better.
+        scale: the factor by which the value is multiplied in the table.
+        text: the format of the value in the table.
+        base: the name of the run whose level at its end is the target.
     """
 
     key: str
@@ -39,7 +39,10 @@ class Race:
     base: str = "ift"
 
     def reached(self, record: Record) -> list[tuple[int, float, float]]:
-        """Return step, seconds and level of each evaluation, the median of the last `SMOOTH`."""
+        """Return the step, the seconds and the level at each evaluation.
+
+        The level is the median of the last `SMOOTH` values.
+        """
         rows = [row for row in record.history if self.key in row and row["step"] > 0]
         values = [row[self.key] for row in rows]
         return [
@@ -48,24 +51,28 @@ class Race:
         ]
 
     def level(self, record: Record, steps: int) -> float:
-        """Return what a run has reached after so many steps, NaN if it did not take them."""
+        """Return the level of a run after so many steps, or NaN if it did not take them."""
         return next((v for step, _, v in reversed(self.reached(record)) if step == steps), math.nan)
 
     def time_to(self, record: Record, target: float) -> float:
-        """Return the seconds until a run is as good as a target, infinite if it never is."""
+        """Return the seconds until a run has reached a target, or infinity if it never has."""
         sign = 1 if self.higher else -1
         times = (t for _, t, v in self.reached(record) if sign * v >= sign * target)
         return next(times, math.inf)
 
     def goes_on(self, record: Record, base: Record) -> bool:
-        """Whether a run that has taken the base's steps takes some more."""
+        """Return whether a run that has taken all its steps is to take more."""
         if record.error is not None or base.error is not None or not base.is_done:
             return False
         target = self.level(base, base.steps)
         return self.time_to(record, target) == math.inf and record.seconds < base.seconds
 
     def columns(self, records: Sequence[Record]) -> list[Column]:
-        """Return the table's numbers: at the base's last step, and the time to its level there."""
+        """Return the columns of the table.
+
+        They show the level at the last step of the base, the time to the level of the base there,
+        and the time of a step, both relative to the base.
+        """
         bases = {r.repeat: r for r in records if r.name == self.base and r.is_done and not r.error}
 
         def of_base(number: Callable[[Record, Record], float]) -> Callable[[Record], float]:
@@ -93,7 +100,7 @@ class Race:
 
     @property
     def curves(self) -> list[Curve]:
-        """The plot's panels."""
+        """The panels of the plot."""
         return [
             Curve(self.key, self.label),
             Curve(self.key, self.label, x="seconds"),
@@ -107,16 +114,16 @@ def run(
     every: int,
     is_over: Callable[[], bool],
 ) -> Iterator[None]:
-    """Let runs take their steps in turn until each is done, and yield after each of all.
+    """Let runs take their steps in turn until each is done.
 
     Args:
-        race: what they are to reach.
-        runs: records, and what takes a step of theirs each time, see `train`.
-        every: steps between evaluations, which a run goes on by.
-        is_over: whether to stop where all have been evaluated.
+        race: the goal.
+        runs: the record of each run, and an iterator that takes its steps, see `train`.
+        every: the number of steps between evaluations. A run that goes on takes so many more.
+        is_over: returns whether to stop. It is called when all runs have been evaluated.
 
     Yields:
-        After a step of every run.
+        None, after each turn in which every run has taken a step.
     """
     base = next(record for record, _ in runs if record.name == race.base)
     while True:
@@ -126,9 +133,9 @@ def run(
         left = [(record, steps) for record, steps in runs if not record.is_done]
         if not left:
             return
-        # Those that were left behind when the command was stopped come first.
+        # Runs that were behind when the command was stopped catch up first.
         behind = min(record.steps for record, _ in left)
-        first = behind % len(left)  # nobody's step always follows the same one's
+        first = behind % len(left)  # the order rotates, so no run always follows the same one
         for record, steps in left[first:] + left[:first]:
             if record.steps == behind:
                 next(steps, None)

@@ -1,4 +1,8 @@
-"""A tiny recursive model (TRM) that learns to solve Sudoku."""
+"""Trains a tiny recursive model (TRM) that solves Sudoku puzzles.
+
+A puzzle is given to the model in several calls, and each call is one optimiser step. The states go
+on from call to call, detached. That is the deep supervision of the authors' code.
+"""
 
 from __future__ import annotations
 
@@ -23,38 +27,42 @@ from .training import Task
 
 @dataclass(frozen=True)
 class RecursiveSettings:
-    """How a TRM is trained.
+    """The settings of a training run of a TRM.
 
     Attributes:
-        box: side of a box: 2 for 4x4, all of whose grids are known, 3 for random 9x9 grids.
-        train_grids: grids to train with.
-        test_grids: the same of the test; no grid is in both.
-        puzzles: puzzles of a grid, each with one solution.
-        givens: digits that a puzzle keeps, or more where fewer would have several solutions.
-        augment: whether training puzzles are turned into others by symmetries of Sudoku.
-        width: of the states.
-        layers: of the network, an MLP-mixer.
-        expansion: hidden sizes of its MLPs, over cells and registers and over channels, in sizes of
-            what comes in.
-        registers: tokens beside the cells.
-        blocks: refinement blocks of a call, the loop's evaluations; H_cycles in the paper's code.
-        refinements: of the latents in a block; L_cycles in the paper's code.
-        grad: the gradient's spec; None for the model's own, one block with graph.
-        supervisions: calls that a puzzle gets at most, the state carried over, an optimiser step
-            each; in evaluations all of them.
-        halt: whether a puzzle that the model takes for solved makes room for another.
-        explore: share of the puzzles that are kept for a random number of calls all the same.
-        halt_weight: of the loss of halting.
-        steps: optimiser steps.
-        batch_size: puzzles a step.
-        lr: learning rate, after `warmup` steps of a linear rise.
-        warmup: those steps.
-        betas: of AdamAtan2.
-        weight_decay: of AdamAtan2.
-        ema: how much of the averaged weights, which are evaluated, is kept in a step.
-        eval_every: steps between evaluations.
-        eval_batch: puzzles of an evaluation's batch.
-        radius_puzzles: test puzzles whose residuals and spectral radii are measured.
+        box: the side of a box: 2 for 4x4 grids, all of which are known, 3 for random 9x9 grids.
+        train_grids: the number of grids to train with.
+        test_grids: the number of grids to test with. No grid is in both sets.
+        puzzles: the number of puzzles per grid, each with one solution.
+        givens: the number of digits that a puzzle keeps. It keeps more if it would have several
+            solutions otherwise.
+        augment: whether symmetries of Sudoku turn training puzzles into others.
+        width: the size of the states.
+        layers: the number of layers of the network, an MLP-mixer.
+        expansion: the hidden sizes of its MLPs, over tokens and over channels, as multiples of
+            their input sizes.
+        registers: the number of tokens besides the cells.
+        blocks: the number of refinement blocks per call, which are the evaluations of the loop;
+            H_cycles in the paper's code.
+        refinements: the number of refinements of the latents per block; L_cycles in the paper's
+            code.
+        grad: the spec of the gradient; None for the model's own, which has a graph of one block.
+        supervisions: the largest number of calls per puzzle, with one optimiser step per call.
+            Evaluations make all of these calls.
+        halt: whether a puzzle that the model takes for solved is replaced by another one.
+        explore: the share of the puzzles that stay for a random number of calls in any case.
+        halt_weight: the weight of the halting loss.
+        steps: the number of optimiser steps.
+        batch_size: the number of puzzles per step.
+        lr: the learning rate after the warm-up.
+        warmup: the number of steps in which the learning rate rises linearly.
+        betas: the betas of AdamAtan2.
+        weight_decay: the weight decay of AdamAtan2.
+        ema: the share of the averaged weights that is kept in a step. Evaluations use these
+            weights.
+        eval_every: the number of steps between evaluations.
+        eval_batch: the number of puzzles per batch of an evaluation.
+        radius_puzzles: the number of test puzzles whose residuals and spectral radii are measured.
     """
 
     box: int
@@ -87,13 +95,13 @@ class RecursiveSettings:
 
 
 class Learner(nn.Module):
-    """A TRM, the average of its weights, and the puzzles that it is at: what a run goes on from.
+    """Holds all that a run resumes from: a TRM, the average of its weights, and its batch.
 
     Args:
         model: the TRM.
         ema: see `RecursiveSettings`.
-        state: shape (batch, tokens, width) of its states.
-        cells: of a puzzle.
+        state: the shape of its states, (batch, tokens, width).
+        cells: the number of cells of a puzzle.
     """
 
     def __init__(self, model: nn.Module, ema: float, state: tuple[int, int, int], cells: int):
@@ -114,14 +122,15 @@ class Learner(nn.Module):
 class RecursiveTask(Task):
     """Trains a TRM with deep supervision, as its authors' code does; see `Task`.
 
-    A step is one call of the model on a batch, in which each puzzle is at a call of its own: those
-    that have halted are replaced, the states of the others go on, detached.
+    A step is one call of the model on a batch. The puzzles of a batch may have had different
+    numbers of calls. Puzzles that have halted are replaced. The states of the others go on,
+    detached.
 
     Args:
-        settings: how.
-        seed: of the puzzles, the weights, the order of the puzzles, and halting.
-        data: nothing, since the puzzles are generated.
-        device: where to train.
+        settings: the settings.
+        seed: the seed of the puzzles, the weights, the order of the puzzles, and halting.
+        data: None, since the puzzles are generated.
+        device: the device on which to train.
     """
 
     def __init__(
@@ -130,9 +139,12 @@ class RecursiveTask(Task):
         s = self.settings = settings
         self.seed, self.device = seed, device
         if data is not None:
-            raise SystemExit(f"--data {data}, but the puzzles are generated; expected none")
+            raise SystemExit(f"--data {data}, but the puzzles are generated; leave --data out")
         if s.augment and s.box == 2:
-            raise ValueError("augment=True makes test grids of other 4x4 ones; expected False")
+            raise ValueError(
+                "augment=True makes test grids of other 4x4 ones, so the test would not be fair; "
+                "expected False with box=2"
+            )
         self.train_set, self.test_set = load_puzzles(
             s.box, s.train_grids, s.test_grids, s.puzzles, s.givens, seed
         )
@@ -148,7 +160,7 @@ class RecursiveTask(Task):
                 dim=s.width,
                 depth=s.layers,
                 seq_len=tokens,
-                # Both hidden sizes are counted in widths there; the first MLP is over tokens.
+                # The package counts both hidden sizes in widths, but the first MLP acts on tokens.
                 expansion_factor=s.expansion * tokens / s.width,
                 expansion_factor_token=s.expansion,
             ),
@@ -159,7 +171,7 @@ class RecursiveTask(Task):
             grad=s.grad,
         )
         self.model = Learner(model, s.ema, (s.batch_size, tokens, s.width), cells).to(device)
-        # The paper's optimiser, in the implementation that the model's package depends on.
+        # The paper's optimiser, in the implementation on which the package of the model depends.
         self.optimizer = require("adam_atan2_pytorch", "trm").AdamAtan2(
             self.model.model.parameters(),
             lr=s.lr,
@@ -169,7 +181,7 @@ class RecursiveTask(Task):
         self.steps, self.eval_every = s.steps, s.eval_every
 
     def step(self, number: int) -> Tensor:
-        """Take a step."""
+        """Take optimiser step `number` and return its loss, see `Task`."""
         s, learner = self.settings, self.model
         draw = torch.Generator().manual_seed(processes.seed(self.seed, number))
         torch.manual_seed(processes.seed(self.seed, number))
@@ -190,7 +202,7 @@ class RecursiveTask(Task):
 
     @torch.no_grad()
     def _replace_halted(self, draw: torch.Generator) -> None:
-        """Put new puzzles, which have had no call yet, where others have halted."""
+        """Replace the puzzles that have halted by new ones, which have had no call yet."""
         s, learner = self.settings, self.model
         drawn = self.train_set.draw(s.batch_size, draw, s.augment)
         for old, new in zip((learner.seq, learner.labels), drawn, strict=True):
@@ -198,7 +210,12 @@ class RecursiveTask(Task):
         learner.calls.masked_fill_(learner.halted, 0)
 
     def _call(self, model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the mean loss, the next states and the probability of halting of each puzzle."""
+        """Call the model once on the batch.
+
+        Returns:
+            The mean loss; the next outputs and latents, each of shape (batch, tokens, width); and
+            the probability of halting of each puzzle, shape (batch,).
+        """
         outputs, latents = self._states(model)
         loss, _, outputs, latents, _, halt = model.train()(
             self.model.seq, outputs, latents, labels=self.model.labels
@@ -206,14 +223,14 @@ class RecursiveTask(Task):
         return loss / len(halt), outputs, latents, halt.detach()
 
     def _states(self, model: Any) -> list[Tensor]:
-        """Return the states, those of new puzzles with a graph to the initial vectors."""
+        """Return the states; those of new puzzles are the model's initial vectors, with a graph."""
         learner = self.model
         new = (learner.calls == 0)[:, None, None]
         carried = zip(model.get_initial(), (learner.outputs, learner.latents), strict=True)
         return [torch.where(new, initial, state) for initial, state in carried]
 
     def _halts(self, halt: Tensor, draw: torch.Generator) -> Tensor:
-        """Return which puzzles are done with: at their last call, or taken for solved."""
+        """Return which puzzles halt: those at their last call, and those taken for solved."""
         s, calls = self.settings, self.model.calls
         last = calls >= s.supervisions
         if not s.halt or s.supervisions < 2:
@@ -223,29 +240,34 @@ class RecursiveTask(Task):
         return last | ((halt > 0.5) & (calls >= (explores * least).to(self.device)))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Return accuracy on the test's puzzles, the loop's residual and radius, and the gradient.
+        """Return what is measured after so many steps.
 
-        `solved` is the share of puzzles without a mistake after all calls, `cells` that of the
-        blanks filled in right. `residual` is that of the loop's map, one refinement block, at the
-        end of the last call, `residual_first` of the first, and `rho` the mean spectral radius of
-        the map at the end of the last. All these are of the averaged weights.
+        With the averaged weights, on test puzzles:
 
-        `memory` are the most MiB that a call with its backward pass adds to what is there before.
-        `cosine` is that of the gradient on the batch in training with the one by backpropagation
-        through the whole loop, `length` the ratio of their norms.
+        - `solved`: the share of the puzzles without a mistake after all calls.
+        - `cells`: the share of the blank cells that are filled in correctly.
+        - `residual`: the residual of the loop's map, one refinement block, after the last call.
+        - `residual_first`: the same after the first call.
+        - `rho`: the mean spectral radius of this map after the last call.
+
+        With the weights in training, on the batch in training:
+
+        - `memory`: the MiB that a call and its backward pass need at most, beyond what is there.
+        - `cosine`: the cosine between the gradient and that of backpropagation through the loop.
+        - `length`: the ratio of the norms of these two gradients.
         """
         found = self._accuracy() | self._at_the_ends()
         self.optimizer.zero_grad()
         with PeakMemory() as memory:
             self._call(self.model.model)[0].backward()
         found["memory"] = memory.peak / 2**20
-        if step > 0:  # there is a batch
+        if step > 0:  # before the first step there is no batch
             found |= self._against_backpropagation()
         self.optimizer.zero_grad()
         return found
 
     def _against_backpropagation(self) -> dict[str, float]:
-        """Compare the gradient that is there with that through the whole loop."""
+        """Compare the present gradient with that of backpropagation through the whole loop."""
         whole = copy.deepcopy(self.model.model)
         dpp.set_grad(whole, "tbptt(k='all')")
         whole.zero_grad()
@@ -304,6 +326,11 @@ class RecursiveTask(Task):
 
 
 def _residual(state: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]) -> float:
-    """Return the mean of ||F(h) - h|| / ||F(h)|| over the puzzles."""
+    """Return the mean of ||F(h) - h|| / ||F(h)|| over the puzzles.
+
+    Args:
+        state: h, two tensors of shape (count, tokens, width).
+        image: F(h), of the same shapes.
+    """
     before, after = (torch.cat(pair, dim=-1).flatten(1) for pair in (state, image))
     return float(((after - before).norm(dim=1) / after.norm(dim=1)).mean())

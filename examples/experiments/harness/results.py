@@ -1,4 +1,8 @@
-"""What all runs of an experiment have shown: a table, JSON, CSV, a plot."""
+"""Writes the results of all runs of an experiment: a table, JSON, CSV and a plot.
+
+An experiment describes its table by `Column`s and its plot by `Curve`s. `load_records` reads the
+records of all runs in a folder, and `write` writes the files.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,13 @@ from deq_phantom_plugin._plumbing.output import text_table, write_whole
 from . import choices
 from .training import Record
 
-FEW = 4  # repeats that the plot shows one by one
-SHORT = 20  # points of a curve that are marked
-TIMES = "step seconds, taken in turn"  # key of results.json
+FEW = 4  # up to so many repeats, the plot shows each as a line
+SHORT = 20  # up to so many points, the points of a curve are marked
+TIMES = "step seconds, taken in turn"  # the key of the step times in results.json
 
 
 def mean_and_deviation(values: Sequence[float], text: str) -> str:
-    """Return the mean, and the standard deviation of several."""
+    """Return the mean as text, with the standard deviation if there are several values."""
     if not values or any(map(math.isnan, values)):
         return "-"
     mean = text.format(statistics.fmean(values))
@@ -37,7 +41,7 @@ def mean_and_deviation(values: Sequence[float], text: str) -> str:
 
 
 def median_of(values: Sequence[float], text: str) -> str:
-    """Return the median, of which those that are infinite are part, and of how many it is."""
+    """Return the median as text; infinite values count, and it is said how many are finite."""
     if not values or any(map(math.isnan, values)):
         return "-"
     middle = statistics.median_low(values)
@@ -48,14 +52,14 @@ def median_of(values: Sequence[float], text: str) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A number of the table, over a run's seeds or folds.
+    """A column of the table, with one number per run and repeat (seed or fold).
 
     Attributes:
-        title: its header.
-        of: from a finished record to the number.
-        text: how a number is written.
-        over: from the numbers of all seeds or folds, and `text`, to the cell: the mean, and the
-            standard deviation of several, or the median.
+        title: the header of the column.
+        of: returns the number of a finished record.
+        text: the format of a number.
+        over: returns the text of a cell from the numbers of all repeats and from `text`:
+            `mean_and_deviation` or `median_of`.
     """
 
     title: str
@@ -66,13 +70,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Curve:
-    """A panel of the plot: one value of the history against another, or against several.
+    """A panel of the plot, which shows a value of the history against the steps or the seconds.
 
     Attributes:
-        y: key of the history.
-        label: of its axis.
-        x: key of the history: "step" or "seconds".
-        log: whether y is on a logarithmic axis.
+        y: the key of the value in the history.
+        label: the label of the y axis.
+        x: the key of the x axis in the history: "step" or "seconds".
+        log: whether the y axis is logarithmic.
     """
 
     y: str
@@ -82,7 +86,7 @@ class Curve:
 
 
 def last(key: str, scale: float = 1.0) -> Callable[[Record], float]:
-    """Return what takes a key from the last evaluation that has it."""
+    """Return a function that reads a key from the last evaluation of a record that has it."""
 
     def of(record: Record) -> float:
         values = [row[key] for row in record.history if key in row]
@@ -97,7 +101,14 @@ def best(
     choose: Callable[..., dict[str, float]] = max,
     by: str | None = None,
 ) -> Callable[[Record], float]:
-    """Return what takes the best value of a key over all evaluations, or the one where `by` is."""
+    """Return a function that reads the best value of a key over all evaluations of a record.
+
+    Args:
+        key: the key in the history.
+        scale: a factor of the result.
+        choose: `max` or `min`, whichever is best.
+        by: another key, whose best value selects the evaluation; `key` itself if None.
+    """
 
     def of(record: Record) -> float:
         rows = [row for row in record.history if key in row]
@@ -107,7 +118,7 @@ def best(
 
 
 def mean(key: str, scale: float = 1.0) -> Callable[[Record], float]:
-    """Return what takes the mean of a key over all evaluations that have it."""
+    """Return a function that computes the mean of a key over all evaluations that have it."""
 
     def of(record: Record) -> float:
         values = [row[key] for row in record.history if key in row]
@@ -117,7 +128,7 @@ def mean(key: str, scale: float = 1.0) -> Callable[[Record], float]:
 
 
 def milliseconds(record: Record) -> float:
-    """Return the median of the medians of a step's time."""
+    """Return the milliseconds of a step: the median of the medians between evaluations."""
     times = [row["ms_per_step"] for row in record.history if "ms_per_step" in row]
     return statistics.median(times) if times else math.nan
 
@@ -129,7 +140,7 @@ def load_records(folder: Path) -> list[Record]:
 
 
 def load_times(folder: Path) -> dict[str, list[float]]:
-    """Return the step times that `write` wrote into a folder, if it did."""
+    """Return the step times in the results of a folder; empty if there are no results."""
     path = folder / "results.json"
     if not path.is_file():
         return {}
@@ -138,7 +149,7 @@ def load_times(folder: Path) -> dict[str, list[float]]:
 
 
 def groups(records: Sequence[Record], order: Sequence[str]) -> dict[str, list[Record]]:
-    """Return the records of each run, in an order; those it does not name come last."""
+    """Return the records of each run by its name, in this order; other runs come last."""
     names = [*order, *sorted({record.name for record in records} - set(order))]
     by_name = {name: [r for r in records if r.name == name] for name in names}
     return {name: found for name, found in by_name.items() if found}
@@ -150,13 +161,13 @@ def rows(
     order: Sequence[str],
     times: dict[str, list[float]],
 ) -> tuple[list[str], list[list[str]]]:
-    """Return the table's header and rows.
+    """Return the header and the rows of the table.
 
     Args:
-        records: of all runs.
-        columns: the numbers.
-        order: of the runs.
-        times: seconds of a step, taken in turn; empty where that was not asked for.
+        records: the records of all runs.
+        columns: the columns.
+        order: the order of the runs, by name.
+        times: the seconds per step of each run, timed in turn; empty if they were not timed.
     """
     header = ["run", *(column.title for column in columns), "ms/step"]
     header += [*(["ms/step in turn"] if times else []), "steps", "runs"]
@@ -188,10 +199,19 @@ def write(
     order: Sequence[str],
     times: dict[str, list[float]],
 ) -> str:
-    """Write what the runs have shown into a folder, and return the table as text.
+    """Write the results of runs into a folder, and return the table as text.
 
-    `results.json` has everything, `table.md` the means, `runs.csv` the columns of each seed or
-    fold, `curves.png` the plot, `choices.png` what `auto` chose, if it did.
+    `results.json` has everything, `table.md` the means, and `runs.csv` the columns of each seed or
+    fold. `curves.png` is the plot. `choices.png` shows the choices of `auto`, if there are any.
+
+    Args:
+        folder: the folder.
+        title: the title of the plots.
+        records: the records of the runs.
+        columns: the columns of the table.
+        curves: the panels of the plot.
+        order: the order of the runs, by name.
+        times: see `rows`.
     """
     header, body = rows(records, columns, order, times)
     content = {
@@ -226,7 +246,7 @@ def each_run(records: Sequence[Record], columns: Sequence[Column], order: Sequen
 
 
 def environment() -> dict[str, Any]:
-    """Return what times depend on."""
+    """Return the date, the hardware and the version of PyTorch, on which times depend."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.date.today().isoformat(),
@@ -241,12 +261,13 @@ def environment() -> dict[str, Any]:
 def plot(
     records: Sequence[Record], curves: Sequence[Curve], order: Sequence[str], title: str
 ) -> bytes:
-    """Return a PNG: a panel for each curve, a colour for each run, its mean over repeats bold.
+    """Return a PNG with one panel per curve and one colour per run.
 
-    The repeats are thin lines, or a band of their standard deviation where they are many.
+    A bold line is the mean over the repeats of a run. The repeats are thin lines, or a band of
+    their standard deviation if there are more than `FEW`.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
     """
     require("matplotlib", "viz")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -261,7 +282,7 @@ def plot(
                 [(row[curve.x], row[curve.y]) for row in record.history if curve.y in row]
                 for record in found
             ]
-            lines = [line for line in lines if line]  # without those that have only begun
+            lines = [line for line in lines if line]  # runs without an evaluation have no line
             length = min(map(len, lines), default=0)
             points = [list(zip(*(line[i] for line in lines), strict=True)) for i in range(length)]
             x, y = ([statistics.fmean(point[j]) for point in points] for j in (0, 1))

@@ -1,4 +1,4 @@
-"""Learning rates and gradients, as functions of the step alone."""
+"""Learning rates and gradients as functions of the training step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 
 
 def cosine(step: int, steps: int, highest: float, lowest: float = 0.0, warmup: int = 0) -> float:
-    """Return a learning rate: a linear rise, then half a cosine.
+    """Return the learning rate of a step: a linear rise, and then half a cosine.
 
     Args:
-        step: from 0.
-        steps: of the whole run.
+        step: the step, counted from 0.
+        steps: the number of steps of the whole run.
         highest: the rate after the rise.
         lowest: the rate at the end.
-        warmup: steps of the rise.
+        warmup: the number of steps of the rise.
     """
     if step < warmup:
         return highest * (step + 1) / warmup
@@ -22,16 +22,16 @@ def cosine(step: int, steps: int, highest: float, lowest: float = 0.0, warmup: i
 
 
 def after_pretraining(grad: str | int, pretrain_steps: int, layers: int, steps: int) -> str | int:
-    """Return the spec of a gradient that unrolled pretraining comes before.
+    """Return a spec that pretrains by unrolling, and then uses a gradient.
 
     Args:
-        grad: the gradient's.
-        pretrain_steps: steps of pretraining; 0 for none.
-        layers: that it unrolls.
-        steps: of the whole run.
+        grad: the spec of the gradient.
+        pretrain_steps: the number of steps of pretraining; 0 for none.
+        layers: the number of evaluations that pretraining unrolls.
+        steps: the number of steps of the whole run.
 
     Raises:
-        ValueError: if nothing is left to train with the gradient.
+        ValueError: if no step is left for the gradient.
     """
     if pretrain_steps == 0:
         return grad

@@ -1,4 +1,8 @@
-"""Sudoku puzzles with one solution each: all 4x4 grids, or random 9x9 ones."""
+"""Makes Sudoku puzzles with one solution each, from all 4x4 grids or from random 9x9 grids.
+
+A puzzle is a solved grid from which digits are removed in a random order, as long as the solution
+stays unique. `solutions` finds the solutions by trial.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GRIDS_4X4 = 288
+GRIDS_4X4 = 288  # the number of solved 4x4 grids
 
 
 @dataclass(frozen=True)
 class Puzzles:
-    """Puzzles and their solutions, shape (count, cells); blanks are 0.
+    """Puzzles and their solutions.
 
     Attributes:
-        seq: what is given.
-        labels: the solutions.
-        box: side of a box; a grid has box**2 rows.
+        seq: the given digits, shape (count, cells); blank cells are 0.
+        labels: the solutions, shape (count, cells).
+        box: the side of a box; a grid has box**2 rows.
     """
 
     seq: Tensor
@@ -29,7 +33,10 @@ class Puzzles:
     box: int
 
     def draw(self, count: int, generator: torch.Generator, augment: bool) -> tuple[Tensor, Tensor]:
-        """Return random puzzles, each turned into another one of the same kind if `augment`."""
+        """Return random puzzles and their solutions, each of shape (count, cells).
+
+        With `augment`, a random symmetry of Sudoku turns each puzzle into another one.
+        """
         indices = torch.randint(len(self.seq), (count,), generator=generator)
         seq, labels = self.seq[indices], self.labels[indices]
         if not augment:
@@ -39,13 +46,14 @@ class Puzzles:
 
 
 def symmetries(box: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return random symmetries of Sudoku: which cell comes to each place, and its new digit.
+    """Return random symmetries of Sudoku.
 
-    Digits are renamed; bands, rows within bands, and the same of columns, change places; half of
-    the grids are transposed.
+    A symmetry renames the digits. It permutes the bands, and the rows within each band, and does
+    the same with columns. Half of the grids are also transposed.
 
     Returns:
-        Two tensors, shape (count, cells) and (count, box**2 + 1).
+        The cell that comes to each place, shape (count, cells); and the new name of each digit,
+        shape (count, box**2 + 1), in which 0 (blank) stays 0.
     """
     size = box**2
 
@@ -68,18 +76,19 @@ def symmetries(box: int, count: int, generator: torch.Generator) -> tuple[Tensor
 def load_puzzles(
     box: int, train_grids: int, test_grids: int, each: int, givens: int, seed: int
 ) -> tuple[Puzzles, Puzzles]:
-    """Return puzzles to train with and to test with, none of whose grids are the same.
+    """Return puzzles for training and for tests, which have no grid in common.
 
     Args:
-        box: 2 for 4x4, of which all grids are known, 3 for 9x9, whose grids are random.
-        train_grids: number of grids to train with.
-        test_grids: the same of the test.
-        each: puzzles of a grid.
-        givens: digits that are left, or more where fewer would leave several solutions.
-        seed: of the grids and of what is left out of them.
+        box: 2 for 4x4 grids, all of which are known; 3 for 9x9 grids, which are random.
+        train_grids: the number of grids to train with.
+        test_grids: the number of grids to test with.
+        each: the number of puzzles per grid.
+        givens: the number of digits that a puzzle keeps. It keeps more if it would have several
+            solutions otherwise.
+        seed: the seed of the grids and of the digits that are removed.
 
     Raises:
-        ValueError: if there are no such grids; says how many there are.
+        ValueError: if there are no such grids; the message says how many there are.
     """
     count = train_grids + test_grids
     if box not in (2, 3):
@@ -114,7 +123,14 @@ def _puzzles(
 
 
 def dug(grid: Sequence[int], givens: int, box: int, draw: random.Random) -> list[int]:
-    """Return a grid without the digits that can go, in a random order, until few are left."""
+    """Return a puzzle: remove digits in a random order while the solution stays unique.
+
+    Args:
+        grid: the solved grid, row by row.
+        givens: the number of digits at which to stop.
+        box: the side of a box.
+        draw: draws the order.
+    """
     cells, left = list(grid), len(grid)
     for place in draw.sample(range(len(grid)), len(grid)):
         if left <= givens:
@@ -130,15 +146,17 @@ def dug(grid: Sequence[int], givens: int, box: int, draw: random.Random) -> list
 def solutions(
     cells: Sequence[int], box: int, draw: random.Random | None = None
 ) -> Iterator[tuple[int, ...]]:
-    """Yield the grids that agree with the given cells, found by trial where fewest digits fit.
+    """Yield all solved grids that agree with the given cells.
+
+    The search tries digits in the blank cell in which the fewest digits fit.
 
     Args:
-        cells: row by row; 0 for a blank.
-        box: side of a box.
-        draw: tries digits in a random order.
+        cells: the given digits, row by row; 0 for a blank cell.
+        box: the side of a box.
+        draw: if given, digits are tried in a random order.
     """
     groups = _groups(box)
-    used = [0] * (3 * box**2)  # of each row, column and box: a bit for each digit
+    used = [0] * (3 * box**2)  # one number per row, column and box, with one bit per digit
     for place, digit in enumerate(cells):
         for group in groups[place] if digit else ():
             if used[group] >> digit & 1:
@@ -156,7 +174,7 @@ def _completions(
     groups: Sequence[tuple[int, int, int]],
     draw: random.Random | None,
 ) -> Iterator[tuple[int, ...]]:
-    """Yield the completions; lists are changed on the way and left as they were found."""
+    """Yield the completions of a grid; lists are changed in place and restored at the end."""
     if not blanks:
         yield tuple(cells)
         return

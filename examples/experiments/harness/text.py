@@ -1,4 +1,8 @@
-"""Text to model: files of whitespace-separated words, as WikiText's are, or of characters."""
+"""Loads texts for language models: files of whitespace-separated words (WikiText), or characters.
+
+A text becomes a row of numbers. `columns` cuts it into several texts side by side, and `segment`
+returns the piece of all of them that a step trains on.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +24,26 @@ HELP = (
 def load_text(
     path: Path | None, train_file: str, test_file: str, characters: bool = False
 ) -> tuple[Tensor, Tensor, int]:
-    """Return training and test text as numbers of words, and how many words there are.
+    """Return a training text and a test text as numbers, and the size of the vocabulary.
 
-    Words are numbered by how often the training text has them. A word that only the test text has
-    is unknown. A line, an empty one too, ends with a token of its own, as in the official code.
+    Words are numbered by how often they occur in the training text. A word that occurs only in the
+    test text gets the number of the unknown word. Each line, also an empty one, ends with a token
+    of its own, as in the official code.
 
     Args:
-        path: the folder.
-        train_file: name in it. Without a name, Python's own language reference is the text.
-        test_file: name in it; without one the last tenth of the lines of the other is the test.
-        characters: whether each of these is a word.
+        path: the folder of the texts, or None.
+        train_file: the name of the training text in the folder. If it is empty, Python's own
+            language reference is the text.
+        test_file: the name of the test text in the folder. If it is empty, the last tenth of the
+            lines of the training text is the test text.
+        characters: whether each character is a word.
 
     Returns:
         Two tensors of shape (tokens,), int64, and the size of the vocabulary.
 
     Raises:
-        SystemExit: if a file cannot be read, or a path is given that is not asked for; says what is
-            expected.
+        SystemExit: if a file cannot be read, or if a path is given and not needed; the message says
+            what is expected.
     """
     if not train_file and path is not None:
         raise SystemExit(f"--data {path} without names of files; expected {HELP}")
@@ -58,21 +65,21 @@ def load_text(
 
 
 def columns(text: Tensor, count: int) -> Tensor:
-    """Return a text as that many texts side by side, shape (count, tokens), the rest left out."""
+    """Return a text cut into `count` texts of equal length, shape (count, tokens)."""
     length = len(text) // count
     return text[: count * length].view(count, length)
 
 
 def segment(texts: Tensor, number: int, length: int) -> Tensor:
-    """Return the n-th piece of all texts, after the last one again the first.
+    """Return a piece of all texts; after the last piece, the first one follows again.
 
     Args:
         texts: shape (count, tokens).
-        number: of the piece.
-        length: tokens to predict.
+        number: the number of the piece, counted from 0.
+        length: the number of tokens to predict.
 
     Returns:
-        Shape (count, length + 1): a token to begin with, and those to predict.
+        Shape (count, length + 1): one token to begin with, and the tokens to predict.
     """
     pieces = segments(texts, length)
     begin = number % pieces * length
@@ -80,10 +87,10 @@ def segment(texts: Tensor, number: int, length: int) -> Tensor:
 
 
 def segments(texts: Tensor, length: int) -> int:
-    """Return how many pieces texts have.
+    """Return the number of pieces with `length` tokens to predict.
 
     Raises:
-        SystemExit: if there is none.
+        SystemExit: if the texts are too short for one piece.
     """
     pieces = (texts.shape[1] - 1) // length
     if pieces < 1:
@@ -106,10 +113,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def _words(lines: list[str], characters: bool) -> list[str]:
+    """Return the words, or the characters, of lines, each of which ends with `END`."""
     return [word for line in lines for word in (*(line if characters else line.split()), END)]
 
 
 def _language_reference() -> list[str]:
+    """Return the lines of the language reference that Python ships with."""
     from pydoc_data.topics import topics
 
     return [line for name in sorted(topics) for line in topics[name].splitlines()]

@@ -1,7 +1,8 @@
-"""One run, from wherever it was left to its last step.
+"""Trains one run, from its last checkpoint to its last step.
 
-All randomness of a step comes from its number and the run's seed, so that a run that was stopped
-and resumed ends with the numbers of one that was not.
+A `Task` has the model, the data and the optimiser. `train` takes its steps, evaluates it, and fills
+in a `Record`. The randomness of a step depends only on its number and on the seed of the run. So a
+run that is stopped and resumed ends with the same numbers as one that is not.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class Task(ABC):
     """A model, its data and its optimiser.
 
     Attributes:
-        model: has all the parameters.
-        optimizer: of them.
-        steps: optimiser steps to take.
-        eval_every: steps between evaluations.
+        model: the module with all parameters.
+        optimizer: the optimiser of these parameters.
+        steps: the number of optimiser steps to take.
+        eval_every: the number of steps between evaluations.
     """
 
     model: nn.Module
@@ -45,31 +46,34 @@ class Task(ABC):
 
     @abstractmethod
     def step(self, number: int) -> Tensor:
-        """Take a step, from 0, and return its loss, a scalar without a graph."""
+        """Take optimiser step `number`, counted from 0, and return its loss.
+
+        The loss is a scalar without a graph.
+        """
 
     @abstractmethod
     def evaluate(self, step: int) -> dict[str, float]:
-        """Return what is measured on held-out data after so many steps, from 0.
+        """Return what is measured on held-out data after so many steps, by name.
 
-        In several processes, the same in all.
+        With several processes, the result is the same in all of them.
         """
 
 
 @dataclass
 class Record:
-    """What a run has shown so far.
+    """The results of a run so far.
 
     Attributes:
-        name: of the run.
+        name: the name of the run.
         repeat: its seed or fold.
-        settings: what it depends on.
-        total: the steps it is to take.
-        steps: those it has taken.
-        seconds: they took, evaluations left out.
-        history: what each evaluation measured, with `step`, `seconds`, `ms_per_step` (the median
-            since the one before) and `train_loss` (the mean since then).
-        choices: of `auto`, as `dpp.report_choice` tells them; empty for other methods.
-        error: what ended it early.
+        settings: its settings.
+        total: the number of steps that it is to take.
+        steps: the number of steps that it has taken.
+        seconds: the seconds that these steps took, without evaluations.
+        history: the results of each evaluation, with `step`, `seconds`, `ms_per_step` (the median
+            since the evaluation before) and `train_loss` (the mean since then).
+        choices: the choices of `auto`, as `dpp.report_choice` returns them; empty otherwise.
+        error: the error that ended the run early, or None.
     """
 
     name: str
@@ -84,16 +88,16 @@ class Record:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the run has taken all its steps, or has failed."""
         return self.error is not None or self.steps >= self.total
 
 
 class Stop(Exception):
-    """The time given to the command is over."""
+    """The time of the command is over."""
 
 
 class Diverged(ArithmeticError):
-    """What a step has found in all processes alike: training cannot go on."""
+    """Training cannot go on; all processes raise this error in the same step."""
 
 
 def train(
@@ -104,23 +108,26 @@ def train(
     log: Callable[[str, float, int], None] = lambda name, value, step: None,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
-    """Train from where the record stands to the end, and yield after each step.
+    """Train from the last step of the record to the end, and yield after each step.
 
-    Checkpoints and records are kept in a folder, after each evaluation. Whoever iterates may move
-    the end, `record.total`, until the last step is taken.
+    A checkpoint and the record are saved after each evaluation. The caller may change the end,
+    `record.total`, until the last step is taken.
 
     Args:
-        task: as built, or as `restore` left it.
-        record: filled in as the run goes on. What the model cannot bear (a loss or weights that are
-            not finite, an error of a solver) ends the run and is put into `record.error`.
-        folder: for checkpoint.pt and record.json.
-        device: where the task computes.
-        log: called with a name, a value and the step, after each evaluation.
-        is_over: whether to stop here and be resumed later.
+        task: the task, as it was built or restored.
+        record: the record, which is filled in. If the model fails (a loss or weights that are not
+            finite, an error of a solver), the run ends and `record.error` has the message.
+        folder: the folder for checkpoint.pt and record.json.
+        device: the device on which the task computes.
+        log: is called after each evaluation, with a name, a value and the step.
+        is_over: returns whether to stop, so that the run is resumed later.
+
+    Yields:
+        None, after each step.
 
     Raises:
-        Stop: if `is_over` said so; a checkpoint is there.
-        torch.cuda.OutOfMemoryError: the run can be resumed with more memory.
+        Stop: if `is_over` returned True; a checkpoint was saved.
+        torch.cuda.OutOfMemoryError: if the memory is too small; the run can be resumed with more.
     """
     with _failures_kept(record):
         if not record.history:
@@ -142,7 +149,7 @@ def train(
                 record.choices = [asdict(choice) for choice in dpp.report_choice(task.model)]
                 losses, times = [], []
                 save(task, record, folder)
-                # All processes stop at the same step or none does.
+                # All processes must stop at the same step.
                 if not at_end and processes.any_of(is_over(), device):
                     raise Stop
             yield
@@ -153,7 +160,11 @@ def train(
 def _measured(
     task: Task, record: Record, losses: list[Tensor], times: list[float]
 ) -> dict[str, float]:
-    """Return an entry of the history, of the steps since the one before."""
+    """Evaluate, and return an entry of the history with the steps since the last entry.
+
+    Raises:
+        Diverged: if the mean loss or the weights are not finite.
+    """
     mean = float(processes.total(torch.stack(losses).mean()) / processes.count())
     if not math.isfinite(mean):
         raise Diverged(f"the mean loss of the last {len(losses)} steps is {mean}")
@@ -171,7 +182,7 @@ def _measured(
 
 @contextmanager
 def _failures_kept(record: Record) -> Iterator[None]:
-    """Put what the model cannot bear into a record, and let all else through."""
+    """Put failures of the model into a record, and let all other errors through."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
@@ -180,12 +191,12 @@ def _failures_kept(record: Record) -> Iterator[None]:
         record.error = str(error)
     except (ArithmeticError, RuntimeError, ValueError) as error:
         if processes.count() > 1:
-            raise  # the others wait for this one
+            raise  # the other processes would wait for this one for ever
         record.error = f"{type(error).__name__}: {error}"
 
 
 def save(task: Task, record: Record, folder: Path) -> None:
-    """Write all that the run goes on from; the first process does."""
+    """Save a checkpoint and the record; only the first process writes."""
     if processes.rank() > 0:
         return
     buffer = io.BytesIO()
@@ -197,15 +208,15 @@ def save(task: Task, record: Record, folder: Path) -> None:
 
 
 def restore(task: Task, record: Record, folder: Path) -> bool:
-    """Take up a run that was left, and return whether there was one.
+    """Load the checkpoint of a run if there is one, and return whether there is one.
 
     Raises:
-        SystemExit: if it cannot be read, or had other settings; names them.
+        SystemExit: if it cannot be read, or if it has other settings; the message names them.
     """
     path = folder / "checkpoint.pt"
     if not path.is_file():
         return False
-    # Onto the CPU: Adam's step numbers stay where they are read to, and are read in every step.
+    # Loaded to the CPU: Adam's step numbers stay where they are loaded, and are read in each step.
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -213,21 +224,27 @@ def restore(task: Task, record: Record, folder: Path) -> bool:
         raise SystemExit(f"{path} cannot be read: {reason}; drop it with --fresh") from None
     refuse_other_settings(path, found["record"]["settings"], record.settings)
     task.model.load_state_dict(found["model"])
-    if processes.rank() == 0:  # whose it is
+    if processes.rank() == 0:  # the checkpoint has the memory of the first process
         dpp.load_memory_state_dict(task.model, found.get("memory", {}))
     task.optimizer.load_state_dict(found["optimizer"])
     vars(record).update(found["record"])
     task.steps = record.total
-    if record.is_done and processes.rank() == 0:  # in case it was killed just before the record
+    # The process may have been killed between the checkpoint and the record.
+    if record.is_done and processes.rank() == 0:
         write_whole(folder / "record.json", json.dumps(asdict(record), indent=1).encode())
     return True
 
 
 def refuse_other_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with, or to average over, what was trained with other settings.
+    """Refuse a checkpoint or a record of other settings.
+
+    Args:
+        path: the file, for the message.
+        then: the settings in the file.
+        now: the settings of this command.
 
     Raises:
-        SystemExit: if they differ; names them.
+        SystemExit: if settings differ; the message names them.
     """
     changed = [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
@@ -244,12 +261,12 @@ def refuse_other_settings(path: Path, then: dict[str, Any], now: dict[str, Any])
 def step_times(
     tasks: dict[str, tuple[Task, int]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the seconds of a step of each task, taken in turn so that all see the same machine.
+    """Return the seconds per step of each task; the tasks take turns, so that conditions are equal.
 
     Args:
-        tasks: each with the number of the first step to take; their models do change.
-        rounds: times that are kept, after one that warms up.
-        device: where they compute.
+        tasks: each task by name, with the number of its first step. Their models are trained on.
+        rounds: the number of timed steps per task, after one that warms up.
+        device: the device on which the tasks compute.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(rounds + 1):
@@ -262,6 +279,7 @@ def step_times(
 
 
 def _now(device: torch.device) -> float:
+    """Return the time, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""An MDEQ that learns to classify images."""
+"""Trains an MDEQ that classifies images."""
 
 from __future__ import annotations
 
@@ -23,52 +23,57 @@ from .training import Task
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """How an MDEQ is trained.
+    """The settings of a training run of an MDEQ.
 
     Attributes:
         dataset: "cifar10", "digits", "folder" or "generated".
-        train_images: the first of them; 0 for all.
-        test_images: the same.
-        image_size: side in pixels.
+        train_images: the number of training images, which are the first ones; 0 for all.
+        test_images: the number of test images, which are the first ones; 0 for all.
+        image_size: the side of an image in pixels.
         augment: whether training images are cropped and flipped at random.
-        preset: of `MDEQ.from_preset`.
-        dropout: of the residual blocks.
+        preset: the name of a preset of `MDEQ.from_preset`.
+        dropout: the dropout of the residual blocks.
         grad: the gradient: a spec, or TorchDEQ's own number of steps.
-        lam: TorchDEQ's `tau`, for its own methods.
-        implicit: whether TorchDEQ's own implicit differentiation is used, in place of `grad`.
-        layer: who solves and attaches: "torchdeq", with this package in it, or another library's
-            layer, see `peers.LAYERS`, for which `grad`, `lam` and `f_solver` mean nothing.
+        lam: TorchDEQ's `tau`, for its own gradients.
+        implicit: whether TorchDEQ's own implicit differentiation is used in place of `grad`.
+        layer: "torchdeq", with this package, or the equilibrium layer of another library, see
+            `peers.LAYERS`. With the latter, `grad`, `lam` and `f_solver` have no effect.
         compile: whether f is compiled.
-        solve_dtype: of most of the forward solve, such as "bfloat16"; "" for the model's.
+        solve_dtype: the dtype of most of the forward solve, such as "bfloat16"; "" for that of the
+            model.
         warm_start: whether solves in training begin at the last equilibria of the same images. A
-            run that is resumed begins an epoch cold, and its numbers differ by that.
-        pretrain_steps: steps in which backpropagation goes through a few evaluations of f.
-        pretrain_layers: how many.
-        f_solver: forward solver.
-        f_max_iter: its most evaluations of f; 0 for the preset's.
-        eval_f_max_iter: those in evaluation; 0 for the same.
-        f_tol: relative residual at which a solve stops; 0 for the published one.
-        epochs: passes over the training images.
-        batch_size: images a step, of all processes together.
+            run that is resumed begins its first epoch without them, so its numbers differ.
+        pretrain_steps: the number of first steps that backpropagate through a few evaluations of f.
+        pretrain_layers: the number of these evaluations.
+        f_solver: the forward solver.
+        f_max_iter: the largest number of iterations of the forward solve; 0 for the preset's.
+        eval_f_max_iter: the same in evaluation mode; 0 for `f_max_iter`.
+        f_tol: the relative residual at which a solve stops; 0 for the published one.
+        epochs: the number of passes over the training images.
+        batch_size: the number of images per step, in all processes together.
         optimizer: "adam" or "sgd".
-        lr: largest learning rate.
-        anneal: whether it falls to 1e-6 along half a cosine.
-        momentum: of SGD.
-        nesterov: SGD's kind of momentum.
-        weight_decay: of either.
-        eval_epochs: epochs between measurements of accuracy.
-        eval_every: steps between them, in place of `eval_epochs` and `radius_every`; 0 for those.
-        eval_batch: images of an evaluation's batch.
-        eval_steps: accuracy is also measured with that many damped steps after the solve.
-        eval_lam: their damping.
-        radius_images: test images whose spectral radii are measured; 0 for none.
-        radius_lam: damping of the damped map's radius.
-        radius_every: steps between measurements of the radii; 0 for those of accuracy alone.
-        report_grads: gradients whose cosines are measured, see `dpp.model_report`; none for none.
-        report_images: test images that they are measured on.
-        report_every: steps between these measurements, as many as between evaluations or a
-            multiple of that.
-        same_time_as: a run whose time this one takes, in as many steps as that allows.
+        lr: the largest learning rate.
+        anneal: whether the learning rate falls to 1e-6 along half a cosine.
+        momentum: the momentum of SGD.
+        nesterov: whether SGD has Nesterov's momentum.
+        weight_decay: the weight decay of the optimiser.
+        eval_epochs: the number of epochs between measurements of the accuracy.
+        eval_every: the number of steps between evaluations, which replaces `eval_epochs` and
+            `radius_every`; 0 to use those two.
+        eval_batch: the number of images per batch of an evaluation.
+        eval_steps: numbers of damped steps after the solve. The accuracy is also measured with
+            each of them.
+        eval_lam: the damping of these steps.
+        radius_images: the number of test images whose spectral radii are measured; 0 for none.
+        radius_lam: the damping of the damped map, whose radius is also measured.
+        radius_every: the number of steps between measurements of the radii; 0 to measure them with
+            the accuracy.
+        report_grads: the gradients whose cosines are measured, see `dpp.model_report`; may be
+            empty.
+        report_images: the number of test images on which the cosines are measured.
+        report_every: the number of steps between these measurements: that between evaluations, or
+            a multiple of it; 0 for every evaluation.
+        same_time_as: the name of another run. This run takes as many steps as fit into its time.
     """
 
     dataset: str
@@ -117,10 +122,10 @@ class VisionTask(Task):
     """Trains an MDEQ; see `Task`.
 
     Args:
-        settings: how.
-        seed: of the weights, the order of the images, dropout and augmentation.
-        data: where the images lie.
-        device: where to train.
+        settings: the settings.
+        seed: the seed of the weights, the order of the images, dropout and augmentation.
+        data: the path of the images; None for digits and generated images.
+        device: the device on which to train.
     """
 
     def __init__(
@@ -138,7 +143,7 @@ class VisionTask(Task):
                 f"{len(self.train_set.labels)} training images; expected at least a batch of "
                 f"{s.batch_size}"
             )
-        processes.share(torch.arange(s.batch_size))  # refused here and not in the first step
+        processes.share(torch.arange(s.batch_size))  # fails here, and not in the first step
         self.epoch_steps = len(self.train_set.labels) // s.batch_size
         self.steps = s.epochs * self.epoch_steps
         self._accuracy_every = self.eval_every = s.eval_epochs * self.epoch_steps
@@ -163,7 +168,10 @@ class VisionTask(Task):
             **deq,
         )
         if s.layer != "torchdeq" and s.report_grads:
-            raise ValueError(f"report_grads beside layer={s.layer!r}; expected layer='torchdeq'")
+            raise ValueError(
+                f"report_grads beside layer={s.layer!r}; expected layer='torchdeq', since a report "
+                "needs an equilibrium of this package"
+            )
         if s.layer != "torchdeq":
             model.deq = peers.layer(s.layer, s.f_max_iter or model.config.f_max_iter, model.layer)
         self.model = model.to(device, memory_format=torch.channels_last)
@@ -173,7 +181,7 @@ class VisionTask(Task):
         self._next: tuple[int, Future[tuple[Tensor, Tensor, Tensor]]] | None = None
 
     def step(self, number: int) -> Tensor:
-        """Take a step."""
+        """Take optimiser step `number` and return its loss, see `Task`."""
         images, labels, indices = self._batch(number)
         torch.manual_seed(processes.seed(self.seed, number))
         if self.settings.layer == "torchdeq":
@@ -190,13 +198,15 @@ class VisionTask(Task):
         return loss.detach()
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Return the spectral radii and, once an epoch's end is reached, accuracy and loss.
+        """Return what is measured on test images after so many steps.
 
-        All are measured on test images.
+        - `accuracy`, `loss`, `residual`: of the states that the solver returns.
+        - `accuracy_K`: the accuracy after K more damped steps, for each K of `eval_steps`.
+        - `rho`, `rho_max`: the mean and the largest spectral radius of df/dh.
+        - `rho_damped`: the mean spectral radius of the damped map.
+        - the results of `_report`, if there are `report_grads`.
 
-        `accuracy` is that of the states that the solver returns, `residual` theirs; `accuracy_K` is
-        that of the states K damped steps on. `rho` is the mean spectral radius of df/dh, `rho_max`
-        the largest one, and `rho_damped` the mean of that of the damped map.
+        Accuracy and loss are measured less often than the radii, see the settings.
         """
         s = self.settings
         self.model.eval()
@@ -224,7 +234,7 @@ class VisionTask(Task):
         s = self.settings
         indices = torch.arange(min(s.report_images, len(self.test_set.labels)))
         labels = self.test_set.labels[indices].to(self.device)
-        # Numbers that no training image has, so that these begin cold.
+        # These numbers belong to no training image, so the solves begin without a warm start.
         told = {"samples": indices + len(self.train_set.labels)} if s.warm_start else {}
         return reported(
             self.model,
@@ -254,7 +264,7 @@ class VisionTask(Task):
         return {"accuracy": right, "loss": loss, "residual": residual}
 
     def _batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a step's images, labels and indices, and begin to read those of the next one."""
+        """Return the images, labels and indices of a step, and start to read the next step's."""
         if self._next is not None and self._next[0] == number:
             images, labels, indices = self._next[1].result()
         else:

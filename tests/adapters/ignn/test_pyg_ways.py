@@ -214,7 +214,7 @@ def test_what_waits_for_single_messages_is_refused():
     handle.remove()
     conv(x, edge_index)
     conv.flow = "target_to_source"
-    with pytest.raises(ValueError, match=r"pass edge_index.flip\(0\)"):
+    with pytest.raises(ValueError, match=r"Pass edge_index.flip\(0\)"):
         conv(x, edge_index)
 
 

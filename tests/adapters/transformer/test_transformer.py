@@ -759,11 +759,11 @@ def test_generation_from_nothing():
 
 def test_no_input_or_two():
     model = make(tight=False)
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="of input_ids and inputs_embeds"):
         model()
     ids = tokens()
     embeds = model.get_input_embeddings()(ids)
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="of input_ids and inputs_embeds"):
         model(ids, inputs_embeds=embeds)
     torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(ids).logits)
 
@@ -879,14 +879,14 @@ def test_a_bare_layer_is_enough():
 def test_layers_that_cannot_be():
     _, layer = decoder_layer("llama")
     known = "gpt2, llama, mistral, qwen2, qwen3"
-    with pytest.raises(ValueError, match=f"layers of 'bert'; there is one for {known}"):
+    with pytest.raises(ValueError, match=f"layers of 'bert'; expected one of {known}"):
         deq_from_layer(layer, "bert")
     bert = AutoModel.from_config(
         AutoConfig.for_model(
             "bert", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
         )
     )
-    with pytest.raises(ValueError, match=f"layers of 'bert'; there is one for {known}"):
+    with pytest.raises(ValueError, match=f"layers of 'bert'; expected one of {known}"):
         deq_from_layer(bert.encoder.layer[0])
     with pytest.raises(ValueError, match=f"Linear holds no Transformers config.*{known}"):
         deq_from_layer(nn.Linear(3, 3))

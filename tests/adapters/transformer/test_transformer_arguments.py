@@ -207,7 +207,7 @@ def test_arguments_without_effect():
         ({"num_logits_to_keep": 1}, TypeError, "another name now: logits_to_keep"),
         ({"is_causal": False}, ValueError, "is_causal=False; expected True"),
         ({"output_router_logits": True}, ValueError, "there is no router"),
-        ({"token_type_ids": torch.ones(2, 6)}, ValueError, "no types of tokens"),
+        ({"token_type_ids": torch.ones(2, 6)}, ValueError, "tokens have no types"),
     ],
 )
 def test_arguments_that_cannot_act_are_refused(arguments, error, message):

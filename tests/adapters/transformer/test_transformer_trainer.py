@@ -222,7 +222,7 @@ def test_a_loss_that_leaves_the_regulariser_out_is_told(tmp_path, loss):
         trainer.train()
     told = [w for w in given if w.category is AssumptionWarning]
     assert len(told) == (loss is cross_entropy_alone)
-    assert all("has to add output.jac_loss" in str(w.message) for w in told)
+    assert all("Add output.jac_loss to a loss" in str(w.message) for w in told)
 
 
 # --- whole runs --------------------------------------------------------------------------------
