@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import Any
 
 from torch import nn
 
-from ._plumbing.once import warn_once
+from ._plumbing.once import warn, warn_once
 from .contract.errors import AssumptionWarning
 from .contract.memory import LARGEST_STEP, Memory
 from .hosts import find_equilibria, what_is_found
@@ -43,7 +42,7 @@ def set_grad(module: nn.Module, spec: Spec | list[Spec], *, in_eval: bool | None
     if not found:
         if isinstance(spec, str):
             get_strategy(spec)  # a name that nobody knows is no less wrong
-        warnings.warn(f"set_grad: {what_is_found(module)}", stacklevel=2)
+        warn(f"set_grad: {what_is_found(module)}")
     switches = [host.prepare_grad(equilibrium, spec) for host, equilibrium in found]
     if in_eval is not None:
         boolean("in_eval", in_eval)
@@ -90,7 +89,7 @@ def set_step(module: nn.Module, step: int, *, total: int | None = None) -> None:
     if not memories and module not in _said:
         _said.add(module)
         if not find_equilibria(module):  # TorchDEQ's own gradients need no step
-            warnings.warn(f"set_step: {what_is_found(module)}", stacklevel=2)
+            warn(f"set_step: {what_is_found(module)}")
 
 
 def failures(module: nn.Module) -> dict[str, int]:

@@ -7,7 +7,6 @@ attach its gradient.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.calls import Calls, Counted
 from deq_phantom_plugin._plumbing.compilation import check_compile, compiled
+from deq_phantom_plugin._plumbing.once import warn
 from deq_phantom_plugin.hosts.attaching import Attaching
 from deq_phantom_plugin.hosts.evaluation import attaches, watched
 
@@ -112,11 +112,10 @@ class FixedPoint(Attaching):
                         f"the forward solve made NaN or infinite states in {step} iterations. Look "
                         "for such numbers in the parameters, or for an activation steeper than 1"
                     )
-        warnings.warn(
+        warn(
             f"the forward solve stopped at f_max_iter={self.f_max_iter} with a change of "
             f"{change:.1e}, above f_tol={self.f_tol}: the state is not yet an equilibrium. Raise "
             "f_max_iter or f_tol, or lower kappa",
             dpp.ConvergenceWarning,
-            stacklevel=3,
         )
         return state

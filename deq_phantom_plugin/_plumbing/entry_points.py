@@ -6,9 +6,10 @@ the Python packaging guide. Strategies, hosts and adapters are found through the
 
 from __future__ import annotations
 
-import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
+
+from .once import warn
 
 STRATEGIES = "deq_phantom_plugin.strategies"
 HOSTS = "deq_phantom_plugin.hosts"
@@ -34,10 +35,9 @@ def load(group: str, name: str) -> Any:
     ours = __name__.partition(".")[0]
     point = min(found, key=lambda point: not point.value.startswith(f"{ours}."))
     if len({other.value for other in found}) > 1:
-        warnings.warn(
+        warn(
             f"several packages offer {name!r} in {group!r}: "
             f"{', '.join(sorted({other.value for other in found}))}; using {point.value!r}",
-            stacklevel=2,
         )
     try:
         return point.load()
@@ -55,5 +55,5 @@ def load_working(group: str) -> dict[str, Any]:
         try:
             loaded[name] = load(group, name)
         except ImportError as error:
-            warnings.warn(str(error), stacklevel=2)
+            warn(str(error))
     return loaded

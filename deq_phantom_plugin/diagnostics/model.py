@@ -6,7 +6,6 @@ reaches it in the backward pass. The measurements are those of `gradient_report`
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._plumbing.once import warn
 from ..strategies.arguments import positive_int
 from ..strategies.registry import Spec, get_strategy
 from .measure.equilibria import left_as_it_was, named_equilibria, solved
@@ -96,7 +96,7 @@ def model_report(
         for name, solve, v in solves:
             if v is None:
                 text = f"{name} is left out of the report: the loss does not depend on it"
-                warnings.warn(text, stacklevel=2)
+                warn(text)
                 continue
             of_v = partial(inner_product, v)
             problem = Problem(solve.func, solve.equilibrium, of_v, params, solve.context)

@@ -7,7 +7,6 @@ writes the numbers. Training is the same with and without a monitor.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._plumbing.once import muted
+from .._plumbing.once import muted, warn
 from .._plumbing.trial import Trial
 from ..contract.errors import AssumptionWarning, ConvergenceWarning
 from ..contract.memory import Memory
@@ -85,7 +84,7 @@ def monitor(model: nn.Module, writer: Any, every: int = DEFAULT_EVERY) -> Monito
     """
     write, every = _as_callable(writer), positive_int("every", every)
     if not find_equilibria(model):
-        warnings.warn(f"monitor: {what_is_found(model)} Nothing is logged.", stacklevel=2)
+        warn(f"monitor: {what_is_found(model)} Nothing is logged.")
         return Monitor([])
     return Monitor(
         [
@@ -186,10 +185,9 @@ class _Watch:
                     problem = Problem(solve.func, solve.equilibrium, loss, params, solve.context)
                     numbers |= health(self._short_of_compiled(problem, name), solve.strategy)
         except Exception as error:  # a measurement that fails must not stop the training
-            warnings.warn(
+            warn(
                 f"monitor: {name}, step {step}: {type(error).__name__}: {error}. Training goes on, "
                 "and this log lacks what could not be measured",
-                stacklevel=2,
             )
         self._clips |= numbers.get("clipped", 0) > 0
         if not self._clips:
@@ -206,13 +204,12 @@ class _Watch:
         short = problem.short_of_compiled()
         if short is not problem and not self._said:
             self._said = True
-            warnings.warn(
+            warn(
                 f"monitor: {name}: F captures what compiled code returned. Compiled code can be "
                 "differentiated once only, and training does that. So the cosine is that of the "
                 "gradients of what F captures, not of the parameters behind it. To have the cosine "
                 "of all parameters, compile F alone",
                 AssumptionWarning,
-                stacklevel=2,
             )
         return short
 

@@ -7,7 +7,6 @@ for each equilibrium.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .._plumbing.compilation import as_written, never_compiled
+from .._plumbing.once import warn
 from .._plumbing.trial import Trial
 from ..contract.errors import AssumptionWarning
 from ..contract.state import State, flatten
@@ -99,7 +99,7 @@ def _look(
         image = as_written(func)(*state)
     if looking.found:
         setattr(module, _SAID, True)
-        warnings.warn(IN_EVAL, AssumptionWarning, stacklevel=2)
+        warn(IN_EVAL, AssumptionWarning)
     return image
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from .._plumbing.compilation import never_compiled
 from .._plumbing.extras import is_there, why_not
+from .._plumbing.once import warn
 from .._plumbing.trial import Trial
 from ..contract.errors import AssumptionWarning
 from ..contract.strategy import Context, GradStrategy
@@ -223,13 +223,12 @@ def _say_own(model: Any) -> None:
     if Trial.depth() or model.__dict__.get("_said_of_eval") or not _current(model):
         return
     model.__dict__["_said_of_eval"] = True
-    warnings.warn(
+    warn(
         f"{type(model).__name__} in evaluation mode has its own gradient, that of L_bp_cycles, and "
         f"not grad={model.config.grad!r}. To train, call model.train(). For the named gradient in "
         "evaluation mode, call dpp.set_grad(model, spec, in_eval=True). If you want no gradient, "
         "evaluate under torch.no_grad(). This is said once per model.",
         AssumptionWarning,
-        stacklevel=3,
     )
 
 

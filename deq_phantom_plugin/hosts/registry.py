@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from torch import nn
 
 from .._plumbing import entry_points
 from .._plumbing.hints import hint, listed
+from .._plumbing.once import warn
 from ..contract.memory import Memory
 from .host import Host
 
@@ -55,7 +55,7 @@ def enable(host: str | None = None, *, force: bool = False) -> list[str]:
                     except Exception as error:  # a broken framework must not break the others
                         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
                         why = candidate.why_broken() or f"{kind}{error}"
-                        warnings.warn(f"{candidate.name} is not hooked: {why}", stacklevel=2)
+                        warn(f"{candidate.name} is not hooked: {why}")
         else:
             chosen = _get(host)
             if not chosen.installed():
@@ -73,12 +73,11 @@ def _enable(host: Host, force: bool) -> None:
         host.enable()
     elif host.name not in _warned:
         _warned.add(host.name)
-        warnings.warn(
+        warn(
             f"{host.distribution or host.package} {host.version() or 'of unknown version'} is not "
             f"hooked: this package knows {', '.join(host.known_versions)}, and another version may "
             f"compute other things. Install one of these, or hook it untested by "
             f"dpp.enable({host.name!r}, force=True)",
-            stacklevel=3,
         )
 
 
@@ -207,7 +206,7 @@ def _all() -> dict[str, Host]:
                 try:
                     _hosts[name] = _made(name, loaded)
                 except ImportError as error:
-                    warnings.warn(str(error), stacklevel=2)
+                    warn(str(error))
         return dict(_hosts)
 
 

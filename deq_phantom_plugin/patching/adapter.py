@@ -7,12 +7,12 @@ import LibCST, the parser, so adapters can be read where LibCST is not installed
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .._plumbing import entry_points
+from .._plumbing.once import warn
 
 Mode = Literal["patch", "run"]
 
@@ -114,9 +114,8 @@ def known_adapters() -> Sequence[Adapter]:
     loaded = entry_points.load_working(entry_points.ADAPTERS)
     for name, adapter in loaded.items():
         if not isinstance(adapter, Adapter):
-            warnings.warn(
+            warn(
                 f"the entry point {name!r} of {entry_points.ADAPTERS!r} is {adapter!r}; expected "
                 "an Adapter. It is ignored, so its repository is not recognised",
-                stacklevel=2,
             )
     return [adapter for adapter in loaded.values() if isinstance(adapter, Adapter)]

@@ -7,7 +7,6 @@ import contextlib
 import contextvars
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from torch.serialization import add_safe_globals
 
 from .._plumbing import entry_points
 from .._plumbing.hints import hint, listed
+from .._plumbing.once import warn
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
 
@@ -83,7 +83,7 @@ def list_strategies() -> list[str]:
         try:
             strategy_class(name)
         except ImportError as error:
-            warnings.warn(str(error), stacklevel=2)
+            warn(str(error))
     return sorted(_registered)
 
 
