@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import math
@@ -190,3 +191,107 @@ def test_bars_join_what_is_the_same(harness):
         ("auto 1 g", [(0, 9, "ift")]),
     ]
     assert harness("choices").plot([harness("training").Record("a", 0, {}, 1)], "") is None
+
+
+# --- reports along training, and what they predict -------------------------------------------------
+
+
+def test_finished_runs_of_an_earlier_command_stand_beside_these(tmp_path, harness):
+    """Of the same settings; one that is newer than the file had its default there."""
+    command, results = harness("command"), harness("results")
+    auto_digits = importlib.import_module("auto_digits")
+    kind = auto_digits.EXPERIMENT.settings
+    plan = harness("plan").load_plan(FOLDER / "auto_digits.yaml", "smoke", kind, {}, ["ift"], [1])
+    settings = command._plain(plan.runs["ift"])
+    del settings["report_every"]
+
+    def runs_of(**changed):
+        earlier = [
+            {"name": "ift", "repeat": 0, "settings": settings | changed, "total": 4, "steps": 4},
+            {"name": "ift", "repeat": 2, "settings": settings | changed, "total": 4, "steps": 2},
+        ]
+        file = tmp_path / "results.json"
+        file.write_text(json.dumps({"environment": {"date": "1999-12-31"}, "runs": earlier}))
+        experiment = auto_digits.EXPERIMENT
+        return command.Runs(experiment, plan, None, CPU, tmp_path / "out", [file])
+
+    now = [harness("training").Record("ift", 1, settings, 4, 4)]
+    found = runs_of().beside(now)
+    assert [(r.repeat, r.environment) for r in found] == [(0, {"date": "1999-12-31"}), (1, {})]
+    with pytest.raises(SystemExit, match=r"lr was 0\.5 and is"):
+        runs_of(lr=0.5).beside(now)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"expected a results\.json"):
+        results.finished_records(tmp_path / "results.json")
+
+
+def test_a_picture_of_what_reports_predict(tmp_path, capsys):
+    predicts = importlib.import_module("report_predicts")
+    levels = {"a": 0.9, "b": 0.8, "c": 0.7}
+    runs = [
+        {
+            "name": name,
+            "history": [
+                {"step": step, "report_rho": 0.1 * step, "cosine": level - step / 100}
+                | ({"accuracy": level / 2 + repeat / 100} if step else {})
+                for step in (0, 1, 5, 10)
+            ],
+            "steps": 10 if name != "unfinished" else 4,
+            "total": 10,
+            "error": None,
+        }
+        for name, level in {**levels, "unfinished": 0.1}.items()
+        for repeat in (0, 1)
+    ]
+    del runs[0]["history"][0]["cosine"]  # where the exact gradient is not known
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"runs": runs}))
+    predicts.main([f"task={file}", "--out", str(tmp_path / "out")])
+    with open(tmp_path / "out" / "report_predicts.csv") as lines:
+        header, *rows = csv.reader(lines)
+    assert header[:4] == ["task", "method", "cosine, start", "cosine, tenth"]
+    best, _, worst, ranks = rows
+    assert best == ["task", "a", "0.900", "0.890", "0.800", "0.000", "0.100", "1.000", "0.455", "2"]
+    assert worst[1:3] == ["c", "0.700"]
+    assert ranks[1:5] == ["rank correlation", "1.00", "1.00", "1.00"]
+    assert (tmp_path / "out/report_predicts.png").read_bytes().startswith(b"\x89PNG")
+    assert "rank correlation" in capsys.readouterr().out
+    for argument, said in ((str(file), "expected NAME=FILE"), ("x=nowhere", "nowhere")):
+        with pytest.raises(SystemExit, match=said):
+            predicts.main([argument])
+    file.write_text(json.dumps({"runs": []}))
+    with pytest.raises(SystemExit, match="no finished run has reports"):
+        predicts.main([f"task={file}"])
+
+
+def test_rank_correlation_is_that_of_scipy():
+    from scipy.stats import spearmanr
+
+    predicts = importlib.import_module("report_predicts")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x, y = torch.randint(5, (2, 7), generator=generator).tolist()
+        found = [
+            predicts.Point("", "", float(level), False, (float(c),) * 3, (0.0,) * 3, 1)
+            for c, level in zip(x, y, strict=True)
+        ]
+        wanted = spearmanr(x, [-v for v in y]).statistic
+        assert predicts.correlation(found, 0) == pytest.approx(wanted, nan_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "module"), [("auto_text", "language"), ("auto_proteins", "graph")]
+)
+def test_reports_along_training(name, module, harness):
+    experiment = importlib.import_module(name).EXPERIMENT
+    changes = {"report_grads": ["jfb", "npg"], "report_every": 1000}
+    plan = harness("plan").load_plan(
+        FOLDER / f"{name}.yaml", "smoke", experiment.settings, changes, ["npg"], [0]
+    )
+    task = experiment.task(plan.runs["npg"], 0, None, CPU)
+    found = task.evaluate(0)
+    assert found["cosine"] == found["cosine of npg"]
+    assert -1 <= found["cosine of jfb"] <= found["cosine of npg"] <= 1
+    assert found["report_rho"] > 0
+    assert "cosine" not in task.evaluate(1)

@@ -1,13 +1,12 @@
 """The command line that all experiments share.
 
-An experiment describes itself by an `Experiment` and calls `main`. `parse` reads the arguments and
-the YAML file, `Runs` trains each run with each seed or fold and can resume it, and `results` writes
-the table. All runs of a command lie in one folder.
+An experiment describes itself by an `Experiment` and calls `main`. `arguments` reads the command
+line and the YAML file, `Runs` trains each run with each seed or fold and can resume it, and
+`results` writes the table. All runs of a command lie in one folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -28,12 +27,12 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.extras import require
 
 from . import processes, results
-from .plan import SIZES, Plan, load_plan, parse_change
+from .arguments import ROOT, parse
+from .plan import Plan
 from .race import Race
 from .race import run as take_turns
 from .training import Record, Stop, Task, refuse_other_settings, restore, step_times, train
 
-ROOT = Path("runs/experiments")
 ROUNDS = 5  # timed steps by which the length of a run is measured (`same_time_as`)
 
 
@@ -72,11 +71,12 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
         experiment: the experiment.
         argv: the arguments; those of the process if None.
     """
-    args, plan = parse(experiment, argv)
+    args, plan = parse(experiment.file, experiment.settings, experiment.title, argv)
     device = processes.start(args.device)
     # A solve that stops at its largest number of iterations is a normal result here.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
-    runs = Runs(experiment, plan, args.data, device, (args.out or ROOT / plan.name) / plan.size)
+    out = (args.out or ROOT / plan.name) / plan.size
+    runs = Runs(experiment, plan, args.data, device, out, args.also)
     leading = processes.rank() == 0
     alone = contextlib.nullcontext if experiment.joint else processes.alone
     jobs = runs.of_this_process()
@@ -120,54 +120,6 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> str:
     return table
 
 
-def parse(
-    experiment: Experiment, argv: Sequence[str] | None
-) -> tuple[argparse.Namespace, Plan[Any]]:
-    """Return the arguments, and the plan that they select."""
-    parser = argparse.ArgumentParser(
-        description=sys.modules["__main__"].__doc__ if argv is None else experiment.title,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--size", choices=SIZES, default="smoke", help="how much to train (smoke)")
-    add("--data", type=Path, help="where the data lie; needed where they are not generated")
-    add("--runs", nargs="+", default=[], metavar="NAME", help="only these of the YAML file")
-    add("--repeats", nargs="+", type=int, default=[], metavar="N", help="seeds, or folds")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings of all runs",
-    )
-    add("--device", default="auto", help="cpu or cuda (a GPU where there is one)")
-    add("--minutes", type=float, default=float("inf"), help="stop then, to be resumed later")
-    add("--fresh", action="store_true", help="drop what these runs have done, do not resume")
-    add("--time", type=int, default=0, metavar="N", help="N steps of each trained model, in turn")
-    add("--out", type=Path, help=f"folder for results ({ROOT}/NAME)")
-    args = parser.parse_args(argv)
-    try:
-        changes = dict(parse_change(text) for text in args.set)
-        path = experiment.file.with_suffix(".yaml")
-        plan = load_plan(path, args.size, experiment.settings, changes, args.runs, args.repeats)
-        if not args.minutes >= 0 or args.time < 0:
-            raise ValueError(f"--minutes {args.minutes} --time {args.time}; expected 0 or more")
-        if args.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device {args.device}; expected cpu, cuda or auto")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but PyTorch sees no GPU; expected cpu")
-        for name, settings in plan.runs.items():
-            base = getattr(settings, "same_time_as", "")
-            if base and base not in plan.runs:
-                raise ValueError(
-                    f"{name} takes the time of {base}; expected {base} among --runs, too"
-                )
-    except ValueError as error:
-        parser.error(str(error))
-    return args, plan
-
-
 @dataclass(frozen=True)
 class Runs:
     """The runs of one command, each with all its seeds or folds.
@@ -178,6 +130,7 @@ class Runs:
         data: the path of the data; None if they are generated.
         device: the device on which the runs compute.
         out: the folder for results, with one folder per run.
+        also: `results.json` files of earlier commands.
     """
 
     experiment: Experiment
@@ -185,6 +138,7 @@ class Runs:
     data: Path | None
     device: torch.device
     out: Path
+    also: Sequence[Path] = ()
 
     def all(self) -> list[tuple[str, int]]:
         """Return the name and the repeat (seed or fold) of every run."""
@@ -279,7 +233,8 @@ class Runs:
     def resume(self, name: str, repeat: int) -> tuple[Task, Record, bool]:
         """Return the task and the record of a run, and whether they come from a checkpoint."""
         task = self.build(name, repeat)
-        record = Record(name, repeat, _plain(self.plan.runs[name]), task.steps)
+        settings, environment = _plain(self.plan.runs[name]), results.environment()
+        record = Record(name, repeat, settings, task.steps, environment=environment)
         return task, record, restore(task, record, self.folder(name, repeat))
 
     def train(self, name: str, repeat: int, is_over: Callable[[], bool]) -> None:
@@ -351,6 +306,23 @@ class Runs:
                 tasks[name] = (task, max(0, record.total - rounds - 1))
         return step_times(tasks, rounds, self.device)
 
+    def beside(self, records: Sequence[Record]) -> list[Record]:
+        """Return records, and those of earlier commands that are not among them.
+
+        Raises:
+            SystemExit: if one of these was trained with other settings; the message names them.
+        """
+        found = {(record.name, record.repeat): record for record in records}
+        for path in self.also:
+            for record in results.finished_records(path):
+                if record.name in self.plan.runs:
+                    now = _plain(self.plan.runs[record.name])
+                    # A setting that is newer than the file had its default.
+                    then = {**_plain_defaults(self.experiment.settings), **record.settings}
+                    refuse_other_settings(path, then, now)
+                found.setdefault((record.name, record.repeat), record)
+        return sorted(found.values(), key=lambda record: (record.name, record.repeat))
+
     def known_times(self, but: Collection[str]) -> dict[str, list[float]]:
         """Return the step times of earlier commands, without those of the runs in `but`."""
         times = results.load_times(self.out)
@@ -358,7 +330,7 @@ class Runs:
 
     def write(self, times: dict[str, list[float]]) -> str:
         """Write the results of all runs in the folder, and return the table, or an empty text."""
-        records = results.load_records(self.out)
+        records = self.beside(results.load_records(self.out))
         if not records:
             return ""
         race = self.experiment.race
@@ -392,3 +364,9 @@ def _plain(settings: Any) -> dict[str, Any]:
     """Return settings as JSON stores them, so that they can be compared with a checkpoint's."""
     found = dataclasses.asdict(settings)
     return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
+
+
+def _plain_defaults(kind: type) -> dict[str, Any]:
+    """Return the settings that have a default, as `_plain` does."""
+    fields = [f for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING]
+    return {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields}

@@ -139,6 +139,22 @@ def load_records(folder: Path) -> list[Record]:
     return sorted(found, key=lambda record: (record.name, record.repeat))
 
 
+def finished_records(path: Path) -> list[Record]:
+    """Return the records of the finished runs in a `results.json` of another command.
+
+    Raises:
+        SystemExit: if it cannot be read as such a file.
+    """
+    try:
+        content = json.loads(path.read_text())
+        found = [Record(**{"environment": content["environment"], **r}) for r in content["runs"]]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise SystemExit(
+            f"--also {path}: {type(error).__name__}: {error}; expected a results.json"
+        ) from None
+    return [record for record in found if record.is_done and record.error is None]
+
+
 def load_times(folder: Path) -> dict[str, list[float]]:
     """Return the step times in the results of a folder; empty if there are no results."""
     path = folder / "results.json"

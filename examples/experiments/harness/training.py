@@ -74,6 +74,7 @@ class Record:
             since the evaluation before) and `train_loss` (the mean since then).
         choices: the choices of `auto`, as `dpp.report_choice` returns them; empty otherwise.
         error: the error that ended the run early, or None.
+        environment: where and when it was trained, see `results.environment`.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Record:
     history: list[dict[str, float]] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_done(self) -> bool:
