@@ -193,7 +193,7 @@ def test_bars_join_what_is_the_same(harness):
     assert harness("choices").plot([harness("training").Record("a", 0, {}, 1)], "") is None
 
 
-# --- reports along training, and what they predict -------------------------------------------------
+# --- reports along training, and what they predict ------------------------------------------------
 
 
 def test_finished_runs_of_an_earlier_command_stand_beside_these(tmp_path, harness):
