@@ -37,7 +37,7 @@ from ..strategies.registry import FunctionStrategy, get_strategy
 from .evaluation import attaches
 from .host import PatchingHost
 from .patches import Patches
-from .settings import remember_each
+from .settings import remember_each, say_not_saved
 from .solve import loop_observed
 
 _MODULE = "transformers.models.hrm_text.modeling_hrm_text"
@@ -95,6 +95,8 @@ class HrmText(PatchingHost):
             saved = getattr(module.config, "grad", None)  # a function has no spec to save
 
         def switch() -> None:
+            if any(isinstance(s, FunctionStrategy) for s in strategies):
+                say_not_saved(spec, saved)
             _install(module, strategies, saved)
             module.config.grad = saved  # type: ignore[union-attr, assignment]
 

@@ -35,7 +35,7 @@ from .evaluation import attaches, watched
 from .host import PatchingHost
 from .patches import Patches
 from .recurrence import Recurrence, refuse_cache
-from .settings import memory_of
+from .settings import memory_of, say_not_saved
 from .solve import Solve, loop_observed
 
 KNOWN = ("61c9cc5d27821b85",)
@@ -79,6 +79,8 @@ class Raven(PatchingHost):
             saved = getattr(config, "grad", None)  # a function has no spec to save
 
         def switch() -> None:
+            if isinstance(strategy, FunctionStrategy):
+                say_not_saved(spec, saved)
             if self.is_enabled:
                 self._hook(_class_of(module))
             _install(module, spec, saved)

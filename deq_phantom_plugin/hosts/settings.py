@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .._plumbing.once import warn_once
+from ..contract.errors import AssumptionWarning
 from ..contract.memory import Memory
 
 
@@ -43,3 +45,20 @@ def remember_each(module: Any, n: int) -> None:
     """Give a module with n equilibria a `grad_memory` with one memory each, if it has none yet."""
     if not hasattr(module, "grad_memory"):
         module.grad_memory = nn.ModuleList(Memory() for _ in range(n))
+
+
+def say_not_saved(spec: Any, saved: Any) -> None:
+    """Warn once that a config cannot name a gradient that is a function.
+
+    Args:
+        spec: the gradient.
+        saved: what the config names in its place; None for the model's own gradient.
+    """
+    warn_once(
+        "grad is not saved",
+        f"the gradient in force, {spec!r}, is a function, which a config cannot name. So a model "
+        f"that is loaded from a checkpoint has another one: config.grad={saved!r}. Call "
+        "dpp.set_grad after loading, or give the function a name by dpp.register_strategy. This is "
+        "said once.",
+        AssumptionWarning,
+    )

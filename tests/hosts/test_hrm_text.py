@@ -83,7 +83,8 @@ def test_a_function_as_a_strategy_is_not_written_to_the_config():
         return func(func(equilibrium))
 
     model = make("jfb")
-    model.set_grad(twice)
+    with pytest.warns(dpp.AssumptionWarning, match=r"cannot name.*config.grad='jfb\(\)'"):
+        model.set_grad(twice)
     assert model.config.grad == "jfb()"
     assert not torch.equal(gradients(model)[2], gradients(make("jfb"))[2])
 

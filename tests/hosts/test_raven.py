@@ -92,6 +92,15 @@ def test_a_name_and_none_again(model, checkpointed):
     assert type(model).iterate_forward is plain
 
 
+def test_that_a_function_is_not_saved_is_said(model):
+    dpp.enable("raven")
+    dpp.set_grad(model, "npg")
+    saved = model.config.grad
+    with pytest.warns(dpp.AssumptionWarning, match="which a config cannot name"):
+        dpp.set_grad(model, lambda func, equilibrium, context: func(equilibrium))
+    assert model.config.grad == saved
+
+
 def test_the_depth_is_its_own_draw(model):
     own = trained(model, None)
     dpp.enable("raven")
