@@ -37,14 +37,15 @@ def load(group: str, name: str) -> Any:
     if len({other.value for other in found}) > 1:
         warn(
             f"several packages offer {name!r} in {group!r}: "
-            f"{', '.join(sorted({other.value for other in found}))}; using {point.value!r}",
+            f"{', '.join(sorted({other.value for other in found}))}. {point.value!r} is taken. "
+            "Uninstall the package that you do not want, or ask for a class by itself"
         )
     try:
         return point.load()
     except (Exception, SystemExit) as error:  # a foreign package may raise anything on import
         raise ImportError(
             f"the entry point {point.name} = {point.value} in {group!r} is broken: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}. Reinstall its package, or uninstall it"
         ) from error
 
 
