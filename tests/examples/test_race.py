@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import ROOT
+from conftest import ROOT, load_example
 
 pytest.importorskip("yaml")
 pytest.importorskip("tensorboard")
@@ -226,7 +226,7 @@ def test_finished_runs_of_an_earlier_command_stand_beside_these(tmp_path, harnes
 
 
 def test_a_picture_of_what_reports_predict(tmp_path, capsys):
-    predicts = importlib.import_module("report_predicts")
+    predicts = load_example("report_predicts")
     levels = {"a": 0.9, "b": 0.8, "c": 0.7}
     runs = [
         {
@@ -267,7 +267,7 @@ def test_a_picture_of_what_reports_predict(tmp_path, capsys):
 def test_rank_correlation_is_that_of_scipy():
     from scipy.stats import spearmanr
 
-    predicts = importlib.import_module("report_predicts")
+    predicts = load_example("report_predicts")
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         x, y = torch.randint(5, (2, 7), generator=generator).tolist()

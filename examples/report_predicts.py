@@ -2,7 +2,7 @@ r"""Does a gradient report predict what a method reaches? Joins results of exper
 
     python examples/experiments/auto_digits.py --size cpu --out runs/predicts \
         --runs ift upg npg jfb --set "report_grads=[ift, upg, npg, jfb]" report_every=10
-    python examples/experiments/report_predicts.py digits=runs/predicts/cpu/results.json ...
+    python examples/report_predicts.py digits=runs/predicts/cpu/results.json ...
 
 Each argument is a name and a `results.json` of runs with `report_grads`, one of which is `ift`. A
 report is made along each run, of its own gradient. The picture has a panel per task: what a run has
