@@ -35,27 +35,15 @@ def parse(
     add("--data", type=Path, help="where the data lie; needed where they are not generated")
     add("--runs", nargs="+", default=[], metavar="NAME", help="only these of the YAML file")
     add("--repeats", nargs="+", type=int, default=[], metavar="N", help="seeds, or folds")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings of all runs",
-    )
+    several = {"nargs": "+", "action": "extend", "default": []}
+    add("--set", **several, metavar="KEY=VALUE", help="settings of all runs")
     add("--device", default="auto", help="cpu or cuda (a GPU where there is one)")
     add("--minutes", type=float, default=float("inf"), help="stop then, to be resumed later")
     add("--fresh", action="store_true", help="drop what these runs have done, do not resume")
     add("--time", type=int, default=0, metavar="N", help="N steps of each trained model, in turn")
     add("--out", type=Path, help=f"folder for results ({ROOT}/NAME)")
-    add(
-        "--also",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="results.json of earlier commands, whose finished runs stand beside these",
-    )
+    also = "results.json of earlier commands, whose finished runs stand beside these"
+    add("--also", **several, type=Path, metavar="FILE", help=also)
     args = parser.parse_args(argv)
     try:
         changes = dict(parse_change(text) for text in args.set)
