@@ -285,10 +285,14 @@ def alike(shrinks):
     return {**found, "needed": alone.calls, "exchanges": exchanges[0]}
 
 
-def dying(at, is_killed=False):
-    """One process ends: F raises before it communicates, or the process is killed after it."""
-    both = sharded(Net("ift(tol=1e-10)"))
-    train(both, part(), steps=1)
+def dying(at, is_killed=False, **options):
+    """One process ends: F raises before it communicates, or the process is killed after it.
+
+    With `collective=True` F raises between two collectives, among evaluations agreed on.
+    """
+    both = sharded(Net("ift(tol=1e-10)", **options))
+    for _ in range(5):
+        train(both, part(), steps=1)
     both.is_killed = is_killed
     both.calls, both.fails_at = 0, at if dist.get_rank() == 1 else None
     train(both, part(), steps=1)
@@ -473,6 +477,8 @@ def main():
         names, known = sys.argv[2:], cases()
         if names == ["raises"]:
             dying(-5)
+        if names == ["raises within"]:
+            dying(5, collective=True)
         if names == ["is killed"]:
             dying(5, is_killed=True)
         found = {}
