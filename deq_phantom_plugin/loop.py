@@ -208,8 +208,7 @@ class Growing:
         """Evaluate F."""
         if self._checked is not None:
             return self._checked(state)
-        self._weights.prepare()
-        image = evaluated(self.func, state)
+        image = evaluated(lambda begin: self._weights.evaluate(self.func, begin), state)
         self._checked = CheckedFunc(self.func, _grown(state, image), self._weights)
         return image
 

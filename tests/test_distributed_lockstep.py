@@ -205,6 +205,14 @@ def test_who_is_within_a_collective_of_f_ends_with_the_process_that_has_failed(t
     assert "imed out" not in said[0]
 
 
+def test_who_fails_between_two_collectives_of_f_begins_no_other(tmp_path):
+    """The others would take it for the next one, and gloo would abort one of the processes."""
+    returned, said = ended(tmp_path, "raises within")
+    assert returned == [1, 1], said
+    assert "ArithmeticError: F has failed" in said[1]
+    assert "terminate called" not in "".join(said)
+
+
 def test_a_process_that_is_killed_ends_the_others(tmp_path):
     returned, said = ended(tmp_path, "is killed")
     assert returned == [1, -signal.SIGKILL], said

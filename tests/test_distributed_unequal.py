@@ -68,6 +68,12 @@ def test_weights_that_are_sharded_over_one_process(tmp_path):
     assert_one(found["adaptive"])
 
 
+@pytest.mark.parametrize("grad", ["jfb", "upg"])
+def test_who_stands_in_leaves_no_weight_without_a_graph_in_a_cache(found, grad):
+    """Or its own evaluation with autograd would use that weight, which then gets no gradient."""
+    assert_one(found[f"cached | {grad}"])
+
+
 @pytest.mark.parametrize("name", ["split loop | batch", "three states", "all states"])
 def test_states(found, name):
     assert_one(found[name])

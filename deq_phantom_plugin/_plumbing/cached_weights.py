@@ -8,12 +8,14 @@ gradient. This file drops such entries, so that PyTorch computes them again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
+
+from .trees import State
 
 
 class CachedWeights:
@@ -37,6 +39,15 @@ class CachedWeights:
         if not self._evaluated and torch.is_autocast_cache_enabled() and _under_autocast():
             torch.clear_autocast_cache()
         self._evaluated = True
+
+    def evaluate(self, func: Callable[[State], State], state: State) -> State:
+        """Prepare, and return F(h).
+
+        In lockstep a process may evaluate F for others while it waits for its own turn, and fill
+        the caches again. So what waits for its turn is this, not F alone.
+        """
+        self.prepare()
+        return func(state)
 
 
 def _forget_constants() -> None:

@@ -37,11 +37,13 @@ class Communication(AbstractContextManager["Communication"]):
             no module communicates. It holds all processes of the run if modules communicate in
             groups of which none contains the others.
         sharded: the modules that FSDP2 shards in groups of their own.
+        first: the module that ran first, None if none ran.
     """
 
     def __init__(self, holders: Sequence[tuple[int, ...]] = ()) -> None:
         self.ranks: tuple[int, ...] = ()
         self.sharded: list[nn.Module] = []
+        self.first: nn.Module | None = None
         self._stack = ExitStack()
         for ranks in holders:
             self._note(ranks)
@@ -51,6 +53,7 @@ class Communication(AbstractContextManager["Communication"]):
 
         def look(module: nn.Module, args: Any) -> None:
             if threading.get_ident() == thread:
+                self.first = module if self.first is None else self.first
                 if is_sharded(module):
                     self.sharded.append(module)
                 for ranks in map(tuple, map(sorted, _ranks(module))):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .streaks import Lengths
 
@@ -31,11 +31,11 @@ class Hosts:
 
     Attributes:
         ranks: as given.
-        lengths: how many operations of one kind the processes did in a row, see `streaks.py`.
     """
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
-        self.ranks, self.lengths = ranks, Lengths()
+        self.ranks, self._lengths = ranks, Lengths()
+        self._by_module = weakref.WeakKeyDictionary[nn.Module, Lengths]()
         # The tensor of the last exchange is kept alive here. The group's thread drops its own
         # reference some time later. If that were the last one, the thread would need the Python
         # interpreter, which may have ended by then, and the process would abort.
@@ -45,6 +45,14 @@ class Hosts:
             self._group = dist.new_group(**options)
         else:
             self._group = dist.new_group(list(ranks), **options, use_local_synchronization=True)
+
+    def lengths_of(self, module: nn.Module | None) -> Lengths:
+        """Return how many operations of one kind the processes did in a row, see `streaks.py`.
+
+        Args:
+            module: a module inside of F, so that each F has lengths of its own.
+        """
+        return self._lengths if module is None else self._by_module.setdefault(module, Lengths())
 
     def least(self, numbers: Sequence[int], seconds: float | None = None) -> list[int]:
         """Return the least of each number over all processes.

@@ -29,8 +29,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from .communication import Communication
 from .compilation import eager, may_be_compiled
 from .exchange import Hosts, hosts_of, known_hosts, ranks_of
+from .operations import Operations
 from .sharding import Unfinished, may_be_sharded
-from .streaks import OPERATIONS, Streak, Turn
+from .streaks import OPERATIONS, Lengths, Streak, Turn
 from .transforms import in_torch_func
 from .trees import State, flatten, unflatten
 from .trial import Trial
@@ -70,7 +71,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         # What this process stands in with: F and the last state, and a product of zeros.
         self._last: tuple[Callable[[State], State], State] | None = None
         self._product: Callable[[], object] | None = None
-        self._streak = Streak(0, int(Turn.MEET))
+        self._streak, self._lengths = Streak(0, int(Turn.MEET)), Lengths()
+        self._operations = Operations()
         # True during an operation. A solve inside of F then takes a `Lockstep` of its own.
         self.busy = False
 
@@ -181,6 +183,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         self._sharded = found.sharded
         if self._hosts is None:
             self._last = None
+        else:
+            self._lengths = self._hosts.lengths_of(found.first)
         return image
 
     def _wait_for(self, wanted: int) -> int:
@@ -206,7 +210,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     def _agree(self, wanted: int) -> None:
         """Agree with the other processes on what is done next, and how often."""
         assert self._hosts is not None
-        streak, lengths = self._streak, self._hosts.lengths
+        streak, lengths = self._streak, self._lengths
+        seconds = streak.seconds  # without the time for which the others are waited for here
         level = len(set(map(id, _entered.stack)))  # a solve inside of F has lengths of its own
         expected = [
             lengths.more((level, *streak.place(turn)), streak.done if turn == streak.turn else 0)
@@ -225,7 +230,7 @@ class Lockstep(AbstractContextManager["Lockstep"]):
             )
         if first != streak.turn:
             if streak.turn in OPERATIONS:
-                lengths.ended((level, *streak.place(streak.turn)), -needed)
+                lengths.ended((level, *streak.place(streak.turn)), -needed, seconds)
             self._streak = streak = Streak(streak.index + 1, first)
         streak.agreed = agreed[first] if first in OPERATIONS else 1
 
@@ -234,8 +239,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
         if self._hosts is None or self._over:
             return
         # The others first do all that was agreed on. They listen after that.
-        start = time.monotonic()
-        while self._streak.agreed and time.monotonic() < start + NOTICE:
+        end = time.monotonic() + NOTICE
+        while self._streak.agreed and not self._operations.cut and time.monotonic() < end:
             with suppress(Exception):
                 self._stand_in(Turn(self._streak.next(Turn.MEET)))
         self._over = True
@@ -258,7 +263,8 @@ class Lockstep(AbstractContextManager["Lockstep"]):
     def _done(self, operation: Callable[[], R]) -> R:
         self.busy = True
         try:
-            return operation()
+            with self._operations:
+                return operation()
         finally:
             self.busy = False
 

@@ -8,6 +8,7 @@ most of a streak at once, and exchange numbers less often.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Hashable
 from enum import IntEnum
@@ -17,6 +18,12 @@ REMEMBERED = 4
 
 SHARE = 0.75
 """The share of a streak's expected rest that is agreed on at once, if the lengths have differed."""
+
+LONGEST = 5.0
+"""Seconds that the operations take which are agreed on at once, at most.
+
+Meanwhile nobody hears of an exception in another process, and an operation may be for nothing.
+"""
 
 
 class Turn(IntEnum):
@@ -46,10 +53,18 @@ class Lengths:
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, deque[int]] = {}
+        self._seconds: dict[Hashable, float] = {}
 
-    def ended(self, place: Hashable, length: int) -> None:
-        """Remember the length of a streak that has ended."""
+    def ended(self, place: Hashable, length: int, seconds: float) -> None:
+        """Remember a streak that has ended.
+
+        Args:
+            place: the streak's place.
+            length: how many operations some process wanted.
+            seconds: how long an operation took, with what the solver did between them.
+        """
         self._seen.setdefault(place, deque(maxlen=REMEMBERED)).append(length)
+        self._seconds[place] = seconds
 
     def more(self, place: Hashable, done: int) -> int:
         """Return how many operations to agree on next, at least 1.
@@ -61,7 +76,8 @@ class Lengths:
         seen = self._seen.get(place, (0,))
         left = min(seen) - done
         always = len(seen) == REMEMBERED and min(seen) == max(seen)
-        return max(1, left if always else int(SHARE * left))
+        in_time = int(LONGEST / max(self._seconds.get(place, 0.0), 1e-6))
+        return max(1, min(left if always else int(SHARE * left), in_time))
 
 
 class Streak:
@@ -78,6 +94,12 @@ class Streak:
     def __init__(self, index: int, turn: int) -> None:
         self.index, self.turn = index, turn
         self.agreed = self.done = self.needed = 0
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long an operation has taken, with what the solver did between them."""
+        return (time.monotonic() - self._began) / max(self.done, 1)
 
     def place(self, turn: int) -> tuple[int, int]:
         """Return the place of operations of a kind, if they come next."""

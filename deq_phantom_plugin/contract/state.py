@@ -96,8 +96,7 @@ class CheckedFunc:
         versions = []
         if not torch.compiler.is_compiling():
             versions = [None if leaf.is_inference() else leaf._version for leaf in inputs]
-        self._weights.prepare()
-        result = evaluated(self._func, state)
+        result = evaluated(self._prepared, state)
         for leaf, version in zip(inputs, versions, strict=False):
             if version is not None and leaf._version != version:
                 raise ValueError(
@@ -135,6 +134,9 @@ class CheckedFunc:
                     )
                 outputs[index] = output.to(dtype)
         return unflatten(outputs, structure)
+
+    def _prepared(self, state: State) -> State:
+        return self._weights.evaluate(self._func, state)
 
 
 def _is_like(output: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deq_phantom_plugin._plumbing.streaks import REMEMBERED, Lengths, Streak
+from deq_phantom_plugin._plumbing import exchange
+from deq_phantom_plugin._plumbing.lockstep import NOTICE
+from deq_phantom_plugin._plumbing.streaks import LONGEST, REMEMBERED, Lengths, Streak
 
 counts = st.integers(1, 60)
 
@@ -17,7 +20,7 @@ def solve(lengths, *needed):
         exchanges += 1
         longest = max(streak.needed for streak in streaks)
         if not any(left):
-            lengths.ended("place", longest)
+            lengths.ended("place", longest, 0.0)
             return streaks[0].done, exchanges, longest
         agreed = lengths.more("place", streaks[0].done)
         for rank, streak in enumerate(streaks):
@@ -57,8 +60,28 @@ def test_what_is_always_the_same_is_agreed_on_once(needed):
 def test_places_have_lengths_of_their_own():
     lengths = Lengths()
     for _ in range(REMEMBERED):
-        lengths.ended("a", 20)
+        lengths.ended("a", 20, 0.0)
     assert (lengths.more("a", 0), lengths.more("a", 15), lengths.more("a", 20)) == (20, 5, 1)
     assert lengths.more("b", 0) == 1
-    lengths.ended("a", 10)
+    lengths.ended("a", 10, 0.0)
     assert lengths.more("a", 0) == 7
+
+
+def test_slow_operations_are_agreed_on_for_some_seconds_at_most():
+    """Or a process that fails would have to go along for longer than it does."""
+    lengths = Lengths()
+    for _ in range(REMEMBERED):
+        lengths.ended("a", 20, LONGEST / 4)
+        lengths.ended("b", 20, 10 * LONGEST)
+    assert (lengths.more("a", 0), lengths.more("a", 18), lengths.more("b", 0)) == (4, 2, 1)
+    assert LONGEST < NOTICE
+
+
+def test_each_map_has_lengths_of_its_own(monkeypatch):
+    """A small F that needs many evaluations says nothing of a large one that needs few."""
+    monkeypatch.setattr(exchange.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(exchange.dist, "new_group", lambda **options: None)
+    monkeypatch.setattr(exchange, "_timeout", lambda: None)
+    hosts, layers = exchange.Hosts((0, 1)), [torch.nn.Linear(1, 1) for _ in range(2)]
+    assert len({id(hosts.lengths_of(module)) for module in (*layers, None)}) == 3
+    assert hosts.lengths_of(layers[0]) is hosts.lengths_of(layers[0])

@@ -23,6 +23,7 @@ from lockstep_cases import (
     whole,
 )
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torchdeq import get_deq
 
@@ -225,6 +226,34 @@ def sequence_and_data():
     return {**found, "needed": everywhere(needed)}
 
 
+def cached(grad):
+    """F's weight is computed once for a step; each process's gradient beside that of it alone.
+
+    The first process has solved while the other one still evaluates F without autograd.
+    """
+    grads = []
+    for told in (dist.group.WORLD, None):
+        model = Net(grad, "own", tol=None, max_iter=None, process_group=told)
+        model.collective = told is not None
+        parametrize.register_parametrization(model.inner, "weight", Tripled())
+        with parametrize.cached():
+            x, y = (t[part()] for t in data(0))
+            (model(x) - y).square().mean().backward()
+        grads.append(model.inner.parametrizations.weight.original.grad)
+    found = 1.0 if grads[0] is None else distance(grads[:1], grads[1:])
+    return {"error": max(everywhere(found)), "calls": [0]}
+
+
+class Tripled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return 3 * weight
+
+    def right_inverse(self, weight):
+        return weight / 3
+
+
 def looked():
     """How often a solve looks at modules, told that F does not communicate and not told."""
     n, enter = [0], Communication.__enter__
@@ -277,6 +306,8 @@ def cases():
     }.items():
         grad = "upg(lam='adaptive')" if name in ("adaptive", "kept") else "ift(tol=1e-10)"
         found[name] = functools.partial(compared, Net, grad, **how)
+    for grad in ("jfb", "upg"):
+        found[f"cached | {grad}"] = functools.partial(cached, grad)
     return found | {
         "states left out": functools.partial(compared, Sampled, **steps),
         "sequence and data": sequence_and_data,
