@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from ._plumbing.cached_weights import made_anew
 from ._plumbing.calls import Calls, Counted
 from ._plumbing.compilation import check_compile, compiled, never_compiled
+from ._plumbing.hints import hint
 from ._plumbing.lockstep import active, evaluated, in_lockstep, in_turn, part
 from ._plumbing.trial import Trial
 from ._plumbing.whole import Sharded
@@ -165,7 +166,7 @@ class Equilibrium(Attaching):
                 raise ValueError(f"max_iter={max_iter!r}; expected at least 3 for anderson")
         else:
             raise ValueError(
-                f"solver={solver!r}; expected one of {', '.join(SOLVERS)}, or a function "
+                f"solver={solver!r}{hint(solver, SOLVERS)}; expected one of {', '.join(SOLVERS)}, or a function "
                 "(func, start) -> state"
             )
         if tol is not None and not (_is_number(tol) and 0 <= tol < math.inf):

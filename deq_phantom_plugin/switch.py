@@ -42,7 +42,7 @@ def set_grad(module: nn.Module, spec: Spec | list[Spec], *, in_eval: bool | None
     if not found:
         if isinstance(spec, str):
             get_strategy(spec)  # a name that nobody knows is no less wrong
-        warn(f"set_grad: {what_is_found(module)}")
+        warn(f"set_grad: {what_is_found(module)} Its gradient stays as it was.")
     switches = [host.prepare_grad(equilibrium, spec) for host, equilibrium in found]
     if in_eval is not None:
         boolean("in_eval", in_eval)

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _given: dict[str, object] = {}
-_BETWEEN = (__name__.partition(".")[0], "torch", "torchdeq")
+_BETWEEN = (
+    __name__.partition(".")[0],
+    *("torch", "torchdeq", "accelerate", "lightning", "pytorch_lightning", "transformers"),
+)
 """Packages whose lines lie between the user's line and a warning of ours."""
 
 

@@ -43,6 +43,6 @@ def _n_collectives() -> int | None:
     """Return how many collectives this process has begun, in all groups; None if nobody counts."""
     try:
         groups: Any = dist.distributed_c10d._world.pg_map
-        return sum(group._get_sequence_number_for_group() for group in list(groups))
+        return sum(int(group._get_sequence_number_for_group()) for group in list(groups))
     except (AttributeError, RuntimeError):  # private names; some backends do not count
         return None

@@ -42,7 +42,7 @@ def _report(args: argparse.Namespace) -> int:
     built = load(args.target)()
     if not isinstance(built, tuple) or len(built) != 3:
         raise ValueError(
-            f"{args.target} returned {type(built).__name__}; expected (model, inputs, loss), see "
+            f"{args.target} returned {described(built)}; expected (model, inputs, loss), see "
             "dpp.model_report"
         )
     model, inputs, loss = built
@@ -52,6 +52,11 @@ def _report(args: argparse.Namespace) -> int:
     report.save_html(args.out / "report.html")
     print(f"\nresults: {args.out / 'report.json'}\npage: {args.out / 'report.html'}")
     return 0
+
+
+def described(built: object) -> str:
+    """Return what a user's function has returned, in words."""
+    return f"a tuple of {len(built)}" if isinstance(built, tuple) else type(built).__name__
 
 
 def load(target: str) -> Callable[[], Any]:

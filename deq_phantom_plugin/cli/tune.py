@@ -10,7 +10,7 @@ from .._plumbing.extras import require
 from ..diagnostics import tune
 from ..strategies import Auto
 from .arguments import positive
-from .report import load
+from .report import described, load
 
 
 def add_to(commands: Any) -> None:
@@ -48,7 +48,7 @@ def _tune(args: argparse.Namespace) -> int:
     built = load(args.target)()
     if not isinstance(built, tuple) or len(built) != 3:
         raise ValueError(
-            f"{args.target} returned {type(built).__name__}; expected (model, batches, loss), see "
+            f"{args.target} returned {described(built)}; expected (model, batches, loss), see "
             "dpp.tune"
         )
     report = tune(*built, **options)

@@ -285,14 +285,28 @@ def alike(shrinks):
     return {**found, "needed": alone.calls, "exchanges": exchanges[0]}
 
 
-def dying(at, is_killed=False, **options):
-    """One process ends: F raises before it communicates, or the process is killed after it.
-
-    With `collective=True` F raises between two collectives, among evaluations agreed on.
-    """
-    both = sharded(Net("ift(tol=1e-10)", **options))
+def dying_within():
+    """F raises in one process between two gathers of unequal size, in evaluations agreed on."""
+    both = Net("ift(tol=1e-10)")
+    both.inner = nn.Sequential(nn.Linear(WIDTH, 2), nn.Linear(2, WIDTH)).double()
+    sharded(both, ("inner.0", "inner.1", ""))
     for _ in range(5):
         train(both, part(), steps=1)
+    both.calls = 0
+
+    def fail(*args):
+        if both.calls == 5:
+            raise ArithmeticError("F has failed")
+
+    if dist.get_rank() == 1:
+        both.inner[0].register_forward_hook(fail)
+    train(both, part(), steps=1)
+
+
+def dying(at, is_killed=False):
+    """One process ends: F raises before it communicates, or the process is killed after it."""
+    both = sharded(Net("ift(tol=1e-10)"))
+    train(both, part(), steps=1)
     both.is_killed = is_killed
     both.calls, both.fails_at = 0, at if dist.get_rank() == 1 else None
     train(both, part(), steps=1)
@@ -478,7 +492,7 @@ def main():
         if names == ["raises"]:
             dying(-5)
         if names == ["raises within"]:
-            dying(5, collective=True)
+            dying_within()
         if names == ["is killed"]:
             dying(5, is_killed=True)
         found = {}
