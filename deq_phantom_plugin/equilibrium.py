@@ -166,8 +166,8 @@ class Equilibrium(Attaching):
                 raise ValueError(f"max_iter={max_iter!r}; expected at least 3 for anderson")
         else:
             raise ValueError(
-                f"solver={solver!r}{hint(solver, SOLVERS)}; expected one of {', '.join(SOLVERS)}, or a function "
-                "(func, start) -> state"
+                f"solver={solver!r}{hint(solver, SOLVERS)}; expected one of {', '.join(SOLVERS)}, "
+                "or a function (func, start) -> state"
             )
         if tol is not None and not (_is_number(tol) and 0 <= tol < math.inf):
             raise ValueError(f"tol={tol!r}; expected a finite number of at least 0")

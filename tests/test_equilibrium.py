@@ -528,7 +528,7 @@ def test_where_nothing_is_found_it_is_said_what_would_be(call):
 
 @pytest.mark.parametrize("call", CALLS[:2])
 def test_a_memory_alone_is_told_where_names_reach(call):
-    with pytest.warns(UserWarning, match=r"has a dpp\.Memory: a solve of your own"):
+    with pytest.warns(UserWarning, match=r"has a dpp\.Memory\. A solve of your own"):
         call(OwnLoop())
 
 

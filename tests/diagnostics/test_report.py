@@ -541,7 +541,7 @@ def test_the_command_reports_on_a_users_file(tmp_path, monkeypatch, capsys):
         ("nowhere.py:build", "there is no file nowhere.py"),
         ("nowhere_at_all:build", "there is no module nowhere_at_all"),
         ("mine.py:none", "has no function none"),
-        ("mine.py:pair", "returned tuple; expected (model, inputs, loss)"),
+        ("mine.py:pair", "returned a tuple of 2; expected (model, inputs, loss)"),
     ],
 )
 def test_the_command_names_what_it_cannot_load(tmp_path, monkeypatch, capsys, target, message):

@@ -96,8 +96,8 @@ def _about_damping(report: Measurement) -> str:
         )
     return (
         f"{told}, the lowest of all lam. A phantom gradient of k steps then has a relative error "
-        f"of about {radius:.2g}^k, which is 10 % or less at k={steps}. Try npg(k={steps}, lam={lam:g}), or "
-        "upg for robustness."
+        f"of about {radius:.2g}^k, which is 10 % or less at k={steps}. Try "
+        f"npg(k={steps}, lam={lam:g}), or upg for robustness."
     )
 
 
