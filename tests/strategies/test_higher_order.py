@@ -342,7 +342,7 @@ def test_frozen_parameters_and_nothing_to_differentiate():
 def test_the_others_say_who_can():
     problem = make_equilibrium([(3, 4)])
     loss = problem.probe(dpp.attach(problem.func, problem.state, "ift"))
-    with pytest.raises(RuntimeError, match=r"ift\(higher_order=True\) and bptt"):
+    with pytest.raises(RuntimeError, match=r"ift\(higher_order=True\) or bptt"):
         torch.autograd.grad(loss, problem.params, create_graph=True)
 
 
