@@ -265,7 +265,7 @@ def test_disabled_in_the_middle_of_a_forward_pass(spec):
         want = run(problem.func)
     dpp.enable("torchdeq")
     if spec.startswith("bptt"):  # whose second solve TorchDEQ has done by then
-        with pytest.raises(RuntimeError, match=r"call dpp.enable\(\)"):
+        with pytest.raises(RuntimeError, match=r"Call dpp.enable\(\)"):
             run(func)
     else:
         torch.testing.assert_close(run(func), want)
