@@ -15,7 +15,7 @@ from conftest import DRIVERS
 pytest.importorskip("torchdeq")
 sys.path.append(str(DRIVERS))
 
-from drills import FAULTS, MORE, STEPS
+from drills import FAULTS, MORE, STEPS, struck
 from peers import CASES, GOES_ON, TIMEOUT, VICTIM
 
 pytestmark = [
@@ -82,9 +82,12 @@ def drilled(request, tmp_path_factory):
 def test_every_fault_struck_and_every_restart_took_the_last_good_checkpoint(drilled):
     found, spans = drilled
     assert {*FAULTS} == {*SPANS} - {"the last"}
-    for runs in found:
-        got = {name: (min(steps), max(steps)) for name, steps in runs.items()}
-        assert {name: got[name] for name in spans} == spans
+    for rank, runs in enumerate(found):
+        for name, (first, last) in spans.items():
+            assert min(runs[name]) == first
+            # torchrun may end the others before they have written the step that all have taken.
+            exact = name == "the last" or rank == struck(name)
+            assert max(runs[name]) in ({last} if exact else {last - 1, last})
 
 
 def numbers(record):

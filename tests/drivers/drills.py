@@ -78,6 +78,14 @@ class Net(nn.Module):
         return self.out(self.deq(self.func(1, h), torch.zeros_like(x))[0][-1])
 
 
+def struck(name):
+    """Return the rank of the process that a fault ends.
+
+    In turn the first one, which writes what all share and hosts the store, and another.
+    """
+    return 0 if name in ("killed in an adjoint solve", "killed while saving weights") else 1
+
+
 class Fault:
     """Ends this process, or its launcher, at one place of one step.
 
@@ -88,9 +96,7 @@ class Fault:
 
     def __init__(self, name, folder):
         self.name, self.folder, self.step, self.calls = name, folder, -1, 0
-        # In turn the first process, which writes what all share and hosts the store, and another.
-        first = name in ("killed in an adjoint solve", "killed while saving weights")
-        self.here = name is not None and dist.get_rank() == (0 if first else 1)
+        self.here = name is not None and dist.get_rank() == struck(name)
         self.at = FAULTS.get(name)
 
     def begin(self, step):
