@@ -44,8 +44,9 @@ def attach(
         the last step (upg, bptt). Under `torch.no_grad` it is the equilibrium as it was given.
 
     Warns:
-        AssumptionWarning: once, if samples turn out to be coupled, or F is not the same map each
-            time.
+        AssumptionWarning: once, if samples turn out to be coupled, F is not the same map each time,
+            or the state is far from an equilibrium of F. It is found out with the question of
+            samples, so not for strategies that do not ask it.
 
     Raises:
         TypeError: if `context` is no `Context`.
@@ -83,7 +84,9 @@ def _attached(
         _check_finite(equilibrium, context)
     state = _ordinary(equilibrium)
     checked = CheckedFunc(func, state)
-    context = settled(context, checked, state, acting.tells_samples_apart)
+    context = settled(
+        context, checked, state, acting.tells_samples_apart, not acting.assumes_equilibrium
+    )
     attached = acting.attach(checked, state, context)
     _check_attached(strategy, attached, state)
     count(context)
@@ -102,7 +105,7 @@ def attach_states(
     state = _ordinary(equilibrium)
     acting, checked = strategy.resolve(context), CheckedFunc(func, state)
     with in_lockstep(context.process_group):
-        context = settled(context, checked, state, acting.tells_samples_apart)
+        context = settled(context, checked, state, acting.tells_samples_apart, judged=True)
     yield from acting.states(checked, state, context)
     count(context)
 

@@ -307,7 +307,8 @@ class Equilibrium(Attaching):
             with part():
                 if self._may_ask(solution):
                     # At the equilibrium: where the solve begins, J may be zero.
-                    context = settled(context, CheckedFunc(func, begin), solution.state)
+                    checked = CheckedFunc(func, begin)
+                    context = settled(context, checked, solution.state, judged=True)
             if context.batch_dim is None and solution.rel_lowest.numel() > 1:
                 solution = self._solution(in_solve, begin, context, None)
         context = replace(context, solver_result=solution)

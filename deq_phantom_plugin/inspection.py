@@ -1,7 +1,8 @@
 """Finds out what gradients take for granted of F.
 
 Samples are to be independent, or else the batch is solved as one system. F is to be the same map
-each time. `settled` looks at both before a strategy acts, without a trace, and remembers it.
+each time. The state is to be an equilibrium of F. `settled` looks at all three before a strategy
+acts, without a trace, and remembers the first two.
 """
 
 from __future__ import annotations
@@ -10,17 +11,12 @@ import functools
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
 from ._plumbing.compilation import never_compiled
 from ._plumbing.lockstep import active, part
@@ -28,6 +24,7 @@ from ._plumbing.once import warn_once
 from ._plumbing.random_state import forked_rng, is_same, random_state
 from ._plumbing.transforms import in_torch_func
 from ._plumbing.trial import Trial
+from ._plumbing.watch import Watch
 from .adjoint import Linearization, Packing, batch_size, mixes_samples
 from .contract.errors import AssumptionWarning
 from .contract.state import State, flatten
@@ -39,6 +36,7 @@ from .contract.strategy import Context
 _ROUNDING, _ROUNDING_INSIDE = 8, 1e-3
 _EARLY, _EVERY = (8, 16, 32), 64  # uses at which the question is asked again
 _DEEPEST = 10  # the most wrappers around F that are looked through
+_FAR = 0.1  # ||F(h) - h|| over their size above which h is no equilibrium; as guard's forward_tol
 _DRAWS = 16  # further evaluations of an F that draws numbers, and has returned the same so far
 
 REMEDY = (
@@ -57,6 +55,7 @@ class Findings:
             state; zero where rounding explains it.
         reasons: the types of the modules in F that draw at random or update buffers, in words. It
             is empty where there is no difference.
+        residual: ||F(h) - h|| / max(||F(h)||, ||h||) at that state, of all samples together.
         modes: the modules that ran in F, and for each whether it was in training mode.
         uses: how often these findings were relied on. The list holds one number, which changes.
     """
@@ -64,6 +63,7 @@ class Findings:
     coupled: bool | None
     difference: float = 0.0
     reasons: tuple[str, ...] = ()
+    residual: float = 0.0
     modes: tuple[tuple[weakref.ref[nn.Module], bool], ...] = ()
     uses: list[int] = field(default_factory=lambda: [0])
 
@@ -100,7 +100,11 @@ def in_words(difference: float, reasons: Sequence[str]) -> str:
 
 
 def settled(
-    context: Context, func: Callable[[State], State], equilibrium: State, cares: bool = True
+    context: Context,
+    func: Callable[[State], State],
+    equilibrium: State,
+    cares: bool = True,
+    judged: bool = False,
 ) -> Context:
     """Return a context whose `batch_dim` is a dimension or None, as strategies see it.
 
@@ -115,10 +119,12 @@ def settled(
         func: F.
         equilibrium: h*, detached.
         cares: whether the gradient depends on `batch_dim`. If not, nothing is evaluated.
+        judged: whether someone else looks at how near the state is to an equilibrium, or it need
+            not be one.
 
     Warns:
-        AssumptionWarning: once, if samples turn out to be coupled, or F is not the same map each
-            time.
+        AssumptionWarning: once, if samples turn out to be coupled, F is not the same map each time,
+            or the state is far from an equilibrium of F.
 
     Raises:
         ValueError: if `batch_dim` is a dimension that the state does not have.
@@ -140,7 +146,7 @@ def settled(
             if (around := active()) is not None:  # other processes may have samples, and look
                 around.look(func, equilibrium)
             return replace(context, batch_dim=0)
-        found = _found(context, func, equilibrium, f"{structure}", n_samples)
+        found = _found(context, func, equilibrium, f"{structure}", n_samples, judged)
     return replace(context, batch_dim=None if found.coupled else 0)
 
 
@@ -151,6 +157,7 @@ def _found(
     equilibrium: State,
     structure: str,
     rows: int,
+    judged: bool,
 ) -> Findings:
     """Return what the memory knows about F, or inspect F now and keep what is found."""
     memory, key = context.memory, (structure, *_identity(func))
@@ -158,7 +165,7 @@ def _found(
     found: Findings | None = known
     if found is None or found.is_due or (found.coupled is None and rows > 1):
         found = inspect_map(func, equilibrium)
-        _say(found)
+        _say(found, judged)
         if memory is not None:
             if known is not None and known.are_current:
                 found = replace(found, uses=known.uses)
@@ -225,9 +232,19 @@ def say_coupled() -> None:
     )
 
 
-def _say(found: Findings) -> None:
+def _say(found: Findings, judged: bool) -> None:
     if found.coupled:
         say_coupled()
+    if not judged and found.residual > max(_FAR, found.difference):
+        warn_once(
+            "far from an equilibrium",
+            f"h is no equilibrium of F: F(h) differs from h by {found.residual:.0%} of its size. "
+            "The gradient takes h = F(h) for granted, so it may be wrong. Either the forward solve "
+            "stopped short: give it more iterations or a smaller tol. Or F is not the map that was "
+            'solved, but has another input, mask or mode. "guard(...)" around the strategy acts '
+            "on each such sample. This is said once per run.",
+            AssumptionWarning,
+        )
     if found.difference:
         warn_once(
             "another map each time",
@@ -257,6 +274,7 @@ def inspect_map(
         coupled: bool | None = None
         if packing.rows > 1:
             coupled = not _shards(trial.modules) and mixes_samples(graph, packing)
+        residual = _difference(graph.outputs, flatten(equilibrium)[0])
         difference = _second_look(func, equilibrium, graph.outputs)
         states.append(random_state(graph.inputs))
         signs = trial.has_changed_buffers or not is_same(*states[:2])
@@ -271,7 +289,7 @@ def inspect_map(
             difference = 0.0
         reasons = _reasons(func, equilibrium, limit) if difference else ()
         modes = tuple((weakref.ref(module), module.training) for module in trial.modules)
-    return Findings(coupled, difference, reasons, modes)
+    return Findings(coupled, difference, reasons, residual, modes)
 
 
 def _shards(modules: Sequence[nn.Module]) -> bool:
@@ -338,7 +356,7 @@ def _reasons(func: Callable[[State], State], equilibrium: State, limit: float) -
     leaves = flatten(equilibrium)[0]
     images = []
     for _ in range(2):
-        with forked_rng(leaves), _Watch(leaves) as watch, torch.no_grad():
+        with forked_rng(leaves), Watch(leaves) as watch, torch.no_grad():
             images.append(flatten(func(equilibrium))[0])
             watch.look()  # at what came after the last module
     # Same draws, same value: then updates do not matter, as those of batch normalisation.
@@ -348,52 +366,3 @@ def _reasons(func: Callable[[State], State], equilibrium: State, limit: float) -
         *(f"{name} draws at random" for name in sorted(watch.drew)),
         *(f"{name} updates its buffers" for name in sorted(updated)),
     )
-
-
-class _Watch(ExitStack):
-    """Looks at the random state and at buffers whenever a module's forward begins or ends.
-
-    Args:
-        leaves: the leaves of the state, for their devices.
-
-    Attributes:
-        drew: names of the types of modules in whose own code the random state moved.
-        updated: names of the types of modules whose buffers changed.
-    """
-
-    def __init__(self, leaves: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.drew: set[str] = set()
-        self.updated: set[str] = set()
-        self._leaves = leaves
-        self._running: list[tuple[nn.Module, list[Tensor]]] = []
-        self._state = random_state(leaves)
-
-    def __enter__(self) -> _Watch:
-        self.callback(register_module_forward_pre_hook(self._begin).remove)
-        self.callback(register_module_forward_hook(self._end).remove)
-        return self
-
-    def look(self) -> None:
-        """If random state moved since the last look, note the innermost module that runs."""
-        state = random_state(self._leaves)
-        if not is_same(self._state, state):
-            self.drew.add(type(self._running[-1][0]).__name__ if self._running else "F itself")
-        self._state = state
-
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self.look()
-        self._running.append((module, [buffer.clone() for buffer in _own_buffers(module)]))
-
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.look()
-        _, before = self._running.pop()
-        if any(
-            a.shape != b.shape or not torch.equal(a, b)
-            for a, b in zip(before, _own_buffers(module), strict=False)
-        ):
-            self.updated.add(type(module).__name__)
-
-
-def _own_buffers(module: nn.Module) -> Iterator[Tensor]:
-    return (buffer for buffer in module._buffers.values() if buffer is not None)

@@ -142,7 +142,7 @@ def _unrolled(
     if sharded is not None:
         func, state = sharded.on_whole(func), sharded.whole(state)
     with in_lockstep(context.process_group, () if sharded is None else sharded.holders):
-        context = settled(context, func, _detached(state))
+        context = settled(context, func, _detached(state), judged=True)
         count(context)
         attached = strategy.attach(func, state, context)
         return attached if sharded is None else sharded.parts(attached)

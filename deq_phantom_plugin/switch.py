@@ -100,9 +100,15 @@ def failures(module: nn.Module) -> dict[str, int]:
 
     Returns:
         The numbers of "forward" and "adjoint" failures.
+
+    Warns:
+        UserWarning: if the model has neither an equilibrium nor a `Memory`. It says what would be
+            found.
     """
     memories = check_module(module).modules()
     counts = [memory.failures for memory in memories if isinstance(memory, Memory)]
+    if not counts and not find_equilibria(module):
+        warn(f"failures: {what_is_found(module)} So nothing has counted.")
     return {kind: sum(count[kind] for count in counts) for kind in ("forward", "adjoint")}
 
 

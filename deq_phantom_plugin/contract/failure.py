@@ -51,5 +51,10 @@ class FailurePolicy:
             raise ConvergenceError(f"{text}. Samples: {torch.nonzero(failed).flatten().tolist()}")
         if self.action == "fallback":
             text += f", which get the gradient of {self.fallback!r}"
-        message = f"{text}. dpp.failures(model) counts them; said once."
+        else:
+            text += (
+                ", whose gradient may be wrong. Give the solve more iterations, or these samples "
+                "another gradient: on_failure=\"fallback('jfb')\""
+            )
+        message = f"{text}. dpp.failures(model) counts them. This is said once per run."
         warn_once(f"guard {kind}", message, ConvergenceWarning)

@@ -180,6 +180,8 @@ class GradStrategy(ABC):
         accepts_nonfinite: whether the strategy can begin at a state that holds NaN or infinity.
         tells_samples_apart: whether the gradient depends on `context.batch_dim`. Where it does not,
             nobody has to find out whether samples are coupled.
+        assumes_equilibrium: whether the gradient takes h = F(h) for granted. Then it is said where
+            that is far from true. By default so, unless the strategy unrolls or owns the solve.
         exchanges: whether the backward pass exchanges numbers with other processes, so that all of
             them have to reach it.
         hands_out_states: whether the strategy has `states`.
@@ -210,6 +212,11 @@ class GradStrategy(ABC):
     def tells_samples_apart(self) -> bool:
         """Whether the gradient depends on which samples are independent; yes by default."""
         return True
+
+    @property
+    def assumes_equilibrium(self) -> bool:
+        """Whether the gradient takes h = F(h) for granted; not if the strategy looks at that."""
+        return not (self.owns_solve or self.hands_out_states)
 
     @property
     def exchanges(self) -> bool:

@@ -201,6 +201,11 @@ class Measuring(GradStrategy):
         return self.auto.wants_inverse_jacobian
 
     @property
+    def assumes_equilibrium(self) -> bool:
+        """No: the choice looks at the residual of each sample."""
+        return False
+
+    @property
     def exchanges(self) -> bool:
         """Yes: what all processes have measured."""
         return True

@@ -92,6 +92,11 @@ class Guard(GradStrategy):
         return self._policy.fallback is not None
 
     @property
+    def assumes_equilibrium(self) -> bool:
+        """No: the guard looks at the residual of each sample."""
+        return False
+
+    @property
     def exchanges(self) -> bool:
         """Whether the strategy inside does."""
         return self._strategy.exchanges

@@ -120,6 +120,11 @@ class Ramp(GradStrategy):
         return self._strategy.tells_samples_apart
 
     @property
+    def assumes_equilibrium(self) -> bool:
+        """Whether the strategy does."""
+        return self._strategy.assumes_equilibrium
+
+    @property
     def hands_out_states(self) -> bool:
         """Whether the strategy does."""
         return self._strategy.hands_out_states

@@ -27,9 +27,10 @@ def told_step(context: Context, who: str) -> int:
         warn_once(
             "schedule",
             f"{who} was not told the training step and takes it to be 0; call dpp.set_step(model, "
-            "step) in the training loop, with total=... if fractions of training are meant. A call "
-            "of dpp.attach or dpp.loop is told it only through a dpp.Memory that is in the model "
-            "and in its context. Said once.",
+            "step) in the training loop, with total=... if fractions of training are meant. The "
+            "callback SetStep does so in Lightning and in Transformers' Trainer. A call of "
+            "dpp.attach or dpp.loop is told it only through a dpp.Memory that is in the model and "
+            "in its context. This is said once per run.",
             ConvergenceWarning,
         )
         return 0
@@ -114,6 +115,7 @@ def in_steps(when: int | float, context: Context, who: str) -> int:
     if total is None:
         raise ValueError(
             f"{who}: {when!r} is a fraction of training, and nobody has told its length; call "
-            "dpp.set_step(model, step, total=...) in the training loop, or give a number of steps"
+            "dpp.set_step(model, step, total=...) in the training loop, or give a number of steps. "
+            "The callback SetStep tells it in Lightning and in Transformers' Trainer"
         )
     return math.ceil(Fraction(repr(when)) * total)  # 0.07 of 100 is 7, which floats overshoot

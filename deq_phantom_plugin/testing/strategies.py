@@ -34,6 +34,7 @@ CAPABILITIES = (
     "wants_inverse_jacobian",
     "accepts_nonfinite",
     "tells_samples_apart",
+    "assumes_equilibrium",
     "exchanges",
     "hands_out_states",
 )

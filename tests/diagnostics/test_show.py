@@ -200,3 +200,10 @@ def test_the_radii_stand_in_columns(report, tmp_path):
     page = (tmp_path / "report.html").read_text()
     row = "".join(f"<td>{lam:g}</td>" for lam in report.damped_radii)
     assert f"<tr><th>damped by lam</th>{row}</tr>" in page
+
+
+@pytest.mark.parametrize(("spread", "is_said"), [(1.1, False), (None, False), (2.6, True)])
+def test_times_that_differ_from_run_to_run_are_said_to_be_uncertain(report, spread, is_said):
+    results = [replace(result, time_spread=spread) for result in report.results]
+    text = " ".join(str(replace(report, results=results)).split())
+    assert ("runs of one method differ by a factor of up to 2.6." in text) is is_said

@@ -131,6 +131,24 @@ def test_ift_is_torchdeqs_implicit_gradient(core, several, n_states, solver):
     assert_same(run(ours, layer), run(theirs, layer))
 
 
+@pytest.mark.parametrize("solver", ["fixed_point_iter", "anderson", "broyden"])
+def test_ift_of_a_small_loss_is_the_small_gradient(solver):
+    """TorchDEQ's own is not, see `findings/torchdeq_ift_size_of_the_loss.sh`."""
+    dpp.enable()
+    layer = Layer(several=False)
+    deq = torchdeq.get_deq(grad="ift", f_max_iter=300, f_tol=1e-12, b_solver=solver)
+    parameters = list(layer.parameters())
+
+    def gradient(scale):
+        h = deq(layer, layer.zeros())[0][-1]
+        found = torch.autograd.grad(scale * h.square().sum(), parameters)
+        return torch.cat([g.flatten() for g in found])
+
+    whole = gradient(1.0)
+    for scale in (1e-4, 1e-8, 1e-12):
+        torch.testing.assert_close(gradient(scale) / scale, whole, rtol=1e-9, atol=1e-12)
+
+
 def test_speedy_lists_without_statistics():
     """`simple_fixed_point_iter` solves on the list itself."""
     layer = Layer(several=True)

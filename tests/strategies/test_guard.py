@@ -70,6 +70,7 @@ def half_solved():
     return problem, state
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")  # of the exact gradient there
 def test_forward_warns_once_and_goes_on():
     problem, state = half_solved()
     memory = dpp.Memory()
@@ -88,6 +89,7 @@ def test_forward_raises():
     gradients(problem, guard(on_failure="raise", forward_tol=10), state)
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")  # of the exact gradient there
 @pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
 @pytest.mark.parametrize("fallback", ["jfb", "npg(k=3)", "upg(k=2)"])
 def test_forward_falls_back_in_the_samples_that_failed(fallback):
@@ -349,3 +351,8 @@ def test_shine_inside_torchdeq():
             (state,), _ = deq(problem.func, start)
             found.append(torch.autograd.grad(problem.linear_loss(state), problem.params[1])[0])
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_failures_of_a_model_in_which_nothing_counts_are_asked_for_in_vain():
+    with pytest.warns(UserWarning, match="failures: .*equilibri.* So nothing has counted"):
+        assert dpp.failures(torch.nn.Linear(2, 2)) == {"forward": 0, "adjoint": 0}

@@ -154,6 +154,7 @@ def test_inside_and_around_others_it_is_what_it_resolves_to(outer, inner, ends):
             "wants_inverse_jacobian",
             "accepts_nonfinite",
             "tells_samples_apart",
+            "assumes_equilibrium",
             "hands_out_states",
         ):
             assert getattr(ramp, name) == getattr(plain, name)

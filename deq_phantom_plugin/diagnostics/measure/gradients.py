@@ -136,6 +136,7 @@ def _results(
             row,
             forward_seconds=statistics.median(forward for forward, _ in own),
             backward_seconds=statistics.median(backward for _, backward in own),
+            time_spread=max(map(sum, own)) / min(map(sum, own)),
         )
         if own
         else row

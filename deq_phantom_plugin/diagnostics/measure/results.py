@@ -23,6 +23,7 @@ class StrategyResult:
         residual: ||v - (I - J^T) g|| / ||v|| at h*, of the g behind the gradient.
         forward_seconds: the median time to attach the strategy to the solved equilibrium.
         backward_seconds: the median time from dL/dh to dL/dtheta.
+        time_spread: the longest of the timed runs, forward and backward, over the shortest.
         n_evaluations: the number of calls of F. Those of the solve count only if the strategy owns
             it.
         n_vjp: the number of backward passes through F, with the one to the parameters.
@@ -43,6 +44,7 @@ class StrategyResult:
     residual: float | None = None
     forward_seconds: float | None = None
     backward_seconds: float | None = None
+    time_spread: float | None = None
     n_evaluations: int | None = None
     n_vjp: int | None = None
     peak_bytes: int | None = None

@@ -27,6 +27,10 @@ HEADER = (
 )
 
 
+BUSY = 2.0
+"""The longest timed run over the shortest one above which times are said to be uncertain."""
+
+
 def cells(result: StrategyResult, report: Measurement) -> list[str]:
     """Return a strategy's row of the table, one cell per column; "-" for what is not known."""
 
@@ -89,12 +93,19 @@ def damped(report: Measurement) -> list[tuple[str, ...]]:
 
 def notes(report: Measurement) -> list[str]:
     """Return the notes below the table."""
-    if report.reference_is_good:
-        return []
-    return [
-        f"No cosine and no error: the reference itself has a residual of "
-        f"{report.reference_residual:.1e}, so there is no exact gradient to compare with."
-    ]
+    found = []
+    if not report.reference_is_good:
+        found.append(
+            f"No cosine and no error: the reference itself has a residual of "
+            f"{report.reference_residual:.1e}, so there is no exact gradient to compare with."
+        )
+    spread = max((result.time_spread or 1.0 for result in report.results), default=1.0)
+    if spread > BUSY:
+        found.append(
+            f"Times are uncertain: runs of one method differ by a factor of up to {spread:.1f}. "
+            "Perhaps other work was running. Ask for more timed runs: repeats=."
+        )
+    return found
 
 
 def as_text(report: Measurement, advice: Sequence[str]) -> str:
