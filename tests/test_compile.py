@@ -195,6 +195,7 @@ def test_saved_with_weights_only(make, spec, x, tmp_path):
     torch.testing.assert_close(gradients(other, x), gradients(model, x), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")  # after so few evaluations
 @pytest.mark.parametrize("first", [5, "upg", "jfb"])
 def test_a_compiled_layer_can_be_switched(first):
     """With PyTorch's default settings: TorchDEQ's own gradient, too, is of compiled code."""

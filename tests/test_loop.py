@@ -370,6 +370,7 @@ class Longer(dpp.GradStrategy):
         return equilibrium
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 def test_a_strategy_that_is_longer_than_the_loop():
     with pytest.raises(ValueError, match=r"Longer\(\) evaluates F 4 times, in a loop of steps=3"):
         dpp.loop(torch.tanh, torch.ones(3), 3, Longer())

@@ -107,6 +107,7 @@ def test_checkpointed_steps_draw_the_same_masks_again():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 def test_products_on_one_graph_see_one_mask():
     """J^T is that of the evaluation that carries the gradient, in every product."""
     for spec in ("npg(k=4)", "ift(tol=1e-12, max_iter=50)"):

@@ -117,6 +117,7 @@ def mdeq():
     return MDEQ(MDEQConfig((8, 8), (2, 4), 16, f_max_iter=6, groups=4, expansion=2))
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @pytest.mark.parametrize("grad", ["upg", "npg", "jfb", "ift(tol=0.1)", "bptt(steps=3)", 2])
 def test_mdeq_returns_the_term(mdeq, grad):
     dpp.set_grad(mdeq, grad)

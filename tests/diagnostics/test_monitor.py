@@ -412,6 +412,7 @@ def test_a_report_in_between_is_noticed_neither_by_training_nor_by_the_monitor()
     assert log.steps == [0, 2]
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 def test_a_residual_is_that_of_f_as_the_solve_saw_it():
     model, solves = Own(), []
     model.dropout.p = 0.0

@@ -103,6 +103,7 @@ def closed_form(layer, kind, h, tau):
 KINDS = [1, 2, 3, "exact", "upg(k=4, lam=0.7)"]
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @ALIKE
 @settings(max_examples=150, deadline=None)
 @given(
@@ -160,6 +161,7 @@ def test_lists_of_integers_are_torchdeqs_bit_for_bit(indexing, steps, limit, tol
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @ALIKE
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("tol", [0.0, 1e-6])
@@ -199,6 +201,7 @@ def test_every_solver(solver, tol, limit, indexing):
 # --- where a call differs from the construction ------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @pytest.mark.parametrize("n_states", [2, 4])
 @pytest.mark.parametrize("built", [3, 12, 30])
 @pytest.mark.parametrize("called", [1, 2, 3, 7, 12, 30])

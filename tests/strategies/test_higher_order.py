@@ -199,6 +199,7 @@ class Add(torch.autograd.Function):
         return 0.5 * grad, grad
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @pytest.mark.parametrize("also_seen", [False, True])
 @pytest.mark.parametrize("is_leaf", [False, True])
 def test_what_cannot_be_seen_is_refused(is_leaf, also_seen):
@@ -268,6 +269,7 @@ def test_maml():
     assert (got - first_order).norm() > 1e-3 * got.norm()
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 def test_under_autocast_f_sees_the_callers_in_every_order():
     torch.manual_seed(0)
     linear = torch.nn.Linear(8, 8)

@@ -124,6 +124,7 @@ def test_every_form_of_spec():
     assert dpp.get_strategy("upg()") == dpp.UPG()
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 def test_a_callable_is_a_spec():
     def mine(func, equilibrium, context):
         assert context.batch_dim == 0

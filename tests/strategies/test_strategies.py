@@ -69,6 +69,7 @@ def test_every_built_in_strategy_has_its_suite():
 # --- values -----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @pytest.mark.parametrize("spec", ["ift", "jfb", "exact"])
 def test_value_is_one_evaluation(spec):
     problem = nested()
@@ -125,6 +126,7 @@ def test_value_of_bptt_is_the_last_iterate_from_the_initial_state():
     assert torch.equal(dpp.attach(problem.func, problem.state, "bptt(steps=2)", context), want)
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @pytest.mark.parametrize("spec", ["ift", "npg", "exact"])
 def test_gradients_inside_a_solve_keep_the_memory_format(spec):
     conv = torch.nn.Conv2d(3, 3, 3, padding=1).to(memory_format=torch.channels_last)
@@ -271,6 +273,7 @@ def test_adaptive_damping_costs_what_the_docstring_states():
     assert len(calls) == 10 + 1  # and the backward pass itself
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 def test_adaptive_damping_in_training_follows_the_batch():
     """Started from the last batch's eigenvectors, rho came out 42 % too low here."""
     memory = dpp.Memory()
@@ -624,6 +627,7 @@ def test_exact_refuses_samples_that_depend_on_one_another(shape):
     dpp.attach(func, h, "exact", dpp.Context(batch_dim=None)).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 def test_exact_refuses_large_states():
     attached = dpp.attach(lambda h: h * 0.5, torch.ones(2, 20_000), grad="exact")
     attached.requires_grad_()

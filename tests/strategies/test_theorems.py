@@ -147,6 +147,7 @@ def test_theorem_1_is_computed_from_the_matrices_it_names(spec):
     assert found.remark_holds == (found.remark_lhs < found.remark_rhs)
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 def test_with_fewer_parameters_than_state_the_condition_never_holds():
     equilibrium = make_equilibrium([(2, 3)], norm=0.2)
     theta = torch.ones(5, dtype=torch.float64, requires_grad=True)
@@ -444,6 +445,7 @@ def test_the_error_falls_as_the_spectral_radius_of_the_damped_map(name, lam):
         assert math.exp(slope) == pytest.approx(radius, rel=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("lam", [1.0, 0.5])
 def test_from_elsewhere_unrolling_finds_the_gradient_of_the_equilibrium_and_neumann_not(seed, lam):

@@ -249,6 +249,7 @@ def test_deepcopy_with_torchdeqs_own_gradient():
 # --- formats -----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @pytest.mark.parametrize("grad", ["upg", "npg", "ift(tol=1e-2)", 5])
 def test_channels_last_reaches_f(grad):
     model = MDEQ(TWO, grad=grad).to(memory_format=torch.channels_last)
@@ -429,6 +430,7 @@ def test_strategies_agree_on_a_contraction(config):
     assert cosines["npg(k=60)"] == pytest.approx(1, abs=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @pytest.mark.parametrize("name", ["tiny", pytest.param("large", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("grad", ["upg", "npg", "jfb", "ift(max_iter=3, tol=1e9)"])
 def test_presets_train(name, grad):
@@ -590,6 +592,7 @@ def test_damped_steps_that_cannot_be(settings, message):
 # --- no images ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @pytest.mark.parametrize("grad", ["upg", "npg", "ift", "shine", "bptt(steps=2)", [1]])
 def test_no_images_have_no_logits_and_gradients_of_zero(grad):
     model = MDEQ(TWO, grad=grad, dropout=0.1, f_solver="broyden_fast")
