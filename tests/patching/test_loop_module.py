@@ -108,6 +108,7 @@ def test_evaluations_by_their_number(spec, graph):
     assert not before.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")  # after so few evaluations
 @pytest.mark.parametrize("spec", ["npg", "ift", "jfb", "exact", "upg(k=2, lam=1.0)"])
 def test_the_map_is_the_last_evaluation(spec):
     """Of a loop that is no iteration of one map: what leads there is its own, F is the last."""
