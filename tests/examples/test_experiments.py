@@ -609,6 +609,7 @@ def numbers(folder):
     }
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")  # after so few evaluations
 @pytest.mark.parametrize("name", list(SMALL))
 def test_a_run_that_was_stopped_ends_with_the_numbers_of_one_that_was_not(
     name, tmp_path, capsys, harness
@@ -848,6 +849,7 @@ def test_the_best_of_a_history_and_where_another_is_best(harness):
     assert results.last("f1")(record) == 0.5
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")  # after so few evaluations
 def test_a_run_in_the_time_of_another_takes_the_steps_that_fit(tmp_path, harness, monkeypatch):
     command = harness("command")
     monkeypatch.setattr(

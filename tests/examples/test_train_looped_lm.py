@@ -157,6 +157,7 @@ def test_methods(example):
     )
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")  # after so few evaluations
 def test_results(example, argv, tmp_path, capsys):
     methods = ["tbptt(k=2)", "ift@uniform(1, 5)", "ramp('tbptt', {'k': (1, 3)}, until=0.5)"]
     steps = ["--steps", "20", "--eval-every", "10", "--lr", "1e-2", "--seeds", "0", "1"]
@@ -213,6 +214,7 @@ def test_perplexity_and_residual(example, argv):
     assert alone["spectral_radius"] == pytest.approx(radius, rel=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")  # after so few evaluations
 def test_a_killed_run_resumes_with_the_same_losses_and_draws(example, argv, monkeypatch):
     methods = ["--methods", "tbptt(k='uniform(1, 3)')@poisson(3)", "ift(warm_start=True)"]
     original, drawn = example.train_step, []
