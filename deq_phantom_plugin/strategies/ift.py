@@ -203,13 +203,14 @@ class IFT(GradStrategy):
                 ConvergenceWarning,
             )
         elif short:
+            better = "" if self.solver == "gmres" else "try solver='gmres', "
             warn_once(
                 "ift",
                 f"{reached}; {short} of {above.numel()} samples are above tol, so their gradient "
-                "is less exact than you asked for. Raise max_iter or tol, try solver='gmres', or "
-                "regularise the Jacobian (dpp.jacobian_reg). If samples depend on one another "
-                "(graphs, batch norm inside F) and batch_dim says that they do not, pass "
-                "batch_dim=None in the context. This warning is given once.",
+                f"is less exact than you asked for. Raise max_iter or tol, {better}regularise the "
+                "Jacobian (dpp.jacobian_reg), or take a gradient that does not solve ('upg'). If "
+                "samples depend on one another (graphs, batch norm inside F) and batch_dim says "
+                "that they do not, pass batch_dim=None in the context. This warning is given once.",
                 ConvergenceWarning,
             )
         elif rounded and of_user and self.tol != IFT.tol:

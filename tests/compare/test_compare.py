@@ -326,6 +326,7 @@ def test_missing_packages_are_named_with_the_pip_command(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default::deq_phantom_plugin.ConvergenceWarning")  # ift, at first
+@pytest.mark.filterwarnings("default:h is no equilibrium")  # likewise
 def test_every_default_method_learns_the_digits():
     from deq_phantom_plugin.cli import _parser
 
