@@ -32,7 +32,7 @@ def harness():
 
 
 class Climbing:
-    """A task whose accuracy grows by so much a step."""
+    """A task whose accuracy grows, and whose loss falls, by so much a step."""
 
     def __init__(self, rate, steps):
         self.model = nn.Linear(1, 1)
@@ -41,7 +41,7 @@ class Climbing:
 
     def step(self, number):
         self.taken.append(number)
-        return torch.tensor(1.0)
+        return torch.tensor(10.0 - self.rate * number)
 
     def evaluate(self, step):
         return {"accuracy": self.rate * step}
@@ -140,10 +140,12 @@ def test_the_table_tells_times_over_those_of_the_base(raced, harness):
     records, _ = raced({"ift": 1.0, "a": 0.75, "b": 0.1}, {"ift": 4.0, "a": 1.0, "b": 2.0})
     columns = harness("race").Race("accuracy", "accuracy (%)").columns(list(records.values()))
     header, rows = harness("results").rows(list(records.values()), columns, ["ift", "a", "b"], {})
-    assert header[1:4] == ["accuracy (%)", "time to ift's, over ift", "step over ift's"]
-    assert rows[0][1:4] == ["6.0", "1.00", "1.00"]
-    assert rows[1][1:4] == ["4.5", f"{10 / 32:.2f}", "0.25"]
-    assert rows[2][2] == "not there (0 of 1 there)"
+    times = ["time to ift's, over ift", "time to ift's training loss", "step over ift's"]
+    assert header[1:5] == ["accuracy (%)", *times]
+    assert rows[0][1:5] == ["6.0", "1.00", "1.00", "1.00"]
+    # Medians of three means of two losses: 5.5 of `ift` after 8 steps, 5.1 of `a` after 10.
+    assert rows[1][1:5] == ["4.5", f"{10 / 32:.2f}", f"{10 / 32:.2f}", "0.25"]
+    assert rows[2][2:4] == ["not there (0 of 1 there)"] * 2
 
 
 def test_a_race_is_of_one_process(harness, monkeypatch, tmp_path):

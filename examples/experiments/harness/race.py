@@ -38,13 +38,14 @@ class Race:
     text: str = "{:.1f}"
     base: str = "ift"
 
-    def reached(self, record: Record) -> list[tuple[int, float, float]]:
+    def reached(self, record: Record, key: str = "") -> list[tuple[int, float, float]]:
         """Return the step, the seconds and the level at each evaluation.
 
-        The level is the median of the last `SMOOTH` values.
+        The level is the median of the last `SMOOTH` values of `key`, by default that of the race.
         """
-        rows = [row for row in record.history if self.key in row and row["step"] > 0]
-        values = [row[self.key] for row in rows]
+        key = key or self.key
+        rows = [row for row in record.history if key in row and row["step"] > 0]
+        values = [row[key] for row in rows]
         return [
             (int(row["step"]), row["seconds"], statistics.median(values[max(0, n - SMOOTH) : n]))
             for n, row in enumerate(rows, start=1)
@@ -60,6 +61,13 @@ class Race:
         times = (t for _, t, v in self.reached(record) if sign * v >= sign * target)
         return next(times, math.inf)
 
+    def time_to_loss(self, record: Record, base: Record) -> float:
+        """Return the seconds until a run has the training loss that the base ends with."""
+        found = (v for step, _, v in self.reached(base, "train_loss") if step == base.steps)
+        target = next(found, math.nan)
+        times = (t for _, t, v in self.reached(record, "train_loss") if v <= target)
+        return next(times, math.inf)
+
     def goes_on(self, record: Record, base: Record) -> bool:
         """Return whether a run that has taken all its steps is to take more."""
         if record.error is not None or base.error is not None or not base.is_done:
@@ -71,7 +79,8 @@ class Race:
         """Return the columns of the table.
 
         They show the level at the last step of the base, the time to the level of the base there,
-        and the time of a step, both relative to the base.
+        the time to its training loss there, which is less noisy, and the time of a step. All times
+        are relative to the base.
         """
         bases = {r.repeat: r for r in records if r.name == self.base and r.is_done and not r.error}
 
@@ -90,6 +99,12 @@ class Race:
             ),
             Column(f"time to {self.base}'s, over {self.base}", of_base(time), "{:.2f}", median_of),
             Column(
+                f"time to {self.base}'s training loss",
+                of_base(lambda r, base: self.time_to_loss(r, base) / self.time_to_loss(base, base)),
+                "{:.2f}",
+                median_of,
+            ),
+            Column(
                 f"step over {self.base}'s",
                 of_base(lambda r, base: milliseconds(r) / milliseconds(base)),
                 "{:.2f}",
@@ -102,8 +117,8 @@ class Race:
     def curves(self) -> list[Curve]:
         """The panels of the plot."""
         return [
-            Curve(self.key, self.label),
-            Curve(self.key, self.label, x="seconds"),
+            Curve(self.key, self.label, scale=self.scale),
+            Curve(self.key, self.label, x="seconds", scale=self.scale),
             Curve("train_loss", "training loss", x="seconds"),
         ]
 

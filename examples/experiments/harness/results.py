@@ -77,12 +77,14 @@ class Curve:
         label: the label of the y axis.
         x: the key of the x axis in the history: "step" or "seconds".
         log: whether the y axis is logarithmic.
+        scale: the factor by which the value is multiplied.
     """
 
     y: str
     label: str
     x: str = "step"
     log: bool = False
+    scale: float = 1.0
 
 
 def last(key: str, scale: float = 1.0) -> Callable[[Record], float]:
@@ -295,7 +297,11 @@ def plot(
         for number, (name, found) in enumerate(groups(records, order).items()):
             color = f"C{number % 10}"
             lines = [
-                [(row[curve.x], row[curve.y]) for row in record.history if curve.y in row]
+                [
+                    (row[curve.x], curve.scale * row[curve.y])
+                    for row in record.history
+                    if curve.y in row
+                ]
                 for record in found
             ]
             lines = [line for line in lines if line]  # runs without an evaluation have no line
