@@ -7,7 +7,8 @@ r"""Does a gradient report predict what a method reaches? Joins results of exper
 Each argument is a name and a `results.json` of runs with `report_grads`, one of which is `ift`. A
 report is made along each run, of its own gradient. The picture has a panel per task: what a run has
 reached at its end, against the cosine of its gradient at the start, after a tenth of the steps, and
-at the end. The table adds the spectral radius, and the rank correlation over the methods.
+at the end. The end is the last step that all runs of the task have taken, since some runs of a race
+go on. The table adds the spectral radius, and the rank correlation over the methods.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Point:
     Attributes:
         task: its name.
         method: the run's name.
-        level: what was reached at the last step.
+        level: what was reached at the end, the last step that all runs have taken.
         higher: whether more of that is better.
         cosines: of the run's own gradient, at each of `WHEN`; NaN where the exact one is unknown.
         radii: spectral radii of df/dh, likewise.
@@ -66,6 +67,7 @@ def points(task: str, content: dict[str, Any]) -> list[Point]:
             by_name.setdefault(run["name"], []).append(run)
     if not by_name:
         raise ValueError(f"{task}: no finished run has reports; expected runs with report_grads")
+    end = min(run["steps"] for runs in by_name.values() for run in runs)
     found = []
     for name, runs in by_name.items():
         rows = [row for run in runs for row in run["history"]]
@@ -73,9 +75,12 @@ def points(task: str, content: dict[str, Any]) -> list[Point]:
         if not known:
             raise ValueError(f"{task}, {name}: neither accuracy nor perplexity was measured")
         key = known[0]
-        level = [[row[key] for row in run["history"] if key in row][-1] for run in runs]
+        level = [
+            [row[key] for row in run["history"] if key in row and row["step"] <= end][-1]
+            for run in runs
+        ]
         cosines, radii = (
-            tuple(_mean([_at(run, what, part) for run in runs]) for part in WHEN.values())
+            tuple(_mean([_at(run, what, part * end) for run in runs]) for part in WHEN.values())
             for what in ("cosine", "report_rho")
         )
         mean = statistics.fmean(level)
@@ -83,10 +88,10 @@ def points(task: str, content: dict[str, Any]) -> list[Point]:
     return found
 
 
-def _at(run: dict[str, Any], key: str, part: float) -> float:
-    """Return a number of the report that is nearest to a part of the steps."""
+def _at(run: dict[str, Any], key: str, step: float) -> float:
+    """Return a number of the report that is nearest to a step."""
     rows = [row for row in run["history"] if "report_rho" in row]
-    row = min(rows, key=lambda row: abs(row["step"] - part * run["total"]))
+    row = min(rows, key=lambda row: abs(row["step"] - step))
     return row.get(key, math.nan)
 
 
