@@ -91,6 +91,7 @@ class GraphTask(Task):
     ) -> None:
         self.settings, self.seed = settings, repeat
         s = settings
+        self.grad = dpp.get_strategy(s.grad, {"lam": s.lam})
         splits, in_channels, classes, is_nodes = load_graphs(s, repeat, data)
         self.is_nodes = is_nodes
         torch.manual_seed(repeat)
@@ -100,7 +101,7 @@ class GraphTask(Task):
             classes,
             s.num_layers,
             "node" if is_nodes else "graph",
-            dpp.get_strategy(s.grad, {"lam": s.lam}),
+            self.grad,
             kappa=s.kappa,
             dropout=s.dropout,
             f_tol=s.f_tol,
@@ -146,7 +147,11 @@ class GraphTask(Task):
             inputs = {"x": batch.x, "edge_index": graph}
             inputs |= {} if self.is_nodes else {"batch": batch.batch}
             found |= reported(
-                self.model, s.grad, inputs, lambda scores: self._loss(scores, batch), s.report_grads
+                self.model,
+                self.grad,
+                inputs,
+                lambda scores: self._loss(scores, batch),
+                s.report_grads,
             )
         return found
 

@@ -17,7 +17,7 @@ def is_due(step: int, every: int, steps: int) -> bool:
 
 def reported(
     model: nn.Module,
-    own: str,
+    own: str | dpp.GradStrategy,
     inputs: Any,
     loss: Callable[[Any], Tensor],
     grads: Sequence[str],
@@ -28,7 +28,7 @@ def reported(
 
     Args:
         model: the model.
-        own: the spec of the gradient that it trains with.
+        own: the gradient that it trains with.
         inputs: see `dpp.model_report`.
         loss: likewise.
         grads: specs of gradients.
