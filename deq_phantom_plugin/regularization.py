@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._plumbing.compilation import never_compiled
 from ._plumbing.once import warn_once
-from .contract.errors import ConvergenceWarning
+from .contract.errors import AssumptionWarning
 from .contract.state import State
 from .jacobian import jacobian_reg
 from .strategies.arguments import positive_int
@@ -69,7 +69,7 @@ class JacobianRegularization:
                 "jacobian regularization",
                 f"{self!r} was not told the training step and takes it to be 0; call "
                 "dpp.set_step(model, step) in the training loop",
-                ConvergenceWarning,
+                AssumptionWarning,
             )
             step = 0
         return max(0.0, self.weight + self.increment * (step // self.interval))

@@ -82,7 +82,7 @@ def test_cost(n_samples, monkeypatch):
 
 def test_an_untold_step_warns():
     schedule = JacobianRegularization(0.5, increment=0.1, interval=10)
-    with pytest.warns(dpp.ConvergenceWarning, match=r"call dpp\.set_step"):
+    with pytest.warns(dpp.AssumptionWarning, match=r"call dpp\.set_step"):
         assert schedule.weight_at(None) == 0.5
     assert JacobianRegularization(0.5).weight_at(None) == 0.5
 

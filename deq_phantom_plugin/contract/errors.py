@@ -10,7 +10,10 @@ class ConvergenceWarning(RuntimeWarning):
 
 
 class AssumptionWarning(RuntimeWarning):
-    """F is not what a gradient takes it for. The message says what was found, and what is done."""
+    """F, or what a gradient is told, is not as the gradient takes it to be.
+
+    The message says what was found, and what is done.
+    """
 
 
 class NonFiniteError(FloatingPointError, RuntimeError):

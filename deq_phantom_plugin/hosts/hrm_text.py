@@ -37,7 +37,7 @@ from ..strategies.registry import FunctionStrategy, get_strategy
 from .evaluation import attaches
 from .host import PatchingHost
 from .patches import Patches
-from .settings import remember_each, say_not_saved
+from .settings import remember_each, say_misspelt, say_not_saved
 from .solve import loop_observed
 
 _MODULE = "transformers.models.hrm_text.modeling_hrm_text"
@@ -169,7 +169,8 @@ def _hook_init(host: HrmText) -> Callable[[Any], Any]:
         def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             original(self, config, *args, **kwargs)
             if host.is_enabled:
-                _current(self)
+                if not _current(self):
+                    say_misspelt(vars(config), "Transformers")
                 remember_each(self, self.config.H_cycles)  # `set_step` needs them
 
         return __init__

@@ -35,7 +35,7 @@ from .evaluation import attaches, watched
 from .host import PatchingHost
 from .patches import Patches
 from .recurrence import Recurrence, refuse_cache
-from .settings import memory_of, say_not_saved
+from .settings import memory_of, say_misspelt, say_not_saved
 from .solve import Solve, loop_observed
 
 KNOWN = ("61c9cc5d27821b85",)
@@ -189,6 +189,8 @@ def _hook_init(host: Raven) -> Callable[[Any], Any]:
             if getattr(self.config, "grad", None) is not None:
                 _check_version(self)
                 _current(self)  # makes the memory, which `set_step` needs
+            else:
+                say_misspelt(vars(self.config), "Transformers")
             host._hook(cls)
 
         return __init__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from difflib import SequenceMatcher
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,8 @@ from torch import nn
 from .._plumbing.once import warn_once
 from ..contract.errors import AssumptionWarning
 from ..contract.memory import Memory
+from ..contract.strategy import GradStrategy
+from ..strategies.registry import get_strategy
 
 
 def defaults(
@@ -62,3 +65,39 @@ def say_not_saved(spec: Any, saved: Any) -> None:
         "said once.",
         AssumptionWarning,
     )
+
+
+def say_misspelt(settings: Mapping[str, Any], framework: str) -> None:
+    """Warn once of a setting that is meant for `grad`, and that its framework passes over.
+
+    Frameworks that take settings of any name do not refuse `gard="upg"`. They compute their own
+    gradient instead.
+
+    Args:
+        settings: the settings of an equilibrium whose `grad` is not named.
+        framework: the name of the framework, for the message.
+    """
+    for name, value in settings.items():
+        if name != "grad" and _resembles_grad(name) and _is_spec(value):
+            warn_once(
+                f"misspelt {name}",
+                f"{framework} knows no setting {name}={value!r} and passes it over, so the "
+                f"gradient is its own. If you mean the gradient of deq-phantom-plugin, write "
+                f"grad={value!r}. This is said once.",
+                AssumptionWarning,
+            )
+
+
+def _resembles_grad(name: str) -> bool:
+    """Whether a name has `grad` in it, or most of its letters in their order."""
+    return "grad" in name or SequenceMatcher(None, name, "grad").ratio() > 0.7
+
+
+def _is_spec(value: Any) -> bool:
+    """Whether a value names a strategy."""
+    if isinstance(value, GradStrategy):
+        return True
+    try:
+        return isinstance(value, str) and get_strategy(value) is not None
+    except ValueError:
+        return False

@@ -15,7 +15,7 @@ from .._plumbing.lockstep import any_of
 from .._plumbing.once import warn_once
 from .._plumbing.trial import Trial
 from ..adjoint import Linearization
-from ..contract.errors import ConvergenceWarning
+from ..contract.errors import AssumptionWarning, ConvergenceWarning
 from ..contract.memory import Memory
 from ..contract.state import State
 from ..contract.strategy import Context, GradStrategy
@@ -301,7 +301,7 @@ class _Measurement:
                 "step that measures, each of them costs as much as ift. Unless these are "
                 "micro-batches of one step, call dpp.set_step(model, step) in each training step. "
                 "This is said once per run.",
-                ConvergenceWarning,
+                AssumptionWarning,
             )
 
 
@@ -360,7 +360,7 @@ def _say_without_memory(auto: Auto) -> None:
         f"{auto!r} has no memory to keep a choice in. So it computes the implicit gradient in each "
         "step, which costs as much as ift. Put a dpp.Memory into the context; hosts and "
         "dpp.Equilibrium have one. This is said once per run.",
-        ConvergenceWarning,
+        AssumptionWarning,
     )
 
 
@@ -369,5 +369,5 @@ def _say_untold(auto: Auto) -> None:
         "auto without step",
         f"{auto!r} was not told the training step, so it measures once and never again; call "
         "dpp.set_step(model, step) in the training loop. This is said once per run.",
-        ConvergenceWarning,
+        AssumptionWarning,
     )

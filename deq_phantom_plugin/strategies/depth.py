@@ -97,7 +97,7 @@ class Depth:
             name: the argument that the number is for. A loop draws its length and its k apart.
 
         Warns:
-            ConvergenceWarning: once, if nobody has told the step, which is then taken to be 0; or
+            AssumptionWarning: once, if nobody has told the step, which is then taken to be 0; or
                 if the step is known, and the place is not.
 
         Raises:

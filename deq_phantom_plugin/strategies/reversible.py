@@ -19,7 +19,7 @@ from .._plumbing.compilation import never_compiled
 from .._plumbing.once import warn_once
 from .._plumbing.precision import AutocastState
 from .._plumbing.transforms import refuse_in_torch_func
-from ..contract.errors import ConvergenceWarning, NonFiniteError
+from ..contract.errors import AssumptionWarning, ConvergenceWarning, NonFiniteError
 from ..contract.state import State, flatten, unflatten
 from ..contract.strategy import Context, GradStrategy
 from .arguments import relaxation
@@ -365,7 +365,7 @@ class _Tape:
                 "x = deq(lambda h: f(h, x), h0). "
                 "Draw dropout masks and noise once per solve, outside func, or take bptt. "
                 "This warning is given once.",
-                ConvergenceWarning,
+                AssumptionWarning,
             )
         elif not loss.error <= _TOLERANCE:
             warn_once(

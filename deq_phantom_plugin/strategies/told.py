@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 
 from .._plumbing.once import warn_once
-from ..contract.errors import ConvergenceWarning
+from ..contract.errors import AssumptionWarning
 from ..contract.strategy import Context, GradStrategy
 
 
@@ -20,7 +20,7 @@ def told_step(context: Context, who: str) -> int:
         who: the spec of the strategy that needs the step, for the warning.
 
     Warns:
-        ConvergenceWarning: once, if nobody has told the step.
+        AssumptionWarning: once, if nobody has told the step.
     """
     step = context.current_step
     if step is None:
@@ -31,7 +31,7 @@ def told_step(context: Context, who: str) -> int:
             "callback SetStep does so in Lightning and in Transformers' Trainer. A call of "
             "dpp.attach or dpp.loop is told it only through a dpp.Memory that is in the model and "
             "in its context. This is said once per run.",
-            ConvergenceWarning,
+            AssumptionWarning,
         )
         return 0
     return step
@@ -53,7 +53,7 @@ def told_place(context: Context, who: str) -> int:
         who: the spec of the strategy that needs the place, for the warning.
 
     Warns:
-        ConvergenceWarning: once, if the step is known and the place is not, as after the
+        AssumptionWarning: once, if the step is known and the place is not, as after the
             `state_dict` of a model was loaded. (Where neither is, the step's warning says enough.)
     """
     place = context.current_place
@@ -63,7 +63,7 @@ def told_place(context: Context, who: str) -> int:
             f"{who} was not told in which of its model's equilibria it is, and takes it to be the "
             "first, so that all of them draw the same; call dpp.set_step(model, step) on the whole "
             "model before the forward pass",
-            ConvergenceWarning,
+            AssumptionWarning,
         )
     return place or 0
 
@@ -76,7 +76,7 @@ def told_call(context: Context, who: str) -> int:
         who: the spec of the strategy that needs the call, for messages.
 
     Warns:
-        ConvergenceWarning: once, if the context has no memory.
+        AssumptionWarning: once, if the context has no memory.
 
     Raises:
         RuntimeError: if a backward pass calls again.
@@ -92,7 +92,7 @@ def told_call(context: Context, who: str) -> int:
             "calls",
             f"{who} draws a number per call of a step, and nobody counts the calls: all of them "
             "draw the same. Put a dpp.Memory into the context, which counts them",
-            ConvergenceWarning,
+            AssumptionWarning,
         )
         return 0
     return context.memory.number_of_call()

@@ -789,7 +789,7 @@ def test_schedule_that_is_not_told_the_step_warns_once():
     dpp.enable()
     layer = Layer(several=False)
     deq = torchdeq.get_deq(grad=SCHEDULE)
-    with pytest.warns(dpp.ConvergenceWarning, match=r"dpp.set_step\(model, step\)") as record:
+    with pytest.warns(dpp.AssumptionWarning, match=r"dpp.set_step\(model, step\)") as record:
         counts = [evaluations_of(deq, layer)[0] for _ in range(3)]
     assert counts == [2, 2, 2]
     assert len(record) == 1

@@ -360,7 +360,7 @@ def test_a_step_that_stands_still_is_said_once():
         warnings.simplefilter("error")
         for _ in range(module._MANY):  # the first measures
             model.gradient()
-    with pytest.warns(dpp.ConvergenceWarning, match="was told step 4 for 100 more") as seen:
+    with pytest.warns(dpp.AssumptionWarning, match="was told step 4 for 100 more") as seen:
         for _ in range(module._MANY + 1):
             model.gradient()
     assert len(seen) == 1
@@ -828,7 +828,7 @@ def test_several_calls_of_a_step_measure_once_and_have_the_same_gradient():
 
 def test_where_nobody_tells_the_step_it_measures_once_and_says_so():
     model = Linear(SPECTRA["0.5"], "auto(every=1)")
-    with pytest.warns(dpp.ConvergenceWarning, match="was not told the training step"):
+    with pytest.warns(dpp.AssumptionWarning, match="was not told the training step"):
         for _ in range(3):
             g = model.gradient()
     assert len(dpp.report_choice(model)) == 1
@@ -837,7 +837,7 @@ def test_where_nobody_tells_the_step_it_measures_once_and_says_so():
 
 def test_without_a_memory_it_is_the_reference_and_says_so():
     model = Linear(SPECTRA["0.5"])
-    with pytest.warns(dpp.ConvergenceWarning, match="has no memory"):
+    with pytest.warns(dpp.AssumptionWarning, match="has no memory"):
         g = model.gradient(context=dpp.Context(batch_dim=0, step=3))
     torch.testing.assert_close(g, model.exact, rtol=1e-3, atol=1e-3)
 

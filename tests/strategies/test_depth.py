@@ -298,13 +298,13 @@ def test_before_it_is_drawn_nobody_has_a_number():
 
 
 def test_a_step_that_nobody_told_is_said():
-    with pytest.warns(dpp.ConvergenceWarning, match="not told the training step"):
+    with pytest.warns(dpp.AssumptionWarning, match="not told the training step"):
         dpp.get_strategy("upg(k='uniform(1, 3)')").resolve(dpp.Context(memory=dpp.Memory()))
 
 
 def test_calls_that_nobody_counts_are_said():
     strategy = dpp.get_strategy("upg(k='uniform(1, 3, per_call=True)')")
-    with pytest.warns(dpp.ConvergenceWarning, match=r"nobody counts the calls.*dpp\.Memory"):
+    with pytest.warns(dpp.AssumptionWarning, match=r"nobody counts the calls.*dpp\.Memory"):
         strategy.resolve(dpp.Context(step=2))
 
 
@@ -312,7 +312,7 @@ def test_a_place_that_nobody_told_is_said():
     strategy = dpp.get_strategy("upg(k='uniform(1, 3)')")
     memory = dpp.Memory()
     memory.load_state_dict({"step": torch.tensor(3.0)})
-    with pytest.warns(dpp.ConvergenceWarning, match=r"all of them draw the same.*whole model"):
+    with pytest.warns(dpp.AssumptionWarning, match=r"all of them draw the same.*whole model"):
         strategy.resolve(dpp.Context(memory=memory))
     memory.tell(3, None, 0)
     with warnings.catch_warnings():

@@ -326,7 +326,7 @@ def test_a_forward_pass_before_the_step_is_told_says_so():
     model, twin = (Net("tbptt(k='uniform(1, 40)')", steps=40) for _ in range(2))
     dpp.set_step(model, 3)
     twin.load_state_dict(model.state_dict())
-    with pytest.warns(dpp.ConvergenceWarning, match="all of them draw the same"):
+    with pytest.warns(dpp.AssumptionWarning, match="all of them draw the same"):
         twin()
     twin = pickle.loads(pickle.dumps(model))  # which knows
     assert acted(twin) == acted(model)

@@ -563,14 +563,14 @@ def test_a_random_f_is_noticed(steps):
     layer = nn.Linear(20, 20)
     func = lambda h: torch.tanh(nn.functional.dropout(layer(h), 0.3) + 1)  # noqa: E731
     attached = dpp.attach(func, torch.zeros(8, 20), dpp.Reversible(steps))
-    with pytest.warns(dpp.ConvergenceWarning, match="not deterministic"):
+    with pytest.warns(dpp.AssumptionWarning, match="not deterministic"):
         attached.sum().backward()
 
 
 def test_modules_that_draw_are_named():
     model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.2), nn.Tanh())
     attached = dpp.attach(model, torch.ones(4, 6), "reversible(steps=4)")
-    with pytest.warns(dpp.ConvergenceWarning, match="draw or update: Dropout"):
+    with pytest.warns(dpp.AssumptionWarning, match="draw or update: Dropout"):
         attached.sum().backward()
     model.eval()
     dpp.attach(model, torch.ones(4, 6), "reversible(steps=4)").sum().backward()

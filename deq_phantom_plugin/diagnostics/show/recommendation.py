@@ -59,9 +59,9 @@ def _caveats(report: Measurement) -> list[str]:
     elif report.samples_are_coupled:
         found.append(
             "F mixes the samples of a batch (batch normalisation?), which were said to be "
-            "independent. The reference treats the batch as one system, while ift and exact "
-            "solve each sample by itself, so they are off. Use a norm without batch statistics, or "
-            "batch_dim=None in the context."
+            "independent. The reference treats the batch as one system. Methods that solve each "
+            "sample by itself, such as ift and exact, are off. Use a norm without batch "
+            "statistics, or batch_dim=None in the context."
         )
     if not (report.reference_residual <= POOR_REFERENCE or random):
         meaning = (

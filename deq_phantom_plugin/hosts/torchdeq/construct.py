@@ -14,7 +14,7 @@ from typing import Any
 from ...contract.strategy import GradStrategy
 from ...strategies.arguments import boolean
 from ...strategies.registry import get_strategy
-from ..settings import defaults, remember_each
+from ..settings import defaults, remember_each, say_misspelt
 from .core import n_equilibria
 from .entries import ProduceGrad, ProduceSteps
 from .solvers import checked_dtype
@@ -54,6 +54,7 @@ def hook_init(original: Callable[..., None]) -> Callable[..., None]:
             effective.get("solve_dtype"), effective.get("f_solver", "fixed_point_iter")
         )
         if not _is_named(effective["grad"]):
+            say_misspelt(effective, "TorchDEQ")
             original(self, args, **settings, **kwargs)
             self.__dict__["_grad_settings"] = settings
             return
