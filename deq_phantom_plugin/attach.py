@@ -59,6 +59,26 @@ def attach(
     context = Context() if context is None else context
     if not isinstance(context, Context):
         raise TypeError(f"context={context!r:.60}; expected a dpp.Context, such as dpp.Context()")
+    return attach_strategy(func, equilibrium, strategy, context)
+
+
+def attach_strategy(
+    func: Callable[[State], State],
+    equilibrium: State,
+    strategy: GradStrategy,
+    context: Context,
+    on_the_way: bool = False,
+) -> State:
+    """As `attach`, of a strategy and a context that were checked.
+
+    Args:
+        func: see `attach`.
+        equilibrium: see `attach`.
+        strategy: the strategy.
+        context: see `attach`.
+        on_the_way: whether the state was asked for on the way of a solve, so that nobody expects an
+            equilibrium.
+    """
     # Forward mode goes on where autograd is off.
     attaching = torch.is_grad_enabled() or in_forward_mode()
     check_equilibrium(equilibrium, finite=False)
@@ -67,16 +87,21 @@ def attach(
     sharded = Sharded.of(equilibrium)
     if sharded is None:
         with in_lockstep(context.process_group):
-            return _attached(func, equilibrium, strategy, context)
+            return _attached(func, equilibrium, strategy, context, on_the_way)
     start = context.initial_state
     told = replace(context, initial_state=None if start is None else sharded.whole(start))
     with in_lockstep(context.process_group, sharded.holders):
         whole = sharded.whole(equilibrium)
-        return sharded.parts(_attached(sharded.on_whole(func), whole, strategy, told))
+        whole_func = sharded.on_whole(func)
+        return sharded.parts(_attached(whole_func, whole, strategy, told, on_the_way))
 
 
 def _attached(
-    func: Callable[[State], State], equilibrium: State, strategy: GradStrategy, context: Context
+    func: Callable[[State], State],
+    equilibrium: State,
+    strategy: GradStrategy,
+    context: Context,
+    on_the_way: bool,
 ) -> State:
     """Return the equilibrium attached by the strategy of the context's step, checked."""
     acting = strategy.resolve(context)
@@ -84,9 +109,8 @@ def _attached(
         _check_finite(equilibrium, context)
     state = _ordinary(equilibrium)
     checked = CheckedFunc(func, state)
-    context = settled(
-        context, checked, state, acting.tells_samples_apart, not acting.assumes_equilibrium
-    )
+    judged = on_the_way or not acting.assumes_equilibrium
+    context = settled(context, checked, state, acting.tells_samples_apart, judged)
     attached = acting.attach(checked, state, context)
     _check_attached(strategy, attached, state)
     count(context)

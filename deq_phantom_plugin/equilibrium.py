@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -34,10 +33,11 @@ from .forward import (
 from .forward.warm_start import Samples, starts_of
 from .hosts.attaching import Attaching
 from .hosts.evaluation import attaches, watched
+from .hosts.settings import fitting
 from .hosts.solve import relative_residual
-from .inspection import settled
+from .inspection import FAR, settled
 from .loop import At, evaluations, repeated
-from .strategies.arguments import positive_int
+from .strategies.arguments import nonnegative_float, positive_int
 from .strategies.depth import Depth, number_or_depth
 from .strategies.registry import Spec, get_strategy
 
@@ -133,6 +133,7 @@ class Equilibrium(Attaching):
         warm_start: str | None = None,
     ) -> None:
         self.__dict__["steps"] = None if steps is None else number_or_depth("steps", steps)
+        self.__dict__["solver"] = solver  # on which it depends whether a `grad` fits
         super().__init__(grad, batch_dim, grad_in_eval, process_group)
         self.solver, self.max_iter, self.tol = solver, max_iter, tol
         self.compiles = check_compile(compile)  # `compile` is a method of modules
@@ -169,15 +170,18 @@ class Equilibrium(Attaching):
                 f"solver={solver!r}{hint(solver, SOLVERS)}; expected one of {', '.join(SOLVERS)}, "
                 "or a function (func, start) -> state"
             )
-        if tol is not None and not (_is_number(tol) and 0 <= tol < math.inf):
-            raise ValueError(f"tol={tol!r}; expected a finite number of at least 0")
+        if tol is not None:
+            nonnegative_float("tol", tol)
         self.last: LastSolve | None = None
         self._judge = Judge()
         self._own: Tensor | None = None  # residual of a strategy that owns the solve
 
     def strategy_of(self, spec: Spec) -> GradStrategy:
         """Return the strategy that a spec names here: one that owns a loop takes its steps."""
-        return get_strategy(spec, None if self.steps is None else {"steps": self.steps})
+        strategy = get_strategy(spec, None if self.steps is None else {"steps": self.steps})
+        if self.steps is not None or self.solver in ("anderson", "fixed_point"):
+            fitting(strategy, f"solver={self.solver!r}" if self.steps is None else "a loop")
+        return strategy
 
     def forward(
         self, func: Callable[[State], State], start: State, samples: Samples | None = None
@@ -301,14 +305,13 @@ class Equilibrium(Attaching):
             if (around := active()) is not None:  # others have samples
                 around.look(in_solve, begin)
             return begin, leaves[0].abs().new_zeros(0), context
-        batch_dim = self._samples()
-        solution = self._solution(in_solve, begin, context, batch_dim)
+        solution = self._solution(in_solve, begin, context, self._samples())
         if attaches(self):
             with part():
                 if self._may_ask(solution):
                     # At the equilibrium: where the solve begins, J may be zero.
-                    checked = CheckedFunc(func, begin)
-                    context = settled(context, checked, solution.state, judged=True)
+                    checked, judged = CheckedFunc(func, begin), self._judges(context)
+                    context = settled(context, checked, solution.state, judged=judged)
             if context.batch_dim is None and solution.rel_lowest.numel() > 1:
                 solution = self._solution(in_solve, begin, context, None)
         context = replace(context, solver_result=solution)
@@ -342,6 +345,11 @@ class Equilibrium(Attaching):
         if not isinstance(self.batch_dim, str):
             return self.batch_dim
         return None if any(found.coupled for found in self.memory.findings.values()) else 0
+
+    @never_compiled
+    def _judges(self, context: Context) -> bool:
+        """Whether `tol` says it where h is no equilibrium, or the gradient takes h for none."""
+        return 0 < (self.tol or 0) <= FAR or not self.grad.resolve(context).assumes_equilibrium
 
     @never_compiled
     def _may_ask(self, solution: ForwardSolution) -> bool:
@@ -389,7 +397,3 @@ class Equilibrium(Attaching):
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -34,9 +34,10 @@ from .contract.strategy import Context
 # rounding is measured by two evaluations with the same draws. The difference of such a pair varies,
 # hence the factor. Where nothing changed, a difference may be the rounding of 16 bits inside F.
 _ROUNDING, _ROUNDING_INSIDE = 8, 1e-3
-_EARLY, _EVERY = (8, 16, 32), 64  # uses at which the question is asked again
+_EARLY, _EVERY = (7, 17, 31), 61  # uses at which the question is asked again; see `is_due`
 _DEEPEST = 10  # the most wrappers around F that are looked through
-_FAR = 0.1  # ||F(h) - h|| over their size above which h is no equilibrium; as guard's forward_tol
+FAR = 0.1  # ||F(h) - h|| over their size above which a sample is no equilibrium; as in guard
+_NEAR = 1e-3  # root mean square of F(h) - h that is near; TorchDEQ stops at a norm of 1e-3
 _DRAWS = 16  # further evaluations of an F that draws numbers, and has returned the same so far
 
 REMEDY = (
@@ -55,7 +56,10 @@ class Findings:
             state; zero where rounding explains it.
         reasons: the types of the modules in F that draw at random or update buffers, in words. It
             is empty where there is no difference.
-        residual: ||F(h) - h|| / max(||F(h)||, ||h||) at that state, of all samples together.
+        residual: ||F(h) - h|| / max(||F(h)||, ||h||) of the sample in which it is largest. Zero
+            where F(h) - h is small in absolute terms, since h* may be 0.
+        far: in how many samples the residual is above `FAR`.
+        samples: the number of samples; 1 where they are coupled.
         modes: the modules that ran in F, and for each whether it was in training mode.
         uses: how often these findings were relied on. The list holds one number, which changes.
     """
@@ -64,6 +68,8 @@ class Findings:
     difference: float = 0.0
     reasons: tuple[str, ...] = ()
     residual: float = 0.0
+    far: int = 0
+    samples: int = 1
     modes: tuple[tuple[weakref.ref[nn.Module], bool], ...] = ()
     uses: list[int] = field(default_factory=lambda: [0])
 
@@ -81,8 +87,8 @@ class Findings:
         """Count a use, and return whether it is time to ask again.
 
         The answer may change: weights that begin at zero couple nothing yet, and dropout may be
-        warmed up. F is inspected again at the 8th use, the 16th and the 32nd, and at every 64th.
-        That is less than a percent of the work of the steps.
+        warmed up. F is inspected again at the 7th use, the 17th and the 31st, and at every 61st.
+        These are primes: where a training step has two solves, or eight, each has its turn.
         """
         if not self.are_current:
             return True
@@ -134,20 +140,19 @@ def settled(
         _check_told(context.batch_dim, leaves)
         return context
     n_samples = batch_size(leaves, 0)
-    if n_samples is None:  # the leaves do not agree on a number of samples
-        return replace(context, batch_dim=None)
+    dim = None if n_samples is None else 0  # the leaves may not agree on a number of samples
     if not cares:
-        return replace(context, batch_dim=0)
+        return replace(context, batch_dim=dim)
     is_empty = n_samples == 0 or all(leaf.numel() == 0 for leaf in leaves)
     if in_torch_func():  # values cannot be read there, and one system is right for any map
-        return replace(context, batch_dim=0 if is_empty else None)
+        return replace(context, batch_dim=dim if is_empty else None)
     with part():
         if is_empty:
             if (around := active()) is not None:  # other processes may have samples, and look
                 around.look(func, equilibrium)
-            return replace(context, batch_dim=0)
+            return replace(context, batch_dim=dim)
         found = _found(context, func, equilibrium, f"{structure}", n_samples, judged)
-    return replace(context, batch_dim=None if found.coupled else 0)
+    return replace(context, batch_dim=None if found.coupled else dim)
 
 
 @never_compiled
@@ -156,15 +161,15 @@ def _found(
     func: Callable[[State], State],
     equilibrium: State,
     structure: str,
-    rows: int,
+    n_samples: int | None,
     judged: bool,
 ) -> Findings:
     """Return what the memory knows about F, or inspect F now and keep what is found."""
-    memory, key = context.memory, (structure, *_identity(func))
+    memory, key = context.memory, (structure, judged, *_identity(func))
     known = None if memory is None else memory.findings.get((memory.training, *key))
     found: Findings | None = known
-    if found is None or found.is_due or (found.coupled is None and rows > 1):
-        found = inspect_map(func, equilibrium)
+    if found is None or found.is_due or (found.coupled is None and (n_samples or 0) > 1):
+        found = inspect_map(func, equilibrium, None if n_samples is None else 0)
         _say(found, judged)
         if memory is not None:
             if known is not None and known.are_current:
@@ -235,22 +240,25 @@ def say_coupled() -> None:
 def _say(found: Findings, judged: bool) -> None:
     if found.coupled:
         say_coupled()
-    if not judged and found.residual > max(_FAR, found.difference):
-        warn_once(
-            "far from an equilibrium",
-            f"h is no equilibrium of F: F(h) differs from h by {found.residual:.0%} of its size. "
-            "The gradient takes h = F(h) for granted, so it may be wrong. Either the forward solve "
-            "stopped short: give it more iterations or a smaller tol. Or F is not the map that was "
-            'solved, but has another input, mask or mode. "guard(...)" around the strategy acts '
-            "on each such sample. This is said once per run.",
-            AssumptionWarning,
-        )
-    if found.difference:
+    if found.difference:  # then a residual is that of two draws, and says nothing
         warn_once(
             "another map each time",
             f"F is not the same map each time: {in_words(found.difference, found.reasons)}. So it "
             "has no equilibrium that a solve could find, and a gradient that evaluates F again is "
             f"that of another map. {REMEDY} This is said once per run.",
+            AssumptionWarning,
+        )
+    elif found.far and not judged:
+        where = f" in {found.far} of {found.samples} samples" if found.samples > 1 else ""
+        at_most = "up to " if found.far > 1 else ""
+        warn_once(
+            "far from an equilibrium",
+            f"h is no equilibrium of F{where}: F(h) differs from h by {at_most}"
+            f"{found.residual:.0%} of its size. "
+            "The gradient takes h = F(h) for granted, so it may be wrong. Either the forward solve "
+            "stopped short: give it more iterations or a smaller tol. Or F is not the map that was "
+            'solved, but has another input, mask or mode. "guard(...)" around the strategy acts '
+            "on each such sample. This is said once per run.",
             AssumptionWarning,
         )
 
@@ -274,7 +282,8 @@ def inspect_map(
         coupled: bool | None = None
         if packing.rows > 1:
             coupled = not _shards(trial.modules) and mixes_samples(graph, packing)
-        residual = _difference(graph.outputs, flatten(equilibrium)[0])
+        dim = None if coupled else batch_dim
+        residual, far, samples = _residual(graph.outputs, flatten(equilibrium)[0], dim)
         difference = _second_look(func, equilibrium, graph.outputs)
         states.append(random_state(graph.inputs))
         signs = trial.has_changed_buffers or not is_same(*states[:2])
@@ -289,7 +298,22 @@ def inspect_map(
             difference = 0.0
         reasons = _reasons(func, equilibrium, limit) if difference else ()
         modes = tuple((weakref.ref(module), module.training) for module in trial.modules)
-    return Findings(coupled, difference, reasons, residual, modes)
+    return Findings(coupled, difference, reasons, residual, far, samples, modes)
+
+
+def _residual(
+    image: Sequence[Tensor], state: Sequence[Tensor], batch_dim: int | None
+) -> tuple[float, int, int]:
+    """Return the largest residual of a sample, how many are far, and how many there are."""
+    packing = Packing(image, batch_dim)
+    images = packing.pack([leaf.detach() for leaf in image])
+    states = packing.pack([h.to(x.dtype) for h, x in zip(state, image, strict=True)])
+    norm = functools.partial(torch.linalg.vector_norm, dim=1)
+    change, size = norm(images - states), torch.maximum(norm(images), norm(states))
+    is_near = change <= _NEAR * math.sqrt(packing.columns)
+    residual = torch.where(is_near, 0.0, change / size)
+    largest, far = torch.stack([residual.max(), (residual > FAR).sum()]).tolist()
+    return largest, int(far), packing.rows
 
 
 def _shards(modules: Sequence[nn.Module]) -> bool:
@@ -335,9 +359,13 @@ def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     """Return ||a - b|| / max(||a||, ||b||), all leaves together; zero where it is not finite."""
 
     def norm(leaves: Sequence[Tensor]) -> float:
-        return math.hypot(*(float(torch.linalg.vector_norm(leaf.detach())) for leaf in leaves))
+        return math.hypot(*(float(torch.linalg.vector_norm(leaf)) for leaf in leaves))
 
-    change = norm([a.detach() - b.to(a.dtype) for a, b in zip(first, second, strict=True)])
+    # In 16 bits a norm overflows at 65504.
+    wide = [torch.promote_types(leaf.dtype, torch.float32) for leaf in first]
+    first = [leaf.detach().to(dtype) for leaf, dtype in zip(first, wide, strict=True)]
+    second = [leaf.detach().to(dtype) for leaf, dtype in zip(second, wide, strict=True)]
+    change = norm([a - b for a, b in zip(first, second, strict=True)])
     size = max(norm(first), norm(second))
     return change / size if size > 0 and math.isfinite(change / size) else 0.0
 

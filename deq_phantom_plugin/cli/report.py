@@ -13,6 +13,7 @@ from typing import Any
 from .._plumbing.extras import require
 from ..diagnostics import model_report
 from ..diagnostics.report import DEFAULT_GRADS
+from ..hosts import enabled
 from ..strategies.registry import get_strategy
 from .arguments import positive
 
@@ -39,14 +40,15 @@ def _report(args: argparse.Namespace) -> int:
     for spec in args.grad:
         get_strategy(spec)
     require("matplotlib", "viz")
-    built = load(args.target)()
-    if not isinstance(built, tuple) or len(built) != 3:
-        raise ValueError(
-            f"{args.target} returned {described(built)}; expected (model, inputs, loss), see "
-            "dpp.model_report"
-        )
-    model, inputs, loss = built
-    report = model_report(model, inputs, loss, args.grad, repeats=args.repeats)
+    with enabled():  # a model's constructors may take names
+        built = load(args.target)()
+        if not isinstance(built, tuple) or len(built) != 3:
+            raise ValueError(
+                f"{args.target} returned {described(built)}; expected (model, inputs, loss), see "
+                "dpp.model_report"
+            )
+        model, inputs, loss = built
+        report = model_report(model, inputs, loss, args.grad, repeats=args.repeats)
     print(report)
     report.save_json(args.out / "report.json")
     report.save_html(args.out / "report.html")

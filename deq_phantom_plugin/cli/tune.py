@@ -8,6 +8,7 @@ from typing import Any
 
 from .._plumbing.extras import require
 from ..diagnostics import tune
+from ..hosts import enabled
 from ..strategies import Auto
 from .arguments import positive
 from .report import described, load
@@ -45,13 +46,14 @@ def _tune(args: argparse.Namespace) -> int:
     options = {"cosine": args.cosine, "methods": args.methods, "budget": args.budget}
     Auto(**options)  # refuses bad options before the model is built
     require("matplotlib", "viz")
-    built = load(args.target)()
-    if not isinstance(built, tuple) or len(built) != 3:
-        raise ValueError(
-            f"{args.target} returned {described(built)}; expected (model, batches, loss), see "
-            "dpp.tune"
-        )
-    report = tune(*built, **options)
+    with enabled():  # a model's constructors may take names
+        built = load(args.target)()
+        if not isinstance(built, tuple) or len(built) != 3:
+            raise ValueError(
+                f"{args.target} returned {described(built)}; expected (model, batches, loss), see "
+                "dpp.tune"
+            )
+        report = tune(*built, **options)
     print(report)
     report.save_json(args.out / "tune.json")
     report.save_html(args.out / "tune.html")

@@ -177,6 +177,8 @@ class GradStrategy(ABC):
         wants_inverse_jacobian: whether the strategy uses the estimate of the inverse Jacobian that
             a quasi-Newton solve makes. Hosts then put it into `context.solver_result`, where they
             can.
+        needs_inverse_jacobian: whether the strategy, or one that it hands over to at some step,
+            cannot do without that estimate. Hosts whose solve makes none then refuse it.
         accepts_nonfinite: whether the strategy can begin at a state that holds NaN or infinity.
         tells_samples_apart: whether the gradient depends on `context.batch_dim`. Where it does not,
             nobody has to find out whether samples are coupled.
@@ -201,6 +203,11 @@ class GradStrategy(ABC):
     @property
     def wants_inverse_jacobian(self) -> bool:
         """Whether the strategy uses a quasi-Newton solve's estimate of the inverse Jacobian."""
+        return False
+
+    @property
+    def needs_inverse_jacobian(self) -> bool:
+        """Whether the strategy fails without that estimate, at any step."""
         return False
 
     @property

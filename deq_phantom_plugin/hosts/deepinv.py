@@ -23,10 +23,11 @@ from ..strategies import IFT, JFB
 from ..strategies.registry import get_strategy
 from .host import PatchingHost
 from .patches import Patches
-from .settings import defaults, memory_of
+from .settings import defaults, fitting, memory_of
 from .solve import attach_observed, tell
 
 _MODULE = "deepinv.optim.optimizers"
+_SOLVE = "the solve of deepinv"
 # Maps settings of the config to our argument, and the setting's default; see `defaults`.
 _SETTINGS = {
     "anderson_acceleration_backward": ("solver", False),
@@ -60,7 +61,7 @@ class DeepInv(PatchingHost):
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
         """See `Host.prepare_grad`."""
-        strategy = get_strategy(spec, _defaults(module.DEQ_config))
+        strategy = fitting(get_strategy(spec, _defaults(module.DEQ_config)), _SOLVE)
 
         def switch() -> None:
             module.DEQ_config = copy.copy(module.DEQ_config)  # other modules may share the config
@@ -93,7 +94,7 @@ def _hook_config(host: DeepInv) -> Callable[[Any], Any]:
                     f"grad={grad!r} beside jacobian_free=True: both choose the gradient. Pass "
                     "grad alone; grad='jfb' does what jacobian_free=True does"
                 )
-            self.grad = get_strategy(grad, _defaults(self))
+            self.grad = fitting(get_strategy(grad, _defaults(self)), _SOLVE)
 
         parameters = [*inspect.signature(original).parameters.values()]
         parameters.append(inspect.Parameter("grad", inspect.Parameter.KEYWORD_ONLY, default=None))

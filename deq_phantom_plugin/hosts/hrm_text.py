@@ -37,7 +37,7 @@ from ..strategies.registry import FunctionStrategy, get_strategy
 from .evaluation import attaches
 from .host import PatchingHost
 from .patches import Patches
-from .settings import remember_each, say_misspelt, say_not_saved
+from .settings import fitting, remember_each, say_misspelt, say_not_saved
 from .solve import loop_observed
 
 _MODULE = "transformers.models.hrm_text.modeling_hrm_text"
@@ -131,7 +131,8 @@ def _strategies(model: Any, spec: Any) -> tuple[GradStrategy, ...]:
             f"grad={spec!r} has {len(specs)} entries; expected one, or H_cycles={cycles}: one spec "
             "per high-level cycle"
         )
-    return tuple(get_strategy(each, {"steps": model.config.L_cycles}) for each in specs)
+    known = {"steps": model.config.L_cycles}
+    return tuple(fitting(get_strategy(each, known), "a loop") for each in specs)
 
 
 def _install(model: Any, strategies: tuple[GradStrategy, ...], of: Any) -> None:

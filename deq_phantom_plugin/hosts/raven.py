@@ -35,7 +35,7 @@ from .evaluation import attaches, watched
 from .host import PatchingHost
 from .patches import Patches
 from .recurrence import Recurrence, refuse_cache
-from .settings import memory_of, say_misspelt, say_not_saved
+from .settings import fitting, memory_of, say_misspelt, say_not_saved
 from .solve import Solve, loop_observed
 
 KNOWN = ("61c9cc5d27821b85",)
@@ -154,7 +154,7 @@ def _check_version(module: nn.Module) -> None:
 
 def _strategy(spec: Any, steps: int) -> GradStrategy | None:
     """Return the strategy of a spec, None for None."""
-    return None if spec is None else get_strategy(spec, {"steps": steps})
+    return None if spec is None else fitting(get_strategy(spec, {"steps": steps}), "a loop")
 
 
 def _install(model: Any, spec: Any, of: Any) -> None:

@@ -13,6 +13,7 @@ from ..contract.errors import AssumptionWarning
 from ..contract.memory import Memory
 from ..contract.strategy import GradStrategy
 from ..strategies.registry import get_strategy
+from ..strategies.shine import no_estimate
 
 
 def defaults(
@@ -34,6 +35,21 @@ def defaults(
         if value != says_nothing:
             found[argument] = solvers.get(str(value), value) if argument == "solver" else value
     return found
+
+
+def fitting(strategy: GradStrategy, solve: str) -> GradStrategy:
+    """Return a strategy, unless it needs what a solve does not have.
+
+    Args:
+        strategy: the strategy.
+        solve: a forward solve that makes no estimate of the inverse Jacobian, in words.
+
+    Raises:
+        ValueError: if the strategy needs such an estimate at any step.
+    """
+    if strategy.needs_inverse_jacobian:
+        raise no_estimate(strategy, solve)
+    return strategy
 
 
 def memory_of(module: Any) -> Memory:

@@ -30,7 +30,7 @@ from ..strategies.registry import get_strategy
 from .evaluation import attaches, watched
 from .host import PatchingHost
 from .patches import Patches
-from .settings import memory_of
+from .settings import fitting, memory_of
 from .solve import loop_observed
 
 _MODULE = "tiny_recursive_model.trm"
@@ -67,7 +67,9 @@ class TinyRecursive(PatchingHost):
 
 def _strategy(model: Any, spec: Any) -> GradStrategy | None:
     """Return the strategy of a spec, with the model's number of blocks as default steps."""
-    return None if spec is None else get_strategy(spec, {"steps": model.num_refinement_blocks})
+    if spec is None:
+        return None
+    return fitting(get_strategy(spec, {"steps": model.num_refinement_blocks}), "a loop")
 
 
 def _install(model: Any, strategy: GradStrategy | None) -> None:

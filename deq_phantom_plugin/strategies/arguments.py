@@ -51,6 +51,18 @@ def positive_float(name: str, value: Any) -> float:
     return number
 
 
+def nonnegative_float(name: str, value: Any) -> float:
+    """Return `value` as a finite float of at least 0.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    number = _as_float(value)
+    if number is None or not 0 <= number < math.inf:
+        raise ValueError(f"{name}={value!r}; expected a finite number of at least 0")
+    return number
+
+
 def positive_or_none(name: str, value: Any) -> float | None:
     """Return `value` as a finite float above 0, or None.
 

@@ -87,6 +87,11 @@ class Guard(GradStrategy):
         return self._strategy.wants_inverse_jacobian
 
     @property
+    def needs_inverse_jacobian(self) -> bool:
+        """Whether the strategy inside does."""
+        return self._strategy.needs_inverse_jacobian
+
+    @property
     def accepts_nonfinite(self) -> bool:
         """Whether a fallback has samples that are not finite begin again."""
         return self._policy.fallback is not None

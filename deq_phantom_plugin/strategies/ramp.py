@@ -110,6 +110,11 @@ class Ramp(GradStrategy):
         return self._strategy.wants_inverse_jacobian
 
     @property
+    def needs_inverse_jacobian(self) -> bool:
+        """Whether the strategy does."""
+        return self._strategy.needs_inverse_jacobian
+
+    @property
     def accepts_nonfinite(self) -> bool:
         """Whether the strategy does."""
         return self._strategy.accepts_nonfinite

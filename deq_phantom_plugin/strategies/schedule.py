@@ -72,6 +72,11 @@ class Schedule(GradStrategy):
         return all(strategy.hands_out_states for _, strategy in self._pairs)
 
     @property
+    def needs_inverse_jacobian(self) -> bool:
+        """Whether the strategy of any stage does."""
+        return any(strategy.needs_inverse_jacobian for _, strategy in self._pairs)
+
+    @property
     def steps_ahead(self) -> int:
         """Not known: it depends on the step.
 

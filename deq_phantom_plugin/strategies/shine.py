@@ -17,6 +17,21 @@ from .arguments import positive_float, whole_number
 from .registry import register_strategy
 
 
+def no_estimate(strategy: GradStrategy, solve: str) -> ValueError:
+    """Return the error for a strategy that needs an estimate where the solve has none.
+
+    Args:
+        strategy: the strategy.
+        solve: the forward solve, in words.
+    """
+    return ValueError(
+        f"{strategy!r} needs the inverse-Jacobian estimate of a quasi-Newton forward solve, and "
+        f"{solve} has none to share; use solver='broyden' with dpp.Equilibrium, "
+        "f_solver='broyden_fast' with TorchDEQ, or "
+        "deq_phantom_plugin.forward.broyden(..., keep_inverse=True) as the context's solver_result"
+    )
+
+
 @register_strategy("shine")
 @dataclass(frozen=True, repr=False)
 class SHINE(GradStrategy):
@@ -59,17 +74,16 @@ class SHINE(GradStrategy):
         """Yes."""
         return True
 
+    @property
+    def needs_inverse_jacobian(self) -> bool:
+        """Yes."""
+        return True
+
     def attach(self, func: Callable[[State], State], equilibrium: State, context: Context) -> State:
         """See `GradStrategy.attach`."""
         inverse = getattr(context.solver_result, "inverse_jacobian", None)
         if inverse is None:
-            raise ValueError(
-                f"{self!r} needs the inverse-Jacobian estimate of a quasi-Newton forward solve, "
-                "and this one has none to share; use solver='broyden' with dpp.Equilibrium, "
-                "f_solver='broyden_fast' with TorchDEQ, or "
-                "deq_phantom_plugin.forward.broyden(..., keep_inverse=True) as the context's "
-                "solver_result"
-            )
+            raise no_estimate(self, "this one")
         if None not in (inverse.packing.batch_dim, context.sample_dim) and (
             inverse.packing.batch_dim != context.sample_dim
         ):

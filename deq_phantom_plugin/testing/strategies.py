@@ -32,6 +32,7 @@ from .contraction import NESTINGS, Contraction, make_equilibrium
 CAPABILITIES = (
     "owns_solve",
     "wants_inverse_jacobian",
+    "needs_inverse_jacobian",
     "accepts_nonfinite",
     "tells_samples_apart",
     "assumes_equilibrium",

@@ -534,6 +534,18 @@ def test_the_command_reports_on_a_users_file(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "other" / "report.html").exists()
 
 
+def test_the_command_takes_a_model_whose_constructor_takes_a_name(tmp_path, monkeypatch, capsys):
+    from torchdeq import get_deq
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "named.py").write_text(TARGET.replace("get_deq(", "get_deq(grad='upg', "))
+    assert main(["report", "named.py:build", "--grad", "jfb", "--repeats", "1"]) == 0
+    assert "\nupg " in capsys.readouterr().out
+    with pytest.raises(AssertionError):  # TorchDEQ's own: nothing is enabled any more
+        get_deq(grad="upg")
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [

@@ -69,6 +69,27 @@ def test_an_object_is_named_by_what_differs():
     assert dpp.get_strategy(label(strategy, strategy)) == strategy
 
 
+def test_of_methods_that_are_equally_fast_the_most_accurate_is_named(report):
+    def advice(**seconds):
+        timed = [
+            replace(
+                result,
+                cosine=1.0 - 1e-3 * seconds[result.label][1],
+                forward_seconds=0.0,
+                backward_seconds=seconds[result.label][0],
+            )
+            for result in report.results
+            if result.label in seconds
+        ]
+        return " ".join(recommend(replace(report, results=timed)))
+
+    assert "upg is the cheapest" in advice(upg=(2.03, 9), jfb=(2.3, 1), ift=(9.0, 0))
+    assert "jfb is the cheapest" in advice(upg=(2.03, 9), jfb=(2.09, 1), ift=(9.0, 0))
+    text = advice(upg=(2.03, 9), jfb=(2.09, 1), ift=(2.1, 0))
+    assert "ift is the cheapest" in text
+    assert "times as fast" not in text
+
+
 # --- a reference that is none -----------------------------------------------------------------
 
 

@@ -178,11 +178,6 @@ def test_a_forward_solve_without_an_estimate_is_refused_by_name():
     problem = make_equilibrium([(3, 8)])
     with pytest.raises(ValueError, match="broyden_fast"):
         problem.gradient("shine")
-    with dpp.enabled("torchdeq"):
-        for solver in ("anderson", "anderson_fast", "broyden", "fixed_point_fast"):
-            deq = get_deq(f_solver=solver, grad="shine")
-            with pytest.raises(ValueError, match="none to share; use solver="):
-                deq(problem.func, torch.zeros(3, 8, dtype=torch.float64))
     other = dataclasses.replace(solved(problem), batch_dim=1)
     with pytest.raises(ValueError, match=r"batch_dim=1.*of samples along dimension 0"):
         problem.gradient("shine", other)
@@ -280,3 +275,51 @@ def test_limited_memory_is_refused():
         start = torch.zeros(3, 8, dtype=torch.float64)
         with pytest.raises(ValueError, match="LBFGS_thres"):
             deq(problem.func, start, solver_kwargs={"LBFGS_thres": 5})
+
+
+# --- where it does not fit ---------------------------------------------------------------------
+
+LATER = ["shine", "guard('shine')", "schedule({0: 'jfb', 20000: 'shine'})"]
+LATER += [
+    "schedule({0: 'jfb', 9: \"guard('shine')\"})",
+    "ramp('shine', {'refine': (0, 2)}, until=9)",
+]
+
+
+@pytest.mark.parametrize("spec", LATER)
+@pytest.mark.parametrize("solver", ["anderson", "broyden", "fixed_point_iter", "anderson_fast"])
+def test_torchdeq_refuses_it_for_a_solver_without_an_estimate(spec, solver):
+    torchdeq = pytest.importorskip("torchdeq")
+    with dpp.enabled("torchdeq"):
+        with pytest.raises(ValueError, match=f"shine.*f_solver='{solver}' has none to share"):
+            torchdeq.get_deq(grad=spec, f_solver=solver)
+        deq = torchdeq.get_deq(grad="upg", f_solver=solver)
+        entries = deq.produce_grad
+        with pytest.raises(ValueError, match="none to share"):
+            dpp.set_grad(deq, spec)
+        assert deq.produce_grad is entries
+        assert dpp.set_grad(torchdeq.get_deq(grad="upg", f_solver="broyden_fast"), spec) == 1
+
+
+@pytest.mark.parametrize("spec", LATER)
+def test_an_equilibrium_refuses_it_for_a_solver_without_an_estimate(spec):
+    for settings in ({"solver": "anderson"}, {"solver": "fixed_point"}, {"steps": 4}):
+        with pytest.raises(ValueError, match="none to share"):
+            dpp.Equilibrium(grad=spec, **settings)
+        equilibrium = dpp.Equilibrium(grad="upg", **settings)
+        with pytest.raises(ValueError, match="none to share"):
+            dpp.set_grad(equilibrium, spec)
+        assert isinstance(equilibrium.grad, dpp.UPG)
+    dpp.Equilibrium(grad=spec, solver="broyden")
+    dpp.Equilibrium(grad=spec, solver=lambda func, start: start)  # of which nobody knows
+
+
+def test_who_can_do_without_is_not_refused():
+    class Uses(dpp.GradStrategy):
+        wants_inverse_jacobian = True
+
+        def attach(self, func, equilibrium, context):
+            return func(equilibrium)
+
+    dpp.Equilibrium(grad=Uses(), solver="anderson")
+    dpp.Equilibrium(grad="auto(methods=['jfb', 'upg'])", solver="anderson")

@@ -12,6 +12,7 @@ from ...strategies.measurement import POOR_REFERENCE
 from ..measure.results import Measurement, StrategyResult
 
 _GOOD_COSINE = 0.99
+_AS_CHEAP = 1.1  # the ratio of times up to which two methods count as equally fast
 _POOR_SOLVE = 1e-2
 _MANY_STEPS = 40
 
@@ -118,13 +119,15 @@ def _about_results(report: Measurement) -> list[str]:
             f"{best.label} with {_cosine(best):.3f}."
         )
         return found
-    cheapest = min(good, key=_seconds)
+    fastest = min(map(_seconds, good))
+    # Times this near to one another may come out the other way round in the next report.
+    cheapest = max((r for r in good if _seconds(r) <= _AS_CHEAP * fastest), key=_cosine)
     text = (
         f"Of the methods measured, {cheapest.label} is the cheapest with a cosine of at least "
         f"{_GOOD_COSINE}: {_cosine(cheapest):.4f} in {1e3 * _seconds(cheapest):.3g} ms"
     )
     best = max(usable, key=_cosine)
-    if best is not cheapest and _seconds(best) > _seconds(cheapest):
+    if best is not cheapest and _seconds(best) > _AS_CHEAP * _seconds(cheapest):
         text += (
             f", {_seconds(best) / _seconds(cheapest):.1f} times as fast as the most accurate, "
             f"{best.label} ({_cosine(best):.4f})"

@@ -14,10 +14,10 @@ from typing import Any
 from ...contract.strategy import GradStrategy
 from ...strategies.arguments import boolean
 from ...strategies.registry import get_strategy
-from ..settings import defaults, remember_each, say_misspelt
+from ..settings import defaults, fitting, remember_each, say_misspelt
 from .core import n_equilibria
 from .entries import ProduceGrad, ProduceSteps
-from .solvers import checked_dtype
+from .solvers import checked_dtype, lacks_inverse_jacobian
 
 # Maps TorchDEQ's names of solvers to ours.
 _SOLVERS = {
@@ -126,6 +126,9 @@ def _check_names(specs: list[Any], args: Mapping[str, Any]) -> list[GradStrategy
             strategies.append(spec)
             continue
         strategy = get_strategy(spec, defaults(args.get, _SETTINGS, _SOLVERS))
+        solver = args.get("f_solver", "fixed_point_iter")
+        if lacks_inverse_jacobian(solver):
+            fitting(strategy, f"f_solver={solver!r}")
         if sampling and not strategy.hands_out_states:
             raise ValueError(
                 f"{sampling[0]} asks for states between the steps of a gradient, and {strategy!r} "

@@ -19,11 +19,19 @@ import torch
 from torch import Tensor
 
 from ..._plumbing.once import warn_once
-from ...attach import attach, attach_states
+from ...attach import attach_states, attach_strategy
 from ...contract.errors import AssumptionWarning
 from ...contract.state import State
 from ...contract.strategy import BackwardStats, Context, GradStrategy
-from .core import Call, Observed, batch_dim, calls, process_group, solves_at_once
+from .core import (
+    Call,
+    Observed,
+    batch_dim,
+    calls,
+    n_equilibria,
+    process_group,
+    solves_at_once,
+)
 from .form import Form, map_leaves
 
 
@@ -155,7 +163,10 @@ class ProduceGrad(Entry):
         if torch.is_grad_enabled() and (self.sup_gap > 0 or self.sup_loc):
             states = attach_states(form.func, state, self.strategy, context)
             return [form.pack(state) for state in self._sampled(states)]
-        return [form.pack(attach(form.func, state, self.strategy, context))]
+        # A core hands out further states of its solve if it is asked to; the last one is h*.
+        on_the_way = self.index < n_equilibria(deq) - 1
+        attached = attach_strategy(form.func, state, self.strategy, context, on_the_way)
+        return [form.pack(attached)]
 
     def _sampled(self, states: Iterator[State]) -> Iterator[State]:
         """Yield the states that TorchDEQ's own phantom gradient would hand out."""

@@ -232,6 +232,8 @@ def _entries(indexing: Sequence[int], n_states: int, producers: Sequence[Any]) -
     steps = indexing.found if isinstance(indexing, Asked) else []
     if len(steps) != n_states:  # a user's solver may not ask `step in indexing`
         steps = sorted(set(indexing))
+    elif steps and steps[-1] < indexing[-1]:  # the limit of the solve
+        _say_left_out(steps[-1], n_states, len(producers))
     before = list(indexing[:-1])
     if before != sorted(before) and differ(producers):
         warn_once(
@@ -245,3 +247,21 @@ def _entries(indexing: Sequence[int], n_states: int, producers: Sequence[Any]) -
     n_handed_out = min(n_states, len(producers))
     entries = [min(indexing.index(step), last) for step in steps[: n_handed_out - 1]]
     return [*entries, last]
+
+
+def _say_left_out(step: int, n_states: int, wanted: int) -> None:
+    """Warn once that a DEQIndexing has found its equilibrium, and does not hand it out.
+
+    Args:
+        step: the step of the last state that it hands out.
+        n_states: how many states it hands out.
+        wanted: how many it was asked for.
+    """
+    warn_once(
+        "equilibrium left out",
+        f"the solver of a DEQIndexing stopped early, and TorchDEQ then leaves out the equilibrium: "
+        f"it hands out {n_states} of {wanted} states, and the last one is that of step {step}. So "
+        "the loss of states[-1] trains an early state, while evaluation has the equilibrium. Take "
+        "core='sliced', which hands out all states. This is said once.",
+        AssumptionWarning,
+    )

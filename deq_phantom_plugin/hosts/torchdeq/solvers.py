@@ -172,6 +172,12 @@ def keeps_inverse_jacobian(solver: Any) -> bool:
     return solver is broyden_fast
 
 
+def lacks_inverse_jacobian(solver: Any) -> bool:
+    """Whether a name is that of a solver without such an estimate; of others nobody knows."""
+    own = ("fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden")
+    return solver in (*own, "anderson_fast", "fixed_point_fast")
+
+
 def checked_dtype(solve_dtype: Any, solver: Any) -> Any:
     """Return a `solve_dtype` if the solver can take it.
 
