@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._plumbing.once import muted
 from ..diagnostics.measure.cost import now, peak_bytes
 from ..strategies.registry import get_strategy
 from ..switch import set_grad, set_step
@@ -237,8 +237,7 @@ def _cosine(model: MDEQ, spec: str, data: Dataset, device: torch.device) -> tupl
         parts = [p.grad.flatten() for p in twin.layer.parameters() if p.grad is not None]
         return torch.cat(parts)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the table shows the residual instead
+    with muted(Warning):  # the table shows the residual instead
         own = gradient(spec)
         original = deq.forward
         deq.forward = lambda *args, **kwargs: original(

@@ -8,7 +8,6 @@ of several processes together, and its rule decides.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._plumbing.once import muted
 from ..contract.errors import ConvergenceWarning
 from ..hosts.solve import Solve
 from ..strategies import Auto
@@ -112,8 +112,7 @@ def tune(
         )
     rows: dict[str, list[Numbers]] = {}
     count = 0
-    with left_as_it_was(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the table shows it
+    with left_as_it_was(model), muted(ConvergenceWarning):  # the table shows it
         for inputs, of_output in _with_losses(batches, loss):
             count += 1
             for name, solve, v in solved(model, found, inputs, of_output)[1]:

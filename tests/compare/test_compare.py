@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -337,3 +338,15 @@ def test_every_default_method_learns_the_digits():
     )
     results = compare(args.grad, load_digits(), settings)
     assert {r.spec: r.accuracy for r in results if r.accuracy <= 0.9} == {}
+
+
+@pytest.mark.slow
+def test_a_warning_is_given_once_for_all_methods(monkeypatch):
+    monkeypatch.setattr("deq_phantom_plugin.compare.training.EXACT", "ift(max_iter=1)")
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        deq = {"f_solver": "broyden_fast", "f_max_iter": 1}
+        settings = Settings(steps=1, batch_size=4, deq=deq)
+        compare(["ift(max_iter=2)", "shine"], load_digits(), settings)
+    texts = [str(w.message) for w in given]
+    assert len([text for text in texts if "no equilibrium" in text]) == 1

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from ..._plumbing.once import muted
 from ...contract.errors import ConvergenceWarning
 from ...contract.state import flatten
 from ...contract.strategy import GradStrategy
@@ -60,8 +60,7 @@ def measure(
     problem.cotangent(problem.equilibrium)  # refuses a loss that cannot be used, before the work
     told, found = problem.context.batch_dim, problem.inspect()
     problem, whole = problem.settled(found.coupled)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the report shows residuals instead
+    with muted(ConvergenceWarning):  # the report shows residuals instead
         method, reference = solve_reference(whole)
         lams = sorted({*LAMS, *(lam for s in strategies if (lam := _lam(s)))}, reverse=True)
         damped_radii = whole.radii(lams, _RADIUS_VJPS)
