@@ -57,7 +57,8 @@ class Findings:
         reasons: the types of the modules in F that draw at random or update buffers, in words. It
             is empty where there is no difference.
         residual: ||F(h) - h|| / max(||F(h)||, ||h||) of the sample in which it is largest. Zero
-            where F(h) - h is small in absolute terms, since h* may be 0.
+            where F(h) - h is small in absolute terms, since h* may be 0. Infinite where F(h) is not
+            finite.
         far: in how many samples the residual is above `FAR`.
         samples: the number of samples; 1 where they are coupled.
         modes: the modules that ran in F, and for each whether it was in training mode.
@@ -141,7 +142,7 @@ def settled(
         return context
     n_samples = batch_size(leaves, 0)
     dim = None if n_samples is None else 0  # the leaves may not agree on a number of samples
-    if not cares:
+    if not cares or (dim is None and judged):  # then there is nothing to find out
         return replace(context, batch_dim=dim)
     is_empty = n_samples == 0 or all(leaf.numel() == 0 for leaf in leaves)
     if in_torch_func():  # values cannot be read there, and one system is right for any map
@@ -251,10 +252,11 @@ def _say(found: Findings, judged: bool) -> None:
     elif found.far and not judged:
         where = f" in {found.far} of {found.samples} samples" if found.samples > 1 else ""
         at_most = "up to " if found.far > 1 else ""
+        apart = f"differs from h by {at_most}{found.residual:.0%} of its size"
         warn_once(
             "far from an equilibrium",
-            f"h is no equilibrium of F{where}: F(h) differs from h by {at_most}"
-            f"{found.residual:.0%} of its size. "
+            f"h is no equilibrium of F{where}: F(h) "
+            f"{apart if math.isfinite(found.residual) else 'is not finite'}. "
             "The gradient takes h = F(h) for granted, so it may be wrong. Either the forward solve "
             "stopped short: give it more iterations or a smaller tol. Or F is not the map that was "
             'solved, but has another input, mask or mode. "guard(...)" around the strategy acts '
@@ -311,7 +313,7 @@ def _residual(
     norm = functools.partial(torch.linalg.vector_norm, dim=1)
     change, size = norm(images - states), torch.maximum(norm(images), norm(states))
     is_near = change <= _NEAR * math.sqrt(packing.columns)
-    residual = torch.where(is_near, 0.0, change / size)
+    residual = torch.where(is_near, 0.0, change / size).nan_to_num(math.inf, math.inf)
     largest, far = torch.stack([residual.max(), (residual > FAR).sum()]).tolist()
     return largest, int(far), packing.rows
 

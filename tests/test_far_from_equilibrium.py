@@ -306,3 +306,44 @@ def test_an_equilibrium_that_torchdeq_leaves_out_is_said(solver):
         assert run(f_tol=0.0, f_max_iter=4) == 2
     with pytest.warns(AssumptionWarning, match="1 of 2 states, and the last one is that of step 2"):
         assert run(f_tol=1e-6) == 1
+
+
+@pytest.mark.parametrize("solver", ["fixed_point_iter", "anderson", "broyden"])
+def test_a_sampled_step_at_which_the_solver_stops_is_the_equilibrium(solver):
+    torchdeq = pytest.importorskip("torchdeq")
+    dpp.enable("torchdeq")
+    func = Map()
+    start = torch.zeros_like(func.inject)
+    settings = {"core": "indexing", "grad": "upg", "f_solver": solver, "f_tol": 1e-6}
+    _, info = torchdeq.get_deq(**settings, f_max_iter=40)(func, start)
+    last = int(info["nstep"].max()) + (solver == "broyden")  # Broyden's samples one step later
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        states, _ = torchdeq.get_deq(**settings, f_max_iter=40, indexing=[last])(func, start)
+    assert residuals(func, states[-1].detach()).max() < 1e-5
+
+
+def test_a_state_that_is_left_out_is_said_in_one_warning():
+    torchdeq = pytest.importorskip("torchdeq")
+    dpp.enable("torchdeq")
+    func = Map()
+    settings = {"core": "indexing", "grad": "ift", "f_solver": "fixed_point_iter", "f_tol": 1e-6}
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        deq = torchdeq.get_deq(**settings, f_max_iter=40, indexing=[1])
+        deq(func, torch.zeros_like(func.inject))
+    (text,) = [str(w.message) for w in given]
+    assert "leaves out the equilibrium" in text
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_image_that_is_not_finite_is_said(bad):
+    func = Map()
+
+    def broken(h):
+        spoilt = torch.zeros_like(h)
+        spoilt[1] = bad
+        return func(h) + spoilt
+
+    (text,) = said(broken, func.after(60), "ift(max_iter=1)")
+    assert "no equilibrium of F in 1 of 4 samples: F(h) is not finite." in text

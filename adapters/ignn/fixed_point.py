@@ -19,6 +19,7 @@ from deq_phantom_plugin._plumbing.compilation import check_compile, compiled
 from deq_phantom_plugin._plumbing.once import warn
 from deq_phantom_plugin.hosts.attaching import Attaching
 from deq_phantom_plugin.hosts.evaluation import attaches, watched
+from deq_phantom_plugin.hosts.settings import fitting
 
 _CHECK_EVERY = 4
 
@@ -64,6 +65,10 @@ class FixedPoint(Attaching):
         self.f_max_iter, self.f_tol = f_max_iter, f_tol
         self.compiles = check_compile(compile)  # `compile` is a method of modules
         self._calls = Calls()
+
+    def strategy_of(self, spec: Any) -> dpp.GradStrategy:
+        """Return the strategy of a spec. The solve makes no estimate for `shine` to use."""
+        return fitting(super().strategy_of(spec), "the fixed-point solve of IGNN")
 
     @property
     def nfe(self) -> int:

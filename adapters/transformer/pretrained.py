@@ -55,6 +55,7 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
         text = written(strategy)
         if text is None:
             raise ValueError(f"{spec!r} cannot be written in a config; dpp.set_grad takes it")
+        self._base().follow_config()  # a strategy may fit the solver that it names
         dpp.set_grad(self, strategy)
         self.config.grad = text
         self._base()._followed["writes"] = self.config.writes

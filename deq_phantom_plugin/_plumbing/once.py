@@ -44,10 +44,11 @@ def warn_once(key: str, message: str, category: type[RuntimeWarning]) -> None:
 @contextmanager
 def muted(category: type[Warning]) -> Iterator[None]:
     """Silence a category inside a `with` block; warnings given before it are not given again."""
-    given = dict(_given)
+    given, outside = dict(_given), warnings.filters
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category)
+            _rename(outside, warnings.filters)
             yield
     finally:
         _given.update(given)

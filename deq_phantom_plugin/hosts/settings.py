@@ -94,7 +94,7 @@ def say_misspelt(settings: Mapping[str, Any], framework: str) -> None:
         framework: the name of the framework, for the message.
     """
     for name, value in settings.items():
-        if name != "grad" and _resembles_grad(name) and _is_spec(value):
+        if isinstance(name, str) and name != "grad" and _is_meant(name.lower(), value):
             warn_once(
                 f"misspelt {name}",
                 f"{framework} knows no setting {name}={value!r} and passes it over, so the "
@@ -104,9 +104,14 @@ def say_misspelt(settings: Mapping[str, Any], framework: str) -> None:
             )
 
 
-def _resembles_grad(name: str) -> bool:
-    """Whether a name has `grad` in it, or most of its letters in their order."""
-    return "grad" in name or SequenceMatcher(None, name, "grad").ratio() > 0.7
+def _is_meant(name: str, value: Any) -> bool:
+    """Whether a setting's name resembles `grad`, and its value names one or several strategies."""
+    # With these values there are other settings: grad_clip="auto", grade="exact".
+    if value in ("auto", "exact"):
+        return sorted(name) == sorted("grad")
+    alike = "grad" in name or SequenceMatcher(None, name, "grad").ratio() > 0.7
+    values = value if isinstance(value, list | tuple) and value else [value]
+    return alike and all(map(_is_spec, values))
 
 
 def _is_spec(value: Any) -> bool:

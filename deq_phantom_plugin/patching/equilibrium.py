@@ -22,6 +22,7 @@ from ..contract.strategy import BatchDim, Context, GradStrategy
 from ..hosts import find_equilibria
 from ..hosts.attaching import Attaching
 from ..hosts.evaluation import attaches, look
+from ..hosts.settings import fitting
 from ..hosts.solve import tell
 from ..strategies.registry import Spec, get_strategy
 from ..switch import set_grad, set_step
@@ -75,7 +76,7 @@ class Equilibrium(Attaching):
     def strategy_of(self, spec: Spec | None) -> GradStrategy:
         """Return the strategy that a spec names here, or the model's own if the spec is None."""
         if spec is not None:
-            return super().strategy_of(spec)
+            return fitting(super().strategy_of(spec), "the solve of a patched repository")
         if self._models_own is None:
             raise ValueError(
                 "grad=None; expected a spec such as 'npg'. The patch has replaced the repository's "

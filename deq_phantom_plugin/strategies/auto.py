@@ -165,6 +165,11 @@ class Auto(GradStrategy):
         return any(strategy.wants_inverse_jacobian for strategy in self.strategies)
 
     @property
+    def needs_inverse_jacobian(self) -> bool:
+        """Whether one of `methods` does: all are measured."""
+        return any(strategy.needs_inverse_jacobian for strategy in self.strategies)
+
+    @property
     def steps_ahead(self) -> int:
         """Not known before the step is.
 

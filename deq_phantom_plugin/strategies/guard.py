@@ -74,6 +74,11 @@ class Guard(GradStrategy):
         assert isinstance(self.grad, GradStrategy)
         return self.grad
 
+    @property
+    def _both(self) -> list[GradStrategy]:
+        fallback = self._policy.fallback
+        return [self._strategy] if fallback is None else [self._strategy, fallback]
+
     def resolve(self, context: Context) -> GradStrategy:
         """Return the guard of the strategy of the current step, or that itself if it solves."""
         inner = self._strategy.resolve(context)
@@ -83,13 +88,13 @@ class Guard(GradStrategy):
 
     @property
     def wants_inverse_jacobian(self) -> bool:
-        """Whether the strategy inside does."""
-        return self._strategy.wants_inverse_jacobian
+        """Whether the strategy inside does, or the fallback."""
+        return any(strategy.wants_inverse_jacobian for strategy in self._both)
 
     @property
     def needs_inverse_jacobian(self) -> bool:
-        """Whether the strategy inside does."""
-        return self._strategy.needs_inverse_jacobian
+        """Whether the strategy inside does, or the fallback."""
+        return any(strategy.needs_inverse_jacobian for strategy in self._both)
 
     @property
     def accepts_nonfinite(self) -> bool:

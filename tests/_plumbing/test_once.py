@@ -35,3 +35,27 @@ def test_an_adjoint_solve_names_the_line_of_backward(caught):
     )
     h.sum().backward()
     assert [(w.filename, w.lineno) for w in caught] == [(__file__, line() - 1)]
+
+
+def test_a_measurement_in_silence_gives_no_warning_again():
+    layer = torch.nn.Linear(4, 4).double()
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+            self.equilibrium = dpp.Equilibrium(grad="schedule({0: 'jfb', 5: 'ift'})")
+
+        def forward(self, x):
+            return self.equilibrium(lambda h: torch.tanh(0.3 * self.layer(h) + x), 0 * x)
+
+    model, x = Net(), torch.randn(3, 4, dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        model(x).sum().backward()
+        for _ in range(2):
+            dpp.model_report(model, x, torch.sum, ["jfb", "schedule({0: 'upg', 9: 'ift'})"])
+            dpp.tune(model, [x], torch.sum)
+        model(x).sum().backward()
+    texts = [str(w.message) for w in given]
+    assert len([text for text in texts if "was not told the training step" in text]) == 1

@@ -18,7 +18,9 @@ def enabled():
     dpp.enable("torchdeq")
 
 
-@pytest.mark.parametrize("name", ["gard", "grads", "gradient", "grad_method", "phantom_grad"])
+@pytest.mark.parametrize(
+    "name", ["gard", "grads", "gradient", "grad_method", "phantom_grad", "GRAD"]
+)
 @pytest.mark.parametrize("spec", ["upg", "ift"])
 def test_torchdeq_says_a_name_that_it_does_not_know(enabled, name, spec):
     import torchdeq
@@ -41,6 +43,8 @@ def test_torchdeq_says_a_name_that_it_does_not_know(enabled, name, spec):
         {"phantom_grad": "yes"},
         {"grad_clip": 0.1, "gradient_checkpointing": True, "grade": None},
         {"f_solver": "anderson", "name": "upg", "method": "exact"},
+        {"gradient_clipping": "auto", "grad_clip": "auto", "grid": "auto", "grade": "exact"},
+        {"phantom_grad": [], "gradients": ["upg", 5, "other"]},
     ],
 )
 def test_nothing_is_said_of_other_settings(enabled, settings):
@@ -49,6 +53,21 @@ def test_nothing_is_said_of_other_settings(enabled, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torchdeq.get_deq(**settings)
+
+
+def test_a_list_and_an_ambiguous_value_are_said_too(enabled):
+    import torchdeq
+
+    with pytest.warns(dpp.AssumptionWarning, match=r"grads=\['upg', 'jfb'\]"):
+        torchdeq.get_deq(grads=["upg", "jfb"])
+    with pytest.warns(dpp.AssumptionWarning, match="gard='auto'"):
+        torchdeq.get_deq(gard="auto")
+
+
+def test_names_that_are_no_strings_are_left_alone(enabled):
+    import torchdeq
+
+    torchdeq.get_deq({1: 2, None: "upg"})
 
 
 def test_nothing_is_said_where_the_host_is_disabled(enabled):

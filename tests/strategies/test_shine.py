@@ -291,7 +291,7 @@ LATER += [
 def test_torchdeq_refuses_it_for_a_solver_without_an_estimate(spec, solver):
     torchdeq = pytest.importorskip("torchdeq")
     with dpp.enabled("torchdeq"):
-        with pytest.raises(ValueError, match=f"shine.*f_solver='{solver}' has none to share"):
+        with pytest.raises(ValueError, match=r"shine.*the f_solver .* has none to share"):
             torchdeq.get_deq(grad=spec, f_solver=solver)
         deq = torchdeq.get_deq(grad="upg", f_solver=solver)
         entries = deq.produce_grad
@@ -323,3 +323,42 @@ def test_who_can_do_without_is_not_refused():
 
     dpp.Equilibrium(grad=Uses(), solver="anderson")
     dpp.Equilibrium(grad="auto(methods=['jfb', 'upg'])", solver="anderson")
+
+
+def test_the_solver_that_acts_counts_and_not_its_name():
+    torchdeq = pytest.importorskip("torchdeq")
+    from torchdeq.core import DEQSliced
+    from torchdeq.solver import get_solver
+
+    with dpp.enabled("torchdeq"):
+        assert dpp.set_grad(DEQSliced(f_solver="broyden_fast"), "shine") == 1
+        deq = torchdeq.get_deq(grad="upg")
+        deq.f_solver = get_solver("broyden_fast")
+        assert dpp.set_grad(deq, "shine") == 1
+        deq.f_solver = get_solver("anderson")
+        with pytest.raises(ValueError, match="none to share"):
+            dpp.set_grad(deq, "shine")
+
+
+def test_a_fallback_has_the_estimate_too():
+    spec = "guard('ift(max_iter=1)', on_failure=\"fallback('shine')\", adjoint_tol=1e-12)"
+    with pytest.raises(ValueError, match="none to share"):
+        dpp.Equilibrium("anderson", spec)
+    with pytest.raises(ValueError, match="none to share"):
+        dpp.Equilibrium("anderson", "auto(methods=['jfb', 'shine'])")
+    problem = make_equilibrium([(3, 8)])
+    equilibrium = dpp.Equilibrium("broyden", spec, tol=1e-8)
+    with pytest.warns(dpp.ConvergenceWarning, match="which get the gradient of shine"):
+        h = equilibrium(problem.func, torch.zeros(3, 8, dtype=torch.float64))
+        h.sum().backward()
+
+
+def test_where_others_solve_it_is_refused_as_well():
+    from deq_phantom_plugin.adapters.ignn import IGNNConv
+    from deq_phantom_plugin.patching import Equilibrium
+
+    for spec in LATER:
+        with pytest.raises(ValueError, match="a patched repository has none to share"):
+            Equilibrium(spec)
+        with pytest.raises(ValueError, match="IGNN has none to share"):
+            IGNNConv(4, 4, grad=spec)

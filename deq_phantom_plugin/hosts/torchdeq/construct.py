@@ -17,7 +17,7 @@ from ...strategies.registry import get_strategy
 from ..settings import defaults, fitting, remember_each, say_misspelt
 from .core import n_equilibria
 from .entries import ProduceGrad, ProduceSteps
-from .solvers import checked_dtype, lacks_inverse_jacobian
+from .solvers import checked_dtype, lacks_inverse_jacobian, registered
 
 # Maps TorchDEQ's names of solvers to ours.
 _SOLVERS = {
@@ -64,7 +64,8 @@ def hook_init(original: Callable[..., None]) -> Callable[..., None]:
                 f"grad={effective['grad']!r} beside ift=True or hook_ift=True: both choose the "
                 "gradient. Pass grad alone; for implicit differentiation pass grad='ift'"
             )
-        _check_names(specs, effective)
+        solver = registered(effective.get("f_solver", "fixed_point_iter"))
+        _check_names(specs, effective, solver)
         from torchdeq.utils.config import DEQConfig
 
         config = DEQConfig(args)
@@ -72,7 +73,8 @@ def hook_init(original: Callable[..., None]) -> Callable[..., None]:
         original(self, DEQConfig({**config.config, "grad": 1}), **settings)
         self.args = config
         self.__dict__["_grad_settings"] = settings
-        install(self, strategies_of(specs, effective, n_equilibria(self)), effective)
+        strategies = strategies_of(specs, effective, n_equilibria(self), solver)
+        install(self, strategies, effective)
 
     return __init__
 
@@ -103,12 +105,14 @@ def _is_named(grad: Any) -> bool:
     return any(not _is_steps(spec) for spec in _as_list(grad))
 
 
-def _check_names(specs: list[Any], args: Mapping[str, Any]) -> list[GradStrategy | int]:
+def _check_names(
+    specs: list[Any], args: Mapping[str, Any], solver: Any
+) -> list[GradStrategy | int]:
     """Return the specs as strategies; integers stay as they are.
 
     Raises:
         ValueError: if a spec is invalid, or its strategy cannot hand out the states that `sup_gap`
-            or `sup_loc` asks for.
+            or `sup_loc` asks for, or needs an estimate that the solver does not make.
     """
     samples = {name: args.get(name) for name in ("sup_gap", "sup_loc")}
     sampling = [
@@ -126,9 +130,8 @@ def _check_names(specs: list[Any], args: Mapping[str, Any]) -> list[GradStrategy
             strategies.append(spec)
             continue
         strategy = get_strategy(spec, defaults(args.get, _SETTINGS, _SOLVERS))
-        solver = args.get("f_solver", "fixed_point_iter")
         if lacks_inverse_jacobian(solver):
-            fitting(strategy, f"f_solver={solver!r}")
+            fitting(strategy, f"the f_solver {solver.__name__}")
         if sampling and not strategy.hands_out_states:
             raise ValueError(
                 f"{sampling[0]} asks for states between the steps of a gradient, and {strategy!r} "
@@ -138,13 +141,16 @@ def _check_names(specs: list[Any], args: Mapping[str, Any]) -> list[GradStrategy
     return strategies
 
 
-def strategies_of(grad: Any, args: Mapping[str, Any], n: int) -> list[GradStrategy | int]:
+def strategies_of(
+    grad: Any, args: Mapping[str, Any], n: int, solver: Any
+) -> list[GradStrategy | int]:
     """Return the strategy, or the number of steps, of each of n sampled states.
 
     Args:
         grad: one entry for all states, or a list of n entries.
         args: TorchDEQ's settings.
         n: the number of states.
+        solver: the function that solves.
 
     Raises:
         ValueError: if `grad` has another number of entries, or one is invalid.
@@ -155,7 +161,7 @@ def strategies_of(grad: Any, args: Mapping[str, Any], n: int) -> list[GradStrate
     if len(specs) not in (1, n):
         wanted = "1" if n == 1 else f"1 or {n}, one per sampled state"
         raise ValueError(f"grad={grad!r} has {len(specs)} entries; expected {wanted}")
-    return list(make_pair(range(n), _check_names(specs, args)))
+    return list(make_pair(range(n), _check_names(specs, args, solver)))
 
 
 def install(deq: Any, strategies: list[GradStrategy | int], args: Mapping[str, Any]) -> None:

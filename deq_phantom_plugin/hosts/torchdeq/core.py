@@ -83,6 +83,7 @@ class Call:
         infos: the result of each sampled state's solve.
         entries: for each state that a DEQIndexing handed out, the index of its entry in
             `produce_grad`.
+        left_out: whether the last state that a DEQIndexing handed out is one on the way.
     """
 
     z_init: State
@@ -91,6 +92,7 @@ class Call:
     initial_states: list[State] = field(default_factory=list)
     infos: list[Any] = field(default_factory=list)
     entries: list[int] = field(default_factory=list)
+    left_out: bool = False
 
 
 class Calls(threading.local):

@@ -164,7 +164,8 @@ class ProduceGrad(Entry):
             states = attach_states(form.func, state, self.strategy, context)
             return [form.pack(state) for state in self._sampled(states)]
         # A core hands out further states of its solve if it is asked to; the last one is h*.
-        on_the_way = self.index < n_equilibria(deq) - 1
+        left_out = call is not None and call.left_out
+        on_the_way = left_out or self.index < n_equilibria(deq) - 1
         attached = attach_strategy(form.func, state, self.strategy, context, on_the_way)
         return [form.pack(attached)]
 

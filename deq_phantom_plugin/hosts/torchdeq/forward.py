@@ -187,6 +187,9 @@ def hook_solve(original: Callable[..., Any]) -> Callable[..., Any]:
             if at_once:
                 indexing = kwargs.get("indexing", self.indexing)
                 call.entries = _entries(indexing, len(solved[1]), producers)
+                call.left_out = _is_left_out(indexing, solved[0], solved[1])
+                if call.left_out:
+                    _say_left_out(indexing.found[-1], len(solved[1]), len(producers))
         if isinstance(deq_func.func, Observed):
             deq_func.func.solver_result = known
         call.initial_states += [z_init] * len(producers)
@@ -232,8 +235,6 @@ def _entries(indexing: Sequence[int], n_states: int, producers: Sequence[Any]) -
     steps = indexing.found if isinstance(indexing, Asked) else []
     if len(steps) != n_states:  # a user's solver may not ask `step in indexing`
         steps = sorted(set(indexing))
-    elif steps and steps[-1] < indexing[-1]:  # the limit of the solve
-        _say_left_out(steps[-1], n_states, len(producers))
     before = list(indexing[:-1])
     if before != sorted(before) and differ(producers):
         warn_once(
@@ -247,6 +248,15 @@ def _entries(indexing: Sequence[int], n_states: int, producers: Sequence[Any]) -
     n_handed_out = min(n_states, len(producers))
     entries = [min(indexing.index(step), last) for step in steps[: n_handed_out - 1]]
     return [*entries, last]
+
+
+def _is_left_out(indexing: Sequence[int], found: Tensor, states: Sequence[Tensor]) -> bool:
+    """Whether a solve stopped early, so that the last state handed out is not what it found."""
+    steps = indexing.found if isinstance(indexing, Asked) else []
+    # A solver that is not TorchDEQ's may not ask `step in indexing`; `indexing[-1]` is the limit.
+    if not steps or len(steps) != len(states) or steps[-1] >= indexing[-1]:
+        return False
+    return states[-1] is not found and not torch.equal(states[-1], found)
 
 
 def _say_left_out(step: int, n_states: int, wanted: int) -> None:

@@ -53,7 +53,7 @@ class TorchDEQ(PatchingHost):
         """See `Host.prepare_grad`."""
         settings = module.__dict__.get("_grad_settings", {})
         args = {**settings, **module.args.config}  # type: ignore[union-attr, dict-item]
-        strategies = strategies_of(spec, args, n_equilibria(module))
+        strategies = strategies_of(spec, args, n_equilibria(module), module.f_solver)
 
         def switch() -> None:
             install(module, strategies, args)

@@ -173,9 +173,24 @@ def keeps_inverse_jacobian(solver: Any) -> bool:
 
 
 def lacks_inverse_jacobian(solver: Any) -> bool:
-    """Whether a name is that of a solver without such an estimate; of others nobody knows."""
-    own = ("fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden")
-    return solver in (*own, "anderson_fast", "fixed_point_fast")
+    """Whether a function is a solver without such an estimate; of users' solvers nobody knows."""
+    from torchdeq import solver as theirs
+
+    own = (theirs.fixed_point_iter, theirs.simple_fixed_point_iter)
+    return solver in (
+        *own,
+        theirs.anderson_solver,
+        theirs.broyden_solver,
+        anderson_fast,
+        fixed_point_fast,
+    )
+
+
+def registered(name: Any) -> Any:
+    """Return the function of TorchDEQ's name of a solver; None for a name that it refuses."""
+    from torchdeq import solver
+
+    return solver._solvers.get(name)
 
 
 def checked_dtype(solve_dtype: Any, solver: Any) -> Any:

@@ -256,6 +256,8 @@ class RecursiveTask(Task):
         - `cosine`: the cosine between the gradient and that of backpropagation through the loop.
         - `length`: the ratio of the norms of these two gradients.
         """
+        if step == 0:  # no training step has told it yet
+            dpp.set_step(self.model.model, 0)
         found = self._accuracy() | self._at_the_ends()
         self.optimizer.zero_grad()
         with PeakMemory() as memory:

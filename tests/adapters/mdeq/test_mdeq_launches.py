@@ -27,6 +27,7 @@ PEERS = {
 
 # Neither solve is asked whether it converged: the numbers of evaluations are to be the same.
 @pytest.mark.filterwarnings("ignore::deq_phantom_plugin.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")
 @pytest.mark.parametrize("spec", PEERS)
 def test_launches_of_a_training_step(spec):
     torch.manual_seed(0)
