@@ -41,13 +41,7 @@ def _report(args: argparse.Namespace) -> int:
         get_strategy(spec)
     require("matplotlib", "viz")
     with enabled():  # a model's constructors may take names
-        built = load(args.target)()
-        if not isinstance(built, tuple) or len(built) != 3:
-            raise ValueError(
-                f"{args.target} returned {described(built)}; expected (model, inputs, loss), see "
-                "dpp.model_report"
-            )
-        model, inputs, loss = built
+        model, inputs, loss = build(args.target, "(model, inputs, loss), see dpp.model_report")
         report = model_report(model, inputs, loss, args.grad, repeats=args.repeats)
     print(report)
     report.save_json(args.out / "report.json")
@@ -56,9 +50,21 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def described(built: object) -> str:
-    """Return what a user's function has returned, in words."""
-    return f"a tuple of {len(built)}" if isinstance(built, tuple) else type(built).__name__
+def build(target: str, expected: str) -> tuple[Any, Any, Any]:
+    """Return the three things that the function builds which FILE.py:FUNCTION names.
+
+    Args:
+        target: see `load`.
+        expected: the three things, for the message.
+
+    Raises:
+        ValueError: if there is no such function, or it returns something else.
+    """
+    built = load(target)()
+    if not isinstance(built, tuple) or len(built) != 3:
+        kind = f"a tuple of {len(built)}" if isinstance(built, tuple) else type(built).__name__
+        raise ValueError(f"{target} returned {kind}; expected {expected}")
+    return built
 
 
 def load(target: str) -> Callable[[], Any]:

@@ -11,7 +11,7 @@ from ..diagnostics import tune
 from ..hosts import enabled
 from ..strategies import Auto
 from .arguments import positive
-from .report import described, load
+from .report import build
 
 
 def add_to(commands: Any) -> None:
@@ -47,12 +47,7 @@ def _tune(args: argparse.Namespace) -> int:
     Auto(**options)  # refuses bad options before the model is built
     require("matplotlib", "viz")
     with enabled():  # a model's constructors may take names
-        built = load(args.target)()
-        if not isinstance(built, tuple) or len(built) != 3:
-            raise ValueError(
-                f"{args.target} returned {described(built)}; expected (model, batches, loss), see "
-                "dpp.tune"
-            )
+        built = build(args.target, "(model, batches, loss), see dpp.tune")
         report = tune(*built, **options)
     print(report)
     report.save_json(args.out / "tune.json")
