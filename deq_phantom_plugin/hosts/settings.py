@@ -107,7 +107,7 @@ def say_misspelt(settings: Mapping[str, Any], framework: str) -> None:
 def _is_meant(name: str, value: Any) -> bool:
     """Whether a setting's name resembles `grad`, and its value names one or several strategies."""
     # With these values there are other settings: grad_clip="auto", grade="exact".
-    if value in ("auto", "exact"):
+    if isinstance(value, str) and value in ("auto", "exact"):  # an array would compare each element
         return sorted(name) == sorted("grad")
     alike = "grad" in name or SequenceMatcher(None, name, "grad").ratio() > 0.7
     values = value if isinstance(value, list | tuple) and value else [value]

@@ -3,6 +3,7 @@
 import argparse
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +69,16 @@ def test_names_that_are_no_strings_are_left_alone(enabled):
     import torchdeq
 
     torchdeq.get_deq({1: 2, None: "upg"})
+
+
+@pytest.mark.parametrize("value", [np.arange(3), torch.arange(3), [np.arange(3)], object()])
+@pytest.mark.parametrize("name", ["indices", "grads"])
+def test_values_that_do_not_compare_with_a_text_are_left_alone(enabled, name, value):
+    import torchdeq
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torchdeq.get_deq(**{name: value})
 
 
 def test_nothing_is_said_where_the_host_is_disabled(enabled):
