@@ -9,6 +9,9 @@ report is made along each run, of its own gradient. The picture has a panel per 
 reached at its end, against the cosine of its gradient at the start, after a tenth of the steps, and
 at the end. The end is the last step that all runs of the task have taken, since some runs of a race
 go on. The table adds the spectral radius, and the rank correlation over the methods.
+
+A recursive model has a second panel. There the cosine is that with backpropagation through its
+whole loop, which its run measures beside the report (not before its first step).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from typing import Any
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import text_table, write_whole
 
+REACHED = ("accuracy", "perplexity", "solved")  # more is better, but for perplexity
 WHEN = {"start": 0.0, "tenth": 0.1, "end": 1.0}
 
 
@@ -55,14 +59,23 @@ class Point:
 
 
 def points(task: str, content: dict[str, Any]) -> list[Point]:
-    """Return the methods of one file.
+    """Return the methods of one file; twice for a recursive model, by what its cosines are with.
 
     Raises:
-        ValueError: if no run has reports, or none measures accuracy or perplexity.
+        ValueError: if no run has reports, or none measures one of `REACHED`.
     """
+    is_recursive = any("report_cosine" in row for run in content["runs"] for row in run["history"])
+    if not is_recursive:
+        return _points(task, content, "cosine")
+    with_loop = _points(f"{task}, with backpropagation", content, "cosine")
+    return [*_points(task, content, "report_cosine"), *with_loop]
+
+
+def _points(task: str, content: dict[str, Any], cosine: str) -> list[Point]:
+    """Return the methods of one file, with one of its cosines."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for run in content["runs"]:
-        reports = [row for row in run["history"] if "cosine" in row or "report_rho" in row]
+        reports = [row for row in run["history"] if cosine in row or "report_rho" in row]
         if reports and run["error"] is None and run["steps"] >= run["total"]:
             by_name.setdefault(run["name"], []).append(run)
     if not by_name:
@@ -71,9 +84,9 @@ def points(task: str, content: dict[str, Any]) -> list[Point]:
     found = []
     for name, runs in by_name.items():
         rows = [row for run in runs for row in run["history"]]
-        known = [key for key in ("accuracy", "perplexity") if any(key in row for row in rows)]
+        known = [key for key in REACHED if any(key in row for row in rows)]
         if not known:
-            raise ValueError(f"{task}, {name}: neither accuracy nor perplexity was measured")
+            raise ValueError(f"{task}, {name}: none of {', '.join(REACHED)} was measured")
         key = known[0]
         level = [
             [row[key] for row in run["history"] if key in row and row["step"] <= end][-1]
@@ -81,10 +94,10 @@ def points(task: str, content: dict[str, Any]) -> list[Point]:
         ]
         cosines, radii = (
             tuple(_mean([_at(run, what, part * end) for run in runs]) for part in WHEN.values())
-            for what in ("cosine", "report_rho")
+            for what in (cosine, "report_rho")
         )
         mean = statistics.fmean(level)
-        found.append(Point(task, name, mean, key == "accuracy", cosines, radii, len(runs)))
+        found.append(Point(task, name, mean, key != "perplexity", cosines, radii, len(runs)))
     return found
 
 

@@ -270,6 +270,20 @@ def test_a_picture_of_what_reports_predict(tmp_path, capsys):
         predicts.main([f"task={file}"])
 
 
+def test_a_recursive_model_has_a_panel_per_kind_of_cosine(tmp_path):
+    predicts = load_example("report_predicts")
+    run = {"name": "a", "steps": 2, "total": 2, "error": None}
+    row = {"report_rho": 0.9, "report_cosine": 0.3, "solved": 0.5}
+    run["history"] = [{"step": 0} | row, {"step": 2, "cosine": 0.8} | row]
+    exact, with_loop = predicts.points("Sudoku", {"runs": [run]})
+    assert (exact.task, exact.cosines, exact.level) == ("Sudoku", (0.3, 0.3, 0.3), 0.5)
+    assert with_loop.task == "Sudoku, with backpropagation"
+    assert math.isnan(with_loop.cosines[0])  # there is no batch before the first step
+    assert with_loop.cosines[2] == 0.8
+    assert exact.higher
+    assert with_loop.higher
+
+
 def test_rank_correlation_is_that_of_scipy():
     from scipy.stats import spearmanr
 

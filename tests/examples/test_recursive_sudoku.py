@@ -439,3 +439,18 @@ def test_memory_grows_with_the_blocks_that_have_a_graph(task):
     assert memory("npg") < 1.3 * one
     few, more = (memory("ift", grad=f"ift(tol=1e-9, max_iter={n})") for n in (4, 8))
     assert one < few < more < two
+
+
+def test_a_report_is_made_beside_training_and_leaves_it_as_it_is(task):
+    plain, watched = task(), task(report_grads=("exact", "tbptt(k=2)"), report_every=2)
+    for step in range(3):
+        found = watched.evaluate(step)
+        assert ("report_cosine" in found) == (step != 1)
+        if step != 1:
+            # The model has a gradient of its own, which is that of one block.
+            assert found["report_cosine"] == found["cosine of tbptt(k=1)"] < 1
+            assert found["report_cosine"] < found["cosine of tbptt(k=2)"] < 1
+            assert found["cosine of exact"] == pytest.approx(1, abs=1e-4)
+        torch.testing.assert_close(watched.step(step), plain.step(step), rtol=0, atol=0)
+    for ours, theirs in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -21,6 +21,7 @@ from deq_phantom_plugin._plumbing.extras import require
 
 from . import processes
 from .memory import PeakMemory
+from .reports import is_due, reported
 from .sudoku import load_puzzles
 from .training import Task
 
@@ -63,6 +64,8 @@ class RecursiveSettings:
         eval_every: the number of steps between evaluations.
         eval_batch: the number of puzzles per batch of an evaluation.
         radius_puzzles: the number of test puzzles whose residuals and spectral radii are measured.
+        report_grads: the specs of gradients whose cosines are measured, see `reported`; or none.
+        report_every: the number of steps between these reports; 0 for one per evaluation.
     """
 
     box: int
@@ -92,6 +95,8 @@ class RecursiveSettings:
     eval_every: int
     eval_batch: int
     radius_puzzles: int
+    report_grads: tuple[str, ...] = ()
+    report_every: int = 0
 
 
 class Learner(nn.Module):
@@ -117,6 +122,17 @@ class Learner(nn.Module):
             "halted": torch.ones(state[0], dtype=torch.bool),
         }.items():
             self.register_buffer(name, value)
+
+
+class _Call(nn.Module):
+    """The loss of a call of a TRM on given labels, as a function of puzzles and states."""
+
+    def __init__(self, model: nn.Module, labels: Tensor) -> None:
+        super().__init__()
+        self.model, self.labels = model, labels
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.model(*inputs, labels=self.labels)[0]
 
 
 class RecursiveTask(Task):
@@ -255,7 +271,12 @@ class RecursiveTask(Task):
         - `memory`: the MiB that a call and its backward pass need at most, beyond what is there.
         - `cosine`: the cosine between the gradient and that of backpropagation through the loop.
         - `length`: the ratio of the norms of these two gradients.
+
+        With these weights, on test puzzles at their first call, if there are `report_grads`: the
+        results of `reported`. Their `cosine`, to the exact gradient of the equilibrium, is
+        `report_cosine` here.
         """
+        s = self.settings
         if step == 0:  # no training step has told it yet
             dpp.set_step(self.model.model, 0)
         found = self._accuracy() | self._at_the_ends()
@@ -265,8 +286,24 @@ class RecursiveTask(Task):
         found["memory"] = memory.peak / 2**20
         if step > 0:  # before the first step there is no batch
             found |= self._against_backpropagation()
+        if s.report_grads and is_due(step, s.report_every or self.eval_every, self.steps):
+            found |= self._report()
         self.optimizer.zero_grad()
         return found
+
+    def _report(self) -> dict[str, float]:
+        """Return what a report on test puzzles says, at their first call."""
+        s, model = self.settings, self.model.model.train()
+        test = self.test_set
+        seq, labels = (part[: s.radius_puzzles].to(self.device) for part in (test.seq, test.labels))
+        shape = (len(seq), *self.model.outputs.shape[1:])
+        outputs, latents = (initial.detach().expand(shape) for initial in model.get_initial())
+        inputs = (seq, outputs, latents)
+        # The model's own training is `tbptt(k=1)`, which a report measures only if it is asked for.
+        own = s.grad or "tbptt(k=1)"
+        grads = s.report_grads if s.grad else tuple(dict.fromkeys((*s.report_grads, own)))
+        found = reported(_Call(model, labels), own, inputs, lambda loss: loss / len(seq), grads)
+        return {("report_cosine" if key == "cosine" else key): v for key, v in found.items()}
 
     def _against_backpropagation(self) -> dict[str, float]:
         """Compare the present gradient with that of backpropagation through the whole loop."""
