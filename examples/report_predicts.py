@@ -4,8 +4,9 @@ r"""Does a gradient report predict what a method reaches? Joins results of exper
         --runs ift upg npg jfb --set "report_grads=[ift, upg, npg, jfb]" report_every=10
     python examples/report_predicts.py digits=runs/predicts/cpu/results.json ...
 
-Each argument is a name and a `results.json` of runs with `report_grads`, one of which is `ift`. A
-report is made along each run, of its own gradient. The picture has a panel per task: what a run has
+Each argument is a name and a `results.json` of runs with `report_grads`, one of which is `ift`, or
+the JSON of `train_looped_lm.py --report`, whose perplexity is that with `--loops` loops. A report
+is made along each run, of its own gradient. The picture has a panel per task: what a run has
 reached at its end, against the cosine of its gradient at the start, after a tenth of the steps, and
 at the end. The end is the last step that all runs of the task have taken, since some runs of a race
 go on. The table adds the spectral radius, and the rank correlation over the methods.
@@ -64,11 +65,30 @@ def points(task: str, content: dict[str, Any]) -> list[Point]:
     Raises:
         ValueError: if no run has reports, or none measures one of `REACHED`.
     """
+    if "costs" in content:
+        content = {"runs": [_looped(run, content["settings"]) for run in content["runs"]]}
     is_recursive = any("report_cosine" in row for run in content["runs"] for row in run["history"])
     if not is_recursive:
         return _points(task, content, "cosine")
     with_loop = _points(f"{task}, with backpropagation", content, "cosine")
     return [*_points(task, content, "report_cosine"), *with_loop]
+
+
+def _looped(run: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a run of `train_looped_lm.py` as one of the experiments.
+
+    Raises:
+        ValueError: if its perplexity was not measured with as many loops as in training.
+    """
+    loops = str(settings["loops"])
+    history = [dict(row) for row in run["history"]]
+    for row in history:
+        if (by_loops := row.get("perplexity")) is not None:
+            if loops not in by_loops:
+                raise ValueError(f"--loops {loops} is none of --test-loops {', '.join(by_loops)}")
+            # JSON has no infinity, so that of a run that has diverged is null there.
+            row["perplexity"] = math.inf if by_loops[loops] is None else by_loops[loops]
+    return {**run, "name": run["method"], "history": history, "total": settings["steps"]}
 
 
 def _points(task: str, content: dict[str, Any], cosine: str) -> list[Point]:

@@ -3,6 +3,7 @@
     python examples/train_looped_lm.py                   # Python's own language reference
     python examples/train_looped_lm.py --text FILE --methods "tbptt(k=4)" "tbptt(k=4)@poisson(8)"
     python examples/train_looped_lm.py --text FILE --resume  # goes on where it was stopped
+    python examples/train_looped_lm.py --text FILE --report  # for report_predicts.py
 
 A method is GRAD or GRAD@LOOPS. GRAD is a spec of deq_phantom_plugin. LOOPS is a number or a
 distribution: how often the block is repeated in training (8 unless --loops says otherwise). The
@@ -16,6 +17,9 @@ same batches in the same order. The table shows:
 - step: the time of a step, divided by that of the first method that trained. The models take the
   same steps in turn, at eight points of training. The time is the mean of the eight medians.
 - MiB: the memory that such a step allocates at most.
+
+With --report, a gradient report is made on eight sequences at the start, after a tenth of the
+steps, and at the end. Its numbers are in the JSON.
 
 If a run fails, its row shows the error.
 """
@@ -54,6 +58,8 @@ from language import (
 )
 
 require("transformers", "text")
+from experiments.harness.reports import reported  # noqa: E402
+
 from looped_lm import LoopedConfig, LoopedForCausalLM, loops  # noqa: E402
 
 RANDOM = "lognormal_poisson(mean=8, sigma=0.5)"
@@ -158,6 +164,16 @@ def evaluate(model: LoopedForCausalLM, data: Tensor, args: argparse.Namespace) -
     }
 
 
+def report(
+    model: LoopedForCausalLM, step: int, data: Tensor, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what a gradient report says of the model's own gradient, see `reported`."""
+    ids = data[: RADIUS_BATCH * args.length].view(-1, args.length).to(args.device)
+    grad = model.config.grad
+    dpp.set_step(model, step, total=args.steps)  # of schedules and ramps
+    return reported(model, grad, {"input_ids": ids, "labels": ids}, lambda out: out.loss, [grad])
+
+
 def train(
     run: Run,
     data: tuple[Tensor, Tensor],
@@ -173,14 +189,21 @@ def train(
     if args.resume and (folder / "checkpoint.pt").is_file():
         restore(folder / "checkpoint.pt", run, model, optimizer, args)
     progress(run.steps, run.method)
+    reports = (0, args.steps // 10, args.steps) if args.report else ()
+    if run.steps in reports and not run.history:
+        run.history.append({"step": 0, **report(model, 0, data[1], args)})
     while run.steps < args.steps:
         ids = batch_at(data[0], run.steps, args).to(args.device)
         output = train_step(model, optimizer, ids, run.steps, args)
         run.steps += 1
         progress(1, run.method)
-        if run.steps % args.eval_every == 0 or run.steps == args.steps:
-            found = {"step": run.steps, "train_loss": output.loss.item()}
-            run.history.append({**found, **evaluate(model, data[1], args)})
+        found = report(model, run.steps, data[1], args) if run.steps in reports else {}
+        is_evaluated = run.steps % args.eval_every == 0 or run.steps == args.steps
+        if is_evaluated:
+            found |= {"train_loss": output.loss.item(), **evaluate(model, data[1], args)}
+        if found:
+            run.history.append({"step": run.steps, **found})
+        if is_evaluated:
             save_checkpoint(folder / "checkpoint.pt", run, model, optimizer, args)
     model.save_pretrained(folder)
 
@@ -339,6 +362,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--eval-sequences", type=int, default=256, help="validation sequences, at most (256)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and batches (0 1 2)")
     add("--device", default="cpu", help="where to train (cpu)")
+    add("--report", action="store_true", help="make gradient reports along the training")
     add("--resume", action="store_true", help="go on from checkpoints in the folder of results")
     add("--name", help="of the files with results (looped_lm, and the text's name)")
     add("--out", type=Path, default=Path("runs/looped_lm"), help="folder (runs/looped_lm)")

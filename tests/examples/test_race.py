@@ -284,6 +284,24 @@ def test_a_recursive_model_has_a_panel_per_kind_of_cosine(tmp_path):
     assert with_loop.higher
 
 
+def test_looped_language_models_are_compared_at_the_loops_of_training():
+    predicts = load_example("report_predicts")
+    history = [
+        {"step": 0, "cosine": 0.9, "report_rho": 1.0},
+        {"step": 5, "perplexity": {"4": 7.0, "8": 6.0}, "cosine": 0.8, "report_rho": 2.0},
+    ]
+    run = {"method": "npg", "seed": 0, "steps": 5, "history": history, "error": None}
+    content = {"costs": {}, "settings": {"loops": "8", "steps": 5}, "runs": [run]}
+    (found,) = predicts.points("looped", content)
+    assert (found.method, found.level, found.higher) == ("npg", 6.0, False)
+    assert (found.cosines, found.radii) == ((0.9, 0.9, 0.8), (1.0, 1.0, 2.0))
+    history[1]["perplexity"]["8"] = None  # JSON has no infinity
+    assert predicts.points("looped", content)[0].level == math.inf
+    content["settings"]["loops"] = "poisson(8)"
+    with pytest.raises(ValueError, match=r"poisson\(8\) is none of --test-loops 4, 8"):
+        predicts.points("looped", content)
+
+
 def test_rank_correlation_is_that_of_scipy():
     from scipy.stats import spearmanr
 

@@ -244,6 +244,32 @@ def test_a_killed_run_resumes_with_the_same_losses_and_draws(example, argv, monk
     assert [run.history for run in resumed] == [run.history for run in whole]
 
 
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")  # after so few evaluations
+def test_reports_leave_the_training_as_it_is(example, argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "step_costs", lambda *args: {})
+    methods = [
+        "tbptt(k='uniform(1, 3)')@poisson(3)",
+        "ramp('upg', {'k': (1, 3)}, until=0.5)",
+        "ift",
+    ]
+    argv = [*argv, "--steps", "20", "--methods", *methods]
+    plain, watched = example.main(argv), example.main([*argv, "--report"])
+    content = json.loads((tmp_path / "out" / "looped_lm_abc.json").read_text())
+    assert content["settings"]["report"] is True
+    for one, other in zip(plain, watched, strict=True):
+        reports = [row for row in other.history if "report_rho" in row]
+        assert [row["step"] for row in reports] == [0, 2, 20]
+        for row in reports:
+            assert -1 <= row["cosine"] <= 1 + 1e-6
+            assert row["cosine"] == pytest.approx(1, abs=1e-3) or other.method != "ift"
+        assert reports[-1]["perplexity"] == one.history[-1]["perplexity"]
+        assert [row for row in one.history if "perplexity" in row] == [
+            {key: value for key, value in row.items() if key in one.history[0]}
+            for row in other.history
+            if "perplexity" in row
+        ]
+
+
 def test_costs(example, argv):
     """Of the same steps for all; what holds more graphs takes more memory."""
     args = example.of_seed(example.parse(argv), 0)
