@@ -24,7 +24,7 @@ def test_the_citation_is_that_of_the_project():
     assert found["license"] == pyproject("license")
     assert found["abstract"] == pyproject("description")
     (paper,) = found["references"]
-    bibtex = (ROOT / "README.md").read_text().partition("```bibtex")[2]
+    bibtex = (ROOT / "docs" / "index.md").read_text().partition("```bibtex")[2]
     assert f"{{{paper['title']}}}" in bibtex
     names = " and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"])
     assert f"{{{names}}}" in bibtex
