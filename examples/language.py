@@ -1,7 +1,7 @@
 """What `train_lm.py` and `train_looped_lm.py` share.
 
-These are texts as characters, a training step with its learning rate, the measurement of times and
-memory, checkpoints, and files of results.
+These are the arguments of a training, texts as characters, a training step with its learning rate,
+the measurement of times and memory, checkpoints, and files of results.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,73 @@ from deq_phantom_plugin._plumbing.output import write_whole
 from deq_phantom_plugin.diagnostics.measure.cost import now, peak_bytes
 
 POINTS, ROUNDS = 8, 5  # points of training at which steps are timed, and times at each point
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *, name: str, steps: int, lr: float, eval_every: int
+) -> None:
+    """Add the arguments of a training: its data, sizes, steps and files.
+
+    Args:
+        parser: gets the arguments.
+        name: of the files with results.
+        steps: the default of `--steps`.
+        lr: that of `--lr`.
+        eval_every: that of `--eval-every`.
+    """
+    add = parser.add_argument
+    add("--text", type=Path, help="a text file (Python's language reference)")
+    add("--steps", type=int, default=steps, help=f"optimiser steps ({steps})")
+    add("--batch", type=int, default=16, help="sequences per step (16)")
+    add("--length", type=int, default=64, help="characters per sequence (64)")
+    add("--lr", type=float, default=lr, help=f"AdamW's highest learning rate ({lr:g})")
+    add("--hidden", type=int, default=64, help="size of a state (64)")
+    add("--heads", type=int, default=4, help="attention heads (4)")
+    every = f"steps between evaluations, checkpoints ({eval_every})"
+    add("--eval-every", type=int, default=eval_every, help=every)
+    add("--eval-sequences", type=int, default=256, help="validation sequences, at most (256)")
+    add("--device", default="cpu", help="where to train (cpu)")
+    add("--resume", action="store_true", help="go on from checkpoints in the folder of results")
+    add("--name", help=f"of the files with results ({name}, and the text's name)")
+    add("--out", type=Path, default=Path("runs", name), help=f"folder for results (runs/{name})")
+
+
+def parsed(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, name: str
+) -> argparse.Namespace:
+    """Return the arguments, of which those of `add_arguments` are checked and `name` is filled in.
+
+    Raises:
+        SystemExit: if one is out of range; the message says which are accepted.
+    """
+    args = parser.parse_args(argv)
+    if min(args.steps, args.batch, args.eval_every, args.eval_sequences) < 1 or args.length < 2:
+        parser.error("expected steps, batch, eval-every and eval-sequences above 0, length above 1")
+    args.name = args.name or (name if args.text is None else f"{name}_{slug(args.text.stem)}")
+    return args
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[tuple[Any, Callable[[int, str], None]]]:
+    """Show a bar of so many steps, if standard error is a terminal.
+
+    Yields:
+        The bar, and a function that adds a number of steps of a method to it.
+
+    Raises:
+        ImportError: if tqdm is not installed; the message has the pip command.
+    """
+    tqdm = require("tqdm", "experiments").tqdm
+    with tqdm(total=total, unit=" steps", mininterval=1, disable=None) as bar:
+
+        def progress(n: int, method: str) -> None:
+            bar.set_description(method, refresh=False)
+            bar.update(n)
+
+        yield bar, progress
+
 
 # --- data -----------------------------------------------------------------------------------------
 

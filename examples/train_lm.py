@@ -25,7 +25,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,11 +34,14 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import text_table, write_whole
 from language import (
+    add_arguments,
     as_csv,
     as_png,
     batch_at,
     blank_figure,
     finite,
+    parsed,
+    progress_bar,
     restore,
     save_checkpoint,
     settings,
@@ -226,12 +228,12 @@ def rows(runs: Sequence[Run]) -> list[list[str]]:
     return table
 
 
-def save(args: argparse.Namespace, name: str, runs: Sequence[Run]) -> None:
+def save(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Write the results so far: numbers as JSON, the table as CSV, and curves as PNG."""
     content = {"settings": settings(args), "runs": [asdict(run) for run in runs]}
-    write_whole(args.out / f"{name}.json", json.dumps(finite(content), indent=1).encode())
-    write_whole(args.out / f"{name}.csv", as_csv([HEADER, *rows(runs)]))
-    write_whole(args.out / f"{name}.png", plot(runs))
+    write_whole(args.out / f"{args.name}.json", json.dumps(finite(content), indent=1).encode())
+    write_whole(args.out / f"{args.name}.csv", as_csv([HEADER, *rows(runs)]))
+    write_whole(args.out / f"{args.name}.png", plot(runs))
 
 
 def plot(runs: Sequence[Run]) -> bytes:
@@ -269,15 +271,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_arguments(parser, name="lm", steps=1000, lr=2e-3, eval_every=100)
     add = parser.add_argument
-    add("--text", type=Path, help="a text file (Python's language reference)")
     add("--methods", nargs="+", default=["ift", "upg", "npg"], metavar="METHOD")
-    add("--steps", type=int, default=1000, help="optimiser steps (1000)")
-    add("--batch", type=int, default=16, help="sequences per step (16)")
-    add("--length", type=int, default=64, help="characters per sequence (64)")
-    add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate (2e-3)")
-    add("--hidden", type=int, default=64, help="size of a state (64)")
-    add("--heads", type=int, default=4, help="attention heads (4)")
     add("--pre-layer-norm", action="store_true", help="the source's PreLN in place of PostLN")
     add("--dropout", type=float, default=0.0, help="probability (0)")
     add("--f-solver", default="anderson", help="forward solver (anderson)")
@@ -285,17 +281,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--f-tol", type=float, default=1e-3, help="its tolerance (1e-3)")
     add("--jac-reg-weight", type=float, default=2.0, help="of +jr (2.0, the source's)")
     add("--jac-reg-freq", type=float, default=0.4, help="part of the steps that have it (0.4)")
-    add("--eval-every", type=int, default=100, help="steps between evaluations, checkpoints (100)")
-    add("--eval-sequences", type=int, default=256, help="validation sequences, at most (256)")
     add("--seed", type=int, default=0, help="of weights and batches (0)")
-    add("--device", default="cpu", help="where to train (cpu)")
     add("--prompt", help="a text that each model continues when it is trained")
-    add("--resume", action="store_true", help="go on from checkpoints in the folder of results")
-    add("--name", help="of the files with results (lm, and the text's name)")
-    add("--out", type=Path, default=Path("runs/lm"), help="folder for results (runs/lm)")
-    args = parser.parse_args(argv)
-    if min(args.steps, args.batch, args.eval_every, args.eval_sequences) < 1 or args.length < 2:
-        parser.error("expected steps, batch, eval-every and eval-sequences above 0, length above 1")
+    args = parsed(parser, argv, "lm")
     try:  # fail now, not after the hour of the first method
         for method in args.methods:
             make_model(method, args, 1)
@@ -307,21 +295,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Run]:
     """Train every method, save the results after each, and print the table."""
     args = parse(argv)
-    tqdm = require("tqdm", "experiments").tqdm
-
-    name = args.name or ("lm" if args.text is None else f"lm_{slug(args.text.stem)}")
     training, validation, characters = split(args.text, args.length)
     # A solve that stops at f_max_iter is a normal result; the table shows its residual.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs: list[Run] = []
-    with tqdm(
-        total=args.steps * len(args.methods), unit=" steps", mininterval=1, disable=None
-    ) as bar:
-
-        def progress(n: int, method: str) -> None:
-            bar.set_description(method, refresh=False)
-            bar.update(n)
-
+    with progress_bar(args.steps * len(args.methods)) as (bar, progress):
         for method in args.methods:
             runs.append(run := Run(method))
             try:
@@ -330,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
                     bar.write(f"--- {method}\n{continued(model, args, characters)}")
             except (ArithmeticError, RuntimeError, ValueError) as error:
                 run.error = f"{type(error).__name__}: {error}"
-            save(args, name, runs)
+            save(args, runs)
     print(text_table(HEADER, rows(runs)))
     return runs
 

@@ -18,10 +18,8 @@ same batches in the same order. The table shows:
   same steps in turn, at eight points of training. The time is the mean of the eight medians.
 - MiB: the memory that such a step allocates at most.
 
-With --report, a gradient report is made on eight sequences at the start, after a tenth of the
-steps, and at the end. Its numbers are in the JSON.
-
-If a run fails, its row shows the error.
+If a run fails, its row shows the error. With --report, a gradient report is made on eight sequences
+at the start, after a tenth of the steps, and at the end. Its numbers are in the JSON.
 """
 
 from __future__ import annotations
@@ -43,11 +41,14 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import text_table, write_whole
 from language import (
+    add_arguments,
     as_csv,
     as_png,
     batch_at,
     blank_figure,
     finite,
+    parsed,
+    progress_bar,
     restore,
     save_checkpoint,
     settings,
@@ -345,37 +346,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_arguments(parser, name="looped_lm", steps=1200, lr=6e-3, eval_every=600)
     add = parser.add_argument
-    add("--text", type=Path, help="a text file (Python's language reference)")
     add("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
     add("--loops", default="8", help="loops in training: a number or a distribution (8)")
     add("--test-loops", nargs="+", type=int, default=[4, 8, 16, 32, 64], metavar="N")
-    add("--steps", type=int, default=1200, help="optimiser steps (1200)")
-    add("--batch", type=int, default=16, help="sequences per step (16)")
-    add("--length", type=int, default=64, help="characters per sequence (64)")
-    add("--lr", type=float, default=6e-3, help="AdamW's highest learning rate (6e-3)")
-    add("--hidden", type=int, default=64, help="size of a state (64)")
-    add("--heads", type=int, default=4, help="attention heads (4)")
     add("--layers", nargs=3, type=int, default=[1, 1, 1], help="of prelude, block, coda (1 1 1)")
     add("--block-norm", action="store_true", help="normalise at the block's end too, as Huginn")
-    add("--eval-every", type=int, default=600, help="steps between evaluations, checkpoints (600)")
-    add("--eval-sequences", type=int, default=256, help="validation sequences, at most (256)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and batches (0 1 2)")
-    add("--device", default="cpu", help="where to train (cpu)")
     add("--report", action="store_true", help="make gradient reports along the training")
-    add("--resume", action="store_true", help="go on from checkpoints in the folder of results")
-    add("--name", help="of the files with results (looped_lm, and the text's name)")
-    add("--out", type=Path, default=Path("runs/looped_lm"), help="folder (runs/looped_lm)")
-    args = parser.parse_args(argv)
-    sizes = (args.steps, args.batch, args.eval_every, args.eval_sequences, *args.test_loops)
-    if min(*sizes, *args.layers) < 1 or args.length < 2:
-        parser.error(
-            "expected steps, batch, layers, test-loops, eval-every and eval-sequences above 0, "
-            "length above 1"
-        )
+    args = parsed(parser, argv, "looped_lm")
+    if min(*args.test_loops, *args.layers) < 1:
+        parser.error("expected test-loops and layers above 0")
     args.test_loops = sorted(set(args.test_loops))
-    text = "" if args.text is None else f"_{slug(args.text.stem)}"
-    args.name = args.name or f"looped_lm{text}"
     try:  # fail now, not after the hour of the first method
         for method in args.methods:
             make_model(method, of_seed(args, 0), 1)
@@ -390,19 +373,12 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     All methods of a seed come before the next seed, so early results compare all methods.
     """
     args = parse(argv)
-    tqdm = require("tqdm", "experiments").tqdm
-
     training, validation, characters = split(args.text, args.length)
     # A loop that ends far from an equilibrium is a normal result; the table shows its residual.
     warnings.simplefilter("ignore", dpp.ConvergenceWarning)
     runs: list[Run] = []
     total = args.steps * len(args.methods) * len(args.seeds)
-    with tqdm(total=total, unit=" steps", mininterval=1, disable=None) as bar:
-
-        def progress(n: int, method: str) -> None:
-            bar.set_description(method, refresh=False)
-            bar.update(n)
-
+    with progress_bar(total) as (_, progress):
         for seed in args.seeds:
             for method in args.methods:
                 runs.append(run := Run(method, seed))

@@ -198,6 +198,7 @@ def test_an_unsolved_equilibrium_is_called_one():
     func, h, params = linear_problem([0.5, 0.2])
     report = dpp.gradient_report(func, h + 1, lambda h: h.sum(), params, ["jfb"])
     assert "solved only to a relative residual" in report.recommendation[0]
+    assert "tbptt(k='all')" in report.recommendation[0]
 
 
 def test_samples_that_depend_on_one_another_are_noticed():

@@ -49,7 +49,9 @@ def _caveats(report: Measurement) -> list[str]:
         found.append(
             f"The equilibrium is solved only to a relative residual of "
             f"{report.forward_residual:.1e}. So every gradient here, also the reference, is taken "
-            "at a point that is not h*. Tighten the forward solve first."
+            "at a point that is not h*. Tighten the forward solve first. A loop that is short by "
+            "design, as that of a recursive model, need not come near h*. Compare its gradients "
+            "with tbptt(k='all'), which is backpropagation through the loop."
         )
     if report.samples_are_coupled and report.batch_dim == "auto":
         found.append(
