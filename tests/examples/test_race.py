@@ -136,6 +136,14 @@ def test_a_base_that_fails_ends_the_race_at_its_length(raced, harness, monkeypat
     assert math.isnan(race.columns(list(records.values()))[0].of(records["a"]))
 
 
+def test_without_the_base_each_takes_its_own_steps(raced, harness):
+    records, _ = raced({"slow": 0.1, "quick": 2.0}, {"slow": 1.0, "quick": 1.0})
+    assert records["slow"].steps == records["quick"].steps == 8
+    columns = harness("race").Race("accuracy", "accuracy").columns(list(records.values()))
+    over = next(c for c in columns if c.title.startswith("time to ift"))
+    assert math.isnan(over.of(records["quick"]))
+
+
 def test_the_table_tells_times_over_those_of_the_base(raced, harness):
     records, _ = raced({"ift": 1.0, "a": 0.75, "b": 0.1}, {"ift": 4.0, "a": 1.0, "b": 2.0})
     columns = harness("race").Race("accuracy", "accuracy (%)").columns(list(records.values()))

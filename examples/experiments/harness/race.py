@@ -131,6 +131,8 @@ def run(
 ) -> Iterator[None]:
     """Let runs take their steps in turn until each is done.
 
+    Without the base among them, each takes its own steps, and there is no goal.
+
     Args:
         race: the goal.
         runs: the record of each run, and an iterator that takes its steps, see `train`.
@@ -140,10 +142,10 @@ def run(
     Yields:
         None, after each turn in which every run has taken a step.
     """
-    base = next(record for record, _ in runs if record.name == race.base)
+    base = next((record for record, _ in runs if record.name == race.base), None)
     while True:
         for record, _ in runs:
-            if record.is_done and race.goes_on(record, base):
+            if base is not None and record.is_done and race.goes_on(record, base):
                 record.total = record.steps + every
         left = [(record, steps) for record, steps in runs if not record.is_done]
         if not left:
