@@ -172,17 +172,23 @@ def picture(found: Sequence[Point]) -> bytes:
         ImportError: without matplotlib.
     """
     require("matplotlib", "viz")
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(p.task for p in found))
-    figure = Figure(figsize=(4.2 * len(tasks) + 1.6, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=(4.0 * columns + 3.0, 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     methods = list(dict.fromkeys(p.method for p in found))
-    for axes, task in zip(panels, tasks, strict=True):
+    colors = {method: colormaps["tab20"](i % 20) for i, method in enumerate(methods)}
+    for axes in panels[len(tasks) :]:
+        axes.set_axis_off()
+    for axes, task in zip(panels, tasks, strict=False):
         here = [p for p in found if p.task == task]
         for p in here:
-            color = f"C{methods.index(p.method) % 10}"
+            color = colors[p.method]
             axes.plot(p.cosines, [p.level] * len(WHEN), "-", c=color, linewidth=0.8, alpha=0.6)
             for cosine, marker in zip(p.cosines, "osX", strict=True):
                 face = "none" if marker == "o" else color
@@ -192,14 +198,15 @@ def picture(found: Sequence[Point]) -> bytes:
         axes.grid(alpha=0.3)
         if not here[0].higher:
             axes.invert_yaxis()
+    first = panels[0]
     handles = [
-        *(panels[-1].plot([], [], "-", c=f"C{i % 10}", label=m)[0] for i, m in enumerate(methods)),
+        *(first.plot([], [], "-", c=colors[method], label=method)[0] for method in methods),
         *(
-            panels[-1].plot([], [], mark, c="0.3", markerfacecolor=face, label=when)[0]
+            first.plot([], [], mark, c="0.3", markerfacecolor=face, label=when)[0]
             for mark, face, when in zip("osX", ("none", "0.3", "0.3"), WHEN, strict=True)
         ),
     ]
-    panels[-1].legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(handles=handles, fontsize=7, loc="outside right center")
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
