@@ -136,6 +136,14 @@ def test_a_base_that_fails_ends_the_race_at_its_length(raced, harness, monkeypat
     assert math.isnan(race.columns(list(records.values()))[0].of(records["a"]))
 
 
+def test_a_run_that_goes_on_is_evaluated_as_often_as_before(raced):
+    records, _ = raced({"ift": 1.0, "slow": 0.5}, {"ift": 4.0, "slow": 1.0}, steps=9)
+    steps = [row["step"] for row in records["slow"].history]
+    assert steps[:6] == [0, 2, 4, 6, 8, 9]  # 9 is the end of the base
+    assert steps[6:] == list(range(10, steps[-1] + 1, 2))
+    assert steps[-1] > 10
+
+
 def test_without_the_base_each_takes_its_own_steps(raced, harness):
     records, _ = raced({"slow": 0.1, "quick": 2.0}, {"slow": 1.0, "quick": 1.0})
     assert records["slow"].steps == records["quick"].steps == 8

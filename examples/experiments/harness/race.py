@@ -136,7 +136,7 @@ def run(
     Args:
         race: the goal.
         runs: the record of each run, and an iterator that takes its steps, see `train`.
-        every: the number of steps between evaluations. A run that goes on takes so many more.
+        every: the number of steps between evaluations. A run that goes on does so until the next.
         is_over: returns whether to stop. It is called when all runs have been evaluated.
 
     Yields:
@@ -146,7 +146,8 @@ def run(
     while True:
         for record, _ in runs:
             if base is not None and record.is_done and race.goes_on(record, base):
-                record.total = record.steps + every
+                # To the next evaluation: two that are near one another would count twice.
+                record.total = (record.steps // every + 1) * every
         left = [(record, steps) for record, steps in runs if not record.is_done]
         if not left:
             return
