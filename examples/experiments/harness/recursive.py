@@ -272,7 +272,7 @@ class RecursiveTask(Task):
         - `cosine`: the cosine between the gradient and that of backpropagation through the loop.
         - `length`: the ratio of the norms of these two gradients.
 
-        With these weights, on test puzzles at their first call, if there are `report_grads`: the
+        With these weights, on test puzzles at their last call, if there are `report_grads`: the
         results of `reported`. Their `cosine`, to the exact gradient of the equilibrium, is
         `report_cosine` here.
         """
@@ -292,13 +292,15 @@ class RecursiveTask(Task):
         return found
 
     def _report(self) -> dict[str, float]:
-        """Return what a report on test puzzles says, at their first call."""
-        s, model = self.settings, self.model.model.train()
-        test = self.test_set
+        """Return what a report on test puzzles says, at their last call."""
+        s, model, test = self.settings, self.model.model.train(), self.test_set
         seq, labels = (part[: s.radius_puzzles].to(self.device) for part in (test.seq, test.labels))
         shape = (len(seq), *self.model.outputs.shape[1:])
-        outputs, latents = (initial.detach().expand(shape) for initial in model.get_initial())
-        inputs = (seq, outputs, latents)
+        with torch.no_grad():
+            state = tuple(initial.expand(shape) for initial in model.get_initial())
+            for _ in range(s.supervisions - 1):
+                _, _, *state, _, _ = model(seq, *state, labels=labels)
+        inputs = (seq, *state)
         # The model's own training is `tbptt(k=1)`, which a report measures only if it is asked for.
         own = s.grad or "tbptt(k=1)"
         grads = s.report_grads if s.grad else tuple(dict.fromkeys((*s.report_grads, own)))
