@@ -216,7 +216,7 @@ def step_costs(
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments on which the results of a run depend."""
-    others = ("out", "name", "resume", "methods", "seeds", "text", "device", "prompt")
+    others = ("out", "name", "resume", "methods", "seeds", "text", "device", "prompt", "report")
     return {key: value for key, value in vars(args).items() if key not in others}
 
 

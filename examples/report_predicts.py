@@ -32,7 +32,11 @@ from typing import Any
 from deq_phantom_plugin._plumbing.extras import require
 from deq_phantom_plugin._plumbing.output import text_table, write_whole
 
-REACHED = ("accuracy", "perplexity", "solved")  # more is better, but for perplexity
+REACHED = {
+    "accuracy": "accuracy",
+    "perplexity": "perplexity, downwards is better",
+    "solved": "puzzles solved",
+}
 WHEN = {"start": 0.0, "tenth": 0.1, "end": 1.0}
 
 
@@ -44,7 +48,7 @@ class Point:
         task: its name.
         method: the run's name.
         level: what was reached at the end, the last step that all runs have taken.
-        higher: whether more of that is better.
+        key: what that is, one of `REACHED`.
         cosines: of the run's own gradient, at each of `WHEN`; NaN where the exact one is unknown.
         radii: spectral radii of df/dh, likewise.
         runs: seeds or folds.
@@ -53,21 +57,30 @@ class Point:
     task: str
     method: str
     level: float
-    higher: bool
+    key: str
     cosines: tuple[float, ...]
     radii: tuple[float, ...]
     runs: int
+
+    @property
+    def higher(self) -> bool:
+        """Whether more of what was reached is better."""
+        return self.key != "perplexity"
 
 
 def points(task: str, content: dict[str, Any]) -> list[Point]:
     """Return the methods of one file; twice for a recursive model, by what its cosines are with.
 
     Raises:
-        ValueError: if no run has reports, or none measures one of `REACHED`.
+        ValueError: if the file is none of these, no run has reports, or none measures one of
+            `REACHED`.
     """
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), list):
+        raise ValueError("expected a results.json, or the JSON of train_looped_lm.py")
     if "costs" in content:
         content = {"runs": [_looped(run, content["settings"]) for run in content["runs"]]}
-    is_recursive = any("report_cosine" in row for run in content["runs"] for row in run["history"])
+    # Their reports may lack `report_cosine`: it needs an exact gradient.
+    is_recursive = any("solved" in row for run in content["runs"] for row in run["history"])
     if not is_recursive:
         return _points(task, content, "cosine")
     with_loop = _points(f"{task}, with backpropagation", content, "cosine")
@@ -95,7 +108,7 @@ def _points(task: str, content: dict[str, Any], cosine: str) -> list[Point]:
     """Return the methods of one file, with one of its cosines."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for run in content["runs"]:
-        reports = [row for row in run["history"] if cosine in row or "report_rho" in row]
+        reports = [row for row in run["history"] if "report_rho" in row]
         if reports and run["error"] is None and run["steps"] >= run["total"]:
             by_name.setdefault(run["name"], []).append(run)
     if not by_name:
@@ -108,24 +121,33 @@ def _points(task: str, content: dict[str, Any], cosine: str) -> list[Point]:
         if not known:
             raise ValueError(f"{task}, {name}: none of {', '.join(REACHED)} was measured")
         key = known[0]
-        level = [
-            [row[key] for row in run["history"] if key in row and row["step"] <= end][-1]
-            for run in runs
-        ]
+        worst = math.inf if key == "perplexity" else -math.inf
+        level = []
+        for run in runs:
+            known_until = [row[key] for row in run["history"] if key in row and row["step"] <= end]
+            if not known_until:
+                raise ValueError(
+                    f"{task}, {name}: no {key} at or before step {end}, the end of all"
+                )
+            level.append(worst if known_until[-1] is None else known_until[-1])  # it has diverged
         cosines, radii = (
-            tuple(_mean([_at(run, what, part * end) for run in runs]) for part in WHEN.values())
+            tuple(_mean([_at(run, what, part, end) for run in runs]) for part in WHEN.values())
             for what in (cosine, "report_rho")
         )
         mean = statistics.fmean(level)
-        found.append(Point(task, name, mean, key != "perplexity", cosines, radii, len(runs)))
+        found.append(Point(task, name, mean, key, cosines, radii, len(runs)))
     return found
 
 
-def _at(run: dict[str, Any], key: str, step: float) -> float:
-    """Return a number of the report that is nearest to a step."""
-    rows = [row for row in run["history"] if "report_rho" in row]
-    row = min(rows, key=lambda row: abs(row["step"] - step))
-    return row.get(key, math.nan)
+def _at(run: dict[str, Any], key: str, part: float, end: int) -> float:
+    """Return a number of the report that is nearest to a part of the training.
+
+    NaN if none is near: within a tenth of the training, and not that of the start for a later part.
+    """
+    rows = [row for row in run["history"] if "report_rho" in row and (row["step"] > 0 or part == 0)]
+    away = {abs(row["step"] - part * end): row for row in rows}
+    nearest = min(away, default=math.inf)
+    return away[nearest].get(key, math.nan) if nearest <= 0.1 * end else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -194,7 +216,7 @@ def picture(found: Sequence[Point]) -> bytes:
                 face = "none" if marker == "o" else color
                 axes.plot(cosine, p.level, marker, c=color, markerfacecolor=face)
         axes.set(xlabel="cosine of the run's own gradient", title=task)
-        axes.set(ylabel="accuracy" if here[0].higher else "perplexity, downwards is better")
+        axes.set(ylabel=REACHED[here[0].key])
         axes.grid(alpha=0.3)
         if not here[0].higher:
             axes.invert_yaxis()
@@ -225,10 +247,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for text in args.files:
         name, equals, file = text.partition("=")
         try:
-            if not equals:
-                raise ValueError(f"{text!r}; expected NAME=FILE")
+            if not equals or not name or any(p.task == name for p in found):
+                raise ValueError(f"{text!r}; expected NAME=FILE, with another NAME for each FILE")
             found += points(name, json.loads(Path(file).read_text()))
-        except (OSError, ValueError, KeyError) as error:
+        except KeyError as error:
+            sys.exit(
+                f"report_predicts: {file}: a run has no {error}; expected a whole results.json"
+            )
+        except (OSError, TypeError, ValueError) as error:
             sys.exit(f"report_predicts: {file or text}: {error}")
     header, rows = table(found)
     lines = io.StringIO()

@@ -19,7 +19,8 @@ same batches in the same order. The table shows:
 - MiB: the memory that such a step allocates at most.
 
 If a run fails, its row shows the error. With --report, a gradient report is made on eight sequences
-at the start, after a tenth of the steps, and at the end. Its numbers are in the JSON.
+at the start, after a tenth of the steps, and at the end. Its numbers are in the JSON. Where the
+number of loops is drawn, they belong to one draw.
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ def report(
     model: LoopedForCausalLM, step: int, data: Tensor, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Return what a gradient report says of the model's own gradient, see `reported`."""
-    ids = data[: RADIUS_BATCH * args.length].view(-1, args.length).to(args.device)
+    count = min(RADIUS_BATCH, len(data) // args.length)
+    ids = data[: count * args.length].view(count, args.length).to(args.device)
     grad = model.config.grad
     dpp.set_step(model, step, total=args.steps)  # of schedules and ramps
     return reported(model, grad, {"input_ids": ids, "labels": ids}, lambda out: out.loss, [grad])
@@ -190,7 +192,7 @@ def train(
     if args.resume and (folder / "checkpoint.pt").is_file():
         restore(folder / "checkpoint.pt", run, model, optimizer, args)
     progress(run.steps, run.method)
-    reports = (0, args.steps // 10, args.steps) if args.report else ()
+    reports = (0, max(1, args.steps // 10), args.steps) if args.report else ()
     if run.steps in reports and not run.history:
         run.history.append({"step": 0, **report(model, 0, data[1], args)})
     while run.steps < args.steps:
@@ -292,7 +294,8 @@ def save(
     names = ["train loss", "residual", "rho", "ms/step", "MiB", "steps"]
     rows = [["method", "seed", *perplexities, *names]]
     for run in runs:
-        last = run.history[-1] if run.history else {"perplexity": {}}
+        evaluated = (row for row in reversed(run.history) if "perplexity" in row)
+        last = next(evaluated, {"perplexity": {}})
         numbers = [last["perplexity"].get(str(steps), math.nan) for steps in args.test_loops]
         cells = [f"{number:.5g}" for number in (*numbers, last.get("train_loss", math.nan))]
         cells.append(f"{last.get('residual', math.nan):.1e}")

@@ -148,6 +148,7 @@ def test_without_the_base_each_takes_its_own_steps(raced, harness):
     records, _ = raced({"slow": 0.1, "quick": 2.0}, {"slow": 1.0, "quick": 1.0})
     assert records["slow"].steps == records["quick"].steps == 8
     columns = harness("race").Race("accuracy", "accuracy").columns(list(records.values()))
+    assert columns[0].of(records["quick"]) == 12.0  # its own level: the median of 8, 12 and 16
     over = next(c for c in columns if c.title.startswith("time to ift"))
     assert math.isnan(over.of(records["quick"]))
 
@@ -284,6 +285,24 @@ def test_a_picture_of_what_reports_predict(tmp_path, capsys):
     file.write_text(json.dumps({"runs": []}))
     with pytest.raises(SystemExit, match="no finished run has reports"):
         predicts.main([f"task={file}"])
+    for content in ([1], {}, {"runs": 3}):
+        file.write_text(json.dumps(content))
+        with pytest.raises(SystemExit, match=r"expected a results\.json, or"):
+            predicts.main([f"task={file}"])
+    row = {"step": 0, "report_rho": 1.0, "accuracy": 0.5}
+    run = {"name": "a", "steps": 4, "total": 4, "error": None, "history": [row]}
+    for broken, said in (
+        ({"steps": 4}, "a run has no 'history'"),
+        (run | {"history": [row | {"step": 9}]}, "no accuracy at or before step 4"),
+    ):
+        file.write_text(json.dumps({"runs": [broken]}))
+        with pytest.raises(SystemExit, match=said):
+            predicts.main([f"task={file}"])
+    file.write_text(json.dumps({"runs": [run]}))
+    with pytest.raises(SystemExit, match="another NAME for each FILE"):
+        predicts.main([f"task={file}", f"task={file}"])
+    found = predicts.points("task", {"runs": [run | {"history": [row | {"accuracy": None}]}]})
+    assert found[0].level == -math.inf  # JSON has no NaN: it has diverged
 
 
 def test_a_recursive_model_has_a_panel_per_kind_of_cosine(tmp_path):
@@ -292,7 +311,9 @@ def test_a_recursive_model_has_a_panel_per_kind_of_cosine(tmp_path):
     row = {"report_rho": 0.9, "report_cosine": 0.3, "solved": 0.5}
     run["history"] = [{"step": 0} | row, {"step": 2, "cosine": 0.8} | row]
     exact, with_loop = predicts.points("Sudoku", {"runs": [run]})
-    assert (exact.task, exact.cosines, exact.level) == ("Sudoku", (0.3, 0.3, 0.3), 0.5)
+    assert (exact.task, exact.level, exact.key) == ("Sudoku", 0.5, "solved")
+    assert exact.cosines[::2] == (0.3, 0.3)
+    assert math.isnan(exact.cosines[1])  # no report is near a tenth
     assert with_loop.task == "Sudoku, with backpropagation"
     assert math.isnan(with_loop.cosines[0])  # there is no batch before the first step
     assert with_loop.cosines[2] == 0.8
@@ -310,7 +331,8 @@ def test_looped_language_models_are_compared_at_the_loops_of_training():
     content = {"costs": {}, "settings": {"loops": "8", "steps": 5}, "runs": [run]}
     (found,) = predicts.points("looped", content)
     assert (found.method, found.level, found.higher) == ("npg", 6.0, False)
-    assert (found.cosines, found.radii) == ((0.9, 0.9, 0.8), (1.0, 1.0, 2.0))
+    assert (found.cosines[::2], found.radii[::2]) == ((0.9, 0.8), (1.0, 2.0))
+    assert math.isnan(found.cosines[1])
     history[1]["perplexity"]["8"] = None  # JSON has no infinity
     assert predicts.points("looped", content)[0].level == math.inf
     content["settings"]["loops"] = "poisson(8)"
@@ -326,7 +348,7 @@ def test_rank_correlation_is_that_of_scipy():
     for _ in range(20):
         x, y = torch.randint(5, (2, 7), generator=generator).tolist()
         found = [
-            predicts.Point("", "", float(level), False, (float(c),) * 3, (0.0,) * 3, 1)
+            predicts.Point("", "", float(level), "perplexity", (float(c),) * 3, (0.0,) * 3, 1)
             for c, level in zip(x, y, strict=True)
         ]
         wanted = spearmanr(x, [-v for v in y]).statistic

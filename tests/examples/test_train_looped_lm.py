@@ -245,7 +245,7 @@ def test_a_killed_run_resumes_with_the_same_losses_and_draws(example, argv, monk
 
 
 @pytest.mark.filterwarnings("ignore:h is no equilibrium")  # after so few evaluations
-def test_reports_leave_the_training_as_it_is(example, argv, tmp_path, monkeypatch):
+def test_reports_leave_the_training_as_it_is(example, argv, monkeypatch):
     monkeypatch.setattr(example, "step_costs", lambda *args: {})
     methods = [
         "tbptt(k='uniform(1, 3)')@poisson(3)",
@@ -254,8 +254,8 @@ def test_reports_leave_the_training_as_it_is(example, argv, tmp_path, monkeypatc
     ]
     argv = [*argv, "--steps", "20", "--methods", *methods]
     plain, watched = example.main(argv), example.main([*argv, "--report"])
-    content = json.loads((tmp_path / "out" / "looped_lm_abc.json").read_text())
-    assert content["settings"]["report"] is True
+    resumed = example.main([*argv, "--resume"])  # reports or not, it is the same training
+    assert [run.history for run in resumed] == [run.history for run in watched]
     for one, other in zip(plain, watched, strict=True):
         reports = [row for row in other.history if "report_rho" in row]
         assert [row["step"] for row in reports] == [0, 2, 20]
@@ -353,3 +353,15 @@ def test_a_text_that_is_too_short(example, argv, text):
     text.write_text("short", encoding="utf-8")
     with pytest.raises(SystemExit, match="the text has 5 characters; expected at least 130"):
         example.main(argv)
+
+
+@pytest.mark.filterwarnings("ignore:h is no equilibrium")  # after so few evaluations
+def test_reports_of_a_short_text_and_of_a_run_that_fails(example, argv, text, tmp_path, capsys):
+    text.write_text("the cat sat. " * 40, encoding="utf-8")  # four sequences to validate with
+    argv = [*argv, "--report", "--steps", "2", "--methods", "tbptt(k=2)"]
+    (fine,) = example.main(argv)
+    assert [row["step"] for row in fine.history if "report_rho" in row] == [0, 1, 2]
+    (failed,) = example.main([*argv, "--lr", "1e30", "--steps", "8"])
+    assert failed.error is not None
+    assert "perplexity" not in failed.history[-1]  # the report of the start is all there is
+    assert "0; seed 0, step 1" in capsys.readouterr().out

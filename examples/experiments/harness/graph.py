@@ -54,7 +54,8 @@ class GraphSettings:
         eval_epochs: the number of epochs between evaluations.
         same_time_as: the name of another run. This run takes as many steps as fit into its time.
         report_grads: the specs of gradients whose cosines are measured, see `reported`; or none.
-        report_every: the number of steps between these reports; 0 for one per evaluation.
+        report_every: the number of steps between these reports, a multiple of that between
+            evaluations; 0 for one per evaluation.
     """
 
     dataset: str

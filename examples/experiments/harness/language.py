@@ -58,7 +58,8 @@ class LanguageSettings:
         eval_batch: the number of texts per batch of an evaluation.
         same_time_as: the name of another run. This run takes as many steps as fit into its time.
         report_grads: the specs of gradients whose cosines are measured, see `reported`; or none.
-        report_every: the number of steps between these reports; 0 for one per evaluation.
+        report_every: the number of steps between these reports, a multiple of that between
+            evaluations; 0 for one per evaluation.
     """
 
     train_file: str

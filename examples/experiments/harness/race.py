@@ -80,12 +80,17 @@ class Race:
 
         They show the level at the last step of the base, the time to the level of the base there,
         the time to its training loss there, which is less noisy, and the time of a step. All times
-        are relative to the base.
+        are relative to the base. Without a base the level is that at a run's own last step.
         """
         bases = {r.repeat: r for r in records if r.name == self.base and r.is_done and not r.error}
+        with_base = {r.repeat for r in records if r.name == self.base}
 
         def of_base(number: Callable[[Record, Record], float]) -> Callable[[Record], float]:
             return lambda r: number(r, bases[r.repeat]) if r.repeat in bases else math.nan
+
+        def reached(record: Record) -> float:
+            base = bases.get(record.repeat, None if record.repeat in with_base else record)
+            return self.scale * self.level(record, base.steps) if base is not None else math.nan
 
         def time(record: Record, base: Record) -> float:
             target = self.level(base, base.steps)
@@ -94,7 +99,7 @@ class Race:
         return [
             Column(
                 self.label,
-                of_base(lambda r, base: self.scale * self.level(r, base.steps)),
+                reached,
                 self.text,
             ),
             Column(f"time to {self.base}'s, over {self.base}", of_base(time), "{:.2f}", median_of),

@@ -65,7 +65,8 @@ class RecursiveSettings:
         eval_batch: the number of puzzles per batch of an evaluation.
         radius_puzzles: the number of test puzzles whose residuals and spectral radii are measured.
         report_grads: the specs of gradients whose cosines are measured, see `reported`; or none.
-        report_every: the number of steps between these reports; 0 for one per evaluation.
+        report_every: the number of steps between these reports, a multiple of that between
+            evaluations; 0 for one per evaluation.
     """
 
     box: int
