@@ -18,9 +18,8 @@ same batches in the same order. The table shows:
   same steps in turn, at eight points of training. The time is the mean of the eight medians.
 - MiB: the memory that such a step allocates at most.
 
-If a run fails, its row shows the error. With --report, a gradient report is made on eight sequences
-at the start, after a tenth of the steps, and at the end. Its numbers are in the JSON. Where the
-number of loops is drawn, they belong to one draw.
+A run that fails has its error in its row. With --report, the JSON has gradient reports on eight
+sequences at the start, after a tenth and at the end (of one draw, if the loops are drawn).
 """
 
 from __future__ import annotations
@@ -294,8 +293,7 @@ def save(
     names = ["train loss", "residual", "rho", "ms/step", "MiB", "steps"]
     rows = [["method", "seed", *perplexities, *names]]
     for run in runs:
-        evaluated = (row for row in reversed(run.history) if "perplexity" in row)
-        last = next(evaluated, {"perplexity": {}})
+        last = next((row for row in run.history[::-1] if "perplexity" in row), {"perplexity": {}})
         numbers = [last["perplexity"].get(str(steps), math.nan) for steps in args.test_loops]
         cells = [f"{number:.5g}" for number in (*numbers, last.get("train_loss", math.nan))]
         cells.append(f"{last.get('residual', math.nan):.1e}")
