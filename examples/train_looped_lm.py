@@ -169,11 +169,10 @@ def report(
     model: LoopedForCausalLM, step: int, data: Tensor, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Return what a gradient report says of the model's own gradient, see `reported`."""
-    count = min(RADIUS_BATCH, len(data) // args.length)
-    ids = data[: count * args.length].view(count, args.length).to(args.device)
-    grad = model.config.grad
+    ids = data.unfold(0, args.length, args.length)[:RADIUS_BATCH].to(args.device)
     dpp.set_step(model, step, total=args.steps)  # of schedules and ramps
-    return reported(model, grad, {"input_ids": ids, "labels": ids}, lambda out: out.loss, [grad])
+    own, inputs = model.config.grad, {"input_ids": ids, "labels": ids}
+    return reported(model, own, inputs, lambda out: out.loss, [own])
 
 
 def train(
