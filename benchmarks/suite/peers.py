@@ -41,8 +41,13 @@ def strategy(spec: str) -> dpp.GradStrategy:
 
 
 def attached(problem: Problem, spec: str, context: dpp.Context | None = None) -> Run:
-    """Return code that attaches one of our strategies at the equilibrium, and differentiates."""
+    """Return code that attaches one of our strategies at the equilibrium, and differentiates.
+
+    Without a context there is a memory, as in every host and adapter. So what is found out about F
+    is found out in the first run, and seldom again.
+    """
     named = strategy(spec)
+    context = context or dpp.Context(memory=dpp.Memory())
     return lambda: problem.backward(dpp.attach(problem.func, problem.equilibrium, named, context))
 
 
@@ -133,7 +138,9 @@ class Silva(nn.Module):
         self._engine = [SILVADEQEngine(config)]  # in a list, so that it is not a submodule
         self._tensors = tuple(parameters)
 
-    def forward(self, func: Callable[..., Any], start: State) -> tuple[list[State], Any]:
+    def forward(
+        self, func: Callable[..., Any], start: State, solver_kwargs: None = None
+    ) -> tuple[list[State], Any]:
         """Solve, attach the gradient, and return the states and a dict as TorchDEQ does."""
         single = isinstance(start, Tensor)
         state = self._engine[0](
@@ -198,7 +205,9 @@ class PhantomGrad(nn.Module):
         self._layer = [layer.MDEQWrapper(None, lam, k)]  # in a list, so it is not a submodule
         self._updates = updates
 
-    def forward(self, func: Callable[..., Any], start: State) -> tuple[list[State], Any]:
+    def forward(
+        self, func: Callable[..., Any], start: State, solver_kwargs: None = None
+    ) -> tuple[list[State], Any]:
         """Solve, attach the gradient, and return the states and a dict as TorchDEQ does."""
         if isinstance(start, Tensor):
             raise Unavailable("a list of images only")

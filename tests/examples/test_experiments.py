@@ -560,6 +560,30 @@ def test_training_that_begins_warm_tells_the_model_which_images_it_sees(harness)
     assert len(task.model.starts) == 64
 
 
+def test_reports_are_made_in_evaluations_only(harness):
+    interval = harness("reports").report_interval
+    assert (interval(0, 26), interval(26, 26), interval(78, 26)) == (26, 26, 78)
+    for every in (10, 27, -26):
+        with pytest.raises(
+            ValueError, match=rf"report_every={every}; expected a multiple of the 26"
+        ):
+            interval(every, 26)
+    with pytest.raises(ValueError, match="0 steps between evaluations; expected at least 1"):
+        interval(0, 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["time_to_accuracy", "auto_text", "auto_proteins", "recursive_sudoku"]
+)
+def test_each_kind_of_training_refuses_reports_between_evaluations(name, harness):
+    experiment = importlib.import_module(name).EXPERIMENT
+    plan = harness("plan").load_plan(
+        FOLDER / f"{name}.yaml", "smoke", experiment.settings, {"report_every": 7}
+    )
+    with pytest.raises(ValueError, match="report_every=7; expected a multiple of the"):
+        experiment.task(next(iter(plan.runs.values())), 0, None, torch.device("cpu"))
+
+
 @pytest.mark.slow
 def test_cosines_along_training_are_those_of_a_report(harness):
     """Of a model that begins warm too: test images are not taken for training images."""

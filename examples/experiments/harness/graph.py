@@ -21,7 +21,7 @@ from deq_phantom_plugin._plumbing.output import write_whole
 from deq_phantom_plugin.adapters.ignn import IGNN
 
 from . import processes
-from .reports import is_due, reported
+from .reports import is_due, report_interval, reported
 from .training import Task
 
 FOLDS = 10
@@ -119,6 +119,7 @@ class GraphTask(Task):
         self.epoch_steps = len(self.splits[0])
         self.steps = s.epochs * self.epoch_steps
         self.eval_every = s.eval_epochs * self.epoch_steps
+        self.report_every = report_interval(s.report_every, self.eval_every)
 
     def step(self, number: int) -> Tensor:
         """Take optimiser step `number` and return its loss, see `Task`."""
@@ -143,7 +144,7 @@ class GraphTask(Task):
         s = self.settings
         self.model.eval()
         found = self._measured()
-        if s.report_grads and is_due(step, s.report_every or self.eval_every, self.steps):
+        if s.report_grads and is_due(step, self.report_every, self.steps):
             batch, graph = self.splits[-1][0]
             inputs = {"x": batch.x, "edge_index": graph}
             inputs |= {} if self.is_nodes else {"batch": batch.batch}

@@ -14,7 +14,7 @@ import deq_phantom_plugin as dpp
 from deq_phantom_plugin.adapters.transformer import DEQTransformerConfig, DEQTransformerForCausalLM
 
 from . import processes
-from .reports import is_due, reported
+from .reports import is_due, report_interval, reported
 from .schedule import after_pretraining, cosine
 from .text import columns, load_text, segment, segments
 from .training import Diverged, Task
@@ -122,6 +122,7 @@ class LanguageTask(Task):
         processes.share(self.train_texts)  # fails here, and not in the first step
         segments(self.test_texts, s.length)
         self.steps, self.eval_every = s.steps, s.eval_every
+        self.report_every = report_interval(s.report_every, self.eval_every)
         torch.manual_seed(seed)
         config = DEQTransformerConfig(
             vocab_size=n_words,
@@ -188,7 +189,7 @@ class LanguageTask(Task):
             "residual": residual,
             "rho": float(radii.mean()),
         }
-        if s.report_grads and is_due(step, s.report_every or s.eval_every, self.steps):
+        if s.report_grads and is_due(step, self.report_every, self.steps):
             inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
             found |= reported(self.model, s.grad, inputs, lambda out: out.loss, s.report_grads)
         return found

@@ -21,7 +21,7 @@ from deq_phantom_plugin._plumbing.extras import require
 
 from . import processes
 from .memory import PeakMemory
-from .reports import is_due, reported
+from .reports import is_due, report_interval, reported
 from .sudoku import load_puzzles
 from .training import Task
 
@@ -196,6 +196,7 @@ class RecursiveTask(Task):
             weight_decay=s.weight_decay,
         )
         self.steps, self.eval_every = s.steps, s.eval_every
+        self.report_every = report_interval(s.report_every, self.eval_every)
 
     def step(self, number: int) -> Tensor:
         """Take optimiser step `number` and return its loss, see `Task`."""
@@ -287,7 +288,7 @@ class RecursiveTask(Task):
         found["memory"] = memory.peak / 2**20
         if step > 0:  # before the first step there is no batch
             found |= self._against_backpropagation()
-        if s.report_grads and is_due(step, s.report_every or self.eval_every, self.steps):
+        if s.report_grads and is_due(step, self.report_every, self.steps):
             found |= self._report()
         self.optimizer.zero_grad()
         return found

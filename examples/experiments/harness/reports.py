@@ -10,6 +10,30 @@ from torch import Tensor, nn
 import deq_phantom_plugin as dpp
 
 
+def report_interval(every: int, evaluations: int) -> int:
+    """Return the number of steps between reports, which are made in evaluations only.
+
+    Args:
+        every: the setting `report_every`; 0 for a report in every evaluation.
+        evaluations: the number of steps between evaluations.
+
+    Raises:
+        ValueError: if there are no evaluations, or `every` is negative or no multiple of
+            `evaluations`.
+    """
+    if evaluations < 1:
+        raise ValueError(
+            f"eval_every or eval_epochs gives {evaluations} steps between evaluations; expected at "
+            "least 1"
+        )
+    if every < 0 or every % evaluations:
+        raise ValueError(
+            f"report_every={every!r}; expected a multiple of the {evaluations} steps between "
+            "evaluations, or 0 for a report in each of them"
+        )
+    return every or evaluations
+
+
 def is_due(step: int, every: int, steps: int) -> bool:
     """Whether a report is made after a step: at the start, at the end, every so many steps."""
     return step % every == 0 or step == steps

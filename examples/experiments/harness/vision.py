@@ -16,7 +16,7 @@ from deq_phantom_plugin.adapters.mdeq import MDEQ
 
 from . import peers, processes
 from .images import load_images
-from .reports import is_due, reported
+from .reports import is_due, report_interval, reported
 from .schedule import after_pretraining, cosine
 from .training import Task
 
@@ -151,6 +151,7 @@ class VisionTask(Task):
             self.eval_every = min(self._accuracy_every, s.radius_every)
         if s.eval_every:
             self._accuracy_every = self.eval_every = s.eval_every
+        self.report_every = report_interval(s.report_every, self.eval_every)
         torch.manual_seed(seed)
         deq: dict[str, Any] = {"f_solver": s.f_solver}
         for name in ("f_max_iter", "eval_f_max_iter", "f_tol"):
@@ -225,7 +226,7 @@ class VisionTask(Task):
             damped = self.model.spectral_radius(s.radius_lam, **options)
             found |= {"rho": float(radii.mean()), "rho_max": float(radii.max())}
             found["rho_damped"] = float(damped.mean())
-        if s.report_grads and is_due(step, s.report_every or self.eval_every, self.steps):
+        if s.report_grads and is_due(step, self.report_every, self.steps):
             found |= self._report()
         return found
 
