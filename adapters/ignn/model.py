@@ -22,6 +22,8 @@ from deq_phantom_plugin._plumbing.extras import require
 from .conv import IGNNConv, lifted
 from .graph import Edges, Graph, LastGraph, check_edges, check_features, check_graph, parse_edges
 
+_NODE_TOL = 1e-3  # where scores depend on the direction of a state, however small the state is
+
 
 class IGNN(nn.Module):
     """A network of implicit graph layers, as in the official code; returns scores, not softmax.
@@ -95,6 +97,10 @@ class IGNN(nn.Module):
         self.convs = nn.ModuleList(
             IGNNConv(a, b, kappa, grad, **settings) for a, b in itertools.pairwise(sizes)
         )
+        if task == "node" and not self.has_skips:
+            # The scores are of states that are divided by their lengths, so small states count too.
+            last: Any = self.convs[-1]
+            last.equilibrium.node_tol = _NODE_TOL
         self.skips = nn.ModuleList(
             _linear(a, b) for a, b in itertools.pairwise(sizes) if self.has_skips
         )

@@ -16,6 +16,7 @@ from .packing import Packing, batch_size, relative_norm, wide_dtype
 from .progress import Apply, Solution
 from .pushforward import Pushforward
 from .repeats import Repeats
+from .scales import drowns
 from .system import SOLVERS, AdjointSolver, check_solver, solve
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "batch_size",
     "broyden",
     "check_solver",
+    "drowns",
     "fixed_point",
     "implicit",
     "inside_checkpoint",

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._plumbing.lockstep import active
 from .._plumbing.once import warn_once
 from ..adjoint import (
     VJP,
@@ -16,13 +17,14 @@ from ..adjoint import (
     Linearization,
     Solution,
     check_solver,
+    drowns,
     fixed_point,
     implicit,
     solve,
 )
 from ..contract.errors import ConvergenceWarning, NonFiniteError
 from ..contract.memory import Memory
-from ..contract.state import State
+from ..contract.state import State, flatten
 from ..contract.strategy import BackwardStats, Context, GradStrategy
 from .arguments import boolean, positive_float, positive_int, positive_or_none
 from .registry import register_strategy
@@ -109,9 +111,12 @@ class IFT(GradStrategy):
         # `adjoint` keeps these alive until backward, and not the whole context.
         batch_dim, memory, monitor = context.sample_dim, context.memory, context.monitor
         rescue = Rescue(func, equilibrium, context) if context.on_failure else None
+        h = flatten(equilibrium)[0] if batch_dim is None and self.clip is None else None
 
         def adjoint(vjp: VJP, v: list[Tensor]) -> list[Tensor]:
             g, solution = self.solved(vjp, v, batch_dim, memory, rescue)
+            if h is not None and solution.converged:
+                self.say_drowned(vjp, v, g, h)
             if monitor is not None:
                 monitor(stats_of(self, solution))
             return g
@@ -179,6 +184,24 @@ class IFT(GradStrategy):
             for name, leaf in zip(_names(g), g, strict=True):
                 kept.keep(name, leaf)
         return g, solution
+
+    def say_drowned(self, vjp: VJP, v: list[Tensor], g: list[Tensor], h: list[Tensor]) -> None:
+        """Warn once where the residual of one system is small because of a few of its parts.
+
+        For the arguments see `drowns`.
+        """
+        # Processes in lockstep would wait for a product that only one of them takes.
+        if active() is None and drowns(vjp, v, g, h, self.tol):
+            warn_once(
+                "ift of unequal parts",
+                f"{self!r}: the gradient that comes in is far larger where the state is small, as "
+                "behind a head that divides the state of each node by its length. The residual is "
+                f"below tol={self.tol} because of these few numbers, and the gradient of all "
+                "others may be wrong. Solve for the state in units of its length, h = size * u "
+                "with u = F(size * u) / size (IGNN of this package does so), or take 'upg' or "
+                "'npg'. This warning is given once.",
+                ConvergenceWarning,
+            )
 
     def _warn(self, solution: Solution, of_user: bool) -> None:
         """Warn where a solve stopped short.
