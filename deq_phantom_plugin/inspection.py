@@ -13,12 +13,12 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._plumbing.compilation import never_compiled
+from ._plumbing.identity import identity, is_alive
 from ._plumbing.lockstep import active, part
 from ._plumbing.once import warn_once
 from ._plumbing.random_state import forked_rng, is_same, random_state
@@ -35,7 +35,7 @@ from .contract.strategy import Context
 # hence the factor. Where nothing changed, a difference may be the rounding of 16 bits inside F.
 _ROUNDING, _ROUNDING_INSIDE = 8, 1e-3
 _EARLY, _EVERY = (7, 17, 31), 61  # uses at which the question is asked again; see `is_due`
-_DEEPEST = 10  # the most wrappers around F that are looked through
+_MOST = 32  # the most maps of the same code and modules that are told apart by numbers and names
 FAR = 0.1  # ||F(h) - h|| over their size above which a sample is no equilibrium; as in guard
 _NEAR = 1e-3  # root mean square of F(h) - h that is near; TorchDEQ stops at a norm of 1e-3
 _DRAWS = 16  # further evaluations of an F that draws numbers, and has returned the same so far
@@ -166,17 +166,28 @@ def _found(
     judged: bool,
 ) -> Findings:
     """Return what the memory knows about F, or inspect F now and keep what is found."""
-    memory, key = context.memory, (structure, judged, *_identity(func))
-    known = None if memory is None else memory.findings.get((memory.training, *key))
-    found: Findings | None = known
-    if found is None or found.is_due or (found.coupled is None and (n_samples or 0) > 1):
+    memory = context.memory
+    if memory is None:
         found = inspect_map(func, equilibrium, None if n_samples is None else 0)
         _say(found, judged)
-        if memory is not None:
-            if known is not None and known.are_current:
-                found = replace(found, uses=known.uses)
-            _forget_the_dead(memory.findings)
-            memory.findings[(memory.training, *key)] = found
+        return found
+    *same, constants = identity(func)
+    same = [memory.training, structure, judged, *same]
+    key = (*same, constants)
+    if key not in memory.findings:
+        # A number may count steps. Then each step has another map, but not one to ask about.
+        others = [known for known in memory.findings if list(known[:-1]) == same]
+        key = (*same, ()) if len(others) >= _MOST else key
+    known: Findings | None = memory.findings.get(key)
+    if known and not known.is_due and (known.coupled is not None or (n_samples or 0) <= 1):
+        return known
+    found = inspect_map(func, equilibrium, None if n_samples is None else 0)
+    _say(found, judged)
+    if known is not None and known.are_current:
+        found = replace(found, uses=known.uses)
+    for old in [old for old in memory.findings if not is_alive(old)]:
+        del memory.findings[old]
+    memory.findings[key] = found
     return found
 
 
@@ -188,42 +199,6 @@ def _check_told(batch_dim: int | None, leaves: Sequence[Tensor]) -> None:
             f"batch_dim={batch_dim} of a state with at most {most} dimensions; expected one of "
             "these, None where samples depend on one another, or 'auto' to find that out"
         )
-
-
-def _identity(func: Any) -> tuple[Any, ...]:
-    """Return a key for F among the maps that share a memory.
-
-    It holds F's code, which is the same when a closure is made anew, and the modules inside F.
-    """
-    inside: list[Any] = []
-    for _ in range(_DEEPEST):
-        if isinstance(func, functools.partial):
-            inside += [*func.args, *func.keywords.values()]
-            func = func.func
-        elif callable(inner := getattr(func, "__wrapped__", None)):
-            func = inner
-        else:
-            break
-    inside.append(getattr(func, "__self__", func))
-    inside += [c.cell_contents for c in getattr(func, "__closure__", None) or () if _full(c)]
-    code = getattr(getattr(func, "__func__", func), "__code__", type(func))
-    # Not the `id` of a module: a later module may have the same.
-    return (code, *(weakref.ref(x) for x in inside if isinstance(x, nn.Module)))
-
-
-def _forget_the_dead(findings: dict[tuple[Any, ...], Any]) -> None:
-    """Drop what was found about maps whose modules are gone, such as one made in each step."""
-    for key in list(findings):
-        if any(isinstance(part, weakref.ref) and part() is None for part in key):
-            del findings[key]
-
-
-def _full(cell: Any) -> bool:  # whether a cell of a closure holds a value yet
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def say_coupled() -> None:

@@ -301,7 +301,7 @@ class MDEQ(nn.Module):
         return jac_reg(func, state, next((m.step for m in memories), None))
 
     def _damped_step(self, func: Callable[..., list[Tensor]], state: list[Tensor]) -> list[Tensor]:
-        with torch.set_grad_enabled(attaches(self.deq)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and attaches(self.deq)):
             pairs = zip(state, func(*state), strict=True)
             return [torch.lerp(h, new, self.eval_lam) for h, new in pairs]
 

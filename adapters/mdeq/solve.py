@@ -41,6 +41,10 @@ def residual_of(func: Callable[[list[Tensor]], list[Tensor]], state: list[Tensor
         state: h, a list of tensors whose first dimension is the batch.
     """
     with Trial(state):
-        h, image = (torch.cat([x.flatten(1) for x in s], dim=1) for s in (state, func(state)))
+        # Squares of 16 bits overflow above 256.
+        wide = torch.promote_types(state[0].dtype, torch.float32)
+        h, image = (
+            torch.cat([x.flatten(1) for x in s], dim=1).to(wide) for s in (state, func(state))
+        )
     residual: Tensor = (image - h).norm(dim=1) / (image.norm(dim=1) + 1e-9)
     return residual

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 from torch import Tensor, nn
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from .buffers import Buffers
 from .compilation import eager
@@ -34,6 +36,7 @@ class Trial(AbstractContextManager["Trial"]):
     - Buffers of modules that run in this thread (running statistics, vectors of power iterations)
       are restored at the end.
     - Compiled code runs uncompiled, since hooks do not see the modules inside of compiled code.
+    - Selective activation checkpointing neither keeps nor hands out what is computed here.
 
     What F keeps elsewhere, such as in a list or a global variable, is not restored.
 
@@ -66,6 +69,7 @@ class Trial(AbstractContextManager["Trial"]):
 
     def __enter__(self) -> Trial:
         self._stack.enter_context(eager())
+        self._stack.enter_context(_outside_selective_checkpoint())
         self._stack.enter_context(forked_rng(self._leaves))
         self._stack.callback(self._buffers.put_back)
         self._stack.enter_context(self._buffers.noting())
@@ -75,3 +79,16 @@ class Trial(AbstractContextManager["Trial"]):
     def __exit__(self, *error: object) -> None:
         _running.depth -= 1
         self._stack.close()
+
+
+def _outside_selective_checkpoint() -> AbstractContextManager[None]:
+    """Leave a region of selective activation checkpointing, if this code runs in one.
+
+    In the region's second run the mode hands out the results of the first one, by their number. A
+    trial is not part of both runs. So what it computes would move all numbers behind it.
+    """
+    names = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    kinds = tuple(getattr(checkpoint, name) for name in names if hasattr(checkpoint, name))
+    if any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack()):
+        return _disable_current_modes()
+    return nullcontext()

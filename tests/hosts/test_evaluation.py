@@ -539,3 +539,44 @@ def test_frameworks_that_attach_in_either_mode(name):
     assert dpp.set_grad(model, "jfb()", in_eval=True) == 1
     with pytest.raises(ValueError, match=f"in_eval=False: {name} attaches in evaluation mode too"):
         dpp.set_grad(model, "jfb()", in_eval=False)
+
+
+# --- forward mode --------------------------------------------------------------------------------
+
+
+def _tangent(model, x, direction, grad_mode):
+    with torch.set_grad_enabled(grad_mode), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        return torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+
+
+def _forward_models(**settings):
+    owned = dpp.Equilibrium("fixed_point", "exact", tol=1e-13, max_iter=400, **settings)
+    return [Model(owned), Model(Hosted(grad="exact", **settings))]
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("in_eval", [True, False])
+def test_no_grad_does_not_switch_tangents_off(grad_mode, in_eval):
+    """As PyTorch has it: forward mode goes on under `torch.no_grad`."""
+    torch.manual_seed(1)
+    x, direction = torch.randn(2, 3, 5, dtype=torch.float64).unbind()
+    for model in _forward_models(grad_in_eval=in_eval):
+        model.double().train(not in_eval)
+        with torch.no_grad():
+            ahead, back = model(x + 1e-6 * direction), model(x - 1e-6 * direction)
+        found = _tangent(model, x, direction, grad_mode)
+        torch.testing.assert_close(found, (ahead - back) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_a_tangent_that_is_lost_in_evaluation_mode_is_said(grad_mode):
+    """Also where all parameters are frozen, so that nothing requires grad."""
+    for model in _forward_models():
+        model.double().eval().requires_grad_(False)
+        x, direction = torch.ones(2, 3, 5, dtype=torch.float64).unbind()
+        with pytest.warns(dpp.AssumptionWarning, match="carry a tangent of forward mode"):
+            assert _tangent(model, x, direction, grad_mode) is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)  # without a tangent there is nothing to lose
