@@ -6,14 +6,16 @@ size of its largest eigenvalue. Both take vector-Jacobian products; J itself is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._plumbing.buffers import Buffers
 from ._plumbing.compilation import as_written, never_compiled
+from ._plumbing.inference import refuse_in_inference_mode
 from ._plumbing.lockstep import in_lockstep
 from ._plumbing.once import warn_once
 from ._plumbing.precision import full_precision
@@ -43,7 +45,12 @@ def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: 
     A `func` that was compiled runs as it was written, since compiled code can be differentiated
     once only. `scaled_dot_product_attention` takes its MATH kernel, the one that has a second
     derivative. Where another operation in `func` has none, the number is right, and its backward
-    pass is an error.
+    pass is an error. One case cannot be told, here as in any second derivative of PyTorch: a custom
+    `torch.autograd.Function` whose backward takes for a constant what its forward computed on the
+    way, such as a slope. Its gradient here is wrong. Let it save its inputs or outputs instead;
+    `torch.autograd.gradgradcheck` tells whether it is right.
+
+    Buffers, such as running statistics, change as in one evaluation of `func`.
 
     Args:
         func: F, from a state to a state of the same structure.
@@ -56,10 +63,11 @@ def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: 
     Raises:
         ValueError: if `n_samples` is not a whole number of at least 1, or `func` or `equilibrium`
             break the contract (see `dpp.attach`).
-        RuntimeError: inside a transform of `torch.func`.
+        RuntimeError: inside a transform of `torch.func`, or in inference mode.
     """
     n_samples = positive_int("n_samples", n_samples)
     refuse_in_torch_func("dpp.jacobian_reg")
+    refuse_in_inference_mode("dpp.jacobian_reg")
     check_equilibrium(equilibrium)
     leaves, structure = flatten(equilibrium)
     leaves = as_constants(leaves)  # forward mode would follow a solve without autograd, too
@@ -76,12 +84,15 @@ def jacobian_reg(func: Callable[[State], State], equilibrium: State, n_samples: 
         options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         for _ in range(n_samples if outputs else 0):
             probes = [torch.randn_like(output) for output in outputs]
-            products = grad(outputs, inputs, probes, **options)
-            total = total + sum(p.abs().square().sum(dtype=p.real.dtype) for p in products)
+            with _buffers_kept():  # a checkpoint in F runs its modules again
+                products = grad(outputs, inputs, probes, **options)
+            # The squares, too: in 16 bits they overflow, or fall to zero.
+            total = total + sum(p.abs().to(total.dtype).square().sum() for p in products)
     reg = total / (n_samples * sum(leaf.numel() for leaf in leaves))
     return reg if differentiable else reg.detach()
 
 
+@never_compiled
 def spectral_radius(
     func: Callable[[State], State],
     equilibrium: State,
@@ -119,20 +130,17 @@ def spectral_radius(
     Raises:
         ValueError: if an argument is out of range, or `func` or `equilibrium` break the contract.
         NonFiniteError: if a product is NaN or infinite.
+        RuntimeError: inside a transform of `torch.func`, or in inference mode.
     """
     tol, max_iter = positive_float("tol", tol), positive_int("max_iter", max_iter)
-    factors: list[Any] = list(lam) if isinstance(lam, Sequence) else [lam]
-    valid = [f is None or (_is_number(f) and 0 < f <= 1) for f in factors]
-    if not valid or not all(valid):
-        raise ValueError(
-            f"lam={lam!r}; expected a number in (0, 1], a sequence of such numbers, or None for J"
-        )
+    factors = _factors(lam)
     check_batch_dim(batch_dim)
     check_equilibrium(equilibrium)
-    with in_lockstep():
-        with Trial(equilibrium):  # a measurement leaves buffers and random state as they were
-            checked = CheckedFunc(func, equilibrium)
-            graph = Linearization(checked, equilibrium, "dpp.spectral_radius")
+    # A measurement leaves buffers and random state as they were. A checkpoint in F runs its modules
+    # again for each product, also for those that other processes need at the lockstep's end.
+    with Trial(equilibrium), in_lockstep():
+        checked = CheckedFunc(func, equilibrium)
+        graph = Linearization(checked, equilibrium, "dpp.spectral_radius")
         packing, radii = _packing(graph, batch_dim), list[Tensor]()
         random = start = random_start(packing)
         for factor in factors:
@@ -179,6 +187,28 @@ def _packing(graph: Linearization, batch_dim: BatchDim) -> Packing:
         return packing
     say_coupled()
     return Packing(graph.inputs, None)
+
+
+@contextmanager
+def _buffers_kept() -> Iterator[None]:
+    """Restore the buffers of modules that run inside a `with` block, and no random state."""
+    buffers = Buffers()
+    try:
+        with buffers.noting():
+            yield
+    finally:
+        buffers.put_back()
+
+
+def _factors(lam: float | Sequence[float] | None) -> list[float | None]:
+    """Return the damping factors, checked."""
+    factors: list[Any] = list(lam) if isinstance(lam, Sequence) else [lam]
+    valid = [f is None or (_is_number(f) and 0 < f <= 1) for f in factors]
+    if not valid or not all(valid):
+        raise ValueError(
+            f"lam={lam!r}; expected a number in (0, 1], a sequence of such numbers, or None for J"
+        )
+    return factors
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import deq_phantom_plugin as dpp
 from conftest import equilibria
@@ -199,6 +202,27 @@ def test_jacobian_reg_is_differentiable():
     assert torch.autograd.gradcheck(reg, (weight, inject))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("size", [0.9, 1e-4])
+def test_squares_of_16_bits_are_added_in_32(dtype, size):
+    """In float16 their sum would be infinite above 65504, and small ones would be zero."""
+    a = torch.tensor(size, dtype=dtype, requires_grad=True)
+    state = (torch.zeros(64, 1024, dtype=dtype), torch.zeros(70, 1000, dtype=dtype))
+    torch.manual_seed(0)
+    found = dpp.jacobian_reg(lambda h: (a * h[0], a * h[1]), state)
+    torch.manual_seed(0)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    probes = torch.cat([torch.randn_like(leaf).flatten().to(wide) for leaf in state])
+    expected = (a.detach().to(wide) * probes).abs().square().mean()  # J is a times the identity
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=0)
+    if size > 0.1:  # below, gradients in 16 bits need a scaled loss
+        (slope,) = torch.autograd.grad(found, a)
+        torch.testing.assert_close(
+            slope.real.double(), 2 * expected / a.detach().real.double(), rtol=1e-2, atol=0
+        )
+
+
 def test_jacobian_reg_costs_one_evaluation_and_one_product_a_probe():
     problem = make_equilibrium([(2, 3)])
     evaluations, products = [], []
@@ -242,6 +266,53 @@ def test_radii_of_several_factors_at_once_are_those_of_each_alone():
 def test_damping_factors_of_a_radius_are_checked(lam):
     with pytest.raises(ValueError, match="lam="):
         dpp.spectral_radius(lambda h: h, torch.zeros(1, 2), lam)
+
+
+# --- F with a checkpoint, which runs its modules again for each product ---------------------------
+
+
+def checkpointed():
+    """A network that updates buffers and draws; F without and with a checkpoint; a state."""
+    torch.manual_seed(0)
+    parts = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.2)
+    net = nn.Sequential(*parts).double()
+    with torch.no_grad():
+        net[0].weight.mul_(0.3)
+    h = torch.randn(6, 4, dtype=torch.float64)
+    kept = lambda h: 0.5 * checkpoint(net, h, use_reentrant=False)  # noqa: E731
+    return net, lambda h: 0.5 * net(h), kept, h
+
+
+@pytest.mark.parametrize("batch_dim", ["auto", None])
+@pytest.mark.filterwarnings("ignore:the samples of the batch depend")
+def test_the_products_of_a_radius_leave_no_trace_in_buffers(batch_dim):
+    net, plain, kept, h = checkpointed()
+    net[3].p = 0.0
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    found = dpp.spectral_radius(kept, h, batch_dim=batch_dim, tol=1e-8)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert torch.equal(torch.get_rng_state(), state)
+    dense = torch.autograd.functional.jacobian(plain, h).reshape(24, 24)
+    torch.testing.assert_close(found, radius_of(dense))
+
+
+def test_the_products_of_jacobian_reg_change_buffers_and_random_state_as_one_evaluation_does():
+    found = []
+    for which in ("plain", "kept"):
+        net, plain, kept, h = checkpointed()
+        torch.manual_seed(1)
+        reg = dpp.jacobian_reg(plain if which == "plain" else kept, h, n_samples=3)
+        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        drawn = torch.rand(4)
+        found.append((reg.detach(), *torch.autograd.grad(reg, net[0].weight), drawn))
+        net, plain, _, h = checkpointed()
+        torch.manual_seed(1)
+        plain(h)
+        for name, buffer in net.named_buffers():
+            assert torch.equal(buffer, buffers[name]), (which, name)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # --- kernels without a second derivative ---------------------------------------------------------
@@ -289,6 +360,60 @@ class _Twice(_Kernel):
         return gradient * 3 * x**2
 
 
+class _Attribute(_Kernel):
+    """One that keeps its input, and a mask of floats, as attributes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x, ctx.mask = x, (x > -0.1).to(x)
+        return x**3 * ctx.mask
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 3 * ctx.x**2 * ctx.mask
+
+
+class _WithSlope(_Kernel):
+    """One that saves its slope, and returns it too, so that it has a derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        slope = 3 * x**2
+        ctx.save_for_backward(x, slope)
+        return x**3, slope
+
+    @staticmethod
+    def backward(ctx, gradient, of_slope):
+        x, slope = ctx.saved_tensors
+        return gradient * slope + of_slope * 6 * x
+
+
+class _KeptSlope(_Kernel):
+    """One whose slope is a number to autograd, and no function of x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.slope = 3 * x**2
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.slope
+
+
+class _SavedSlope(_Kernel):
+    """The same; to save an intermediate result does not help."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(3 * x**2)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0]
+
+
 def second(method, part):
     """A gradient through a second derivative of an equilibrium with a `part` in its map."""
     torch.manual_seed(0)
@@ -331,6 +456,33 @@ def test_fused_attention_has_the_second_derivative_of_eager_attention(method):
 def test_what_has_no_second_derivative_is_refused_in_backward(method, part, what):
     with pytest.raises(RuntimeError, match=f"{re.escape(method)}.*{what}.*'eager'.*MATH kernel"):
         second(method, part)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("part", "plain"),
+    [
+        (_Attribute.apply, lambda x: x**3 * (x > -0.1)),
+        (lambda x: _WithSlope.apply(x)[0], lambda x: x**3),
+    ],
+)
+def test_what_a_custom_function_keeps_rightly_is_no_obstacle(method, part, plain):
+    torch.testing.assert_close(second(method, part), second(method, plain))
+
+
+@pytest.mark.parametrize("part", [_KeptSlope.apply, _SavedSlope.apply])
+def test_a_slope_that_a_custom_function_keeps_is_a_constant_as_in_pytorch(part):
+    """What no error tells. It is told by gradgradcheck, as the documentation says."""
+    h = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(_Twice.apply, (h,))
+    assert not torch.autograd.gradgradcheck(part, (h,), raise_exception=False)
+    a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)
+    (found,) = torch.autograd.grad(dpp.jacobian_reg(lambda h: part(a * h), h.detach()), a)
+    torch.manual_seed(0)
+    (product,) = torch.autograd.grad(part(a * h), h, torch.randn_like(h), create_graph=True)
+    (by_hand,) = torch.autograd.grad(product.square().mean(), a)
+    torch.testing.assert_close(found, by_hand)
 
 
 def test_the_regulariser_of_what_has_no_second_derivative_is_a_number():

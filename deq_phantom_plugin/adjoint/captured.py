@@ -32,7 +32,7 @@ def find_captured(
         ValueError: if `func` captures a tensor in a way that cannot be seen.
     """
     with _Find(inputs) as found:
-        result = func()
+        result: R = found.replaced(func())  # func may return a captured tensor as it is
     captured = []
     for leaf in _leaves_of_graph(outputs(result)):
         if id(leaf) in found.originals:
@@ -57,7 +57,7 @@ def call_with(func: Callable[[], R], replacements: Mapping[int, Tensor]) -> R:
         RuntimeError: if `func` does not use one of the captured tensors.
     """
     with _Replace(replacements) as mode:
-        result = func()
+        result: R = mode.replaced(func())
     if mode.missed:
         raise RuntimeError(
             f"func uses other tensors in backward than in the forward pass ({len(mode.missed)} of "
@@ -80,14 +80,17 @@ class _Replace(TorchFunctionMode):
         return set(self._replacements) - self._used
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        found = {id(tensor) for tensor in _tensors((args, kwargs))} & self._replacements.keys()
-        if found:
-            self._used |= found
-            args, kwargs = tree_map_only(
-                Tensor, lambda t: self._replacements.get(id(t), t), (args, kwargs)
-            )
+        args, kwargs = self.replaced((args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def replaced(self, tree: R) -> R:
+        """Return a tree of tensors with the others in place of those that it uses."""
+        found = {id(tensor) for tensor in _tensors(tree)} & self._replacements.keys()
+        if not found:
+            return tree
+        self._used |= found
+        replaced: R = tree_map_only(Tensor, lambda t: self._replacements.get(id(t), t), tree)
+        return replaced
 
 
 class _Find(_Replace):
@@ -101,20 +104,24 @@ class _Find(_Replace):
         self._known = {id(tensor): tensor for tensor in inputs}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        for tensor in _tensors(result):
+            self._known.setdefault(id(tensor), tensor)
+        return result
+
+    def replaced(self, tree: R) -> R:
+        """Return a tree of tensors, with copies of those that were not seen before."""
         # Where autograd is off, nothing is captured: the forward of a custom Function uses tensors
         # there, and its caller builds the graph.
         if torch.is_grad_enabled():
-            for tensor in _tensors((args, kwargs)):
+            for tensor in _tensors(tree):
                 if id(tensor) not in self._known:
                     self._known[id(tensor)] = tensor
                     if tensor.requires_grad:
                         copy = tensor.detach().requires_grad_()
                         self._copies[id(tensor)] = copy
                         self.originals[id(copy)] = tensor
-        result = super().__torch_function__(func, types, args, kwargs)
-        for tensor in _tensors(result):
-            self._known.setdefault(id(tensor), tensor)
-        return result
+        return super().replaced(tree)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -122,7 +129,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _leaves_of_graph(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield the tensors where a backward pass from the outputs would accumulate gradients."""
-    for node in graph_nodes(outputs):
-        if hasattr(node, "variable"):
-            yield node.variable
+    """Yield the tensors where a backward pass from the outputs would accumulate gradients, once."""
+    ends = [node.variable for node in graph_nodes(outputs) if hasattr(node, "variable")]
+    ends += [out for out in outputs if out.is_leaf and out.requires_grad]
+    yield from {id(end): end for end in ends}.values()

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from .._plumbing.cached_weights import made_anew
 from .._plumbing.compilation import as_written, never_compiled
+from .._plumbing.inference import refuse_in_inference_mode
 from .._plumbing.lockstep import Lockstep, active, product_of_zeros
 from .._plumbing.precision import AutocastState, full_precision
 from .._plumbing.second_order import DoubleBackward
@@ -122,6 +123,7 @@ def implicit(
         RuntimeError: inside a transform of `torch.func`, or in forward mode.
     """
     refuse_in_torch_func(user)
+    refuse_in_inference_mode(user)
     func = as_written(func)
     leaves, structure = flatten(equilibrium)
     autocast = AutocastState(leaves)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._plumbing.compilation import eager, never_compiled
+from .._plumbing.inference import refuse_in_inference_mode
 from .._plumbing.lockstep import active, product_of_zeros
 from .._plumbing.precision import full_precision
 from .._plumbing.transforms import (
@@ -22,7 +23,7 @@ from .._plumbing.transforms import (
     refuse_in_torch_func,
     sample_by_sample,
 )
-from ..contract.state import State, flatten, unflatten
+from ..contract.state import State, flatten, ordinary, unflatten
 from .packing import Packing
 
 # PyTorch before 2.8 cannot say which hooks are on top. There the stack of calls is asked.
@@ -38,11 +39,11 @@ class Linearization:
 
     Args:
         func: the map F.
-        equilibrium: h*, detached.
+        equilibrium: h*, detached. Leaves that were made in inference mode are copied.
         user: what asks for the graph, such as a strategy. Errors name it.
 
     Raises:
-        RuntimeError: inside a transform of `torch.func`.
+        RuntimeError: inside a transform of `torch.func`, or in inference mode.
 
     Attributes:
         inputs: the leaves of h* as they entered the graph.
@@ -59,10 +60,11 @@ class Linearization:
     ) -> None:
         self._user, self._together = user, active()
         refuse_in_torch_func(user)
+        refuse_in_inference_mode(user)  # J would look like zero
         leaves, self.structure = flatten(equilibrium)
         with torch.enable_grad(), _kept_from_checkpoint(), eager():
             anchor = torch.empty(0, requires_grad=True)
-            self.inputs: list[Tensor] = list(_Input.apply(anchor, *leaves))
+            self.inputs: list[Tensor] = list(_Input.apply(anchor, *map(ordinary, leaves)))
             self.outputs, _ = flatten(func(unflatten(self.inputs, self.structure)))
         self._differentiable = [i for i, out in enumerate(self.outputs) if out.requires_grad]
         if self._together is not None:

@@ -54,11 +54,13 @@ class CountedPasses:
     def __call__(self, state: State) -> State:
         """Evaluate F."""
         self.n_evaluations += 1
-        result = self._func(state)
-        outputs = [x for x in flatten(result)[0] if isinstance(x, Tensor) and x.requires_grad]
+        leaves, structure = flatten(self._func(state))
+        # Views, since a hook on a tensor that F returns as it is, such as a parameter, would stay.
+        leaves = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
+        outputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
         if outputs:
             torch.autograd.graph.register_multi_grad_hook(outputs, self._count, mode="any")
-        return result
+        return unflatten(leaves, structure)
 
     def _count(self, grad: Any) -> None:
         self.n_vjp += 1

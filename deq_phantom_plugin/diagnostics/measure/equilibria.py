@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._plumbing.inference import refuse_in_inference_mode
 from ..._plumbing.trial import Trial
 from ...contract.memory import Memory
 from ...contract.state import flatten
@@ -61,7 +62,9 @@ def solved(
     Raises:
         ValueError: if the model refuses the inputs, or the loss is not a scalar that depends on
             any of the solves.
+        RuntimeError: in inference mode.
     """
+    refuse_in_inference_mode("a measurement of gradients")
     solves: list[tuple[str, Solve]] = []
     ends = [
         host.observe(module, partial(_collect, solves, name)) for name, host, module in equilibria

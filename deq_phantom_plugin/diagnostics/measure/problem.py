@@ -16,10 +16,11 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map_only
 
 from ..._plumbing.compilation import as_written
+from ..._plumbing.inference import refuse_in_inference_mode
 from ...adjoint import Linearization, Packing, relative_norm
 from ...adjoint.probe import CountedPasses, with_probe
 from ...attach import attach
-from ...contract.state import CheckedFunc, State, check_equilibrium, flatten, unflatten
+from ...contract.state import CheckedFunc, State, check_equilibrium, flatten, ordinary, unflatten
 from ...contract.strategy import BackwardStats, Context, GradStrategy
 from ...inspection import Findings, inspect_map
 from ...jacobian import spectral_radius
@@ -37,7 +38,7 @@ class Problem:
 
     Attributes:
         func: F, from a state to a state.
-        equilibrium: h*, detached.
+        equilibrium: h*, detached. Leaves that were made in inference mode are copied.
         loss: a function from a state to a scalar.
         params: the tensors to differentiate with respect to, which F captures or is built from.
         context: the context for the strategies.
@@ -52,7 +53,11 @@ class Problem:
     edges: Sequence[GradientEdge] = ()
 
     def __post_init__(self) -> None:
+        refuse_in_inference_mode("a measurement of gradients")
         check_equilibrium(self.equilibrium)
+        leaves, structure = flatten(self.equilibrium)
+        state = unflatten([ordinary(leaf) for leaf in leaves], structure)
+        object.__setattr__(self, "equilibrium", state)
         if not self.edges:
             object.__setattr__(self, "params", check_params(self.params))
 
