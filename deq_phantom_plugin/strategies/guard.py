@@ -16,7 +16,10 @@ from ..contract.failure import FailurePolicy
 from ..contract.state import State, flatten, unflatten
 from ..contract.strategy import Context, GradStrategy
 from .arguments import positive_float
+from .auto import Measuring
+from .ift import IFT
 from .registry import Spec, get_strategy, parse_spec, register_strategy
+from .rescue import watched
 
 
 @register_strategy("guard")
@@ -30,7 +33,9 @@ class Guard(GradStrategy):
     - "warn" goes on with what there is, and says so once a run;
     - "raise" raises `ConvergenceError`, forward or in backward;
     - "fallback('jfb')", or any other spec, gives these samples that strategy's gradient. States
-      that are not finite begin again at the initial state.
+      that are not finite begin again at the initial state. Where the adjoint solve has failed, a
+      fallback other than jfb evaluates F again in backward, and leaves no trace of that. F must
+      then do the same as in the forward pass, and a warning or an error says so if it does not.
 
     `dpp.failures(model)` counts the samples. Costs one evaluation of F more than the strategy, and
     the host waits for the device once a forward pass. A strategy that owns its solve is left as it
@@ -45,7 +50,8 @@ class Guard(GradStrategy):
 
     Raises:
         ValueError: if an argument is out of range, or a spec invalid.
-        RuntimeError: in `attach`, inside a transform of `torch.func`.
+        RuntimeError: in `attach`, inside a transform of `torch.func`; in backward, if a fallback
+            finds other parameters in F than the forward pass (`torch.func.functional_call`).
     """
 
     grad: Spec = "ift"
@@ -111,6 +117,11 @@ class Guard(GradStrategy):
         """Whether the strategy inside does."""
         return self._strategy.exchanges
 
+    @property
+    def _solves_in_backward(self) -> bool:
+        """Whether a fallback may be evaluated in backward, where F has to be what it was."""
+        return self._policy.fallback is not None and isinstance(self._strategy, (IFT, Measuring))
+
     def within(self, steps: int) -> GradStrategy:
         """Return the guard of the strategy inside, for a loop of so many evaluations."""
         inner = self._strategy.within(steps)
@@ -129,19 +140,20 @@ class Guard(GradStrategy):
         equilibrium = _finite(equilibrium, packing, context)
         failed = _residual(func, equilibrium, packing) > self.forward_tol
         told = replace(context, on_failure=policy)
+        watching = watched(func, equilibrium, self) if self._solves_in_backward else func
         any_failed = _is_true(failed.any())
         if any_failed:
             message = f"the forward solve left a relative residual above {self.forward_tol}"
             policy.note("forward", failed, context.memory, message)
         # Where F communicates a fallback is evaluated in all processes, or in none.
         if policy.fallback is None or not any_of(any_failed):
-            return self._strategy.attach(func, equilibrium, told)
+            return self._strategy.attach(watching, equilibrium, told)
         fallback = policy.fallback.resolve(context).attach(func, equilibrium, context)
         # Where processes wait for one another, as where `auto` measures, one without a good sample
         # takes part, with a gradient of zero.
         if not any_of(not _is_true(failed.all())) and not self._strategy.exchanges:
             return fallback
-        attached, structure = flatten(self._strategy.attach(func, equilibrium, told))
+        attached, structure = flatten(self._strategy.attach(watching, equilibrium, told))
         chosen = [
             torch.where(mask.bool(), b, a)
             for mask, a, b in zip(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .._plumbing.buffers import Buffers, Seen, version
+from .._plumbing.buffers import Buffers, Seen, held, version
 from .._plumbing.compilation import eager
 
 
@@ -47,13 +47,17 @@ class Replay:
         buffers = Buffers()
         for module, _ in self._now:
             buffers.note(module)
+        # Among these may be buffers that F lends to a module, which the module does not hold now.
+        present = [Seen.now(seen.buffer) for seen in self._found[number - 1].values()]
         try:
             for (module, name), seen in self._found[number - 1].items():
                 seen.put_back(module, name)
-            with eager():
+            with eager(), buffers.noting():
                 yield
         finally:
             buffers.put_back()
+            for seen in present:
+                seen.restore()
 
     def suspects(self) -> list[str]:
         """Return the types of the modules that ran, and that draw at random or update buffers."""
@@ -64,7 +68,7 @@ class Replay:
         """Return the old values of the buffers that have changed since the last look."""
         changed = {}
         for (module, name), seen in self._now.items():
-            buffer = module._buffers.get(name)
+            buffer = held(module, name)
             if buffer is not seen.buffer or version(buffer) != seen.version:
                 if seen.buffer is None or seen.value is not None:
                     changed[module, name] = seen

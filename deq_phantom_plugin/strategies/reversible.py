@@ -251,6 +251,9 @@ class _Tape:
         leaves = []
         for leaf, f in zip(old.leaves, image, strict=True):
             if f.requires_grad:
+                # F may return a tensor of the user's, such as a parameter. A hook on that would
+                # stay, with the whole tape, and would see cotangents from elsewhere.
+                f = f.view_as(f)
                 f.register_hook(functools.partial(self._weigh, number))
             # beta F is rounded by itself, as on the way back: a zero then comes back as a zero.
             leaves.append(torch.add(beta * f.to(leaf.dtype), leaf, alpha=1 - beta))
