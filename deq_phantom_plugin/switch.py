@@ -32,6 +32,8 @@ def set_grad(module: nn.Module, spec: Spec | list[Spec], *, in_eval: bool | None
 
     Warns:
         UserWarning: if the model has no equilibrium. It says what would be found.
+        AssumptionWarning: once for each framework that is not enabled, if its equilibria keep their
+            own gradient until then. The spec is noted all the same, and acts from then on.
 
     Raises:
         ValueError: if the spec is invalid, or if `in_eval` asks for what a host cannot do. Then
@@ -49,6 +51,15 @@ def set_grad(module: nn.Module, spec: Spec | list[Spec], *, in_eval: bool | None
         switches += [host.prepare_in_eval(equilibrium, in_eval) for host, equilibrium in found]
     for switch in switches:
         switch()
+    for host in {host.name: host for host, _ in found}.values():
+        if not (host.is_enabled or host.acts_disabled(spec)):
+            warn_once(
+                f"{host.name} is not enabled",
+                f"set_grad: the host {host.name} is not enabled, so {spec!r} does not act, and "
+                f"training goes on with the gradient of the framework itself. Call dpp.enable("
+                f'"{host.name}"): the gradient is noted, and acts from then on. This is said once.',
+                AssumptionWarning,
+            )
     return len(found)
 
 

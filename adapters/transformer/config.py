@@ -94,6 +94,10 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 }
 
 
+# The settings whose writes are counted, and the attributes that count them.
+_COUNTS = {"grad": "_writes", "grad_in_eval": "_writes_in_eval"}
+
+
 class DEQTransformerConfig(PreTrainedConfig):
     """The architecture, the solver and the gradient of a `DEQTransformerForCausalLM`.
 
@@ -187,22 +191,26 @@ class DEQTransformerConfig(PreTrainedConfig):
         if check is not None:
             check(name, value)
         super().__setattr__(name, value)
-        # `dpp.set_grad` can change these two at the model as well; the last change counts.
-        if name in ("grad", "grad_in_eval"):
-            self.__dict__["_writes"] = self.__dict__.get("_writes", 0) + 1
+        # `dpp.set_grad` can change these two at the model as well; the last change of each counts.
+        if name in _COUNTS:
+            self.__dict__[_COUNTS[name]] = self.writes(name) + 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values to save."""
         found: dict[str, Any] = super().to_dict()
-        found.pop("_writes", None)
+        for count in _COUNTS.values():
+            found.pop(count, None)
         if found.get("solve_dtype") is None:  # the file is then as before this setting existed
             found.pop("solve_dtype", None)
         return found
 
-    @property
-    def writes(self) -> int:
-        """How often `grad` or `grad_in_eval` was written."""
-        return int(self.__dict__.get("_writes", 0))
+    def writes(self, name: str) -> int:
+        """Return how often `grad` or `grad_in_eval` was written."""
+        return int(self.__dict__.get(_COUNTS[name], 0))
+
+    def write_uncounted(self, **values: Any) -> None:
+        """Write `grad` and `grad_in_eval` for a while, such that no model follows."""
+        vars(self).update(values)
 
     @property
     def solver(self) -> tuple[str, int, float, str | None]:

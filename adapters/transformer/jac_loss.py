@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deq_phantom_plugin._plumbing.compilation import never_compiled
 from deq_phantom_plugin._plumbing.once import warn_once
+from deq_phantom_plugin._plumbing.trial import Trial
 from deq_phantom_plugin.contract.errors import AssumptionWarning
 
 __all__ = ["Joins", "by_sequence", "share_of_step"]
@@ -35,10 +36,13 @@ def by_sequence(
         weights: the share of each sequence, up to a factor, shape (B,); its tokens if None.
     """
     batch, length, _ = state.shape
-    count = state.new_full((batch,), length) if real is None else real.sum((1, 2))
-    share = (count if weights is None else weights).to(state.dtype)
-    share = share / share.sum().clamp_min(1)
-    scale = (share * batch * length / count.clamp_min(1)).sqrt()[:, None, None]
+    dtype = torch.promote_types(state.dtype, torch.float32)  # float16 ends at 65,504 tokens
+    count = state.new_full((batch,), length, dtype=dtype)
+    if real is not None:
+        count = real.sum((1, 2)).to(dtype)
+    share = (count if weights is None else weights).to(dtype)
+    share = share / share.sum().clamp_min(torch.finfo(dtype).tiny)  # weights may all be zero
+    scale = (share * batch * length / count.clamp_min(1)).sqrt()[:, None, None].to(state.dtype)
 
     def scaled(h: Tensor) -> Tensor:
         return func(h) * scale
@@ -73,7 +77,13 @@ class Joins:
 
     @never_compiled
     def watch(self, states: Tensor, jac_loss: Tensor | None) -> None:
-        """Warn if the last backward pass left the regulariser out, and watch the next one."""
+        """Warn if the last backward pass left the regulariser out, and watch the next one.
+
+        A report differentiates a loss to the states alone, so what runs in a `Trial` is no step.
+        Nor is a loss that is differentiated to `hidden_states`: the hook is on what lies behind.
+        """
+        if Trial.depth():
+            return
         if self._passed == {"states"}:
             warn_once(
                 "regulariser left out",
@@ -84,6 +94,6 @@ class Joins:
                 AssumptionWarning,
             )
         self._passed = passed = set()
-        if jac_loss is not None and jac_loss.requires_grad and states.requires_grad:
-            states.register_hook(lambda _: passed.add("states"))
+        if jac_loss is not None and jac_loss.requires_grad and states.grad_fn is not None:
+            states.grad_fn.register_hook(lambda *_: passed.add("states"))
             jac_loss.register_hook(lambda _: passed.add("jac_loss"))

@@ -9,10 +9,11 @@ model's own loss would be lost. So the smoother is hooked for the outputs of our
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils.generic import ModelOutput
 
 from deq_phantom_plugin.hosts.patches import Patches
 
@@ -20,20 +21,44 @@ __all__ = ["OutputTuple", "smooth_outputs_of"]
 
 
 class OutputTuple(tuple[Any, ...]):
-    """The values of an output (`return_dict=False`), with a reference to the output itself.
+    """The values of an output (`return_dict=False`), in a tuple that knows what they are.
+
+    Accelerate and `DataParallel` rebuild a tuple as `type(values)(new values)`, for other dtypes or
+    devices. So the class has the names of the values: each set of names has a class of its own.
 
     Attributes:
-        output: the output.
+        kind: the class of the output.
+        names: the names of the values.
     """
 
-    output: Any
+    kind: ClassVar[type[ModelOutput]]
+    names: ClassVar[tuple[str, ...]]
+    _made: ClassVar[dict[Any, type[OutputTuple]]] = {}
 
     @classmethod
-    def of(cls, output: Any, values: tuple[Any, ...]) -> OutputTuple:
-        """Return a tuple of values that remembers its output."""
-        made = cls(values)
-        made.output = output
-        return made
+    def of(cls, output: ModelOutput, values: tuple[Any, ...]) -> OutputTuple:
+        """Return a tuple of the values of an output that are not None."""
+        return _tuple_of(type(output), tuple(output.keys()), values)
+
+    @property
+    def output(self) -> Any:
+        """The output, made of the values that are in the tuple now."""
+        return self.kind(**dict(zip(self.names, self, strict=True)))
+
+    def __reduce__(self) -> Any:
+        return _tuple_of, (self.kind, self.names, tuple(self))
+
+
+def _tuple_of(
+    kind: type[ModelOutput], names: tuple[str, ...], values: tuple[Any, ...]
+) -> OutputTuple:
+    """Return an `OutputTuple`, of the class for these names."""
+    cls = OutputTuple._made.get((kind, names))
+    if cls is None:
+        known = {"kind": kind, "names": names, "__module__": __name__}
+        cls = type("OutputTuple", (OutputTuple,), known)
+        OutputTuple._made[kind, names] = cls
+    return cls(values)
 
 
 def smooth_outputs_of(output: type, extra: Callable[[Any, Tensor, Any], Tensor | None]) -> None:

@@ -70,7 +70,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         self._made_with = _made_with(config)
         self._followed = {
             "solver": config.solver,
-            "writes": config.writes,
+            "writes": config.writes("grad"),
+            "writes_in_eval": config.writes("grad_in_eval"),
             "positions": _positions(config),
         }
         self._joins = Joins()
@@ -283,9 +284,13 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel):
         if solver != self._followed["solver"]:
             change_solver(self.deq, *solver)
             self._followed["solver"] = solver
-        if config.writes != self._followed["writes"]:
-            dpp.set_grad(self, config.grad, in_eval=config.grad_in_eval)
-            self._followed["writes"] = config.writes
+        # What `dpp.set_grad` has set stays, unless that very setting was written since.
+        if config.writes("grad") != self._followed["writes"]:
+            dpp.set_grad(self, config.grad)
+            self._followed["writes"] = config.writes("grad")
+        if config.writes("grad_in_eval") != self._followed.get("writes_in_eval", 0):  # old pickles
+            self.deq.grad_in_eval = config.grad_in_eval
+            self._followed["writes_in_eval"] = config.writes("grad_in_eval")
         positions = _positions(config)
         if positions != self._followed["positions"]:
             config.convert_rope_params_to_dict()

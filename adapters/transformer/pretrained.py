@@ -58,7 +58,7 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
         self._base().follow_config()  # a strategy may fit the solver that it names
         dpp.set_grad(self, strategy)
         self.config.grad = text
-        self._base()._followed["writes"] = self.config.writes
+        self._base()._followed["writes"] = self.config.writes("grad")
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save weights and config, with the gradient in force, which `dpp.set_grad` may have set.
@@ -69,13 +69,13 @@ class DEQTransformerPreTrainedModel(PreTrainedModel):
         """
         base, config = self._base(), self.config
         base.follow_config()
-        before = config.grad, config.grad_in_eval
-        config.grad, config.grad_in_eval = base.acting_grad(), bool(base.deq.grad_in_eval)
+        before = {"grad": config.grad, "grad_in_eval": config.grad_in_eval}
+        # Other models may share the config, and must not follow what is written here.
+        config.write_uncounted(grad=base.acting_grad(), grad_in_eval=bool(base.deq.grad_in_eval))
         try:
             super().save_pretrained(*args, **kwargs)
         finally:
-            config.grad, config.grad_in_eval = before
-            base._followed["writes"] = config.writes
+            config.write_uncounted(**before)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Refuse gradient checkpointing, which Transformers has for stacks of layers.

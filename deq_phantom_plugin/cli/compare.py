@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +14,9 @@ from .._plumbing.extras import require
 from ..diagnostics.report import DEFAULT_GRADS
 from ..strategies.registry import get_strategy
 from .arguments import positive
+
+if TYPE_CHECKING:
+    from ..compare import MethodResult
 
 
 def add_to(commands: Any) -> None:
@@ -44,7 +48,7 @@ def add_to(commands: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from ..compare import MethodResult, Settings, compare, load_digits, load_folder, table, write
+    from ..compare import Settings, compare, load_digits, load_folder
 
     for spec in args.grad:
         get_strategy(spec)
@@ -76,16 +80,8 @@ def _compare(args: argparse.Namespace) -> int:
         f"{args.batch_size} on {device}"
     )
     results: list[MethodResult] = []
-    status = 0
-    columns: list[Any] = [
-        progress_module.TextColumn("{task.description}"),
-        progress_module.BarColumn(),
-        progress_module.MofNCompleteColumn(),
-        progress_module.TextColumn("loss {task.fields[loss]:.3f}"),
-        progress_module.TimeRemainingColumn(),
-    ]
-    # A progress bar is of no use in a log file.
-    with progress_module.Progress(*columns, disable=not sys.stdout.isatty()) as progress:
+    status, failed = 0, None
+    with _progress(progress_module) as progress:
         tasks = [progress.add_task(spec, total=args.steps, loss=float("nan")) for spec in args.grad]
 
         def on_step(spec: str, step: int, loss: float) -> None:
@@ -95,9 +91,33 @@ def _compare(args: argparse.Namespace) -> int:
             compare(args.grad, data, settings, on_step, results.append)
         except KeyboardInterrupt:
             status = 130
-    if not results:
-        return status
-    print(table(results, target=0.9 if args.data == "digits" else None))
-    plot = write(results, args.out, f"MDEQ-{args.preset} on {data.name}")
-    print(f"results: {args.out / 'results.json'}\nplot: {plot}")
+        except Exception as error:  # the methods that are done took their time, too
+            failed = error
+    try:
+        if results:
+            _show(results, args, data.name)
+    finally:
+        if failed is not None:
+            raise failed
     return status
+
+
+def _progress(module: Any) -> Any:
+    """Return a progress bar of rich's, which is of no use in a log file and not shown there."""
+    columns: list[Any] = [
+        module.TextColumn("{task.description}"),
+        module.BarColumn(),
+        module.MofNCompleteColumn(),
+        module.TextColumn("loss {task.fields[loss]:.3f}"),
+        module.TimeRemainingColumn(),
+    ]
+    return module.Progress(*columns, disable=not sys.stdout.isatty())
+
+
+def _show(results: Sequence[MethodResult], args: argparse.Namespace, data: str) -> None:
+    """Print the results and write them into a folder."""
+    from ..compare import table, write
+
+    print(table(results, target=0.9 if args.data == "digits" else None))
+    plot = write(results, args.out, f"MDEQ-{args.preset} on {data}")
+    print(f"results: {args.out / 'results.json'}\nplot: {plot}")

@@ -74,23 +74,28 @@ def load_folder(folder: str | Path, image_size: int) -> Dataset:
     if len(classes) < 2:
         count = len(classes)
         raise ValueError(f"{root} has {count} subfolders; expected one per class, at least 2")
-    images, labels = [], []
+    found: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
         files = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in _SUFFIXES)
         if len(files) < 2:
             raise ValueError(
                 f"{root / name} has {len(files)} images; expected at least 2, one for the test"
             )
-        for file in files:
-            try:
-                with image_module.open(file) as image:
-                    pixels = image.convert("RGB").resize((image_size, image_size))
-            except OSError as error:
-                raise ValueError(
-                    f"{file} cannot be read as an image: {error}. Remove the file, or mend it"
-                ) from None
-            images.append(torch.from_numpy(numpy.asarray(pixels).copy()).permute(2, 0, 1))
-            labels.append(label)
+        found += [(file, label) for file in files]
+    # The first images are a batch of their own, on which gradients and memory are measured. In the
+    # order of the folders it would be a batch of one class.
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+    images, labels = [], []
+    for file, label in (found[i] for i in order):
+        try:
+            with image_module.open(file) as image:
+                pixels = image.convert("RGB").resize((image_size, image_size))
+        except OSError as error:
+            raise ValueError(
+                f"{file} cannot be read as an image: {error}. Remove the file, or mend it"
+            ) from None
+        images.append(torch.from_numpy(numpy.asarray(pixels).copy()).permute(2, 0, 1))
+        labels.append(label)
     stacked = torch.stack(images).float()
     return _split(root.name, tuple(classes), stacked, torch.tensor(labels))
 

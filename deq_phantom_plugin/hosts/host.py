@@ -83,6 +83,13 @@ class Host(ABC):
     def disable(self) -> None:
         """Restore the framework exactly. A second call does nothing."""
 
+    def acts_disabled(self, spec: Any) -> bool:
+        """Whether a spec that was set acts while the host is not enabled.
+
+        If not, `dpp.set_grad` says so.
+        """
+        return True
+
     @abstractmethod
     def is_equilibrium(self, module: nn.Module) -> bool:
         """Whether a module is one of this framework's equilibria; it should import nothing slow.
@@ -158,6 +165,10 @@ class PatchingHost(Host):
 
         A model without a name must compute the same as before, to the bit.
         """
+
+    def acts_disabled(self, spec: Any) -> bool:
+        """See `Host.acts_disabled`. Without the hook only the framework's own gradient acts."""
+        return spec is None
 
     @property
     def is_enabled(self) -> bool:

@@ -33,12 +33,14 @@ from .._plumbing.trial import Trial
 from ..contract.errors import AssumptionWarning
 from ..contract.strategy import Context, GradStrategy
 from ..strategies import TBPTT
-from ..strategies.registry import FunctionStrategy, get_strategy
+from ..strategies.registry import get_strategy
+from .collected import OfLoop
 from .evaluation import attaches
 from .host import PatchingHost
 from .patches import Patches
-from .settings import fitting, remember_each, say_misspelt, say_not_saved
+from .settings import fitting, remember_each, say_misspelt
 from .solve import loop_observed
+from .written import say_unwritten, written
 
 _MODULE = "transformers.models.hrm_text.modeling_hrm_text"
 
@@ -88,17 +90,20 @@ class HrmText(PatchingHost):
 
         None stands for the model's own gradient.
         """
+        config: Any = module.config
         strategies = _strategies(module, spec)
-        as_text = [repr(s) for s in strategies] if strategies else None
-        saved = as_text[0] if as_text and len(set(as_text)) == 1 else as_text
-        if any(isinstance(s, FunctionStrategy) for s in strategies):
-            saved = getattr(module.config, "grad", None)  # a function has no spec to save
+        given = [*spec] if isinstance(spec, list | tuple) else [] if spec is None else [spec]
+        texts = [written(each, config.L_cycles) for each in given]
+        nameless = [each for each, text in zip(given, texts, strict=True) if text is None]
+        saved: Any = texts[0] if len(set(texts)) == 1 else texts or None
+        if nameless:
+            saved = getattr(config, "grad", None)  # a function has no text to save
 
         def switch() -> None:
-            if any(isinstance(s, FunctionStrategy) for s in strategies):
-                say_not_saved(spec, saved)
-            _install(module, strategies, saved)
-            module.config.grad = saved  # type: ignore[union-attr, assignment]
+            if nameless:
+                say_unwritten(nameless[0], saved)
+            _install(module, spec, strategies, saved)
+            config.grad = saved
 
         return switch
 
@@ -135,22 +140,31 @@ def _strategies(model: Any, spec: Any) -> tuple[GradStrategy, ...]:
     return tuple(fitting(get_strategy(each, known), "a loop") for each in specs)
 
 
-def _install(model: Any, strategies: tuple[GradStrategy, ...], of: Any) -> None:
-    """Give a model its strategies; `of` is the `grad` of the config that they were made from."""
+def _install(model: Any, spec: Any, strategies: tuple[GradStrategy, ...], of: Any) -> None:
+    """Give a model the strategies of `spec`; `of` is the `grad` that its config has then."""
     model.__dict__["_deq_phantom_grad"] = (of, strategies)
+    model.__dict__["_deq_phantom_made"] = (spec, _cycles(model))
     if strategies:
         remember_each(model, len(strategies))
 
 
 def _current(model: Any) -> tuple[GradStrategy, ...]:
-    """Return a model's strategies; make new ones if the `grad` of its config has changed."""
+    """Return a model's strategies; make new ones if its config has another `grad` or loop now."""
     grad = getattr(model.config, "grad", None)
     strategies: tuple[GradStrategy, ...]
     of, strategies = model.__dict__.get("_deq_phantom_grad", (None, ()))
-    if grad != of:
-        strategies = _strategies(model, grad)
-        _install(model, strategies, grad)
+    # Older pickles lack this entry.
+    spec, cycles = model.__dict__.get("_deq_phantom_made", (grad, _cycles(model)))
+    if grad != of or cycles != _cycles(model):
+        spec = spec if grad == of else grad
+        strategies = _strategies(model, spec)
+        _install(model, spec, strategies, grad)
     return strategies
+
+
+def _cycles(model: Any) -> tuple[int, int]:
+    """Return the numbers of cycles with which strategies are made."""
+    return model.config.H_cycles, model.config.L_cycles
 
 
 def _own(model: Any) -> tuple[GradStrategy, ...]:
@@ -313,11 +327,13 @@ class _Recurrence:
         def func(z: Tensor) -> Tensor:
             return original(z.to(high.device) + high, *args, **kwargs)  # type: ignore[no-any-return]
 
+        collecting = OfLoop(func, cycles)
         memories = getattr(model, "grad_memory", None)
         memory = None if memories is None else memories[self.cycle]
         context = Context(initial_state=self.low, memory=memory)
         strategy = self.strategies[self.cycle].resolve(context)
         self.low = loop_observed(
-            self.observers, func, self.low, cycles, strategy, context, self.cycle
+            self.observers, collecting, self.low, cycles, strategy, context, self.cycle
         )
+        collecting.end()
         return self.low

@@ -29,14 +29,15 @@ from .._plumbing.fingerprint import fingerprint
 from ..contract.strategy import Context, GradStrategy
 from ..loop import At, evaluations, repeated
 from ..strategies import TBPTT
-from ..strategies.registry import FunctionStrategy, get_strategy
+from ..strategies.registry import get_strategy
 from .attaching import Attaching
 from .evaluation import attaches, watched
 from .host import PatchingHost
 from .patches import Patches
 from .recurrence import Recurrence, refuse_cache
-from .settings import fitting, memory_of, say_misspelt, say_not_saved
+from .settings import fitting, memory_of, say_misspelt
 from .solve import Solve, loop_observed
+from .written import say_unwritten, written
 
 KNOWN = ("61c9cc5d27821b85",)
 """Fingerprints of the versions of `RavenForCausalLM.iterate_forward` that this host knows."""
@@ -72,15 +73,16 @@ class Raven(PatchingHost):
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
         """See `Host.prepare_grad`; None stands for the model's own gradient."""
         _check_version(module)
-        strategy = _strategy(spec, 1)
+        _strategy(spec, 1)
         config: Any = module.config
-        saved = spec if spec is None or isinstance(spec, str) else repr(strategy)
-        if isinstance(strategy, FunctionStrategy):
-            saved = getattr(config, "grad", None)  # a function has no spec to save
+        saved = spec if spec is None or isinstance(spec, str) else written(spec, 1)
+        nameless = spec is not None and saved is None
+        if nameless:
+            saved = getattr(config, "grad", None)  # a function has no text to save
 
         def switch() -> None:
-            if isinstance(strategy, FunctionStrategy):
-                say_not_saved(spec, saved)
+            if nameless:
+                say_unwritten(spec, saved)
             if self.is_enabled:
                 self._hook(_class_of(module))
             _install(module, spec, saved)

@@ -62,7 +62,7 @@ class TinyRecursive(PatchingHost):
 
     def prepare_grad(self, module: nn.Module, spec: Any) -> Callable[[], None]:
         """See `Host.prepare_grad`; None stands for the model's own gradient."""
-        return functools.partial(_install, module, _strategy(module, spec))
+        return functools.partial(_install, module, spec, _strategy(module, spec))
 
 
 def _strategy(model: Any, spec: Any) -> GradStrategy | None:
@@ -72,11 +72,22 @@ def _strategy(model: Any, spec: Any) -> GradStrategy | None:
     return fitting(get_strategy(spec, {"steps": model.num_refinement_blocks}), "a loop")
 
 
-def _install(model: Any, strategy: GradStrategy | None) -> None:
-    """Give a model its strategy, and a memory if it needs one."""
+def _install(model: Any, spec: Any, strategy: GradStrategy | None) -> None:
+    """Give a model the strategy of a spec, and a memory if it needs one."""
     model.grad = strategy
+    model.__dict__["_deq_phantom_made"] = (strategy, spec, model.num_refinement_blocks)
     if strategy is not None:
         memory_of(model)
+
+
+def _current(model: Any) -> GradStrategy | None:
+    """Return a model's strategy; make it anew if the loop has another length than it had then."""
+    strategy: GradStrategy | None = getattr(model, "grad", None)
+    made, spec, steps = model.__dict__.get("_deq_phantom_made", (None, None, 0))  # older: none
+    if strategy is not None and strategy is made and steps != model.num_refinement_blocks:
+        strategy = _strategy(model, spec)
+        _install(model, spec, strategy)
+    return strategy
 
 
 def _hook_init(host: TinyRecursive) -> Callable[[Any], Any]:
@@ -91,7 +102,7 @@ def _hook_init(host: TinyRecursive) -> Callable[[Any], Any]:
                 )
             original(self, *args, **kwargs)
             if grad is not None:
-                _install(self, _strategy(self, grad))
+                _install(self, grad, _strategy(self, grad))
 
         parameters = [*inspect.signature(original).parameters.values()]
         parameters.append(inspect.Parameter("grad", inspect.Parameter.KEYWORD_ONLY, default=None))
@@ -106,7 +117,7 @@ def _hook_loop(host: TinyRecursive) -> Callable[[Any], Any]:
 
     def hook(original: Callable[..., Any]) -> Callable[..., Any]:
         def deep_refinement(self: Any, inputs: Tensor, outputs: Tensor, latents: Tensor) -> Any:
-            strategy = getattr(self, "grad", None) if host.is_enabled else None
+            strategy = _current(self) if host.is_enabled else None
             observers = host.observers(self) if self.training else []
             if not torch.is_grad_enabled() or (strategy is None and not observers):
                 return original(self, inputs, outputs, latents)

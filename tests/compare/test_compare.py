@@ -59,6 +59,28 @@ def test_folder(folder):
     assert dark < 0 < light
 
 
+def test_the_first_images_of_a_folder_are_of_all_its_classes(tmp_path):
+    from PIL import Image
+
+    for index, name in enumerate("abcd"):
+        (tmp_path / name).mkdir()
+        for i in range(80):
+            Image.new("RGB", (4, 4), (40 * index, i, 0)).save(tmp_path / name / f"{i}.png")
+    data, again = load_folder(tmp_path, 4), load_folder(tmp_path, 4)
+    assert data.test_labels.bincount().tolist() == [16, 16, 16, 16]
+    for labels in (data.test_labels[:32], data.train_labels[:64]):
+        assert labels.bincount(minlength=4).min() >= len(labels) // 10
+    # Red tells the class, so each image has its own label still.
+    for images, labels in (
+        (data.train_images, data.train_labels),
+        (data.test_images, data.test_labels),
+    ):
+        order = images[:, 0, 0, 0].argsort()
+        assert torch.equal(labels[order], labels.sort().values)
+    assert torch.equal(data.train_images, again.train_images)
+    assert torch.equal(data.test_labels, again.test_labels)
+
+
 def test_bad_folders(folder, tmp_path):
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         load_folder(tmp_path / "nowhere", 16)
@@ -302,6 +324,30 @@ def test_interrupting_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     arguments = ["compare", "--grad", "jfb", "npg", "--steps", "1", "--batch-size", "4"]
     arguments += ["--f-max-iter", "4", "--device", "cpu", "--out", str(tmp_path)]
     assert main(arguments) == 130
+    assert [r["spec"] for r in json.loads((tmp_path / "results.json").read_text())] == ["jfb"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no equilibrium"), RuntimeError("out of memory")])
+def test_a_method_that_fails_keeps_what_is_finished(tmp_path, monkeypatch, capsys, error):
+    from deq_phantom_plugin.compare import training
+
+    train = training._train
+
+    def failing(start, spec, *args):
+        if spec == "npg":
+            raise error
+        return train(start, spec, *args)
+
+    monkeypatch.setattr(training, "_train", failing)
+    arguments = ["compare", "--grad", "jfb", "npg", "upg", "--steps", "1", "--batch-size", "4"]
+    arguments += ["--f-max-iter", "4", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises((SystemExit, RuntimeError)) as stopped:
+        main(arguments)
+    if isinstance(error, ValueError):
+        assert stopped.value.code == 2
+        assert "no equilibrium" in capsys.readouterr().err
+    else:
+        assert stopped.value is error
     assert [r["spec"] for r in json.loads((tmp_path / "results.json").read_text())] == ["jfb"]
 
 

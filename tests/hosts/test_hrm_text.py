@@ -242,3 +242,81 @@ def test_the_example_trains_every_gradient(capsys, tmp_path):
     with pytest.raises(SystemExit):
         example.main(["--text", str(text)])
     assert "the text has 5 characters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", ["bptt", {"name": "bptt"}, ["bptt", "schedule({0: 'bptt'})"]])
+def test_a_loop_of_another_length_is_backpropagated_as_a_whole(spec):
+    model = make(spec)
+    model.config.L_cycles = 5
+    own = make(L_cycles=5, L_bp_cycles=[5, 5])  # its own code, with a graph of all evaluations
+    own.load_state_dict(model.state_dict(), strict=False)
+    dpp.disable("hrm_text")
+    expected = gradients(own)
+    dpp.enable("hrm_text")
+    for a, b in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    again = make(L_cycles=5, grad=None)
+    again.load_state_dict(model.state_dict(), strict=False)
+    again.config.grad = model.config.grad
+    torch.testing.assert_close(gradients(again)[2], expected[2])
+
+
+class Twice(dpp.GradStrategy):
+    """Not registered, so it has no text."""
+
+    def attach(self, func, equilibrium, context):
+        return func(func(equilibrium))
+
+
+def test_a_strategy_without_a_text_stays_in_a_loop_of_another_length():
+    model = make("jfb")
+    with pytest.warns(dpp.AssumptionWarning, match="has no text that a config could save"):
+        model.set_grad(Twice)
+    before = gradients(model)[2]
+    model.config.L_cycles = 4
+    assert model.config.grad == "jfb()"
+    assert gradients(model)[0] is not None
+    model.config.L_cycles = 3
+    assert torch.equal(gradients(model)[2], before)
+    assert not torch.equal(gradients(make("jfb"))[2], before)
+
+
+COLLECTED = {"output_hidden_states": True, "output_attentions": True}
+
+
+@pytest.mark.parametrize("which", [True, [0, 2, 5]], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "grad", ["tbptt(k=1)", "npg(k=3)", "ift", "jfb", "upg(k=3, lam=1.0)", "bptt", "guard('npg')"]
+)
+def test_collected_outputs_are_those_of_its_own_code(grad, which):
+    asked = {**COLLECTED, "output_hidden_states": which}
+    dpp.disable("hrm_text")
+    own = make()(IDS, use_cache=False, **asked)
+    dpp.enable("hrm_text")
+    found = make(grad)(IDS, **asked)
+    for name in ("hidden_states", "attentions"):
+        a, b = getattr(found, name), getattr(own, name)
+        assert len(a) == len(b)
+        assert [each is None for each in a] == [each is None for each in b]
+        for mine, theirs in zip(a, b, strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(mine, theirs)
+    assert any(each is None for each in found.hidden_states) == (which is not True)
+
+
+def test_collected_outputs_beside_activation_checkpointing_and_a_report():
+    model, own = make("ift"), make()
+    dpp.disable("hrm_text")
+    want = len(own(IDS, use_cache=False, **COLLECTED).attentions)
+    dpp.enable("hrm_text")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    output = model(IDS, **COLLECTED)
+    assert len(output.attentions) == want
+    output.logits.square().sum().backward()
+    assert len(output.attentions) == want
+    seen = []
+    with dpp.monitor(model, lambda values, step: seen.append(values), every=1):
+        output = model(IDS, **COLLECTED)
+        output.logits.square().sum().backward()
+    assert seen
+    assert len(output.attentions) == want

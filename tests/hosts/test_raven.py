@@ -183,3 +183,39 @@ def test_a_wrong_name_changes_nothing(model):
     with pytest.raises(ValueError, match="nonsense"):
         dpp.set_grad(model, "nonsense")
     assert same(trained(model), own)
+
+
+@pytest.mark.parametrize("spec", ["bptt", {"name": "bptt"}, dpp.BPTT], ids=str)
+def test_what_is_saved_is_what_acts(model, module, spec):
+    own = trained(model, (0, 5))  # all five evaluations with a graph, by its own code
+    dpp.enable("raven")
+    dpp.set_grad(model, spec)
+    assert same_gradient(trained(model, (3, 2)), own)
+    config = module.RavenConfig()
+    config.grad = model.config.grad
+    loaded = module.RavenForCausalLM(config).double().train()
+    loaded.load_state_dict(model.state_dict(), strict=False)
+    assert same_gradient(trained(loaded, (3, 2)), own)
+
+
+def test_a_gradient_without_a_text_leaves_the_saved_one(model):
+    class Mine(dpp.GradStrategy):
+        def attach(self, func, equilibrium, context):
+            return func(equilibrium)
+
+    dpp.enable("raven")
+    dpp.set_grad(model, "npg")
+    saved = model.config.grad
+    with pytest.warns(dpp.AssumptionWarning, match=r"has no text that a config could save"):
+        dpp.set_grad(model, Mine)
+    assert model.config.grad == saved
+
+
+def test_it_is_said_where_the_host_is_not_enabled(model):
+    own = trained(model)
+    with pytest.warns(dpp.AssumptionWarning, match=r'not act.*dpp\.enable\("raven"\)'):
+        assert dpp.set_grad(model, "tbptt(k=1)") == 1
+    assert same(trained(model), own)
+    want = trained(model, (4, 1))
+    dpp.enable("raven")
+    assert same_gradient(trained(model), want)

@@ -281,3 +281,19 @@ def test_an_unknown_version_stays_as_it_is(monkeypatch):
     assert TinyRecursiveModel.deep_refinement is original
     dpp.enable("tiny_recursive_model", force=True)
     assert TinyRecursiveModel.deep_refinement is not original
+
+
+def test_a_loop_of_another_length_is_backpropagated_as_a_whole():
+    model, longer = make("bptt"), make()
+    model.num_refinement_blocks = longer.num_refinement_blocks = BLOCKS + 2
+    dpp.set_grad(longer, "bptt")
+    expected = supervised(longer)
+    assert_equal(supervised(model), expected)
+    state = model.get_initial()
+    trained = model(SEQ, *state, labels=LABELS)[0]
+    with torch.no_grad():  # its own code, which reads the number of blocks in each call
+        torch.testing.assert_close(model(SEQ, *state, labels=LABELS)[0], trained.detach())
+    model.grad = chosen = dpp.get_strategy("tbptt(k=1)")  # written by hand: it stays
+    model.num_refinement_blocks = BLOCKS
+    supervised(model)
+    assert model.grad is chosen

@@ -1,7 +1,7 @@
-"""What the model around an equilibrium layer keeps of it: a cache, and the outputs it collects.
+"""What the model around an equilibrium layer keeps of it: a cache.
 
 A solve evaluates the layer many times, but the model must see one layer with one result. `Past`
-keeps the evaluations from writing to the cache. `Collected` removes their collected outputs.
+keeps the evaluations from writing to the cache. `hosts.collected` removes their collected outputs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
-from transformers.utils import output_capturing
 
-__all__ = ["Collected", "Past"]
+__all__ = ["Past"]
 
 
 class Past:
@@ -86,36 +85,3 @@ class Past:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._cache, name)
-
-
-class Collected:
-    """The outputs of layers that a model collects, by hooks that see each evaluation of F.
-
-    An object of this class remembers what was collected before the solve, so that the outputs of
-    the evaluations can be removed.
-    """
-
-    def __init__(self) -> None:
-        found = output_capturing._active_collector.get() or {}
-        self._lists = {key: value for key, value in found.items() if isinstance(value, list)}
-        self._selected = found.get("_hidden_states_layers")
-        self._lengths = {key: len(value) for key, value in self._lists.items()}
-
-    def wants(self, key: str) -> bool:
-        """Whether the model collects outputs of this kind."""
-        return key in self._lists
-
-    def forget(self, *keys: str) -> None:
-        """Remove what was collected since this object was made, of these kinds or of all."""
-        for key in keys or self._lists:
-            del self._lists[key][self._lengths[key] :]
-
-    def states(self, first: Tensor, output: Tensor) -> None:
-        """Collect the output of this layer, and its input if it is the first layer."""
-        if not self.wants("hidden_states"):
-            return
-        self.forget("hidden_states")
-        states = self._lists["hidden_states"]
-        for state in [output] if states else [first, output]:
-            chosen = self._selected is None or len(states) in self._selected
-            states.append(state if chosen else None)

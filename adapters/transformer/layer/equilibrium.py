@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 
 from deq_phantom_plugin._plumbing.compilation import check_compile
+from deq_phantom_plugin.hosts.collected import Collected
 
 from ..solve import EquilibriumInfo, make_equilibrium, solvable, solve
 from ..versions import CACHE
-from .around import Collected, Past
+from .around import Past
 from .masks import layer_mask
 
 __all__ = ["EquilibriumLayer", "deq_from_layer"]

@@ -48,6 +48,10 @@ class Silva(PatchingHost):
         patches.when_imported("silva_networks.solvers", in_solvers)
         patches.when_imported("silva_networks.deq_engine", in_engine)
 
+    def acts_disabled(self, spec: Any) -> bool:
+        """See `Host.acts_disabled`. Modes of silva-networks itself act at any time."""
+        return spec is None or is_own(spec)
+
     def is_equilibrium(self, module: nn.Module) -> bool:
         """Whether a module has a config of silva-networks."""
         return _is_config(module.__dict__.get("config"))

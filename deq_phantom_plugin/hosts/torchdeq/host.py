@@ -44,6 +44,10 @@ class TorchDEQ(PatchingHost):
             patches.replace(cls, "_solve_fixed_point", hook_solve)
         patches.replace_code(arg_utils.add_deq_args, add_deq_args)
 
+    def acts_disabled(self, spec: Any) -> bool:
+        """See `Host.acts_disabled`. A module holds what was set in itself."""
+        return True
+
     def is_equilibrium(self, module: nn.Module) -> bool:
         """Whether a module is a `DEQSliced` or `DEQIndexing`."""
         core = sys.modules.get("torchdeq.core")

@@ -468,3 +468,39 @@ def test_the_last_who_says_which_gradient_is_heard():
     dpp.set_grad(model, "jfb")
     model(tokens())
     assert model.model.acting_grad().startswith("jfb")
+
+
+def test_saving_a_model_leaves_those_that_share_its_config_alone(tmp_path):
+    config = make(tight=False).config
+    saved, other = DEQTransformerForCausalLM(config), DEQTransformerForCausalLM(config)
+    ids = tokens()
+    dpp.set_grad(other, "ift", in_eval=True)
+    dpp.set_grad(saved, "jfb")
+    for _ in range(2):
+        evaluate(other, ids)
+        saved.save_pretrained(tmp_path)
+        evaluate(other, ids)
+        assert other.model.deq.produce_grad[0].strategy == dpp.IFT()
+        assert other.model.deq.grad_in_eval
+    assert (config.grad, config.grad_in_eval) == ("upg", False)
+    assert json.loads((tmp_path / "config.json").read_text())["grad"] == "jfb()"
+    assert not any("write" in key for key in config.to_dict())
+    config.grad = "npg"  # a real write acts on both
+    for model in (saved, other):
+        evaluate(model, ids)
+        assert model.model.deq.produce_grad[0].strategy == dpp.NPG()
+
+
+def test_a_written_setting_leaves_the_other_one_as_it_was_set():
+    model, ids = make(tight=False).eval(), tokens()
+    dpp.set_grad(model, "ift", in_eval=True)
+    model.config.grad = "jfb"
+    assert model(ids).logits.grad_fn is not None
+    assert model(ids, output_hidden_states=True).hidden_states[-1].requires_grad
+    assert model.model.deq.produce_grad[0].strategy == dpp.JFB()
+    dpp.set_grad(model, "ift")
+    model.config.grad_in_eval = False
+    with torch.no_grad():
+        model(ids)
+    assert not model.model.deq.grad_in_eval
+    assert model.model.deq.produce_grad[0].strategy == dpp.IFT()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import deq_phantom_plugin as dpp
 from deq_phantom_plugin.contract.errors import AssumptionWarning
 from deq_phantom_plugin.hosts import find_equilibria
 
@@ -28,6 +30,7 @@ from transformers import (
 )
 
 from deq_phantom_plugin.adapters.transformer import DEQTransformerForCausalLM, SetStep
+from deq_phantom_plugin.adapters.transformer.jac_loss import by_sequence
 from language_models import VOCAB, make, padded, tokens
 
 
@@ -348,3 +351,111 @@ def test_a_resumed_training_draws_as_one_that_was_not_stopped(tmp_path):
     resumed, again = drawn(tmp_path / "stopped", resume=str(tmp_path / "stopped" / "checkpoint-3"))
     assert resumed == whole[6:]
     assert again == pytest.approx(losses, abs=1e-6)
+
+
+def report(model, batch):
+    dpp.model_report(model, batch, lambda output: output.loss, ["jfb"], repeats=1)
+
+
+def tuned(model, batch):
+    dpp.tune(model, [batch], lambda output: output.loss)
+
+
+def saliency(model, batch):
+    output = model(**batch, output_hidden_states=True)
+    torch.autograd.grad(output.loss, output.hidden_states[-1])
+
+
+MEASURED = pytest.mark.parametrize("measure", [report, tuned, saliency])
+
+
+def regularised(dropout):
+    return make(
+        tight=False, grad="jfb", jac_reg_weight=0.5, f_max_iter=60, f_tol=1e-5, dropout=dropout
+    ).train()
+
+
+@MEASURED
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_measurement_is_no_step_that_leaves_the_regulariser_out(measure, dropout):
+    model, ids = regularised(dropout), tokens()
+    batch = {"input_ids": ids, "labels": ids}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AssumptionWarning)
+        model(**batch).loss.backward()
+        measure(model, batch)
+        for _ in range(2):
+            model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("measure", [report, tuned])
+def test_a_measurement_does_not_hide_that_the_regulariser_is_left_out(measure):
+    model, ids = regularised(0.0), tokens()
+    batch = {"input_ids": ids, "labels": ids}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model(ids).logits.square().sum().backward()
+        measure(model, batch)
+        assert not [w for w in said if "Jacobian regulariser" in str(w.message)]
+        model(ids)
+        assert [w for w in said if "not through its Jacobian regulariser" in str(w.message)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_sequences_count_up_to_a_factor(no_probes, dtype):
+    model, ids = make(grad="jfb", jac_reg_weight=3.0, hidden_size=4, intermediate_size=4), tokens()
+    first, second = (model(row[None]).jac_loss for row in ids)
+    expected = 0.75 * first + 0.25 * second
+    for factor in (1.0, 100.0, 0.25, 0.1, 1e-3):
+        weights = torch.tensor([3.0, 1.0], dtype=dtype) * factor
+        found = model(ids, jac_weights=weights).jac_loss
+        rtol = 1e-5 if dtype == torch.float64 else 1e-2  # the weights themselves are rounded
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
+    none = model(ids, jac_weights=torch.zeros(2, dtype=dtype)).jac_loss
+    assert none == 0
+    none.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_model_of_16_bits_weighs_more_tokens_than_float16_counts_to():
+    state = torch.ones(70, 1000, 1, dtype=torch.float16)
+    scaled = by_sequence(lambda h: h, state, None, torch.full((70,), 1000))
+    assert torch.equal(scaled(state), state)  # equal rows weigh what they weigh without weights
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_smoothed_labels_without_return_dict_in_a_trainer(tmp_path, bf16):
+    data = [{"input_ids": row, "labels": row} for row in tokens(4)]
+    losses = []
+    for return_dict in (True, False):
+        torch.manual_seed(0)
+        model = make(tight=False, grad="jfb", jac_reg_weight=0.5, return_dict=return_dict)
+        trainer = trainer_of(
+            model,
+            tmp_path,
+            label_smoothing_factor=0.1,
+            bf16=bf16,
+            train_dataset=data,
+            eval_dataset=data,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            save_strategy="no",
+        )
+        losses += [(trainer.train().training_loss, trainer.evaluate()["eval_loss"])]
+    assert losses[0] == losses[1]
+
+
+def test_a_rebuilt_tuple_is_of_its_new_values():
+    model, ids = make(tight=False, grad="jfb", jac_reg_weight=0.5).train(), tokens()
+    values = model(ids, return_dict=False)
+    doubled = type(values)(2 * x if isinstance(x, torch.Tensor) else x for x in values)
+    assert torch.equal(doubled.output.logits, 2 * values.output.logits)
+    assert torch.equal(doubled.output.jac_loss, 2 * values.output.jac_loss)
+    labelled = model(ids, labels=ids, return_dict=False)  # one value more
+    assert torch.equal(labelled.output.loss, labelled[0])
+    assert values.output.loss is None
+    evaluated = model.eval()(ids[:1], use_cache=False, return_dict=False)
+    detached = type(evaluated)(x.detach() if isinstance(x, torch.Tensor) else x for x in evaluated)
+    again = pickle.loads(pickle.dumps(detached))
+    assert type(again) is type(evaluated)
+    assert torch.equal(again.output.logits, evaluated[0])
