@@ -86,3 +86,9 @@ def test_no_product_is_spent_where_the_sizes_are_alike(graph):
     dpp.attach(counted, h, "ift", context).square().sum().backward()
     # The hook sees each product of the solve, and the last one to the parameters.
     assert len(products) in (told[0].n_vjp, told[0].n_vjp + 1)
+
+
+@pytest.mark.parametrize("tol", [0.05, 0.3, 0.9])
+def test_a_loose_tolerance_is_no_reason_to_say_it(tol, graph):
+    """The residual may then be of that size in any norm."""
+    gradient(graph, f"ift(tol={tol})", torch.tanh)

@@ -442,7 +442,10 @@ def test_memory_grows_with_the_blocks_that_have_a_graph(task):
 
 
 def test_a_report_is_made_beside_training_and_leaves_it_as_it_is(task):
-    plain, watched = task(), task(report_grads=("exact", "tbptt(k=2)"), report_every=2)
+    plain, watched = (
+        task(),
+        task(report_grads=("exact", "tbptt(k=2)"), eval_every=2, report_every=2),
+    )
     for step in range(3):
         found = watched.evaluate(step)
         assert ("report_cosine" in found) == (step != 1)
