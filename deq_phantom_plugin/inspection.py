@@ -176,7 +176,7 @@ def _found(
     key = (*same, constants)
     if key not in memory.findings:
         # A number may count steps. Then each step has another map, but not one to ask about.
-        others = [known for known in memory.findings if list(known[:-1]) == same]
+        others = [known for known in list(memory.findings) if list(known[:-1]) == same]
         key = (*same, ()) if len(others) >= _MOST else key
     known: Findings | None = memory.findings.get(key)
     if known and not known.is_due and (known.coupled is not None or (n_samples or 0) <= 1):
@@ -185,8 +185,9 @@ def _found(
     _say(found, judged)
     if known is not None and known.are_current:
         found = replace(found, uses=known.uses)
-    for old in [old for old in memory.findings if not is_alive(old)]:
-        del memory.findings[old]
+    for old in list(memory.findings):  # other threads may share the memory
+        if not is_alive(old):
+            memory.findings.pop(old, None)
     memory.findings[key] = found
     return found
 
