@@ -344,7 +344,7 @@ class Equilibrium(Attaching):
         """Return the dimension to solve along: as was said, or has been found out so far."""
         if not isinstance(self.batch_dim, str):
             return self.batch_dim
-        return None if any(found.coupled for found in self.memory.findings.values()) else 0
+        return None if any(found.coupled for found in list(self.memory.findings.values())) else 0
 
     @never_compiled
     def _judges(self, context: Context) -> bool:

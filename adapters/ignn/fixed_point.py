@@ -43,8 +43,6 @@ class FixedPoint(Attaching):
         f_tol: the solve stops once no number of the state changes by more than this. The change is
             relative to the largest number of the state if that is above 1, since rounding in
             float32 grows with it.
-        node_tol: the solve also goes on until the state of no node changes by more than this,
-            relative to its length. None where small states do not matter.
         grad_in_eval: whether the gradient is attached in evaluation mode too.
         compile: whether F is compiled for the solve, and for strategies that go through its graph
             once; or a mode of `torch.compile`.
@@ -52,6 +50,8 @@ class FixedPoint(Attaching):
     Attributes:
         grad: the strategy; `dpp.set_grad` replaces it.
         memory: what the strategy keeps between steps.
+        node_tol: if the network sets it, the solve also goes on until the state of no node changes
+            by more than this, relative to its length. None where small states do not matter.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -68,7 +68,6 @@ class FixedPoint(Attaching):
         f_tol: float,
         grad_in_eval: bool = False,
         compile: bool | str = False,
-        node_tol: float | None = None,
     ) -> None:
         # Nodes depend on one another, so the whole state is one sample.
         super().__init__(grad, batch_dim=None, grad_in_eval=grad_in_eval)
@@ -76,7 +75,7 @@ class FixedPoint(Attaching):
             raise ValueError(f"f_max_iter={f_max_iter!r}; expected a whole number of at least 1")
         if not f_tol >= 0:
             raise ValueError(f"f_tol={f_tol!r}; expected a number of at least 0")
-        self.f_max_iter, self.f_tol, self.node_tol = f_max_iter, f_tol, node_tol
+        self.f_max_iter, self.f_tol = f_max_iter, f_tol
         self.compiles = check_compile(compile)  # `compile` is a method of modules
         self._calls = Calls()
 

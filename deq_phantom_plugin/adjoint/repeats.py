@@ -43,7 +43,7 @@ class Repeats:
         # Projections are sums, which would overflow in 16 bits.
         leaves = [leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
         # A NaN in one sample must not hide what the others are.
-        leaves = [leaf.nan_to_num(0.0, 0.0, 0.0) for leaf in leaves]
+        leaves = [torch.where(leaf.isfinite(), leaf, 0) for leaf in leaves]
         if self._sketch is None:
             self._sketch = Sketch(leaves)
         now = self._sketch(leaves)

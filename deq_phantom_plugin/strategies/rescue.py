@@ -72,10 +72,7 @@ class Watched:
     def _compared(self, state: State) -> State:
         image = self._func(state)
         if _equal(flatten(state)[0], self._leaves):
-            # A sample that is not finite must not hide the others.
-            with torch.no_grad():
-                leaves = [torch.where(x.isfinite(), x, 0) for x in flatten(image)[0]]
-            self._repeats.see(0, leaves)
+            self._repeats.see(0, flatten(image)[0])
         return image
 
     def _note(self, module: nn.Module) -> None:
